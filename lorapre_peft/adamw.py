@@ -1,0 +1,152 @@
+"""AdamW with both moments held as low-rank factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .bucket import Bucket, Moment, momentum_tile
+from .checks import in_range
+from .optimizer import LoRAPreOptimizer
+from .rules import Average
+
+
+def update_bound(beta1: float, beta2: float) -> float:
+    """C = (1−β1)/√((1−β2)(1−β1²/β2)): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1² < β2. 1.165 at (0.9, 0.95)."""
+    return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
+
+
+class LoRAPreAdamW(LoRAPreOptimizer):
+    """AdamW whose moments of each p×q matrix are factors of rank k: 2(p+q)k numbers of state instead of 2pq.
+
+    LoRA-Pre for Adam (Wang et al., "Taming Momentum", arXiv 2602.24283, Theorem 3.1 and Algorithm 1) with
+    ``update_rule="newton"``; with ``"als"``, the default, this project's tracked rule on the same state. Parameters that
+    are no matrices, or too small to compress, take `torch.optim.AdamW`'s step exactly.
+
+    Args:
+        params: parameters, named parameters or groups, as in `torch.optim`. Floating-point, of any dtype; tensors of more
+            than two dimensions are flattened to (first, rest). State is float32 whatever their dtype.
+        lr: learning rate, ≥ 0; a number or a one-element tensor.
+        betas: decays (β1, β2) in [0, 1); the paper's (0.9, 0.95). ``als`` needs β1² < β2. β2 = 0.999 makes the start-up
+            bias of ``newton`` far worse.
+        eps: ε ≥ 0 in m̂/(√v̂ + ε).
+        weight_decay: decoupled λ ≥ 0, as in `torch.optim.AdamW` but 0 by default.
+        momentum_rank: k ≥ 1. None: a quarter of the smaller side of each matrix, at least 1. 0: the AdamW path for all.
+        update_rule: ``"als"`` or ``"newton"``.
+        residual_weight: ρ in [0, 1] of ``als``: the weight of the part of the gradient outside the momentum's subspace. None:
+            √((1−β1)/(1+β1)).
+        maximize: maximize the objective.
+        seed: of the generator from which ``newton`` draws its start, together with the parameter's position.
+
+    State per compressed matrix, all float32: ``step`` [], ``m_B`` and ``v_B`` [p, k], ``m_A`` and ``v_A`` [k, q], and with
+    ``als`` ``v_energy`` []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``.
+
+    Raises:
+        ValueError: an option out of its range.
+        NotImplementedError: a parameter that an engine has sharded or flattened.
+    """
+
+    moments = ("m", "v")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        momentum_rank: int | None = None,
+        update_rule: str = "als",
+        residual_weight: float | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+    ):
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum_rank=momentum_rank,
+            update_rule=update_rule,
+            residual_weight=residual_weight,
+            maximize=maximize,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        in_range("betas[0]", group["betas"][0], 0, 1)
+        in_range("betas[1]", group["betas"][1], 0, 1)
+        in_range("eps", group["eps"], 0)
+        beta1, beta2 = group["betas"]
+        if group["update_rule"] == "als" and not beta1**2 < beta2:
+            raise ValueError(
+                f"betas={beta1, beta2}: update_rule='als' needs betas[0]² < betas[1], found {beta1**2:g} and {beta2:g}; "
+                "without it Adam's own update has no bound. Raise betas[1] or lower betas[0]; the paper has (0.9, 0.95)"
+            )
+
+    def _adamw_options(self, group: dict[str, Any]) -> tuple[float, tuple[float, float], float]:
+        return float(group["lr"]), group["betas"], group["eps"]
+
+    def _update(self, bucket: Bucket) -> None:
+        steps = bucket.advance()
+        if bucket.fresh:
+            self._start(bucket)
+        else:
+            self._follow(bucket, steps)
+        if bucket.rule.tracked:
+            # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly.
+            beta2 = bucket.group["betas"][1]
+            new = torch.tensor(bucket.norms, dtype=torch.float64).square().mul(1 - beta2)
+            energy = bucket.stack("v_energy")
+            bucket.store("v_energy", energy * beta2 + new.to(energy))
+
+    def _start(self, bucket: Bucket) -> None:
+        """The first gradient: m̂ = g and v̂ = g∘g, whose ratio is the sign; then the factors of both moments."""
+        beta1, beta2 = bucket.group["betas"]
+        for rows in bucket.tiles():
+            g = bucket.gradients(rows)
+            bucket.write(rows, g / g.abs().add_(_positive(bucket.group["eps"])))
+        bucket.start("m", 1 - beta1)
+        bucket.start("v", (1 - beta2) ** 0.5, absolute=True)
+
+    def _follow(self, bucket: Bucket, steps: list[float]) -> None:
+        group, rule = bucket.group, bucket.rule
+        beta1, beta2 = group["betas"]
+        bound = update_bound(beta1, beta2) if rule.tracked else None
+        m = Moment(bucket, "m", Average(beta1, 1 - beta1))
+        v = Moment(bucket, "v", Average(beta2**0.5, 1 - beta2**0.5))
+        # One factor per matrix on (v_B v_A)²: β2, times what keeps the mean of v equal to Adam's, bias correction included.
+        v_scale = bucket.column([beta2 / (1 - beta2**t) for t in steps])
+        if rule.tracked:
+            energy = bucket.stack("v_energy").double() / v.squared_norm().clamp_min(torch.finfo(torch.float64).tiny)
+            v_scale = v_scale * energy.float()[:, None, None]
+        g_scale = bucket.column([(1 - beta2) / (1 - beta2**t) for t in steps])
+        m_scale = bucket.column([1 / (1 - beta1**t) for t in steps])
+        metrics = self._metrics if self.record_metrics else None
+        if metrics is not None:
+            metrics.energy += sum(norm**2 for norm in bucket.norms)
+
+        for rows in bucket.tiles():
+            g = bucket.gradients(rows)
+            v.feed(rows, g.abs())
+            v_hat = v.product(rows).square_().mul_(v_scale).addcmul_(g * g_scale, g)
+            update = momentum_tile(m, rows, g, group["residual_weight"], metrics).mul_(m_scale)
+            update.div_(v_hat.sqrt_().add_(_positive(group["eps"])))
+            if metrics is not None:
+                metrics.add_update(update, bound)
+            if bound is not None:
+                update.clamp_(-bound, bound)
+            bucket.write(rows, update)
+        m.finish()
+        v.finish()
+
+
+def _positive(eps: float) -> float:
+    """ε, or the smallest normal float32 for ε = 0, so that an entry that never had a gradient gives 0 and not 0/0."""
+    return max(eps, torch.finfo(torch.float32).tiny)

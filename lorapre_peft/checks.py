@@ -1,0 +1,95 @@
+"""The checks of parameters, gradients, options and loaded state, each with an error that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .optimizer import LoRAPreOptimizer
+
+
+def in_range(name: str, value: Any, low: float, high: float | None = None, *, closed: bool = False) -> None:
+    """Raise ValueError unless low ≤ value < high (≤ high if ``closed``); no upper bound if ``high`` is None."""
+    expected = f"a number of at least {low}" if high is None else f"a number in [{low}, {high}{']' if closed else ')'}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r}: expected {expected}") from None
+    below = high is None or number < high or (closed and number == high)
+    if not (low <= number and below and number != float("inf")):  # NaN fails the first comparison
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def check_parameter(param: Tensor) -> None:
+    """Raise for a parameter that no step could update."""
+    where = f"found a parameter of shape {tuple(param.shape)}"
+    if param.is_complex():
+        raise TypeError(f"{where} and dtype {param.dtype}; LoRA-Pre trains real parameters: use torch.view_as_real")
+    if not param.is_floating_point():
+        raise TypeError(f"{where} and dtype {param.dtype}; expected a floating-point parameter")
+    if hasattr(param, "_fsdp_flattened") or hasattr(param, "ds_id"):
+        engine = "DeepSpeed ZeRO-3" if hasattr(param, "ds_id") else "FSDP1"
+        raise NotImplementedError(
+            f"{where} that {engine} has flattened: LoRA-Pre needs whole matrices. Use DDP or one process"
+        )
+    if hasattr(param, "device_mesh"):
+        raise NotImplementedError(
+            f"{where} that is a DTensor (FSDP2 or tensor parallelism): not supported yet. Use DDP or one process"
+        )
+
+
+def check_gradient(param: Tensor) -> None:
+    """Raise for a gradient that the step cannot use."""
+    grad = param.grad
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"found a sparse gradient of shape {tuple(grad.shape)}; LoRA-Pre needs dense ones: build the embedding with sparse=False"
+        )
+    if grad.is_complex():
+        raise RuntimeError(f"found a complex gradient of shape {tuple(grad.shape)}; LoRA-Pre needs real ones")
+
+
+def check_flattened_shards(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise if a group that was built with matrices now holds only 1-D tensors (DeepSpeed ZeRO-1 and -2 do that)."""
+    for group in groups:
+        if group.get("num_matrices") and group["params"] and all(param.ndim < 2 for param in group["params"]):
+            raise RuntimeError(
+                f"a parameter group was built with {group['num_matrices']} matrices and now holds only flat tensors of shapes "
+                f"{[tuple(param.shape) for param in group['params'][:3]]}: DeepSpeed ZeRO and FSDP1 hand the optimizer "
+                "flattened shards, which have no rows and columns to compress. Use DDP or one process"
+            )
+
+
+def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if ``state_dict`` was not saved by this kind of optimizer over the same parameters."""
+    from .optimizer import matched_states
+
+    name = type(optimizer).__name__
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"found no 'state' and 'param_groups' in what was to be loaded; expected a state_dict of {name}"
+        )
+    missing = optimizer.defaults.keys() - set().union(*(group.keys() for group in state_dict["param_groups"]))
+    if state_dict["param_groups"] and missing:
+        raise ValueError(
+            f"the saved groups have no {', '.join(sorted(missing))}: they are another optimizer's, expected {name}'s. "
+            "Load a checkpoint of the same optimizer, or start without its state"
+        )
+    group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
+    for index, (param, saved) in enumerate(matched_states(optimizer, state_dict)):
+        group = group_of[param]
+        expected = optimizer.state_shapes(param, group)
+        found = {
+            key: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            for key, value in saved.items()
+        }
+        if found != expected:
+            raise ValueError(
+                f"the saved state of parameter {index} of shape {tuple(param.shape)} is {found}; {name} with "
+                f"momentum_rank={group['momentum_rank']}, update_rule={group['update_rule']!r} expects {expected}. "
+                "Build the optimizer with the options of the saved run, or start without its state"
+            )

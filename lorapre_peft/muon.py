@@ -1,0 +1,153 @@
+"""Muon with its momentum held as low-rank factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .bucket import Bucket, Moment, momentum_tile
+from .checks import in_range
+from .optimizer import LoRAPreOptimizer
+from .rules import Average
+
+# Coefficients of the quintic as in torch.optim.Muon.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
+    """Newton–Schulz iteration towards the nearest semi-orthogonal matrix: m [..., p, q], computed in m's dtype.
+
+    The quintic of `torch.optim.Muon`: singular values end between about 0.7 and 1.2. A zero matrix stays zero. torch's floor of
+    1e-7 under the norm is left out: LoRA's gradients can be smaller, and the step must not depend on their scale.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = m.mT if m.shape[-2] > m.shape[-1] else m
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if m.shape[-2] > m.shape[-1] else x
+
+
+def shape_scale(shape: tuple[int, int], adjust_lr_fn: str | None) -> float:
+    """The factor on the learning rate of a p×q matrix, under the names of `torch.optim.Muon`; None: 1."""
+    if adjust_lr_fn == "original":
+        return max(1.0, shape[0] / shape[1]) ** 0.5
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * max(shape) ** 0.5
+    return 1.0
+
+
+class LoRAPreMuon(LoRAPreOptimizer):
+    """Muon whose momentum of each p×q matrix is a pair of factors of rank k: (p+q)k numbers of state instead of pq.
+
+    LoRA-Pre for Muon (Wang et al., arXiv 2602.24283, Algorithm 2): m = μ m_B m_A + g from the previous factors, then
+    Newton–Schulz, then the step. Parameters that are no matrices, or too small to compress, take AdamW with a learning
+    rate of their own.
+
+    Args:
+        params: as in `LoRAPreAdamW`.
+        lr: learning rate of the compressed matrices, ≥ 0.
+        momentum: μ in [0, 1).
+        weight_decay: decoupled λ ≥ 0, of both paths.
+        momentum_rank, update_rule, maximize, seed: as in `LoRAPreAdamW`.
+        residual_weight: ρ of ``als`` for an average of decay μ, in [0, 1]; the heavy-ball sum takes ρ/(1−μ). None:
+            √((1−μ)/(1+μ)). 1−μ gives Algorithm 2's m = μ m_B m_A + g.
+        nesterov: step along g + μ m instead of m, as torch.optim.Muon does. The paper reports none: False.
+        adjust_lr_fn: ``"original"`` (√max(1, p/q)) or ``"match_rms_adamw"`` (0.2 √max(p, q): a learning rate tuned for AdamW
+            carries over), as in torch.optim.Muon; None for no scale, as in Algorithm 2 (torch's None means ``"original"``).
+        ns_steps: Newton–Schulz steps, ≥ 1.
+        adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion. None: ``lr``.
+        adamw_betas, adamw_eps: of the AdamW path.
+
+    State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q].
+
+    Raises:
+        ValueError: an option out of its range.
+        NotImplementedError: a parameter that an engine has sharded or flattened.
+    """
+
+    moments = ("m",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        momentum_rank: int | None = None,
+        update_rule: str = "als",
+        residual_weight: float | None = None,
+        nesterov: bool = False,
+        adjust_lr_fn: str | None = None,
+        ns_steps: int = 5,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        maximize: bool = False,
+        seed: int = 0,
+    ):
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            momentum_rank=momentum_rank,
+            update_rule=update_rule,
+            residual_weight=residual_weight,
+            nesterov=nesterov,
+            adjust_lr_fn=adjust_lr_fn,
+            ns_steps=ns_steps,
+            adamw_lr=adamw_lr,
+            adamw_betas=adamw_betas,
+            adamw_eps=adamw_eps,
+            maximize=maximize,
+            seed=seed,
+        )
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        in_range("momentum", group["momentum"], 0, 1)
+        in_range("adamw_betas[0]", group["adamw_betas"][0], 0, 1)
+        in_range("adamw_betas[1]", group["adamw_betas"][1], 0, 1)
+        in_range("adamw_eps", group["adamw_eps"], 0)
+        if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+            raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: expected None, 'original' or 'match_rms_adamw'")
+        if not isinstance(group["ns_steps"], int) or group["ns_steps"] < 1:
+            raise ValueError(f"ns_steps={group['ns_steps']!r}: expected a whole number of at least 1")
+        if group["adamw_lr"] is not None:
+            in_range("adamw_lr", group["adamw_lr"], 0)
+            if not float(group["lr"]):
+                raise ValueError(
+                    "adamw_lr follows the schedule of lr in proportion and cannot follow lr=0: give an lr above 0"
+                )
+            # Schedulers write `lr` only, so the AdamW path keeps its ratio to it.
+            group.setdefault("adamw_lr_ratio", group["adamw_lr"] / float(group["lr"]))
+
+    def _adamw_options(self, group: dict[str, Any]) -> tuple[float, tuple[float, float], float]:
+        return float(group["lr"]) * group.get("adamw_lr_ratio", 1.0), group["adamw_betas"], group["adamw_eps"]
+
+    def _update(self, bucket: Bucket) -> None:
+        group = bucket.group
+        average = Average(group["momentum"], 1.0)
+        rows = slice(0, bucket.shape[0])  # orthogonalization needs the whole matrix: no tiles here
+        g = bucket.gradients(rows)
+        bucket.advance()
+        if bucket.fresh:
+            m = g
+            bucket.start("m", average.weight)
+        else:
+            metrics = self._metrics if self.record_metrics else None
+            if metrics is not None:
+                metrics.energy += sum(norm**2 for norm in bucket.norms)
+            moment = Moment(bucket, "m", average)
+            m = momentum_tile(moment, rows, g, group["residual_weight"], metrics)
+            moment.finish()
+        if group["nesterov"]:
+            m = torch.add(g, m, alpha=group["momentum"])
+        scale = shape_scale(bucket.shape, group["adjust_lr_fn"])
+        bucket.write(rows, orthogonalize(m, group["ns_steps"]).mul_(scale).contiguous())

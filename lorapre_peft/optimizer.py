@@ -1,0 +1,318 @@
+"""What both optimizers share: groups and their checks, state, the gradient checks, the AdamW path, and the order of a step.
+
+A subclass says what is done with the moments of the compressed matrices (`_update`). How factors follow a gradient is in
+``rules.py``; how a step walks through stacked matrices and row tiles is in ``bucket.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer
+
+from .bucket import Bucket, Metrics
+from .checks import (
+    check_flattened_shards,
+    check_gradient,
+    check_loaded_state,
+    check_parameter,
+    in_range,
+)
+from .rules import RULES
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """The p×q under which a tensor of two or more dimensions is compressed: trailing dimensions are flattened."""
+    return shape[0], math.prod(shape[1:])
+
+
+def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
+    """The k at which a parameter of this shape is compressed; 0 if it takes the AdamW path.
+
+    None stands for a quarter of the smaller side, at least 1. A matrix is compressed when k < min(p, q) and the factors,
+    k(p+q) numbers, are smaller than the p·q that they replace.
+    """
+    if len(shape) < 2 or math.prod(shape) == 0:
+        return 0
+    p, q = matrix_shape(shape)
+    k = max(1, min(p, q) // 4) if momentum_rank is None else momentum_rank
+    return k if 0 < k < min(p, q) and k * (p + q) < p * q else 0
+
+
+class LoRAPreOptimizer(Optimizer):
+    """Base of `LoRAPreAdamW` and `LoRAPreMuon`; not for direct use.
+
+    Attributes:
+        skipped_updates: how many updates of single parameters were skipped for a non-finite gradient, since construction.
+        record_metrics: set it before a step to have that step's `metrics` kept; costs two passes over the gradients.
+    """
+
+    moments: tuple[str, ...]  # prefixes of the factored state: m, and v where there is a second moment
+
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        self._reset_counters()
+        super().__init__(params, defaults)
+
+    def _reset_counters(self) -> None:
+        self.skipped_updates = 0
+        self.record_metrics = False
+        self._metrics = Metrics()
+
+    def __setstate__(
+        self, state: dict[str, Any]
+    ) -> None:  # after unpickling and deepcopy: only groups and state travel
+        super().__setstate__(state)
+        if "record_metrics" not in self.__dict__:
+            self._reset_counters()
+
+    # ---- groups ---------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in `torch.optim.Optimizer`; its options are checked like the constructor's."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for param in group["params"]:
+                check_parameter(param)
+        except (ValueError, TypeError, NotImplementedError):
+            self.param_groups.pop()
+            raise
+        # Kept to notice an engine that replaces the matrices by flattened shards behind the optimizer's back.
+        group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(
+                f"lr is a tensor of shape {tuple(lr.shape)}; expected a number or a tensor with one element"
+            )
+        in_range("lr", lr, 0)
+        in_range("weight_decay", group["weight_decay"], 0)
+        if group["update_rule"] not in RULES:
+            raise ValueError(f"update_rule={group['update_rule']!r}: expected one of {', '.join(map(repr, RULES))}")
+        k = group["momentum_rank"]
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
+            raise ValueError(
+                f"momentum_rank={k!r}: expected a whole number of at least 1, None (a quarter of the smaller side of each "
+                "matrix), or 0 (the whole group takes the AdamW path)"
+            )
+        rho = group["residual_weight"]
+        if rho is not None:
+            in_range("residual_weight", rho, 0, 1, closed=True)
+            if group["update_rule"] != "als":
+                raise ValueError(
+                    f"residual_weight={rho} is an option of update_rule='als', found update_rule={group['update_rule']!r}: "
+                    "leave it out, or use 'als'"
+                )
+        if not isinstance(group["seed"], int):
+            raise ValueError(f"seed={group['seed']!r}: expected a whole number")
+
+    def _adamw_options(self, group: dict[str, Any]) -> tuple[float, tuple[float, float], float]:
+        """(learning rate, betas, eps) of the AdamW path of a group."""
+        raise NotImplementedError
+
+    def _update(self, bucket: Bucket) -> None:
+        """One step of a bucket of compressed matrices: parameters and factors, in place."""
+        raise NotImplementedError
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step.
+
+        closure: reevaluates the model and returns the loss, as in `torch.optim`. Returns the closure's value or None.
+        Raises RuntimeError for a sparse or complex gradient and where an engine has replaced matrices by flat shards.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        self._metrics = Metrics()
+        check_flattened_shards(self.param_groups)
+        position = -1
+        todo: list[tuple[dict, Tensor, int]] = []  # group, parameter, position of the parameter in the optimizer
+        for group in self.param_groups:
+            for param in group["params"]:
+                position += 1
+                if param.grad is not None and param.numel():
+                    check_gradient(param)
+                    todo.append((group, param, position))
+
+        buckets: dict[tuple, Bucket] = {}
+        plain: dict[int, tuple[dict, list[Tensor]]] = {}
+        norms = _gradient_norms([param for _, param, _ in todo])
+        for (group, param, position), norm in zip(todo, norms):
+            k = compressed_rank(param.shape, group["momentum_rank"])
+            state = self.state[param]
+            if not state:
+                self._init_state(param, group, position)
+            if not math.isfinite(norm):
+                self._skip(norm)
+            elif k == 0:
+                plain.setdefault(id(group), (group, []))[1].append(param)
+            else:
+                rule = RULES[group["update_rule"]]
+                fresh = rule.tracked and float(state["step"]) == 0
+                if fresh and norm == 0:
+                    # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.
+                    param.mul_(1 - float(group["lr"]) * group["weight_decay"])
+                    continue
+                key = (id(group), matrix_shape(param.shape), param.device, param.dtype, fresh)
+                if key not in buckets:
+                    buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), fresh)
+                buckets[key].add(param, state, norm)
+
+        for group, params in plain.values():
+            self._adamw_path(group, params)
+        for bucket in buckets.values():
+            for chunk in bucket.chunks():
+                self._update(chunk)
+        return loss
+
+    def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a parameter's state; they depend on its shape and its group's options alone."""
+        k = compressed_rank(param.shape, group["momentum_rank"])
+        if k == 0:
+            return {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
+        p, q = matrix_shape(param.shape)
+        shapes: dict[str, tuple[int, ...]] = {"step": ()}
+        for moment in self.moments:
+            shapes |= {f"{moment}_B": (p, k), f"{moment}_A": (k, q)}
+        if RULES[group["update_rule"]].tracked and "v" in self.moments:
+            shapes["v_energy"] = ()
+        return shapes
+
+    def _init_state(self, param: Tensor, group: dict[str, Any], position: int) -> None:
+        """Zeros, whatever the gradient; `newton` draws its A factors from a generator of this parameter's own."""
+        state = self.state[param]
+        rule = RULES[group["update_rule"]]
+        generator = torch.Generator().manual_seed(group["seed"] * 1_000_003 + position)
+        for name, shape in self.state_shapes(param, group).items():
+            value = torch.zeros(shape, dtype=_state_dtype(param, name), device=_state_device(param, name))
+            if name.endswith("_A") and not rule.tracked:
+                value.copy_(rule.init_columns(shape, generator))
+            state[name] = value
+
+    def _skip(self, norm: float) -> None:
+        if self.skipped_updates == 0:
+            warnings.warn(
+                f"a gradient has the norm {norm}: the update of that parameter is skipped and its state kept. This is said "
+                "once; `optimizer.skipped_updates` counts on. Skips that keep coming mean that training has diverged "
+                "(lower the learning rate) or that the loss scale of fp16 is still settling.",
+                stacklevel=3,
+            )
+        self.skipped_updates += 1
+
+    def _adamw_path(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """torch's own AdamW, with state and arithmetic in float32, or in float64 for float64 parameters."""
+        lr, betas, eps = self._adamw_options(group)
+        states = [self.state[param] for param in params]
+        wide = [param.to(_state_dtype(param, "exp_avg")) for param in params]
+        adamw(
+            wide,
+            [param.grad.to(value.dtype) for param, value in zip(params, wide)],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=eps,
+            maximize=group["maximize"],
+        )
+        for param, new in zip(params, wide):
+            if new is not param:
+                param.copy_(new)
+
+    # ---- what a run can look at -----------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """What the last step with `record_metrics` saw, over all compressed matrices; reading it synchronises the device.
+
+        captured_energy: share of ‖g‖² inside the row space of m_A, 0 to 1 (before that step's update of m_A).
+        largest_update, clamped_share: largest |m̂/(√v̂+ε)| before any clamp, and the share of entries that ``als`` clamped
+        (`LoRAPreAdamW` only). Empty if nothing was recorded.
+        """
+        return self._metrics.read()
+
+    def param_state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
+        """Bytes of one parameter's state, from its shape: also before the first step has made it."""
+        shapes = self.state_shapes(param, group)
+        return sum(math.prod(shape) * _state_dtype(param, name).itemsize for name, shape in shapes.items())
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, keeping every state tensor in float32.
+
+        `torch.optim.Optimizer.load_state_dict` casts state to the parameter's dtype, which would round the factors of a bf16
+        parameter; a resumed run would not continue as the uninterrupted one. Raises ValueError, before anything
+        changes, if the state is not this optimizer's.
+        """
+        loaded: dict[str, Any] = {}
+
+        def capture(
+            _: Optimizer, final: dict[str, Any]
+        ) -> None:  # after the user's own pre-hooks, which may replace it
+            check_loaded_state(self, final)
+            loaded.update(final)
+
+        def restore(_: Optimizer) -> None:
+            for param, saved in matched_states(self, loaded):
+                for name, value in saved.items():
+                    self.state[param][name] = value.detach().to(
+                        device=_state_device(param, name), dtype=_state_dtype(param, name), copy=True
+                    )
+
+        handles = [
+            self.register_load_state_dict_pre_hook(capture),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def matched_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+    """(parameter, saved state) pairs: parameters are matched by their order in the groups, as torch does it."""
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for saved_id, param in zip(saved_ids, params):
+        if saved_id in state_dict["state"]:
+            yield param, state_dict["state"][saved_id]
+
+
+def _state_dtype(param: Tensor, name: str) -> torch.dtype:
+    """float32; the AdamW path of a float64 parameter keeps float64 moments."""
+    return torch.promote_types(param.dtype, torch.float32) if name.startswith("exp_avg") else torch.float32
+
+
+def _state_device(param: Tensor, name: str) -> torch.device:
+    """``step`` stays on the CPU, as in torch.optim, so that reading it costs no synchronisation."""
+    return torch.device("cpu") if name == "step" else param.device
+
+
+def _gradient_norms(params: list[Tensor]) -> list[float]:
+    """‖g‖_F of each parameter's gradient in float32, read by the host in one synchronisation per device."""
+    norms: dict[Tensor, float] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        by_device.setdefault(param.device, []).append(param)
+    for same_device in by_device.values():
+        values = torch._foreach_norm([param.grad for param in same_device], 2, torch.float32)
+        norms.update(zip(same_device, torch.stack(values).tolist()))
+    return [norms[param] for param in params]

@@ -1,0 +1,148 @@
+"""Both update rules on one p×q matrix, line by line in the paper's names; slow, and what every faster path is tested against.
+
+Every function takes and returns plain tensors of one dtype (float64 for a test) and changes nothing in place. θ is the
+parameter, g its gradient, t the step from 1, λ the decoupled weight decay. State is a dict of m_B [p, k], m_A [k, q], the same for
+v with Adam, and E (a number) with ``als``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adamw import update_bound
+from .muon import orthogonalize
+
+State = dict[str, Any]
+
+
+def newton_factors(B: Tensor, A: Tensor, x: Tensor, gamma: float, gain: float, delta: float) -> tuple[Tensor, Tensor]:
+    """Theorem 3.1: both factors take one damped Newton step, each reading the old other one. gain is γ for an EMA."""
+    eye = torch.eye(B.shape[1], dtype=B.dtype)
+    B_new = (1 - gamma) * B + gain * x @ A.T @ torch.linalg.inv(A @ A.T + delta * eye)
+    A_new = (1 - gamma) * A + gain * torch.linalg.inv(B.T @ B + delta * eye) @ B.T @ x
+    return B_new, A_new
+
+
+def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, damping: float) -> tuple[Tensor, Tensor]:
+    """This project: one sweep of alternating least squares on decay · B A + weight · x, then equal Frobenius norms."""
+    X = x @ A.T @ torch.linalg.inv(_damped(A @ A.T, damping))
+    B_new = decay * B + weight * X
+    A_new = torch.linalg.inv(_damped(B_new.T @ B_new, damping)) @ (decay * B_new.T @ B @ A + weight * B_new.T @ x)
+    balance = (A_new.norm() / B_new.norm()).sqrt()
+    return B_new * balance, A_new / balance
+
+
+def best_rank_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best rank-k approximation of x as factors of equal Frobenius norms (Eckart and Young)."""
+    U, S, Vh = torch.linalg.svd(x, full_matrices=False)
+    root = S[:k].sqrt()
+    return U[:, :k] * root, root[:, None] * Vh[:k]
+
+
+def newton_adam(
+    theta: Tensor,
+    g: Tensor,
+    state: State,
+    t: int,
+    *,
+    lr: float,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    weight_decay=0.0,
+    delta=1e-6,
+) -> tuple[Tensor, State]:
+    """Algorithm 1, with the coupling of Appendix B.1. Start: m_B = v_B = 0, m_A and v_A ~ N(0, 0.02²)."""
+    beta1, beta2 = betas
+    m_B, m_A, v_B, v_A = (state[name] for name in ("m_B", "m_A", "v_B", "v_A"))
+    gamma1, gamma2 = 1 - beta1 ** (1 / 2), 1 - beta2 ** (1 / 4)
+    m = beta1 * m_B @ m_A + (1 - beta1) * g
+    v = beta2 * (v_B @ v_A) ** 2 + (1 - beta2) * g**2
+    m_B, m_A = newton_factors(m_B, m_A, g, gamma1, gamma1, delta)
+    v_B, v_A = newton_factors(v_B, v_A, g.abs(), gamma2, gamma2, delta)
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    theta = theta - lr * (m_hat / (v_hat.sqrt() + eps) + weight_decay * theta)
+    return theta, {"m_B": m_B, "m_A": m_A, "v_B": v_B, "v_A": v_A}
+
+
+def als_adam(
+    theta: Tensor,
+    g: Tensor,
+    state: State | None,
+    t: int,
+    *,
+    k: int,
+    lr: float,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    weight_decay=0.0,
+    residual_weight: float | None = None,
+    damping=1e-6,
+) -> tuple[Tensor, State]:
+    """The tracked rule (this project). state is None at the first step with g ≠ 0, from which t counts."""
+    beta1, beta2 = betas
+    rho = ((1 - beta1) / (1 + beta1)) ** 0.5 if residual_weight is None else residual_weight
+    if state is None:
+        m, v = (1 - beta1) * g, (1 - beta2) * g**2
+        m_B, m_A = best_rank_k((1 - beta1) * g, k)
+        v_B, v_A = best_rank_k((1 - beta2) ** 0.5 * g.abs(), k)
+        E = (1 - beta2) * g.norm() ** 2
+    else:
+        m_B, m_A, v_B, v_A, E = (state[name] for name in ("m_B", "m_A", "v_B", "v_A", "E"))
+        X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
+        m = (beta1 * m_B + (1 - beta1 - rho) * X) @ m_A + rho * g
+        c = E / (v_B @ v_A).norm() ** 2
+        v = beta2 * c * (v_B @ v_A) ** 2 + (1 - beta2) * g**2
+        m_B, m_A = als_factors(m_B, m_A, g, beta1, 1 - beta1, damping)
+        v_B, v_A = als_factors(v_B, v_A, g.abs(), beta2**0.5, 1 - beta2**0.5, damping)
+        E = beta2 * E + (1 - beta2) * g.norm() ** 2
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    C = update_bound(beta1, beta2)
+    update = (m_hat / (v_hat.sqrt() + eps)).clamp(-C, C)
+    theta = theta - lr * (update + weight_decay * theta)
+    return theta, {"m_B": m_B, "m_A": m_A, "v_B": v_B, "v_A": v_A, "E": E}
+
+
+def newton_muon(
+    theta: Tensor, g: Tensor, state: State, *, lr: float, momentum=0.95, weight_decay=0.0, delta=1e-6
+) -> tuple[Tensor, State]:
+    """Algorithm 2: the heavy-ball sum μ m + g is the EMA divided by 1−μ, hence the gain (1−√μ)/(1−μ)."""
+    mu, m_B, m_A = momentum, state["m_B"], state["m_A"]
+    m = mu * m_B @ m_A + g
+    m_B, m_A = newton_factors(m_B, m_A, g, 1 - mu**0.5, (1 - mu**0.5) / (1 - mu), delta)
+    theta = theta - lr * (orthogonalize(m) + weight_decay * theta)
+    return theta, {"m_B": m_B, "m_A": m_A}
+
+
+def als_muon(
+    theta: Tensor,
+    g: Tensor,
+    state: State | None,
+    *,
+    k: int,
+    lr: float,
+    momentum=0.95,
+    weight_decay=0.0,
+    residual_weight: float | None = None,
+    damping=1e-6,
+) -> tuple[Tensor, State]:
+    """Algorithm 2 with the tracked rule (this project): the same sweep on the target μ M + g."""
+    mu = momentum
+    rho = (((1 - mu) / (1 + mu)) ** 0.5 if residual_weight is None else residual_weight) / (1 - mu)
+    if state is None:
+        m = g
+        m_B, m_A = best_rank_k(g, k)
+    else:
+        m_B, m_A = state["m_B"], state["m_A"]
+        X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
+        m = (mu * m_B + (1 - rho) * X) @ m_A + rho * g
+        m_B, m_A = als_factors(m_B, m_A, g, mu, 1.0, damping)
+    theta = theta - lr * (orthogonalize(m) + weight_decay * theta)
+    return theta, {"m_B": m_B, "m_A": m_A}
+
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """gram + δ'I with δ' relative to its mean diagonal."""
+    return gram + damping * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)

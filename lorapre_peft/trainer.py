@@ -1,0 +1,164 @@
+"""LoRA-Pre in `transformers.Trainer` and TRL's trainers: one argument and one callback."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import IntervalStrategy
+
+from .create import OPTIMIZERS, adamw_state_bytes, create_lorapre_optimizer
+from .optimizer import LoRAPreOptimizer
+
+
+def lorapre_optimizer(
+    optimizer: str = "adamw", args: TrainingArguments | None = None, **overrides: Any
+) -> tuple[Callable[[], Callable[..., LoRAPreOptimizer]], dict[str, Any]]:
+    """What Trainer's ``optimizer_cls_and_kwargs`` takes, so that it builds a LoRA-Pre optimizer once the model is wrapped.
+
+    Trainer does not pass its learning rate to an optimizer given this way, so it is read from ``args`` here: learning rate,
+    weight decay, epsilon, and each Adam beta that differs from the training arguments' default (0.9 and 0.999; LoRA-Pre's own
+    are 0.9 and 0.95). With ``"muon"`` betas and epsilon are those of the AdamW path.
+
+    Args:
+        optimizer: ``"adamw"`` or ``"muon"``.
+        args: the trainer's own arguments (`TrainingArguments`, `SFTConfig`, …).
+        overrides: options of `create_lorapre_optimizer`; they win over ``args``.
+
+    Raises ValueError if there is no learning rate in either, or for an unknown optimizer.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+    options: dict[str, Any] = {"optimizer": optimizer}
+    if args is not None:
+        prefix = "" if optimizer == "adamw" else "adamw_"
+        options |= {"lr": args.learning_rate, "weight_decay": args.weight_decay, f"{prefix}eps": args.adam_epsilon}
+        defaults = {name: type(args).__dataclass_fields__[name].default for name in ("adam_beta1", "adam_beta2")}
+        if any(getattr(args, name) != default for name, default in defaults.items()):
+            own = inspect.signature(OPTIMIZERS[optimizer]).parameters[f"{prefix}betas"].default
+            betas = (
+                getattr(args, name) if getattr(args, name) != defaults[name] else own[i]
+                for i, name in enumerate(defaults)
+            )
+            options[f"{prefix}betas"] = tuple(betas)
+    options |= overrides
+    if options.get("lr") is None:
+        raise ValueError(
+            "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the trainer's "
+            "arguments, or give lr=…"
+        )
+    return _factory, options
+
+
+def _factory() -> Callable[..., LoRAPreOptimizer]:
+    # Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), with the model as it will be trained.
+    return create_lorapre_optimizer
+
+
+class LoRAPreCallback(TrainerCallback):
+    """Checks that a trainer really runs LoRA-Pre on the model's adapter, and adds its figures to the trainer's logs.
+
+    Logged at every logging step, for that step, under ``lorapre/``: ``state_bytes`` and ``adamw_state_bytes`` (float32
+    moments of the same parameters), ``captured_energy`` (share of ‖g‖² in the momentum's row space, 0 to 1), ``largest_update``
+    (largest entry of the normalised update before the clamp) and ``clamped_share`` (AdamW only), ``skipped_updates`` (so far).
+    Nothing is read from the device at other steps.
+
+    Raises RuntimeError at the start of training if the optimizer is not LoRA-Pre's or does not hold the model's trainable
+    parameters.
+    """
+
+    def __init__(self) -> None:
+        self._optimizer: LoRAPreOptimizer | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._optimizer = _checked_optimizer(model, optimizer)
+        _log_before_reporters(self)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer decides to log after the step (DefaultFlowCallback.on_step_end); the step must know before.
+        step = state.global_step + 1
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS
+        self._optimizer.record_metrics = (
+            not by_steps or step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._optimizer is None or logs is None or "loss" not in logs:  # evaluation logs and the closing summary
+            return
+        held = [(param, group) for group in self._optimizer.param_groups for param in group["params"]]
+        values = {
+            "state_bytes": sum(self._optimizer.param_state_bytes(param, group) for param, group in held),
+            "adamw_state_bytes": sum(adamw_state_bytes(param) for param, _ in held),
+            **self._optimizer.metrics(),
+            "skipped_updates": self._optimizer.skipped_updates,
+        }
+        values = {f"lorapre/{name}": value for name, value in values.items()}
+        logs.update(values)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)  # Trainer has already copied the logs there
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._optimizer = None
+
+
+def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
+    """The LoRA-Pre optimizer inside accelerate's wrapper, if it really trains the model; otherwise RuntimeError."""
+    while not isinstance(optimizer, LoRAPreOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, LoRAPreOptimizer):
+        raise RuntimeError(
+            f"LoRAPreCallback found the optimizer {type(optimizer).__name__}, expected LoRAPreAdamW or LoRAPreMuon: pass "
+            "optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args) to the trainer, or remove the callback"
+        )
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    missing = [name for name, param in trainable.items() if id(param) not in held]
+    if missing or not trainable:
+        raise RuntimeError(
+            f"the optimizer does not hold {len(missing)} of the model's {len(trainable)} trainable parameters"
+            + (f" ({', '.join(missing[:3])}, …)" if missing else "")
+            + ": it was built before the model was wrapped, or parameters were added since, and training would leave them as "
+            "they are. Let the trainer build it: optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args)"
+        )
+    return optimizer
+
+
+def _log_before_reporters(callback: LoRAPreCallback) -> None:
+    """Move the callback to the front of its trainer's list.
+
+    Trainer puts its reporters (TensorBoard, W&B, trackio) before the user's callbacks, so what a user's callback adds to the
+    logs comes too late for them. A callback is not given its handler; the handler is the caller.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is None:
+        warnings.warn(
+            "LoRAPreCallback was not called by a Trainer: its figures may not reach TensorBoard or W&B", stacklevel=3
+        )
+        return
+    callbacks = frame.f_locals["self"].callbacks
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)
