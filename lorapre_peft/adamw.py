@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .bucket import Bucket, Moment, momentum_tile
 from .checks import in_range
 from .optimizer import LoRAPreOptimizer
+from .plain import AdamWOptions
 from .rules import Average
 
 
@@ -38,8 +39,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         update_rule: ``"als"`` or ``"newton"``.
         residual_weight: ρ in [0, 1] of ``als``: the weight of the part of the gradient outside the momentum's subspace. None:
             √((1−β1)/(1+β1)).
-        maximize: maximize the objective.
-        seed: of the generator from which ``newton`` draws its start, together with the parameter's position.
+        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize and seed, as
+            `LoRAPreOptimizer` documents them.
 
     State per compressed matrix, all float32: ``step`` [], ``m_B`` and ``v_B`` [p, k], ``m_A`` and ``v_A`` [k, q], and with
     ``als`` ``v_energy`` []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``.
@@ -62,21 +63,10 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         momentum_rank: int | None = None,
         update_rule: str = "als",
         residual_weight: float | None = None,
-        maximize: bool = False,
-        seed: int = 0,
+        **common: Any,
     ):
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum_rank=momentum_rank,
-            update_rule=update_rule,
-            residual_weight=residual_weight,
-            maximize=maximize,
-            seed=seed,
-        )
-        super().__init__(params, defaults)
+        ranks = dict(momentum_rank=momentum_rank, update_rule=update_rule, residual_weight=residual_weight)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), **ranks, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -90,8 +80,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
                 "without it Adam's own update has no bound. Raise betas[1] or lower betas[0]; the paper has (0.9, 0.95)"
             )
 
-    def _adamw_options(self, group: dict[str, Any]) -> tuple[float, tuple[float, float], float]:
-        return float(group["lr"]), group["betas"], group["eps"]
+    def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
+        return AdamWOptions(float(group["lr"]), group["betas"], group["eps"])
 
     def _update(self, bucket: Bucket) -> None:
         steps = bucket.advance()
@@ -142,6 +132,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
                 metrics.add_update(update, bound)
             if bound is not None:
                 update.clamp_(-bound, bound)
+            del g, v_hat  # before the write, which needs temporaries of its own
             bucket.write(rows, update)
         m.finish()
         v.finish()

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rounding import rounding_key, write_stochastic
 from .rules import EXACT_SVD_SIZE, Als, Average, Newton, best_factors, gram_rows, top_factors
 
-# Entries of one float32 temporary of a step. A step holds at most eight of them at once, so 64 MB in all.
-TILE_ENTRIES = 2**21
+# A step holds at most this many float32 temporaries of a tile at once; a test counts them.
+TEMPORARIES = 8
 
 
 @dataclass
@@ -26,41 +27,43 @@ class Bucket:
     fresh: bool  # `als` before its first gradient: the step starts the factors instead of following them
     params: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)  # ‖g‖_F
+    norms: list[float] = field(default_factory=list)  # ‖g‖_F, after clipping
+    scales: list[float] = field(default_factory=list)  # what each gradient is multiplied by: clipping, −1 to maximize
+    positions: list[int] = field(default_factory=list)  # of the parameters in the optimizer
 
-    def add(self, param: Tensor, state: dict[str, Tensor], norm: float) -> None:
+    def add(self, param: Tensor, state: dict[str, Tensor], norm: float, position: int) -> None:
+        clip = clip_factor(norm, self.group["max_param_grad_norm"])
         self.params.append(param)
         self.states.append(state)
-        self.norms.append(norm)
+        self.norms.append(norm * clip)
+        self.scales.append(-clip if self.group["maximize"] else clip)
+        self.positions.append(position)
+
+    @property
+    def tile_entries(self) -> int:
+        """Entries of one float32 temporary: all of them together stay within the group's ``temporary_bytes``."""
+        return max(1, self.group["temporary_bytes"] // (4 * TEMPORARIES))
 
     def chunks(self) -> Iterator[Bucket]:
-        """Buckets of at most `TILE_ENTRIES` entries, or of a single matrix."""
-        size = max(1, TILE_ENTRIES // (self.shape[0] * self.shape[1]))
+        """Buckets of at most `tile_entries` entries, or of a single matrix."""
+        size = max(1, self.tile_entries // (self.shape[0] * self.shape[1]))
         for i in range(0, len(self.params), size):
-            part = slice(i, i + size)
-            yield Bucket(
-                self.group,
-                self.rule,
-                self.k,
-                self.shape,
-                self.fresh,
-                self.params[part],
-                self.states[part],
-                self.norms[part],
-            )
+            chunk = Bucket(self.group, self.rule, self.k, self.shape, self.fresh)
+            for name in ("params", "states", "norms", "scales", "positions"):
+                setattr(chunk, name, getattr(self, name)[i : i + size])
+            yield chunk
 
     def tiles(self) -> Iterator[slice]:
-        """Row slices of at most `TILE_ENTRIES` entries over the stacked matrices."""
+        """Row slices of at most `tile_entries` entries over the stacked matrices."""
         p, q = self.shape
-        rows = max(1, TILE_ENTRIES // (len(self.params) * q))
+        rows = max(1, self.tile_entries // (len(self.params) * q))
         return (slice(i, min(i + rows, p)) for i in range(0, p, rows))
 
     def gradients(self, rows: slice) -> Tensor:
-        """Those rows of the gradients (negated under ``maximize``): [n, rows, q] float32, not to be written to."""
-        sign = -1 if self.group["maximize"] else 1
+        """Those rows of the gradients, clipped, and negated to maximize: [n, rows, q] float32, not to be written to."""
         parts = [param.grad[rows].reshape(-1, self.shape[1]).float() for param in self.params]
         stacked = parts[0][None] if len(parts) == 1 else torch.stack(parts)
-        return stacked if sign == 1 else -stacked
+        return stacked if all(scale == 1 for scale in self.scales) else stacked * self.column(self.scales)
 
     def stack(self, name: str) -> Tensor:
         return torch.stack([state[name] for state in self.states])
@@ -80,14 +83,21 @@ class Bucket:
         return torch.tensor(values, dtype=torch.float32, device=self.params[0].device)[:, None, None]
 
     def write(self, rows: slice, update: Tensor) -> None:
-        """θ ← θ − lr (update + λ θ) for those rows, rounded once to the parameter's dtype; ``update`` is used up."""
-        lr, decay = float(self.group["lr"]), self.group["weight_decay"]
-        for param, u in zip(self.params, update):
+        """θ ← θ − lr (scale · update + λ θ) for those rows, rounded once to the parameter's dtype; ``update`` is used up."""
+        group = self.group
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        if group["update_scale"] != 1:
+            update.mul_(group["update_scale"])
+        for param, state, position, u in zip(self.params, self.states, self.positions, update):
             target = param[rows]
             u = u.view(target.shape)
             if decay:
                 u.add_(target, alpha=decay)
-            target.add_(u, alpha=-lr)
+            if rounds_stochastically(param, group):
+                key = rounding_key(group["seed"], int(state["step"]), position)
+                write_stochastic(target, u.mul_(-lr).add_(target), key, rows.start * self.shape[1])
+            else:
+                target.add_(u, alpha=-lr)
 
     def start(self, moment: str, scale: float, *, absolute: bool = False) -> None:
         """Set a moment's factors to the best rank-k approximation of scale · g, or of scale · |g|."""
@@ -110,6 +120,15 @@ class Bucket:
             )
         self.store(f"{moment}_B", B * scale**0.5)
         self.store(f"{moment}_A", A * scale**0.5)
+
+
+def clip_factor(norm: float, max_norm: float | None) -> float:
+    """What brings a gradient of that norm down to ``max_norm``; 1 if it is below, or there is no bound."""
+    return 1.0 if max_norm is None or norm <= max_norm else max_norm / norm
+
+
+def rounds_stochastically(param: Tensor, group: dict[str, Any]) -> bool:
+    return param.dtype == torch.bfloat16 and group["bf16_rounding"] == "stochastic"
 
 
 class Moment:

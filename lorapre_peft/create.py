@@ -1,52 +1,62 @@
-"""`create_lorapre_optimizer`: from a PEFT model to an optimizer whose groups know what to compress."""
+"""`create_lorapre_optimizer`: from a PEFT model, or a plain one, to an optimizer whose groups know what to compress."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 from transformers.trainer_pt_utils import get_parameter_names
 
 from .adamw import LoRAPreAdamW
-from .config import LoRAPreConfig, default_momentum_rank
 from .muon import LoRAPreMuon
 from .optimizer import LoRAPreOptimizer, compressed_rank
+from .table import state_table
+from .targets import adapter_targets, embedding_parameters, has_adapter, weight_targets
 
 OPTIMIZERS: dict[str, type[LoRAPreOptimizer]] = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
 # Trainer's own list of names without weight decay (transformers.Trainer.get_decay_parameter_names).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-# LoRA's two matrices. An embedding's A (r × vocabulary) is missing on purpose: it holds one vector per token, nearly all of
-# them without a gradient at any one step, which no low-rank factor of |g| can say; it takes the AdamW path.
-COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
+# The paper's learning rate for fine-tuning the weights of 7B and 8B models (Table 2).
+WEIGHT_LR = 2e-5
 
 
 def create_lorapre_optimizer(
     model: nn.Module,
     optimizer: str = "adamw",
     *,
-    lr: float | Tensor,
+    lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     momentum_rank: int | None = None,
     update_rule: str | None = None,
+    target_modules: str | Iterable[str] | None = None,
+    others: str = "adamw",
+    embeddings: str = "frozen",
     **kwargs: Any,
 ) -> LoRAPreOptimizer:
-    """Build a LoRA-Pre optimizer over the trainable parameters of a PEFT model, and print what it compresses.
+    """Build a LoRA-Pre optimizer over a model's trainable parameters, and print what it compresses.
 
-    Each adapter's LoRA matrices are compressed at the momentum rank that its config gives (`LoRAPreConfig`; a plain
-    `LoraConfig` counts as one with defaults). Everything else that is trainable takes the AdamW path: biases, norms, DoRA
-    magnitudes, the A of an embedding, ``modules_to_save``. Weight decay is split as `transformers.Trainer` does it.
+    With LoRA adapters in the model, their matrices are compressed at the momentum rank of each adapter's config
+    (`LoRAPreConfig`; a plain `LoraConfig` counts as one with defaults), and everything else that is trainable takes the AdamW
+    path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``.
+
+    Without adapters the **weights** are trained: those of ``target_modules`` compressed at rank 8 unless told otherwise,
+    the ``others`` (norms, biases) by AdamW, embeddings and head not at all. What is not trained is frozen here
+    (``requires_grad_(False)``), so that it costs no gradient memory; bfloat16 weights are written with stochastic rounding.
+
+    Weight decay is split as `transformers.Trainer` does it. Tied weights count once.
 
     Args:
-        model: a PEFT model with a LoRA adapter, or a model that holds one.
+        model: a model with a LoRA adapter, or a plain one.
         optimizer: ``"adamw"`` (`LoRAPreAdamW`) or ``"muon"`` (`LoRAPreMuon`).
-        lr: learning rate of all groups.
+        lr: learning rate of all groups. May be left out for full weights only: 2e-5, as in the paper's Table 2.
         weight_decay: decoupled, of the parameters that Trainer would decay.
-        momentum_rank, update_rule: override what the adapters' configs say.
+        momentum_rank, update_rule: override what the adapters' configs say, or the defaults 8 and ``"als"`` for weights.
+        target_modules: full weights only: names, a regular expression or ``"all-linear"`` (the default), as in PEFT.
+        others: full weights only: ``"adamw"`` or ``"frozen"``, for parameters that are neither targets nor embeddings.
+        embeddings: full weights only: ``"frozen"`` or ``"adamw"``, for embeddings and head.
         kwargs: further options of the optimizer class.
 
     Raises:
@@ -55,98 +65,73 @@ def create_lorapre_optimizer(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
-    lora = {id(param): ranks for param, *ranks in _lora_matrices(model, momentum_rank, update_rule)}
-    decayed = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, NO_DECAY))
-    groups: dict[tuple, dict[str, Any]] = {}
-    frozen: list[Tensor] = []
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            frozen.append(param)
-            continue
-        k, rule = lora.get(id(param), (0, "als"))
-        decay = weight_decay if name in decayed else 0.0
-        options = {"weight_decay": decay, "momentum_rank": k, "update_rule": rule}
-        group = groups.setdefault((decay, k, rule), {"params": [], **options})
-        group["params"].append((name, param))
-    if not groups:
+    for name, choice in (("others", others), ("embeddings", embeddings)):
+        if choice not in ("adamw", "frozen"):
+            raise ValueError(f"{name}={choice!r}: expected 'adamw' or 'frozen'")
+    if not any(param.requires_grad for param in model.parameters()):
         raise ValueError(
-            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), or load the adapter with "
-            "is_trainable=True"
+            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), or load the adapter "
+            "with is_trainable=True"
         )
-    # residual_weight belongs to `als`: groups under `newton` do without it.
+    frozen_rows: dict[str, set[Tensor]] = {}
+    if has_adapter(model):
+        if target_modules is not None:
+            raise ValueError(
+                "target_modules is for full weights; with an adapter in the model, its LoraConfig names the modules"
+            )
+        if lr is None:
+            raise ValueError("no learning rate: give lr=… (LoRA is usually tuned to 1e-4 or above)")
+        targets = adapter_targets(model, momentum_rank, update_rule)
+    else:
+        targets = weight_targets(model, target_modules or "all-linear", momentum_rank, update_rule)
+        lr = WEIGHT_LR if lr is None else lr
+        kwargs.setdefault("bf16_rounding", "stochastic")
+        embedded = embedding_parameters(model) - targets.keys()
+        rest = set(model.parameters()) - targets.keys() - embedded
+        for label, choice, params in (
+            ("embeddings and head, frozen", embeddings, embedded),
+            ("others, frozen", others, rest),
+        ):
+            if choice == "frozen" and params:
+                frozen_rows[label] = params
+                for param in params:
+                    param.requires_grad_(False)
+
+    groups = _param_groups(model, targets, weight_decay)
     rho = kwargs.pop("residual_weight", None)
-    for group in groups.values():
+    if rho is not None and all(group["update_rule"] != "als" for group in groups):
+        raise ValueError(f"residual_weight={rho} is an option of update_rule='als', and no parameter uses it")
+    for group in groups:
         group["residual_weight"] = rho if group["update_rule"] == "als" else None
-    if rho is not None and all(group["update_rule"] != "als" for group in groups.values()):
-        raise ValueError(f"residual_weight={rho} is an option of update_rule='als', and no adapter uses it")
-    built = OPTIMIZERS[optimizer](list(groups.values()), lr=lr, **kwargs)
+    built = OPTIMIZERS[optimizer](groups, lr=lr, **kwargs)
     if not any(compressed_rank(p.shape, g["momentum_rank"]) for g in built.param_groups for p in g["params"]):
         shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
         raise ValueError(
-            f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs LoRA matrices of rank r ≥ 2 with "
-            "momentum_rank < r. Use a larger r or target_modules='all-linear', or torch.optim.AdamW for this model"
+            f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs matrices whose smaller side (the "
+            "rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or target_modules='all-linear', a "
+            "smaller momentum_rank, or torch.optim.AdamW for this model"
         )
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
-        print(state_table(built, frozen))
+        named = set().union(*frozen_rows.values())
+        frozen_rows["frozen"] = {param for param in model.parameters() if not param.requires_grad} - named
+        print(state_table(built, {label: list(params) for label, params in frozen_rows.items() if params}))
     return built
 
 
-def _lora_matrices(
-    model: nn.Module, momentum_rank: int | None, update_rule: str | None
-) -> Iterator[tuple[Tensor, int, str]]:
-    """(parameter, k, rule) of every LoRA matrix of every adapter, from the adapters' configs and the overrides."""
-    configs = next((m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)), {})
-    for module_name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for adapter, r in module.r.items():
-            config = configs.get(adapter)
-            rule = update_rule or getattr(config, "update_rule", "als")
-            k = momentum_rank
-            if k is None and isinstance(config, LoRAPreConfig):
-                k = config.module_momentum_rank(module_name, r)
-            elif k is None:
-                k = default_momentum_rank(r)
-            for attribute in COMPRESSIBLE:
-                held = getattr(module, attribute)
-                if adapter in held:
-                    matrices = held[adapter].parameters() if isinstance(held[adapter], nn.Module) else [held[adapter]]
-                    yield from ((param, k, rule) for param in matrices if param.ndim >= 2)
-
-
-def state_table(optimizer: LoRAPreOptimizer, frozen: list[Tensor]) -> str:
-    """What is compressed, what takes the AdamW path and what is frozen, with the state's size beside AdamW's, as text."""
-    rows: dict[str, list[int]] = {}  # tensors, parameters, state bytes, AdamW's state bytes
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            k = compressed_rank(param.shape, group["momentum_rank"])
-            row = rows.setdefault(f"compressed, k={k}, {group['update_rule']}" if k else "AdamW path", [0, 0, 0, 0])
-            for i, value in enumerate(
-                (1, param.numel(), optimizer.param_state_bytes(param, group), adamw_state_bytes(param))
-            ):
-                row[i] += value
-    lines = [f"{type(optimizer).__name__:28}{'tensors':>9}{'parameters':>16}{'state':>12}{'AdamW, fp32':>14}"]
-    order = sorted(rows, key=lambda name: (name == "AdamW path", name))
-    for name in order:
-        tensors, parameters, state, adamw = rows[name]
-        lines.append(f"{name:28}{tensors:>9,}{parameters:>16,}{format_bytes(state):>12}{format_bytes(adamw):>14}")
-    if len(order) > 1:
-        total = [sum(row[i] for row in rows.values()) for i in range(4)]
-        lines.append(
-            f"{'trained':28}{total[0]:>9,}{total[1]:>16,}{format_bytes(total[2]):>12}{format_bytes(total[3]):>14}"
-        )
-    lines.append(f"{'frozen':28}{len(frozen):>9,}{sum(p.numel() for p in frozen):>16,}{'–':>12}{'–':>14}")
-    return "\n".join(lines)
-
-
-def adamw_state_bytes(param: Tensor) -> int:
-    """Bytes of AdamW's two float32 moments and its step for a parameter."""
-    return 2 * 4 * math.prod(param.shape) + 4
-
-
-def format_bytes(count: int) -> str:
-    """Decimal units, as memory figures of models are given."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
+def _param_groups(
+    model: nn.Module, targets: dict[Tensor, tuple[int, str]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Named parameters by weight decay, momentum rank and rule, in the model's order; rank 0 is the AdamW path."""
+    decayed = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, NO_DECAY))
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            k, rule = targets.get(param, (0, "als"))
+            options = {
+                "weight_decay": weight_decay if name in decayed else 0.0,
+                "momentum_rank": k,
+                "update_rule": rule,
+            }
+            group = groups.setdefault(tuple(options.values()), {"params": [], **options})
+            group["params"].append((name, param))
+    return list(groups.values())

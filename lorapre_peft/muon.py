@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .bucket import Bucket, Moment, momentum_tile
 from .checks import in_range
 from .optimizer import LoRAPreOptimizer
+from .plain import AdamWOptions
 from .rules import Average
 
 # Coefficients of the quintic as in torch.optim.Muon.
@@ -53,7 +54,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         lr: learning rate of the compressed matrices, ≥ 0.
         momentum: μ in [0, 1).
         weight_decay: decoupled λ ≥ 0, of both paths.
-        momentum_rank, update_rule, maximize, seed: as in `LoRAPreAdamW`.
+        momentum_rank, update_rule: as in `LoRAPreAdamW`.
         residual_weight: ρ of ``als`` for an average of decay μ, in [0, 1]; the heavy-ball sum takes ρ/(1−μ). None:
             √((1−μ)/(1+μ)). 1−μ gives Algorithm 2's m = μ m_B m_A + g.
         nesterov: step along g + μ m instead of m, as torch.optim.Muon does. The paper reports none: False.
@@ -62,6 +63,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
         ns_steps: Newton–Schulz steps, ≥ 1.
         adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion. None: ``lr``.
         adamw_betas, adamw_eps: of the AdamW path.
+        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize and seed, as
+            `LoRAPreOptimizer` documents them.
 
     State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q].
 
@@ -88,26 +91,21 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        maximize: bool = False,
-        seed: int = 0,
+        **common: Any,
     ):
-        defaults = dict(
+        own = dict(
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
-            momentum_rank=momentum_rank,
-            update_rule=update_rule,
-            residual_weight=residual_weight,
             nesterov=nesterov,
             adjust_lr_fn=adjust_lr_fn,
             ns_steps=ns_steps,
             adamw_lr=adamw_lr,
             adamw_betas=adamw_betas,
             adamw_eps=adamw_eps,
-            maximize=maximize,
-            seed=seed,
         )
-        super().__init__(params, defaults)
+        ranks = dict(momentum_rank=momentum_rank, update_rule=update_rule, residual_weight=residual_weight)
+        super().__init__(params, own, **ranks, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -128,8 +126,9 @@ class LoRAPreMuon(LoRAPreOptimizer):
             # Schedulers write `lr` only, so the AdamW path keeps its ratio to it.
             group.setdefault("adamw_lr_ratio", group["adamw_lr"] / float(group["lr"]))
 
-    def _adamw_options(self, group: dict[str, Any]) -> tuple[float, tuple[float, float], float]:
-        return float(group["lr"]) * group.get("adamw_lr_ratio", 1.0), group["adamw_betas"], group["adamw_eps"]
+    def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
+        lr = float(group["lr"]) * group.get("adamw_lr_ratio", 1.0)
+        return AdamWOptions(lr, group["adamw_betas"], group["adamw_eps"])
 
     def _update(self, bucket: Bucket) -> None:
         group = bucket.group

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
 from .bucket import Bucket, Metrics
@@ -24,7 +23,10 @@ from .checks import (
     check_parameter,
     in_range,
 )
+from .plain import AdamWOptions, Item, adamw_dtype, adamw_path
 from .rules import RULES
+
+Located = tuple[dict[str, Any], Tensor, int]  # group, parameter, position of the parameter in the optimizer
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -45,31 +47,86 @@ def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
     return k if 0 < k < min(p, q) and k * (p + q) < p * q else 0
 
 
+def world_size() -> int:
+    """Processes of the running distributed job; 1 without one."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 class LoRAPreOptimizer(Optimizer):
-    """Base of `LoRAPreAdamW` and `LoRAPreMuon`; not for direct use.
+    """Base of `LoRAPreAdamW` and `LoRAPreMuon`, not for direct use, and the options that both have.
+
+    Args:
+        params, defaults: as in `torch.optim.Optimizer`; ``defaults`` holds the subclass's own options.
+        momentum_rank: k ≥ 1. None: a quarter of the smaller side of each matrix, at least 1. 0: the AdamW path for all.
+        update_rule: ``"als"`` or ``"newton"``.
+        residual_weight: ρ of ``als``, in [0, 1]; None: the rule's default.
+        update_scale: factor on the update of compressed matrices, > 0; the paper's pre-training uses 0.25, as GaLore does.
+        max_param_grad_norm: clip each parameter's gradient to this norm, by itself; None: no clipping.
+        bf16_rounding: how bfloat16 parameters are written: ``"nearest"``, or ``"stochastic"``, which keeps the mean of
+            updates too small for bfloat16's 8 bits. The random bits depend on (seed, step, parameter) alone.
+        update_in_backward: update each parameter, and free its gradient, as soon as `backward` has made it; `step` then
+            only closes the step. Without gradient accumulation, global-norm clipping, GradScaler or several processes.
+        temporary_bytes: bound on all temporaries of a compressed matrix's step together. Muon's orthogonalization is
+            outside it: it needs the matrix whole.
+        maximize: maximize the objective.
+        seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global generator.
 
     Attributes:
         skipped_updates: how many updates of single parameters were skipped for a non-finite gradient, since construction.
-        record_metrics: set it before a step to have that step's `metrics` kept; costs two passes over the gradients.
+        record_metrics: set it before the backward pass to have that step's `metrics` kept.
     """
 
     moments: tuple[str, ...]  # prefixes of the factored state: m, and v where there is a second moment
 
-    def __init__(self, params: Any, defaults: dict[str, Any]):
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        momentum_rank: int | None,
+        update_rule: str,
+        residual_weight: float | None,
+        update_scale: float = 1.0,
+        max_param_grad_norm: float | None = None,
+        bf16_rounding: str = "nearest",
+        update_in_backward: bool = False,
+        temporary_bytes: int = 64_000_000,
+        maximize: bool = False,
+        seed: int = 0,
+    ):
+        if update_in_backward and world_size() > 1:
+            raise NotImplementedError(
+                f"update_in_backward=True in a run of {world_size()} processes: gradients would be used before they are "
+                "averaged. Use update_in_backward=False, or one process"
+            )
         self._reset_counters()
-        super().__init__(params, defaults)
+        common = dict(
+            momentum_rank=momentum_rank,
+            update_rule=update_rule,
+            residual_weight=residual_weight,
+            update_scale=update_scale,
+            max_param_grad_norm=max_param_grad_norm,
+            bf16_rounding=bf16_rounding,
+            update_in_backward=update_in_backward,
+            temporary_bytes=temporary_bytes,
+            maximize=maximize,
+            seed=seed,
+        )
+        super().__init__(params, {**defaults, **common})
 
     def _reset_counters(self) -> None:
         self.skipped_updates = 0
         self.record_metrics = False
         self._metrics = Metrics()
+        self._updated: set[Tensor] = set()  # parameters that this backward pass has already updated
 
-    def __setstate__(
-        self, state: dict[str, Any]
-    ) -> None:  # after unpickling and deepcopy: only groups and state travel
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "record_metrics" not in self.__dict__:
+        if "record_metrics" not in self.__dict__:  # after unpickling and deepcopy: only groups and state travel
             self._reset_counters()
+            for group in self.param_groups:
+                self._register_hooks(group)
 
     # ---- groups ---------------------------------------------------------------------------------------------------
 
@@ -84,6 +141,7 @@ class LoRAPreOptimizer(Optimizer):
         except (ValueError, TypeError, NotImplementedError):
             self.param_groups.pop()
             raise
+        self._register_hooks(group)
         # Kept to notice an engine that replaces the matrices by flattened shards behind the optimizer's back.
         group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
 
@@ -111,11 +169,19 @@ class LoRAPreOptimizer(Optimizer):
                     f"residual_weight={rho} is an option of update_rule='als', found update_rule={group['update_rule']!r}: "
                     "leave it out, or use 'als'"
                 )
-        if not isinstance(group["seed"], int):
-            raise ValueError(f"seed={group['seed']!r}: expected a whole number")
+        if not isinstance(group["seed"], int) or group["seed"] < 0:
+            raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
+        in_range("update_scale", group["update_scale"], 0)
+        if group["max_param_grad_norm"] is not None:
+            in_range("max_param_grad_norm", group["max_param_grad_norm"], 0)
+        if group["bf16_rounding"] not in ("nearest", "stochastic"):
+            raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
+        if group["update_in_backward"] != self.defaults["update_in_backward"]:
+            raise ValueError("update_in_backward is an option of the whole optimizer: give it to the constructor")
+        in_range("temporary_bytes", group["temporary_bytes"], 1)
 
-    def _adamw_options(self, group: dict[str, Any]) -> tuple[float, tuple[float, float], float]:
-        """(learning rate, betas, eps) of the AdamW path of a group."""
+    def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
+        """Of a group, at its learning rate now."""
         raise NotImplementedError
 
     def _update(self, bucket: Bucket) -> None:
@@ -135,21 +201,50 @@ class LoRAPreOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.defaults["update_in_backward"]:
+            self._metrics = Metrics()
+        # With update_in_backward the hooks have left no gradients; what was set by hand is still applied.
+        self._apply([located for located in self._located() if located[1].grad is not None])
+        self._updated.clear()
+        return loss
 
-        self._metrics = Metrics()
+    def _located(self) -> list[Located]:
+        """Every parameter, from the groups as they are now."""
         check_flattened_shards(self.param_groups)
-        position = -1
-        todo: list[tuple[dict, Tensor, int]] = []  # group, parameter, position of the parameter in the optimizer
-        for group in self.param_groups:
-            for param in group["params"]:
-                position += 1
-                if param.grad is not None and param.numel():
-                    check_gradient(param)
-                    todo.append((group, param, position))
+        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
+        return [(group, param, position) for position, (group, param) in enumerate(pairs)]
 
+    def _register_hooks(self, group: dict[str, Any]) -> None:
+        if self.defaults["update_in_backward"]:
+            for param in group["params"]:
+                if param.requires_grad:
+                    param.register_post_accumulate_grad_hook(self._update_in_backward)
+
+    @torch.no_grad()
+    def _update_in_backward(self, param: Tensor) -> None:
+        if param in self._updated:
+            raise RuntimeError(
+                f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): gradients "
+                "cannot be accumulated with update_in_backward=True, which has already used and freed the first ones. Call "
+                "step() after every backward pass (gradient_accumulation_steps=1), or use update_in_backward=False"
+            )
+        if not self._updated:
+            self._metrics = Metrics()
+        self._apply([located for located in self._located() if located[1] is param])
+        self._updated.add(param)
+        param.grad = None
+
+    def _apply(self, todo: list[Located]) -> None:
+        """Update these parameters, all of which have gradients."""
+        todo = [located for located in todo if located[1].numel()]
+        for _, param, _ in todo:
+            check_gradient(param)
+        self._apply_normed(todo, _gradient_norms([param for _, param, _ in todo]))
+
+    def _apply_normed(self, todo: list[Located], norms: list[float]) -> None:
+        """`_apply` once the host knows every ‖g‖_F; from here on nothing reads a parameter's or a gradient's values."""
         buckets: dict[tuple, Bucket] = {}
-        plain: dict[int, tuple[dict, list[Tensor]]] = {}
-        norms = _gradient_norms([param for _, param, _ in todo])
+        plain: dict[int, tuple[dict[str, Any], list[Item]]] = {}
         for (group, param, position), norm in zip(todo, norms):
             k = compressed_rank(param.shape, group["momentum_rank"])
             state = self.state[param]
@@ -158,7 +253,7 @@ class LoRAPreOptimizer(Optimizer):
             if not math.isfinite(norm):
                 self._skip(norm)
             elif k == 0:
-                plain.setdefault(id(group), (group, []))[1].append(param)
+                plain.setdefault(id(group), (group, []))[1].append(Item(param, state, norm, position))
             else:
                 rule = RULES[group["update_rule"]]
                 fresh = rule.tracked and float(state["step"]) == 0
@@ -169,14 +264,12 @@ class LoRAPreOptimizer(Optimizer):
                 key = (id(group), matrix_shape(param.shape), param.device, param.dtype, fresh)
                 if key not in buckets:
                     buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), fresh)
-                buckets[key].add(param, state, norm)
-
-        for group, params in plain.values():
-            self._adamw_path(group, params)
+                buckets[key].add(param, state, norm, position)
+        for group, items in plain.values():
+            adamw_path(group, self._adamw_options(group), items)
         for bucket in buckets.values():
             for chunk in bucket.chunks():
                 self._update(chunk)
-        return loss
 
     def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a parameter's state; they depend on its shape and its group's options alone."""
@@ -211,30 +304,6 @@ class LoRAPreOptimizer(Optimizer):
                 stacklevel=3,
             )
         self.skipped_updates += 1
-
-    def _adamw_path(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """torch's own AdamW, with state and arithmetic in float32, or in float64 for float64 parameters."""
-        lr, betas, eps = self._adamw_options(group)
-        states = [self.state[param] for param in params]
-        wide = [param.to(_state_dtype(param, "exp_avg")) for param in params]
-        adamw(
-            wide,
-            [param.grad.to(value.dtype) for param, value in zip(params, wide)],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            eps=eps,
-            maximize=group["maximize"],
-        )
-        for param, new in zip(params, wide):
-            if new is not param:
-                param.copy_(new)
 
     # ---- what a run can look at -----------------------------------------------------------------------------------
 
@@ -298,7 +367,7 @@ def matched_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable
 
 def _state_dtype(param: Tensor, name: str) -> torch.dtype:
     """float32; the AdamW path of a float64 parameter keeps float64 moments."""
-    return torch.promote_types(param.dtype, torch.float32) if name.startswith("exp_avg") else torch.float32
+    return adamw_dtype(param) if name.startswith("exp_avg") else torch.float32
 
 
 def _state_device(param: Tensor, name: str) -> torch.device:

@@ -12,8 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
-from .create import OPTIMIZERS, adamw_state_bytes, create_lorapre_optimizer
+from .create import OPTIMIZERS, create_lorapre_optimizer
 from .optimizer import LoRAPreOptimizer
+from .table import adamw_state_bytes
 
 
 def lorapre_optimizer(
@@ -30,7 +31,9 @@ def lorapre_optimizer(
         args: the trainer's own arguments (`TrainingArguments`, `SFTConfig`, …).
         overrides: options of `create_lorapre_optimizer`; they win over ``args``.
 
-    Raises ValueError if there is no learning rate in either, or for an unknown optimizer.
+    Raises ValueError if there is no learning rate in either, for an unknown optimizer, and for arguments that cannot work with
+    it: an engine that flattens or shards parameters, or, with ``update_in_backward=True``, gradient accumulation, global-norm
+    clipping (``max_grad_norm`` above 0) and fp16.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
@@ -52,7 +55,37 @@ def lorapre_optimizer(
             "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the trainer's "
             "arguments, or give lr=…"
         )
+    if args is not None:
+        _check_arguments(args, bool(options.get("update_in_backward")))
     return _factory, options
+
+
+def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
+    """Raise ValueError for training arguments under which the optimizer could not do what it says."""
+    for engine in ("deepspeed", "fsdp"):
+        if getattr(args, engine, None):
+            raise ValueError(
+                f"{engine}={getattr(args, engine)!r}: LoRA-Pre needs whole matrices, and {engine} hands the optimizer shards. "
+                "Use one process or DDP"
+            )
+    if not update_in_backward:
+        return
+    if args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} with update_in_backward=True: the first gradients are "
+            "used and freed before the next ones come. Use gradient_accumulation_steps=1 with a larger "
+            "per_device_train_batch_size, or update_in_backward=False"
+        )
+    if args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm={args.max_grad_norm} with update_in_backward=True: the norm of all gradients is not known while they "
+            "are used one by one. Use max_grad_norm=0, and max_param_grad_norm=… in lorapre_optimizer to clip each matrix by its "
+            "own norm"
+        )
+    if args.fp16:
+        raise ValueError(
+            "fp16=True with update_in_backward=True: gradients are still scaled when they are used. Use bf16=True"
+        )
 
 
 def _factory() -> Callable[..., LoRAPreOptimizer]:
@@ -85,9 +118,10 @@ class LoRAPreCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._optimizer = _checked_optimizer(model, optimizer)
+        _check_arguments(args, self._optimizer.defaults["update_in_backward"])
         _log_before_reporters(self)
 
-    def on_pre_optimizer_step(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Trainer decides to log after the step (DefaultFlowCallback.on_step_end); the step must know before.

@@ -1,0 +1,118 @@
+"""`Checkpoint`: a model's safetensors, read one tensor at a time under the names that the model itself uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+class Checkpoint:
+    """The weights of a folder or of a cached hub model, in one file or in shards; no tensor is read before it is asked for.
+
+    Raises ValueError if there is no such folder or cached model, or its safetensors are not there.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path, self.folder = str(path), Path(path)
+        if not self.folder.is_dir():
+            try:
+                self.folder = Path(snapshot_download(self.path, local_files_only=True))
+            except (LocalEntryNotFoundError, HFValidationError) as error:
+                raise ValueError(
+                    f"{self.path} is neither a folder nor a model in the local hub cache, and nothing is downloaded here: pass "
+                    "a folder, or fetch the model first with `hf download`"
+                ) from error
+        index, single = self.folder / SAFE_WEIGHTS_INDEX_NAME, self.folder / SAFE_WEIGHTS_NAME
+        if index.is_file():
+            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif single.is_file():
+            with safe_open(single, "pt") as file:
+                self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+        else:
+            raise ValueError(
+                f"{self.path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: write the model again with "
+                "save_pretrained"
+            )
+        absent = sorted(name for name in set(self.files.values()) if not (self.folder / name).is_file())
+        if absent:
+            raise ValueError(
+                f"{self.path} lacks {', '.join(absent)}, which its index names: copy or download all of it"
+            )
+
+    def skeleton(self) -> transformers.PreTrainedModel:
+        """The model without weights, on the meta device: what its tensors are called, and which belong to linear modules.
+
+        Raises ValueError without a configuration, or if that is of a quantised model or not of one of transformers' own.
+        """
+        if not (self.folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{self.path} has no {CONFIG_NAME}, which says what its tensors are: copy the model's")
+        config = transformers.AutoConfig.from_pretrained(self.folder)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{self.path} is quantised, and its codes cannot be compared: dequantise it first")
+        architecture = next(iter(config.architectures or []), "")
+        if not hasattr(transformers, architecture):
+            raise ValueError(
+                f"{self.path} is of the architecture {architecture!r} by its {CONFIG_NAME}: expected one of transformers' own"
+            )
+        with torch.device("meta"):
+            return getattr(transformers, architecture)(config)
+
+    def rename(self, model: transformers.PreTrainedModel) -> None:
+        """Fill ``keys``, {name in the model: name in the file}, by the rules with which from_pretrained reads names."""
+        conversions = get_model_conversion_mapping(model)
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        known, prefix = model.state_dict(), model.base_model_prefix
+        # Such as buffers that older versions saved; from_pretrained passes over them too.
+        ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+        self.keys: dict[str, str] = {}
+        for key in sorted(self.files, key=dot_natural_key):
+            name, converter = rename_source_key(key, renamings, converters, prefix, known)
+            if name not in known and key in known:
+                name, converter = rename_source_key(key, [], [], prefix, known)
+            if converter is not None:  # one of several tensors that the model fuses: it keeps its stored name
+                name = key
+            if name in known or not any(re.search(pattern, name) for pattern in ignored):
+                self.keys[name] = key
+        self.tied = model.all_tied_weights_keys
+        for name, source in self.tied.items():
+            if name in self.keys and source not in self.keys:  # stored once, under the other name
+                self.keys[source] = self.keys.pop(name)
+
+    def key(self, name: str) -> str | None:
+        """The stored name of a tensor, or of the one that the model ties it to; None if neither is stored."""
+        return self.keys.get(name) or self.keys.get(self.tied.get(name, ""))
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor from the disk, by the model's name for it."""
+        key = self.key(name)
+        with safe_open(self.folder / self.files[key], "pt") as file:
+            return file.get_tensor(key)
+
+
+def common_names(before: Checkpoint, after: Checkpoint, model: transformers.PreTrainedModel) -> list[str]:
+    """The names of the tensors of two checkpoints of a model, layer by layer. Raises ValueError if one lacks any of them."""
+    before.rename(model)
+    after.rename(model)
+    # A tied tensor counts once, under its source's name, unless the second checkpoint untied it.
+    names = (before.keys.keys() - model.all_tied_weights_keys.keys()) | after.keys.keys()
+    for checkpoint in (before, after):
+        missing = sorted((name for name in names if checkpoint.key(name) is None), key=dot_natural_key)
+        if missing:
+            raise ValueError(
+                f"{checkpoint.path} lacks {len(missing)} tensors of the other checkpoint, such as {', '.join(missing[:3])}: both "
+                f"must be whole checkpoints of one {type(model).__name__}"
+            )
+    return sorted(names, key=dot_natural_key)

@@ -1,0 +1,90 @@
+"""The AdamW path: what is not compressed takes `torch.optim.AdamW`'s own step, in pieces of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .bucket import TEMPORARIES, clip_factor, rounds_stochastically
+from .rounding import rounding_key, write_stochastic
+
+
+class AdamWOptions(NamedTuple):
+    """The AdamW path's hyperparameters of a group at this step."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+
+
+class Item(NamedTuple):
+    """A parameter with a finite gradient of norm ``norm``, its state and its position in the optimizer."""
+
+    param: Tensor
+    state: dict[str, Tensor]
+    norm: float
+    position: int
+
+
+def adamw_dtype(param: Tensor) -> torch.dtype:
+    """Of the moments and the arithmetic: float32, or float64 for float64 parameters."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def adamw_path(group: dict[str, Any], options: AdamWOptions, items: list[Item]) -> None:
+    """One AdamW step of these parameters of one group, in place, through torch's functional AdamW."""
+    limit = max(1, group["temporary_bytes"] // (4 * TEMPORARIES))
+    batch: list[tuple[Item, Any]] = []
+    size = 0
+    for piece in _pieces(items, limit):
+        count = piece[0].param[piece[1]].numel()
+        if batch and size + count > limit:
+            _step(group, options, batch)
+            batch, size = [], 0
+        batch.append(piece)
+        size += count
+    _step(group, options, batch)
+    for item in items:
+        item.state["step"] += 1
+
+
+def _pieces(items: list[Item], limit: int) -> Iterator[tuple[Item, Any]]:
+    """(item, index of a piece) in blocks of rows of at most ``limit`` entries; scalars whole."""
+    for item in items:
+        shape = item.param.shape
+        rows = max(1, limit // max(1, shape[1:].numel())) if shape else 1
+        yield from ((item, slice(i, i + rows)) for i in range(0, shape[0], rows)) if shape else [(item, ...)]
+
+
+def _step(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]]) -> None:
+    clips = [clip_factor(item.norm, group["max_param_grad_norm"]) for item, _ in batch]
+    targets = [item.param[index] for item, index in batch]
+    wide = [target.to(adamw_dtype(target)) for target in targets]
+    grads = [item.param.grad[index].to(adamw_dtype(item.param)) for item, index in batch]
+    adamw(
+        wide,
+        [grad if clip == 1 else grad * clip for grad, clip in zip(grads, clips)],
+        [item.state["exp_avg"][index] for item, index in batch],
+        [item.state["exp_avg_sq"][index] for item, index in batch],
+        [],
+        [item.state["step"].clone() for item, _ in batch],  # adamw counts it up, once per piece
+        amsgrad=False,
+        beta1=options.betas[0],
+        beta2=options.betas[1],
+        lr=options.lr,
+        weight_decay=group["weight_decay"],
+        eps=options.eps,
+        maximize=group["maximize"],
+    )
+    for (item, index), target, value in zip(batch, targets, wide):
+        if rounds_stochastically(target, group):
+            start = index.start * item.param.shape[1:].numel() if isinstance(index, slice) else 0
+            write_stochastic(
+                target, value, rounding_key(group["seed"], int(item.state["step"]) + 1, item.position), start
+            )
+        elif value is not target:
+            target.copy_(value)

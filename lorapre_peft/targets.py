@@ -1,0 +1,89 @@
+"""Which parameters are compressed, and at which rank: the matrices of LoRA adapters, or the weights of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import LoRAPreConfig, default_momentum_rank
+
+# LoRA's two matrices. An embedding's A (r × vocabulary) is missing on purpose: it holds one vector per token, nearly all of
+# them without a gradient at any one step, which no low-rank factor of |g| can say; it takes the AdamW path.
+COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
+# The paper's momentum rank for fine-tuning the weights of 7B and 8B models (Table 2).
+WEIGHT_MOMENTUM_RANK = 8
+
+Targets = dict[Tensor, tuple[int, str]]  # parameter: (k, update rule)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether the model holds LoRA layers."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: str | None) -> Targets:
+    """The LoRA matrices of every adapter, as the adapters' configs and the overrides say."""
+    configs = next((m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)), {})
+    targets: Targets = {}
+    for module_name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter, r in module.r.items():
+            config = configs.get(adapter)
+            k = momentum_rank
+            if k is None and isinstance(config, LoRAPreConfig):
+                k = config.module_momentum_rank(module_name, r)
+            elif k is None:
+                k = default_momentum_rank(r)
+            rule = update_rule or getattr(config, "update_rule", "als")
+            for attribute in COMPRESSIBLE:
+                held = getattr(module, attribute)
+                if adapter in held:
+                    matrices = held[adapter].parameters() if isinstance(held[adapter], nn.Module) else [held[adapter]]
+                    targets |= {param: (k, rule) for param in matrices if param.ndim >= 2}
+    return targets
+
+
+def weight_targets(
+    model: nn.Module, target_modules: str | Iterable[str], momentum_rank: int | None, update_rule: str | None
+) -> Targets:
+    """The weights of the modules that ``target_modules`` names, as in PEFT: names, a regular expression, or "all-linear".
+
+    Raises ValueError if it matches no module with a trainable matrix.
+    """
+    k = WEIGHT_MOMENTUM_RANK if momentum_rank is None else momentum_rank
+    names = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(target_modules=names)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    targets: Targets = {}
+    for module_name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or not weight.requires_grad:
+            continue
+        if names == "all-linear":
+            matched = isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        else:
+            matched = check_target_module_exists(config, module_name)
+        if matched:
+            targets[weight] = (k, update_rule or "als")
+    if not targets:
+        linear = sorted(
+            {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+        )
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers are "
+            f"called {', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
+        )
+    return targets
+
+
+def embedding_parameters(model: nn.Module) -> set[Tensor]:
+    """The parameters of embeddings and of the output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + ([head] if head is not None else [])
+    return {param for module in modules for param in module.parameters()}

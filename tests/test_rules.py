@@ -1,0 +1,378 @@
+"""The maths: the reference against the numpy oracle, the fast forms against the reference, and what each rule promises."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from lorapre_peft import LoRAPreAdamW
+from lorapre_peft import reference as ref
+from lorapre_peft.adamw import update_bound
+from lorapre_peft.rules import EXACT_SVD_SIZE, RULES, Als, Average, Newton, best_factors, top_factors
+
+BETAS = (0.9, 0.95)
+C = update_bound(*BETAS)
+ADAM_M, ADAM_V, MUON_M = Average(0.9, 0.1), Average(0.95**0.5, 1 - 0.95**0.5), Average(0.95, 1.0)
+# Shapes around square, tall, wide and k = 1, up to k just below the smaller side.
+CASES = [((7, 5), 2), ((5, 9), 4), ((30, 20), 6), ((12, 40), 1), ((16, 16), 8)]
+
+
+def random(*shape, seed=0, scale=1.0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
+
+
+def newton_state(shape, k, moments):
+    p, q = shape
+    return {
+        name: value
+        for i, moment in enumerate(moments)
+        for name, value in (
+            (f"{moment}_B", torch.zeros(p, k, dtype=torch.float64)),
+            (f"{moment}_A", random(k, q, seed=i + 1, scale=0.02)),
+        )
+    }
+
+
+# ---- the reference against the oracle ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "k"), CASES)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("rule", ["newton", "als"])
+def test_reference_equals_oracle(rule, optimizer, shape, k):
+    """Two statements of the method, written apart; 1e-9 leaves room for k×k systems of condition 1e6 in float64."""
+    theta = random(*shape, seed=3)
+    stream = oracle.gradients(shape, 60)
+    moments = {"adam": ("m", "v"), "muon": ("m",)}[optimizer]
+    state = newton_state(shape, k, moments) if rule == "newton" else None
+    starts = tuple(state[f"{moment}_A"].numpy() if state else None for moment in moments)
+    truth = oracle.Adam(rule, k, starts=starts) if optimizer == "adam" else oracle.Muon(rule, k, start=starts[0])
+    path = oracle.train(truth, theta.numpy(), stream, lr=0.01, weight_decay=0.1)
+
+    step = getattr(ref, f"{rule}_{optimizer}")
+    options = {"lr": 0.01, "weight_decay": 0.1} | ({"k": k} if rule == "als" else {})
+    for t, (g, expected) in enumerate(zip(stream, path), start=1):
+        count = (t,) if optimizer == "adam" else ()
+        theta, state = step(theta, torch.from_numpy(g), state, *count, **options)
+        np.testing.assert_allclose(theta.numpy(), expected, rtol=1e-9, atol=1e-9)
+    # The signs of an SVD are free, so factors are compared by their product.
+    np.testing.assert_allclose(state["m_B"] @ state["m_A"], truth.m.product, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_residual_weight_equals_oracle(optimizer, rho):
+    shape, k = (12, 9), 3
+    theta, state, stream = random(*shape), None, oracle.gradients(shape, 20)
+    truth = oracle.Adam("als", k, rho=rho) if optimizer == "adam" else oracle.Muon("als", k, rho=rho)
+    path = oracle.train(truth, theta.numpy(), stream, lr=0.01)
+    for t, g in enumerate(stream, start=1):
+        count = (t,) if optimizer == "adam" else ()
+        step = getattr(ref, f"als_{optimizer}")
+        theta, state = step(theta, torch.from_numpy(g), state, *count, k=k, lr=0.01, residual_weight=rho)
+    np.testing.assert_allclose(theta.numpy(), path[-1], rtol=1e-9, atol=1e-9)
+
+
+def test_bound_is_adams_supremum():
+    """C is reached by the gradient stream that Cauchy–Schwarz singles out, so a smaller clamp would cut Adam itself."""
+    assert pytest.approx(1.165, abs=5e-4) == C
+    assert pytest.approx(oracle.bound(BETAS), rel=1e-12) == C
+    stream = [np.array([[(BETAS[0] / BETAS[1]) ** age]]) for age in reversed(range(400))]
+    adam = oracle.ExactAdam(BETAS)
+    for g in stream:
+        u = adam.step(g)
+    assert u.item() == pytest.approx(C, rel=1e-6)
+
+
+# ---- batched and tiled forms against the reference --------------------------------------------------------------------
+
+
+def sweep(rule, B, A, x, average, cuts, rho=None):
+    """One step of a rule in row tiles that end at ``cuts``: (momentum, new B, new A), as a bucket does it."""
+    edges = [0, *cuts, x.shape[-2]]
+    tiles = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    pinv, residual = rule.pinv(A), rule.residual(average, rho)
+    momentum, rows, sums = [], [], None
+    for tile in tiles:
+        fit = x[..., tile, :] @ pinv.mT
+        momentum.append(rule.coefficients(B[..., tile, :], fit, average, residual) @ A + residual * x[..., tile, :])
+        rows.append(rule.rows(B[..., tile, :], fit, average))
+        part = rule.sums(B[..., tile, :], rows[-1], x[..., tile, :])
+        sums = part if sums is None else tuple(a + b for a, b in zip(sums, part))
+    return torch.cat(momentum, -2), *rule.columns(A, torch.cat(rows, -2), sums, average)
+
+
+@pytest.mark.parametrize("cuts", [[], [5], [1, 2, 10]], ids=["whole", "uneven halves", "four tiles"])
+@pytest.mark.parametrize("average", [ADAM_M, ADAM_V, MUON_M], ids=["adam m", "adam v", "muon"])
+@pytest.mark.parametrize("name", ["newton", "als"])
+@pytest.mark.parametrize(("shape", "k"), [((11, 8), 3), ((11, 30), 1), ((11, 4), 4)])
+def test_batched_tiles_equal_reference(name, average, cuts, shape, k):
+    """Batch and tiles must not show in the result; float64 throughout, so only the order of sums may (1e-9)."""
+    rule, (p, q), n = RULES[name], shape, 3
+    B, A, x = random(n, p, k, seed=1), random(n, k, q, seed=2), random(n, p, q, seed=3)
+    momentum, B_new, A_new = sweep(rule, B, A, x, average, cuts)
+    keep, weight = average
+    for i in range(n):
+        if name == "newton":
+            gain = weight * (1 - keep**0.5) / (1 - keep)
+            expected = ref.newton_factors(B[i], A[i], x[i], 1 - keep**0.5, gain, 1e-6)
+            expected_momentum = keep * B[i] @ A[i] + weight * x[i]
+        else:
+            expected = ref.als_factors(B[i], A[i], x[i], keep, weight, 1e-6)
+            rho = oracle.ema_length(keep) * weight / (1 - keep)
+            X = oracle.right_fit(x[i].numpy(), A[i].numpy(), oracle.relative((A[i] @ A[i].T).numpy(), 1e-6))
+            expected_momentum = (keep * B[i] + (weight - rho) * torch.from_numpy(X)) @ A[i] + rho * x[i]
+        for found, wanted in zip((B_new[i], A_new[i], momentum[i]), (*expected, expected_momentum)):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_als_balances_factors():
+    _, B, A = sweep(Als(), random(9, 2) * 1e3, random(2, 7, seed=1) * 1e-3, random(9, 7, seed=2), ADAM_M, [])
+    assert B.norm().item() == pytest.approx(A.norm().item(), rel=1e-12)
+
+
+def test_als_factors_do_not_underflow():
+    """From factors that are exactly zero no gradient could bring the momentum back, so zero gradients stop at a floor."""
+    B, A = random(9, 2).float(), random(2, 7, seed=1).float()
+    for _ in range(3000):
+        _, B, A = sweep(Als(), B, A, torch.zeros(9, 7), ADAM_M, [])
+    assert B.norm() > 0
+    assert A.norm() > 0
+    x = random(9, 2, seed=5).float() @ random(2, 7, seed=6).float()
+    for _ in range(60):
+        _, B, A = sweep(Als(), B, A, x, ADAM_M, [])
+    torch.testing.assert_close(B @ A, x, rtol=1e-2, atol=1e-2)  # 0.9^60 = 0.002 of it is still missing
+
+
+# ---- the start --------------------------------------------------------------------------------------------------------
+
+
+def decaying(p, q, ratio=0.6, seed=0):
+    """A p×q matrix of singular values 1, ratio, ratio², …"""
+    left = np.linalg.qr(np.random.default_rng(seed).normal(size=(p, p)))[0]
+    right = np.linalg.qr(np.random.default_rng(seed + 1).normal(size=(q, q)))[0]
+    n = min(p, q)
+    return torch.from_numpy((left[:, :n] * ratio ** np.arange(n)) @ right[:n])
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (40, 90)])
+def test_best_factors_are_the_best(shape):
+    x = decaying(*shape)
+    B, A = best_factors(x, 4)
+    u, a = oracle.spectral_start(x.numpy(), 4)
+    np.testing.assert_allclose(B @ A, u @ a, atol=1e-12)
+    assert B.norm().item() == pytest.approx(A.norm().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (40, 90), (9, 60)])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_top_factors_equal_exact_svd(shape, batch):
+    """Three power steps with 8 extra directions: the error of the best approximation, to far below one part in a million."""
+    k = 4
+    x = torch.stack([decaying(*shape, seed=i) for i in range(2)]) if batch else decaying(*shape)
+    B, A = top_factors(lambda Q: x @ Q, lambda Y: x.mT @ Y, shape, k, like=x[..., :k])
+    best = torch.linalg.svdvals(x)[..., k:].square().sum(-1).sqrt()
+    assert (torch.linalg.matrix_norm(x - B @ A) <= best * (1 + 1e-6)).all()
+    torch.testing.assert_close(torch.linalg.matrix_norm(B), torch.linalg.matrix_norm(A))
+
+
+def test_top_factors_leave_global_rng_alone():
+    """torch.svd_lowrank draws from the global generator: ranks of a distributed run would start apart."""
+    x, results = decaying(30, 20), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        results.append(top_factors(lambda Q: x @ Q, lambda Y: x.mT @ Y, (30, 20), 3, like=x[:, :3]))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+# ---- what `als` promises: method, section 4 (a) to (e) ----------------------------------------------------------------
+
+
+def updates(stream, *, rule="als", k=2, scale=1.0, **options):
+    """The normalised update of each step, through `LoRAPreAdamW` at lr 1 from θ = 0 each time."""
+    param = torch.nn.Parameter(torch.zeros(stream[0].shape))
+    optimizer = LoRAPreAdamW([param], lr=1.0, momentum_rank=k, update_rule=rule, **options)
+    found = []
+    for g in stream:
+        param.data.zero_()
+        param.grad = torch.as_tensor(g * scale, dtype=torch.float32)
+        optimizer.step()
+        found.append(-param.detach().clone())
+    return found, optimizer.state[param]
+
+
+@pytest.mark.parametrize(("shape", "atol"), [((6, 6), 1e-8), ((9, 5), 1e-8), ((5, 9), 1e-5)])
+def test_als_at_full_rank_is_adams_first_moment(shape, atol):
+    """(a) With k = min(p, q) nothing is compressed: what is left of an error is a wrong sweep, not a lack of rank.
+
+    Through the reference and the rule in float64, since an optimizer's state is float32 and its k stays below min(p, q). The
+    error is the damping, 1e-14, times the squared condition of B: up to 3e4 where p < q, since A is then solved last.
+    """
+    k, rule, theta, state, m = min(shape), Als(damping=1e-14), torch.zeros(shape).double(), None, 0.0
+    B = A = None
+    for t, g in enumerate(map(torch.from_numpy, oracle.gradients(shape, 60)), start=1):
+        theta, state = ref.als_adam(theta, g, state, t, k=k, lr=0.0, residual_weight=1 - BETAS[0], damping=1e-14)
+        m = BETAS[0] * m + (1 - BETAS[0]) * g
+        if t == 1:
+            B, A = best_factors((1 - BETAS[0]) * g, k)
+        else:
+            momentum, B, A = sweep(rule, B, A, g, ADAM_M, [2], rho=1 - BETAS[0])
+            torch.testing.assert_close(momentum, m, rtol=0, atol=atol)
+        torch.testing.assert_close(state["m_B"] @ state["m_A"], m, rtol=0, atol=atol)
+        torch.testing.assert_close(B @ A, m, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_als_ignores_gradient_scale(scale):
+    """(b) Adam's step does not change with the scale of the loss; LoRA A's gradients are small. 1e-4: float32 round-off."""
+    stream = oracle.gradients((20, 12), 30)
+    for found, expected in zip(updates(stream, eps=0.0, scale=scale)[0], updates(stream, eps=0.0)[0]):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
+def test_als_scale_is_exact_for_powers_of_two(scale):
+    """(b) Without round-off in the scaling itself the updates are equal in every bit: no constant hides in the rule."""
+    stream = oracle.gradients((20, 12), 30, dtype=np.float32)
+    for found, expected in zip(updates(stream, eps=0.0, scale=np.float32(scale))[0], updates(stream, eps=0.0)[0]):
+        assert torch.equal(found, expected)
+
+
+def hard_stream(kind, shape=(20, 12), steps=60):
+    rng = np.random.default_rng(0)
+    stream = oracle.gradients(shape, steps)
+    if kind == "sign flips":
+        return [g * (-1) ** t for t, g in enumerate(stream)]
+    if kind == "sparse":
+        return [g * (rng.random(shape) < 0.05) for g in stream]
+    if kind == "spikes":
+        return [g * 1e6 ** (t % 7 == 3) for t, g in enumerate(stream)]
+    if kind == "one row":
+        return [g * (np.arange(shape[0])[:, None] == t % shape[0]) for t, g in enumerate(stream)]
+    return [g * (t % 5 == 0) for t, g in enumerate(stream)]  # mostly zero
+
+
+HARD = ["sign flips", "sparse", "spikes", "one row", "mostly zero"]
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_als_updates_stay_within_bound(kind, eps):
+    """(c) v_B v_A has sign changes where exact v has none: without the clamp single entries run to hundreds."""
+    found, _ = updates(hard_stream(kind), eps=eps)
+    assert max(u.abs().max().item() for u in found) <= C * (1 + 1e-6)
+    assert all(u.isfinite().all() for u in found)
+
+
+@pytest.mark.parametrize("zeros", [1, 3])
+def test_als_zero_start_costs_nothing(zeros):
+    """(d) LoRA's A has gradient zero until B has moved: the steps after it are those of a run without it, bit for bit."""
+    stream = oracle.gradients((20, 12), 10)
+    late, state = updates([np.zeros((20, 12))] * zeros + stream)
+    plain, plain_state = updates(stream)
+    assert all((u == 0).all() for u in late[:zeros])
+    assert all(torch.equal(u, v) for u, v in zip(late[zeros:], plain))
+    assert all(torch.equal(state[name], plain_state[name]) for name in plain_state)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (EXACT_SVD_SIZE + 8, EXACT_SVD_SIZE + 4)], ids=["svd", "subspace"])
+def test_als_start_depends_on_gradient_alone(shape):
+    """(e) Every process of a distributed run must start alike, whatever its seed and the weights beside it."""
+    g, states = oracle.gradients(shape, 1)[0], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        states.append(updates([g], seed=seed)[1])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("kind", ["one entry", "one row", "one column", "rank one"])
+def test_als_regains_rank_after_a_start_of_low_rank(kind):
+    """A factor row or column that starts at exactly zero stays there: (d) for single directions.
+
+    The first gradient of an adapter can have fewer directions than k (one example, one active row). Gradients of rank 3 follow;
+    k = 4 factors must come to hold all three.
+    """
+    shape = (20, 12)
+    first = np.zeros(shape)
+    rng = np.random.default_rng(0)
+    where = {"one entry": (3, 5), "one row": (3, slice(None)), "one column": (slice(None), 5), "rank one": ...}[kind]
+    first[where] = np.outer(rng.normal(size=shape[0]), rng.normal(size=shape[1]))[where]
+    _, state = updates([first, *oracle.gradients(shape, 60, noise=0.0)], k=4)
+    singular = torch.linalg.svdvals(state["m_B"] @ state["m_A"])
+    assert singular[2] > 1e-2 * singular[0]
+
+
+# ---- what `newton` does, faults included: method, sections 2 and 3 ----------------------------------------------------
+
+
+def test_newton_counts_a_zero_first_gradient():
+    """Fault 1: at LoRA's zero first gradient the start decays, t counts, and the first real step is 0.73 of Adam's."""
+    g = oracle.gradients((20, 12), 1)[0]
+    (idle, first), state = updates([np.zeros_like(g), g], rule="newton")
+    assert (idle == 0).all()
+    assert state["step"].item() == 2
+    beta1, beta2 = BETAS
+    short = (1 - beta1) / (1 - beta1**2) / ((1 - beta2) / (1 - beta2**2)) ** 0.5
+    assert first.abs().mean().item() == pytest.approx(short, rel=1e-2)  # 1e-2: eps, and entries near zero
+
+
+def test_newton_start_of_zeros_would_stay_zero():
+    """Fault 1: both factors zero is a fixed point, which is why A starts at random and not from a gradient."""
+    B, A = ref.newton_factors(torch.zeros(5, 2), torch.zeros(2, 4), torch.randn(5, 4), 0.1, 0.1, 1e-6)
+    assert not B.any()
+    assert not A.any()
+
+
+def test_newton_depends_on_gradient_scale():
+    """Fault 2: δ = 1e-6 is absolute, so of gradients around 1e-8 almost nothing is tracked, where those of 1 are tracked."""
+    stream = oracle.gradients((20, 12), 60, noise=0.1)
+    exact = oracle.ExactAdam(BETAS)
+    for g in stream:
+        exact.step(g)
+    errors = []
+    for scale in (1.0, 1e-8):
+        _, state = updates(stream, rule="newton", k=3, scale=scale)
+        m = (state["m_B"] @ state["m_A"]).double().numpy() / scale
+        errors.append(np.linalg.norm(m - exact.m) / np.linalg.norm(exact.m))
+    assert errors[0] < 0.05
+    assert errors[1] > 0.9
+
+
+def test_newton_blows_up_where_momentum_crosses_zero():
+    """Fault 3: in one dimension m' = (1−γ)² m + 2γ(1−γ) g + γ² g²/m."""
+    g, gamma = 1.0, 1 - BETAS[0] ** 0.5
+    for b, a in ((2.0, 0.5), (-1e-2, 1e-1), (1e-3, 1e-3)):
+        factors = [torch.tensor([[value]], dtype=torch.float64) for value in (b, a)]
+        B, A = ref.newton_factors(*factors, torch.tensor([[g]], dtype=torch.float64), gamma, gamma, 1e-15)
+        m = b * a
+        expected = (1 - gamma) ** 2 * m + 2 * gamma * (1 - gamma) * g + gamma**2 * g**2 / m
+        assert (B @ A).item() == pytest.approx(expected, rel=1e-6)  # δ = 1e-15 beside a² ≥ 1e-6
+    assert expected > 1e3 * g
+
+
+def test_newton_updates_exceed_bound():
+    """Fault 4: v falls to (1−β2) g² alone where v_B v_A changes sign, and m does not: no bound as Adam has one."""
+    found, _ = updates(oracle.gradients((20, 12), 60), rule="newton")
+    assert max(u.abs().max().item() for u in found) > 2 * C
+
+
+def test_newton_first_step_is_the_sign():
+    """B = 0 at the start, so the first update is Adam's whatever A was drawn."""
+    g = oracle.gradients((20, 12), 1)[0]
+    (first,), _ = updates([g], rule="newton")
+    torch.testing.assert_close(first, torch.as_tensor(np.sign(g), dtype=torch.float32), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 30), (200, 300)])
+def test_newton_start_distribution(shape):
+    start = Newton().init_columns(shape, torch.Generator().manual_seed(0))
+    assert start.dtype == torch.float32
+    assert start.std().item() == pytest.approx(0.02, rel=4 / (2 * start.numel()) ** 0.5)  # four standard errors
+    assert abs(start.mean().item()) < 4 * 0.02 / start.numel() ** 0.5
