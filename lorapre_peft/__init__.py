@@ -16,12 +16,15 @@ __all__ = [
     "LoRAPreConfig",
     "LoRAPreMuon",
     "create_lorapre_optimizer",
+    "extract_lora",
     "lorapre_optimizer",
 ]
 
+# Imported when they are asked for: the first two bring in transformers' trainer classes.
+_LAZY = {"LoRAPreCallback": ".trainer", "lorapre_optimizer": ".trainer", "extract_lora": ".extract"}
+
 
 def __getattr__(name: str) -> Any:
-    # transformers' trainer classes are imported when they are asked for, not with the package.
-    if name in ("LoRAPreCallback", "lorapre_optimizer"):
-        return getattr(import_module(".trainer", __name__), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

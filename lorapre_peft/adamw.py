@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .bucket import Bucket, Moment, momentum_tile
-from .checks import in_range
+from .checks import check_betas, in_range
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
 from .rules import Average
@@ -70,8 +70,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        in_range("betas[0]", group["betas"][0], 0, 1)
-        in_range("betas[1]", group["betas"][1], 0, 1)
+        check_betas("betas", group["betas"])
         in_range("eps", group["eps"], 0)
         beta1, beta2 = group["betas"]
         if group["update_rule"] == "als" and not beta1**2 < beta2:
@@ -139,5 +138,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 
 
 def _positive(eps: float) -> float:
-    """ε, or the smallest normal float32 for ε = 0, so that an entry that never had a gradient gives 0 and not 0/0."""
-    return max(eps, torch.finfo(torch.float32).tiny)
+    """ε, or for a smaller one the √ of the smallest normal float32: what is below that, v cannot hold.
+
+    So an entry that never had a gradient gives 0 and not 0/0, and after many zero gradients the update fades.
+    """
+    return max(eps, torch.finfo(torch.float32).tiny ** 0.5)

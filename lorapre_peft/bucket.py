@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .rounding import rounding_key, write_stochastic
-from .rules import EXACT_SVD_SIZE, Als, Average, Newton, best_factors, gram_rows, top_factors
+from .rules import EXACT_SVD_SIZE, START_FLOOR, Als, Average, Newton, best_factors, gram_rows, top_factors
 
 # A step holds at most this many float32 temporaries of a tile at once; a test counts them.
 TEMPORARIES = 8
@@ -109,7 +109,7 @@ class Bucket:
 
         tiles = list(self.tiles())
         if min(p, q) <= EXACT_SVD_SIZE and len(tiles) == 1:
-            B, A = best_factors(x(tiles[0]), self.k)
+            B, A = best_factors(x(tiles[0]), self.k, START_FLOOR)
         else:
             B, A = top_factors(
                 lambda Q: torch.cat([x(rows) @ Q for rows in tiles], dim=-2),
@@ -117,6 +117,7 @@ class Bucket:
                 self.shape,
                 self.k,
                 like=self.stack(f"{moment}_B"),
+                floor=START_FLOOR,
             )
         self.store(f"{moment}_B", B * scale**0.5)
         self.store(f"{moment}_A", A * scale**0.5)

@@ -24,6 +24,14 @@ def in_range(name: str, value: Any, low: float, high: float | None = None, *, cl
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
+def check_betas(name: str, betas: Any) -> None:
+    """Raise ValueError unless ``betas`` is a pair of numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{name}={betas!r}: expected a pair of numbers in [0, 1), such as (0.9, 0.95)")
+    for i, beta in enumerate(betas):
+        in_range(f"{name}[{i}]", beta, 0, 1)
+
+
 def check_parameter(param: Tensor) -> None:
     """Raise for a parameter that no step could update."""
     where = f"found a parameter of shape {tuple(param.shape)}"
@@ -73,7 +81,9 @@ def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) 
         raise ValueError(
             f"found no 'state' and 'param_groups' in what was to be loaded; expected a state_dict of {name}"
         )
-    missing = optimizer.defaults.keys() - set().union(*(group.keys() for group in state_dict["param_groups"]))
+    # Not all of `defaults`: torch adds entries of its own to it when it loads.
+    own = optimizer.defaults.keys() & optimizer.param_groups[0].keys()
+    missing = own - set().union(*(group.keys() for group in state_dict["param_groups"]))
     if state_dict["param_groups"] and missing:
         raise ValueError(
             f"the saved groups have no {', '.join(sorted(missing))}: they are another optimizer's, expected {name}'s. "

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from .rules import RULES
@@ -112,6 +112,11 @@ class LoRAPreConfig(LoraConfig):
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> LoRAPreConfig:
         """As in PEFT, which would map LORA to a plain `LoraConfig`; unknown keys are warned about and dropped by PEFT."""
+        kind = kwargs.get("peft_type", PeftType.LORA)
+        if kind != PeftType.LORA:
+            raise ValueError(
+                f"found the configuration of a {kind} adapter; expected a LORA one: read it with peft.PeftConfig"
+            )
         own = {name: kwargs.pop(name) for name in own_fields() if name in kwargs}
         plain = LoraConfig.from_peft_type(**kwargs)
         return cls(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(LoraConfig) if f.init}, **own)

@@ -99,7 +99,7 @@ def create_lorapre_optimizer(
 
     groups = _param_groups(model, targets, weight_decay)
     rho = kwargs.pop("residual_weight", None)
-    if rho is not None and all(group["update_rule"] != "als" for group in groups):
+    if rho is not None and all(group["update_rule"] != "als" for group in groups if group["momentum_rank"]):
         raise ValueError(f"residual_weight={rho} is an option of update_rule='als', and no parameter uses it")
     for group in groups:
         group["residual_weight"] = rho if group["update_rule"] == "als" else None

@@ -120,20 +120,22 @@ def extract_lora(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> ExtractionReport:
-    """Write the difference of two checkpoints as a plain LoRA adapter: the best B A ≈ Δ = tuned − base of each linear module.
+    """Write the difference of two checkpoints as a plain LoRA adapter: B A ≈ Δ = tuned − base of each linear module.
 
-    One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and cut by an exact SVD, or where that is
-    dear by subspace iteration (`rules.top_factors`). Each module's alpha is its rank: the scaling is 1. What changed and is
-    not in the adapter (norms, biases, embeddings, the output head, unselected modules) is reported, with a warning.
-
-    `peft.convert_to_lora` does this for the adapters of a model in memory, always by a full SVD: it does not serve here.
+    One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and cut by an exact SVD, or by subspace
+    iteration where the matrix is large and the rank is not (`rules.top_factors`). Each module's alpha is its rank: the
+    scaling is 1. What changed and is not in the adapter (norms, biases, embeddings, the output head, unselected modules) is
+    listed in the report, with a warning. (`peft.convert_to_lora` does this for adapters of a model in memory, always by a
+    full SVD; of PEFT's helpers those that read ``target_modules`` serve here.)
 
     Args:
         base, tuned: folders with ``config.json`` and safetensors, in one file or in shards, or ids of cached hub models.
         output_dir: receives ``adapter_config.json``, ``adapter_model.safetensors`` and ``extraction_report.json``.
-        rank: of every module, or as far as its matrix goes. Exactly one of this and
-        energy: the share of ‖Δ‖² in (0, 1] that each module keeps at the smallest rank that does (before the rounding to
-            ``dtype``; by subspace iteration, which may need slightly more than the smallest), at most ``max_rank``.
+        rank: of every module, or as far as its matrix goes. Give this or ``energy``.
+        energy: the share of ‖Δ‖² in (0, 1] that each module keeps, before the factors are rounded to ``dtype``, at the
+            smallest rank that does (that subspace iteration finds: it can be slightly above the smallest). 1 keeps even
+            the round-off in Δ.
+        max_rank: upper bound of the ranks that ``energy`` chooses.
         target_modules: as in `peft.LoraConfig`: "all-linear", a list of names, or a regular expression of whole names.
         dtype: of the stored factors, such as "float32"; None is each base weight's own. The errors count its rounding.
         device: where the SVDs are computed.

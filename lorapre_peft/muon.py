@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .bucket import Bucket, Moment, momentum_tile
-from .checks import in_range
+from .checks import check_betas, in_range
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
 from .rules import Average
@@ -26,7 +26,9 @@ def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     x = m.mT if m.shape[-2] > m.shape[-1] else m
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # first, so that no square underflows
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(tiny)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -110,8 +112,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         in_range("momentum", group["momentum"], 0, 1)
-        in_range("adamw_betas[0]", group["adamw_betas"][0], 0, 1)
-        in_range("adamw_betas[1]", group["adamw_betas"][1], 0, 1)
+        check_betas("adamw_betas", group["adamw_betas"])
         in_range("adamw_eps", group["adamw_eps"], 0)
         if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
             raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: expected None, 'original' or 'match_rms_adamw'")

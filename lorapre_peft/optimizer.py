@@ -26,6 +26,8 @@ from .checks import (
 from .plain import AdamWOptions, Item, adamw_dtype, adamw_path
 from .rules import RULES
 
+# The largest gradient norm whose square float32 holds; second moments beyond it would be infinite.
+MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 Located = tuple[dict[str, Any], Tensor, int]  # group, parameter, position of the parameter in the optimizer
 
 
@@ -73,7 +75,7 @@ class LoRAPreOptimizer(Optimizer):
         seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global generator.
 
     Attributes:
-        skipped_updates: how many updates of single parameters were skipped for a non-finite gradient, since construction.
+        skipped_updates: how many updates of single parameters were skipped for a gradient that is not finite (or whose square is not, in float32), since construction.
         record_metrics: set it before the backward pass to have that step's `metrics` kept.
     """
 
@@ -138,7 +140,7 @@ class LoRAPreOptimizer(Optimizer):
             self._check_group(group)
             for param in group["params"]:
                 check_parameter(param)
-        except (ValueError, TypeError, NotImplementedError):
+        except Exception:
             self.param_groups.pop()
             raise
         self._register_hooks(group)
@@ -250,7 +252,7 @@ class LoRAPreOptimizer(Optimizer):
             state = self.state[param]
             if not state:
                 self._init_state(param, group, position)
-            if not math.isfinite(norm):
+            if not norm <= MAX_NORM:  # NaN is not either
                 self._skip(norm)
             elif k == 0:
                 plain.setdefault(id(group), (group, []))[1].append(Item(param, state, norm, position))
@@ -288,7 +290,7 @@ class LoRAPreOptimizer(Optimizer):
         """Zeros, whatever the gradient; `newton` draws its A factors from a generator of this parameter's own."""
         state = self.state[param]
         rule = RULES[group["update_rule"]]
-        generator = torch.Generator().manual_seed(group["seed"] * 1_000_003 + position)
+        generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + position) % 2**63)
         for name, shape in self.state_shapes(param, group).items():
             value = torch.zeros(shape, dtype=_state_dtype(param, name), device=_state_device(param, name))
             if name.endswith("_A") and not rule.tracked:
@@ -376,12 +378,12 @@ def _state_device(param: Tensor, name: str) -> torch.device:
 
 
 def _gradient_norms(params: list[Tensor]) -> list[float]:
-    """‖g‖_F of each parameter's gradient in float32, read by the host in one synchronisation per device."""
+    """‖g‖_F of each parameter's gradient, read by the host in one synchronisation per device and dtype."""
     norms: dict[Tensor, float] = {}
-    by_device: dict[torch.device, list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for param in params:
-        by_device.setdefault(param.device, []).append(param)
-    for same_device in by_device.values():
-        values = torch._foreach_norm([param.grad for param in same_device], 2, torch.float32)
-        norms.update(zip(same_device, torch.stack(values).tolist()))
+        alike.setdefault((param.device, adamw_dtype(param.grad)), []).append(param)
+    for (_, dtype), group in alike.items():
+        values = torch._foreach_norm([param.grad for param in group], 2, dtype)
+        norms.update(zip(group, torch.stack(values).tolist()))
     return [norms[param] for param in params]

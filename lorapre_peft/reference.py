@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .adamw import update_bound
 from .muon import orthogonalize
+from .rules import START_FLOOR
 
 State = dict[str, Any]
 
@@ -36,9 +37,12 @@ def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, da
 
 
 def best_rank_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best rank-k approximation of x as factors of equal Frobenius norms (Eckart and Young)."""
+    """The best rank-k approximation of x as factors of equal Frobenius norms (Eckart and Young).
+
+    Directions that x lacks start at round-off instead of zero, where they would stay for good.
+    """
     U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-    root = S[:k].sqrt()
+    root = S[:k].clamp_min(START_FLOOR * S[0]).sqrt()
     return U[:, :k] * root, root[:, None] * Vh[:k]
 
 

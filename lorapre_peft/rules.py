@@ -24,6 +24,9 @@ EXACT_SVD_SIZE = 128
 # Extra directions and power steps of the subspace iteration: Halko, Martinsson and Tropp (2011), section 4.4 and 4.5.
 OVERSAMPLING = 8
 POWER_STEPS = 3
+# Relative floor under the singular values that `als` starts from. A first gradient may have fewer than k directions, and a row
+# and column that start at exactly zero stay zero for good; from float32's round-off they grow within a few steps.
+START_FLOOR = torch.finfo(torch.float32).eps
 # A factor's Frobenius norm never decays below this, so that a long run of zero gradients cannot underflow the factors to
 # zero, from where no gradient could bring them back. The product's norm, 1e-24, is below what float32 moments resolve.
 MIN_FACTOR_NORM = 1e-12
@@ -62,6 +65,7 @@ def top_factors(
     shape: tuple[int, int],
     rank: int,
     like: Tensor,
+    floor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Rank-k factors of a large matrix x by subspace iteration from a fixed test matrix: B [..., p, k], A [..., k, q].
 
@@ -75,15 +79,17 @@ def top_factors(
     basis = torch.linalg.qr(times(test.expand(*like.shape[:-2], q, width)))[0]
     for _ in range(POWER_STEPS):
         basis = torch.linalg.qr(times(torch.linalg.qr(transposed_times(basis))[0]))[0]
-    U, S, Vh = torch.linalg.svd(transposed_times(basis).mT, full_matrices=False)
-    root = S[..., :rank].sqrt()
-    return (basis @ U[..., :rank]) * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
+    B, A = best_factors(transposed_times(basis).mT, rank, floor)
+    return basis @ B, A
 
 
-def best_factors(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-k approximation of x [..., p, q] as B [..., p, k] and A [..., k, q] of equal Frobenius norms."""
+def best_factors(x: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The best rank-k approximation of x [..., p, q] as B [..., p, k] and A [..., k, q] of equal Frobenius norms.
+
+    Singular values below ``floor`` times the largest are raised to it.
+    """
     U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-    root = S[..., :rank].sqrt()
+    root = torch.maximum(S[..., :rank], floor * S[..., :1]).sqrt()
     return U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
 
 

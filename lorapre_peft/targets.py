@@ -28,9 +28,11 @@ def has_adapter(model: nn.Module) -> bool:
 
 def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: str | None) -> Targets:
     """The LoRA matrices of every adapter, as the adapters' configs and the overrides say."""
-    configs = next((m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)), {})
+    configs: dict[str, LoraConfig] = {}
     targets: Targets = {}
     for module_name, module in model.named_modules():
+        if isinstance(getattr(module, "peft_config", None), dict):
+            configs = module.peft_config  # modules come after the model that holds them
         if not isinstance(module, LoraLayer):
             continue
         for adapter, r in module.r.items():
@@ -40,6 +42,11 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: st
                 k = config.module_momentum_rank(module_name, r)
             elif k is None:
                 k = default_momentum_rank(r)
+            if k >= r > 1:
+                raise ValueError(
+                    f"momentum_rank={k} is not below r={r} of {module_name}: nothing would be compressed there; use 1..{r - 1}, or "
+                    "a smaller one for this module in momentum_rank_pattern"
+                )
             rule = update_rule or getattr(config, "update_rule", "als")
             for attribute in COMPRESSIBLE:
                 held = getattr(module, attribute)

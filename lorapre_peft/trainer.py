@@ -126,10 +126,9 @@ class LoRAPreCallback(TrainerCallback):
     ) -> None:
         # Trainer decides to log after the step (DefaultFlowCallback.on_step_end); the step must know before.
         step = state.global_step + 1
-        by_steps = args.logging_strategy == IntervalStrategy.STEPS
-        self._optimizer.record_metrics = (
-            not by_steps or step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        )
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
+        by_epoch = args.logging_strategy == IntervalStrategy.EPOCH  # any step may turn out to be the last of the epoch
+        self._optimizer.record_metrics = by_steps or by_epoch or (step == 1 and args.logging_first_step)
 
     def on_log(
         self,

@@ -6,32 +6,25 @@ Everything runs offline on a CPU: weights and problems come from Python packages
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import HfArgumentParser, TrainerCallback, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from eval.exact_match import accuracy, generate
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.table import format_bytes
 from recipes.models import SMOLLM2, load_model
 from recipes.problems import problems
-
-PACKAGES = ("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "reasoning-gym")
+from recipes.training import OptimizerTimer, environment, sft_config
 
 
 @dataclass
@@ -57,43 +50,6 @@ class QuickstartArguments:
     resume: bool = field(default=False, metadata={"help": "Go on with a stopped run of the same options."})
 
 
-class OptimizerTimer(TrainerCallback):
-    """Seconds spent in optimizer.step, which Trainer calls between these two events."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-
-
-def sft_config(options: QuickstartArguments, output_dir: Path, lr: float) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(output_dir),
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, options.steps // 20),
-        adam_beta2=0.95,  # the paper's betas, for both
-        max_grad_norm=1.0,
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=8,
-        max_length=512,
-        logging_steps=max(1, options.steps // 20),
-        save_strategy="steps",
-        save_steps=20,
-        save_total_limit=1,
-        bf16=torch.cuda.is_available(),
-        gradient_checkpointing=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        seed=options.seed,
-    )
-
-
 def train(options: QuickstartArguments, method: str, train_set: Dataset, test_set: Dataset) -> dict[str, Any]:
     """Train one adapter and measure it; with ``--resume`` a finished run is read and a stopped one goes on."""
     folder = Path(options.output_dir) / method
@@ -104,13 +60,14 @@ def train(options: QuickstartArguments, method: str, train_set: Dataset, test_se
     set_seed(options.seed)
     model, tokenizer = load_model(options.model)
     adapter = dict(r=options.r, lora_alpha=2 * options.r, target_modules="all-linear", task_type="CAUSAL_LM")
+    shared = dict(steps=options.steps, batch_size=options.batch_size, seed=options.seed)
     timer = OptimizerTimer()
     if method == "adamw":
-        args = sft_config(options, folder, options.baseline_lr)
+        args = sft_config(folder, lr=options.baseline_lr, **shared)
         model = get_peft_model(model, LoraConfig(**adapter))
         extra: dict[str, Any] = {"callbacks": [timer]}
     else:
-        args = sft_config(options, folder, options.lr)
+        args = sft_config(folder, lr=options.lr, **shared)
         config = LoRAPreConfig(momentum_rank=options.momentum_rank, update_rule=options.update_rule, **adapter)
         model = get_peft_model(model, config)
         extra = {
@@ -188,18 +145,6 @@ def prepare_output(options: QuickstartArguments) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(wanted, indent=2))
     return folder
-
-
-def environment() -> dict[str, Any]:
-    """What it takes to repeat the run: command, versions, commit, machine."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "command": "python -m recipes.quickstart " + " ".join(sys.argv[1:]),
-        "commit": commit.stdout.strip() or None,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

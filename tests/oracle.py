@@ -109,9 +109,9 @@ class Adam:
 
 
 def newton_schulz(m, steps=5):
-    """Muon's quintic, applied to the singular values of m, whose Frobenius norm is divided out first."""
+    """Muon's quintic, applied to the singular values of m, whose Frobenius norm is divided out first; zero stays zero."""
     u, s, vh = np.linalg.svd(m, full_matrices=False)
-    s = s / np.linalg.norm(s)
+    s = s / (np.linalg.norm(s) or 1.0)
     for _ in range(steps):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     return (u * s) @ vh

@@ -169,6 +169,28 @@ def test_lorapre_optimizer_rejects(call, message):
         lorapre_optimizer(*call)
 
 
+BACKWARD = {"update_in_backward": True}
+
+
+@pytest.mark.parametrize(
+    ("changed", "overrides", "message"),
+    [
+        ({"fsdp": "full_shard"}, {}, "fsdp='full_shard': LoRA-Pre needs whole matrices"),
+        ({"deepspeed": "zero2.json"}, {}, "deepspeed='zero2.json': LoRA-Pre needs whole matrices"),
+        ({"gradient_accumulation_steps": 2}, BACKWARD, "gradient_accumulation_steps=2 with update_in_backward=True"),
+        ({"max_grad_norm": 1.0}, BACKWARD, "max_grad_norm=1.0 with update_in_backward=True"),
+        ({"max_grad_norm": 0.0, "fp16": True}, BACKWARD, "fp16=True with update_in_backward=True"),
+    ],
+    ids=["fsdp", "deepspeed", "accumulation", "clipping", "fp16"],
+)
+def test_arguments_that_cannot_work_are_refused(tmp_path, changed, overrides, message):
+    args = arguments(tmp_path)
+    for name, value in changed.items():  # afterwards: constructing with them would need the engine, or a GPU
+        setattr(args, name, value)
+    with pytest.raises(ValueError, match=message):
+        lorapre_optimizer("adamw", args, **overrides)
+
+
 @pytest.mark.parametrize(("kind", "optimizer_class"), [("adamw", LoRAPreAdamW), ("muon", LoRAPreMuon)])
 def test_trainer_builds_the_optimizer_with_these_options(tmp_path, peft_model, tokens, kind, optimizer_class):
     args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_beta2=0.98)
@@ -242,6 +264,19 @@ def test_sft_trainer_wraps_the_model_itself(tmp_path, llama_path, texts, kind):
     assert {optimizer.state[p]["m_A"].shape[0] for p in held} == {3}
 
 
+def test_updating_in_the_backward_pass_gives_the_same_run(tmp_path, peft_model, tokens):
+    """Losses and figures too, which are then recorded while Trainer still walks through the backward pass."""
+    runs = []
+    for update_in_backward in (False, True):
+        args = arguments(tmp_path, max_grad_norm=0.0, logging_steps=2, lr_scheduler_type="cosine", warmup_steps=1)
+        trainer = lorapre_trainer(peft_model(), args, tokens, update_in_backward=update_in_backward)
+        trainer.train()
+        runs.append([{key: entry[key] for key in ("loss", *sorted(ADAMW_LOGGED))} for entry in training_logs(trainer)])
+    assert len(runs[0]) == 2
+    for expected, found in zip(*runs):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_gradient_accumulation_is_one_update_of_the_whole_batch(tmp_path, peft_model, tokens):
     runs = []
     for micro_batch, accumulation in ((4, 1), (2, 2)):
@@ -311,6 +346,19 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, peft_model, tokens, 
     checkpoint = LoRAPreConfig.from_pretrained(tmp_path / "checkpoint-3")
     assert checkpoint.update_rule == model_options.get("update_rule", "als")
     assert checkpoint.momentum_rank_pattern == model_options.get("momentum_rank_pattern", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_full_weight_run_equals_the_uninterrupted_one(tmp_path, make_llama, tokens, dtype):
+    """Without an adapter: the weights themselves, in bf16 written with stochastic rounding."""
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    straight, resumed = (lorapre_trainer(make_llama(dtype=dtype), args, tokens) for _ in range(2))
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    check_equal_runs(straight, resumed)
+    assert {p.dtype for p in weights(resumed.model).values()} == {dtype}
+    start = make_llama(dtype=dtype)
+    assert not any(torch.equal(p, start.get_parameter(name)) for name, p in weights(resumed.model).items())
 
 
 def test_resumed_sft_run_equals_the_uninterrupted_one(tmp_path, llama_path, texts):

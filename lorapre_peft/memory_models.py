@@ -1,0 +1,88 @@
+"""From what names a model to a copy of it without memory: modules, configs, folders, built-in shapes, the hub."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+# The public shapes of gated models, so that an estimate needs no account and no network. Llama 2: params.json of Meta's
+# release, with the MLP's width from the formula of transformers' convert_llama_weights_to_hf.py; Llama 3.1: Table 3 of "The
+# Llama 3 Herd of Models" (arXiv 2407.21783). A test holds their parameter counts against those on the models' hub pages.
+_LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "num_key_value_heads": 8}
+
+
+def _shape(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> dict[str, int]:
+    return dict(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+
+
+SHAPES: dict[str, dict[str, float]] = {
+    "Llama-2-7b-hf": _LLAMA_2 | _shape(4096, 11008, 32, 32),
+    "Llama-2-13b-hf": _LLAMA_2 | _shape(5120, 13824, 40, 40),
+    "Llama-2-70b-hf": _LLAMA_2 | _shape(8192, 28672, 80, 64) | {"num_key_value_heads": 8},
+    "Llama-3.1-8B": _LLAMA_3 | _shape(4096, 14336, 32, 32),
+    "Llama-3.1-70B": _LLAMA_3 | _shape(8192, 28672, 80, 64),
+}
+
+
+def find_config(name: str | os.PathLike[str]) -> tuple[PretrainedConfig, str]:
+    """A model's config, and in words where it was found: a local folder or config.json, a built-in shape, or the hub.
+
+    Raises ValueError if it is in none of these places.
+    """
+    name = os.fspath(name)
+    if Path(name).exists():
+        try:
+            return AutoConfig.from_pretrained(name), "local config"
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{name!r} exists but holds no config that transformers can read ({_first_line(error)}): give the folder of a "
+                "saved model, or its config.json"
+            ) from error
+    short = name.removeprefix("meta-llama/")
+    if short in SHAPES:
+        return LlamaConfig(**SHAPES[short]), "built-in shape, nothing downloaded"
+    try:
+        return AutoConfig.from_pretrained(name), "config from the hub or its cache"
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is no local folder or config.json and no built-in shape, and the hub gave no config "
+            f"({_first_line(error)}). Without a network, give the folder of a saved model, its config.json, or one of "
+            f"{', '.join(SHAPES)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def meta_model(
+    model: nn.Module | PretrainedConfig | str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    """A model of the same shapes on the meta device, where tensors have no data; the caller's is not touched.
+
+    A module keeps its dtypes, adapters, tied weights and what is frozen; a model built from a config has ``dtype``.
+    Raises ValueError as `find_config` does, and for a config of which transformers has no causal language model.
+    """
+    if isinstance(model, nn.Module):
+        # Only the tensors are replaced: deepcopy finds those in the memo and copies everything around them.
+        memo: dict[int, object] = {}
+        for param in model.parameters():
+            empty = torch.empty_like(param.detach(), device="meta")
+            memo[id(param)] = nn.Parameter(empty, requires_grad=param.requires_grad)
+        for buffer in model.buffers():
+            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+        return copy.deepcopy(model, memo)
+    config = copy.deepcopy(model) if isinstance(model, PretrainedConfig) else find_config(model)[0]
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
