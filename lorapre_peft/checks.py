@@ -1,15 +1,12 @@
-"""The checks of parameters, gradients, options and loaded state, each with an error that says what to do."""
+"""The checks of options, parameters and gradients, each with an error that says what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .optimizer import LoRAPreOptimizer
 
 
 def in_range(name: str, value: Any, low: float, high: float | None = None, *, closed: bool = False) -> None:
@@ -69,37 +66,4 @@ def check_flattened_shards(groups: Iterable[dict[str, Any]]) -> None:
                 f"a parameter group was built with {group['num_matrices']} matrices and now holds only flat tensors of shapes "
                 f"{[tuple(param.shape) for param in group['params'][:3]]}: DeepSpeed ZeRO and FSDP1 hand the optimizer "
                 "flattened shards, which have no rows and columns to compress. Use DDP or one process"
-            )
-
-
-def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if ``state_dict`` was not saved by this kind of optimizer over the same parameters."""
-    from .optimizer import matched_states
-
-    name = type(optimizer).__name__
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(
-            f"found no 'state' and 'param_groups' in what was to be loaded; expected a state_dict of {name}"
-        )
-    # Not all of `defaults`: torch adds entries of its own to it when it loads.
-    own = optimizer.defaults.keys() & optimizer.param_groups[0].keys()
-    missing = own - set().union(*(group.keys() for group in state_dict["param_groups"]))
-    if state_dict["param_groups"] and missing:
-        raise ValueError(
-            f"the saved groups have no {', '.join(sorted(missing))}: they are another optimizer's, expected {name}'s. "
-            "Load a checkpoint of the same optimizer, or start without its state"
-        )
-    group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
-    for index, (param, saved) in enumerate(matched_states(optimizer, state_dict)):
-        group = group_of[param]
-        expected = optimizer.state_shapes(param, group)
-        found = {
-            key: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            for key, value in saved.items()
-        }
-        if found != expected:
-            raise ValueError(
-                f"the saved state of parameter {index} of shape {tuple(param.shape)} is {found}; {name} with "
-                f"momentum_rank={group['momentum_rank']}, update_rule={group['update_rule']!r} expects {expected}. "
-                "Build the optimizer with the options of the saved run, or start without its state"
             )

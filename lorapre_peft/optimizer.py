@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,15 +16,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .bucket import Bucket, Metrics
-from .checks import (
-    check_flattened_shards,
-    check_gradient,
-    check_loaded_state,
-    check_parameter,
-    in_range,
-)
+from .checks import check_flattened_shards, check_gradient, check_parameter, in_range
 from .plain import AdamWOptions, Item, adamw_dtype, adamw_path
 from .rules import RULES
+from .state import check_loaded_state, restore_state, state_device, state_dtype
 
 # The largest gradient norm whose square float32 holds; second moments beyond it would be infinite.
 MAX_NORM = torch.finfo(torch.float32).max ** 0.5
@@ -292,7 +287,7 @@ class LoRAPreOptimizer(Optimizer):
         rule = RULES[group["update_rule"]]
         generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + position) % 2**63)
         for name, shape in self.state_shapes(param, group).items():
-            value = torch.zeros(shape, dtype=_state_dtype(param, name), device=_state_device(param, name))
+            value = torch.zeros(shape, dtype=state_dtype(param, name), device=state_device(param, name))
             if name.endswith("_A") and not rule.tracked:
                 value.copy_(rule.init_columns(shape, generator))
             state[name] = value
@@ -321,7 +316,7 @@ class LoRAPreOptimizer(Optimizer):
     def param_state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
         """Bytes of one parameter's state, from its shape: also before the first step has made it."""
         shapes = self.state_shapes(param, group)
-        return sum(math.prod(shape) * _state_dtype(param, name).itemsize for name, shape in shapes.items())
+        return sum(math.prod(shape) * state_dtype(param, name).itemsize for name, shape in shapes.items())
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -334,18 +329,13 @@ class LoRAPreOptimizer(Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def capture(
-            _: Optimizer, final: dict[str, Any]
-        ) -> None:  # after the user's own pre-hooks, which may replace it
+        def capture(_: Optimizer, final: dict[str, Any]) -> None:
+            # The last pre-hook: the user's own may have replaced what was given.
             check_loaded_state(self, final)
             loaded.update(final)
 
         def restore(_: Optimizer) -> None:
-            for param, saved in matched_states(self, loaded):
-                for name, value in saved.items():
-                    self.state[param][name] = value.detach().to(
-                        device=_state_device(param, name), dtype=_state_dtype(param, name), copy=True
-                    )
+            restore_state(self, loaded)
 
         handles = [
             self.register_load_state_dict_pre_hook(capture),
@@ -356,25 +346,6 @@ class LoRAPreOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def matched_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
-    """(parameter, saved state) pairs: parameters are matched by their order in the groups, as torch does it."""
-    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for saved_id, param in zip(saved_ids, params):
-        if saved_id in state_dict["state"]:
-            yield param, state_dict["state"][saved_id]
-
-
-def _state_dtype(param: Tensor, name: str) -> torch.dtype:
-    """float32; the AdamW path of a float64 parameter keeps float64 moments."""
-    return adamw_dtype(param) if name.startswith("exp_avg") else torch.float32
-
-
-def _state_device(param: Tensor, name: str) -> torch.device:
-    """``step`` stays on the CPU, as in torch.optim, so that reading it costs no synchronisation."""
-    return torch.device("cpu") if name == "step" else param.device
 
 
 def _gradient_norms(params: list[Tensor]) -> list[float]:

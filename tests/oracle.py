@@ -1,7 +1,8 @@
 """An independent float64 statement of both update rules in numpy, written from the method's equations.
 
-It shares no code with the package: the reference and every fast path are compared with it. A matrix is p×q, its factors are
-B [p, k] and A [k, q]. `Adam.step` and `Muon.step` take a gradient and return the direction u of θ ← θ − lr (u + λ θ).
+It shares no code with the package: the reference and every fast path are compared with it. A matrix is p×q, its
+factors are B [p, k] and A [k, q]. `Adam.step` and `Muon.step` take a gradient and return the direction u of
+θ ← θ − lr (u + λ θ).
 """
 
 import numpy as np
@@ -24,7 +25,7 @@ def relative(gram, damping):
 
 
 class Factors:
-    """M ≈ B A following M ← decay · M + weight · x. ``a`` is the random start of `newton`; `als` starts from a gradient."""
+    """M ≈ B A following M ← decay · M + weight · x. ``a``: the random start of `newton`; `als` starts from x."""
 
     def __init__(self, rule, decay, weight, k, a=None, damping=1e-6):
         self.rule, self.decay, self.weight, self.k, self.damping = rule, decay, weight, k, damping
@@ -109,7 +110,7 @@ class Adam:
 
 
 def newton_schulz(m, steps=5):
-    """Muon's quintic, applied to the singular values of m, whose Frobenius norm is divided out first; zero stays zero."""
+    """Muon's quintic, applied to the singular values of m, its Frobenius norm divided out first; zero stays zero."""
     u, s, vh = np.linalg.svd(m, full_matrices=False)
     s = s / (np.linalg.norm(s) or 1.0)
     for _ in range(steps):

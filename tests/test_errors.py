@@ -30,7 +30,7 @@ COMMON = [
     ({"residual_weight": 1.1}, r"residual_weight=1\.1: expected a number in \[0, 1\]$"),
     (
         {"residual_weight": 0.2, "update_rule": "newton"},
-        r"residual_weight=0\.2 is an option of update_rule='als', found update_rule='newton': leave it out, or use 'als'",
+        r"residual_weight=0\.2 is an option of update_rule='als', found update_rule='newton': leave it out, or",
     ),
     ({"seed": 0.5}, r"seed=0\.5: expected a whole number"),
     ({"seed": -1}, r"seed=-1: expected a whole number of at least 0"),
@@ -93,7 +93,7 @@ def assert_unchanged(optimizer, before):
         assert all(torch.equal(now["state"][index][name], value) for name, value in state.items())
 
 
-# ---- options ----------------------------------------------------------------------------------------------------------
+# ---- options --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cls", "options", "message"), OPTIONS)
@@ -114,13 +114,14 @@ def test_bad_group_leaves_the_optimizer_as_it_was(cls, options, message):
     assert len(optimizer.param_groups) == 2
 
 
-@pytest.mark.parametrize("betas", [(0.9,), 0.9, None, ("a", "b")])
-def test_malformed_betas_leave_the_optimizer_as_it_was(betas):
-    """Whatever the error is, no half-checked group may stay behind."""
-    optimizer = trained(LoRAPreAdamW)
+@both_optimizers
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.95, 0.99), 0.9, None])
+def test_betas_are_a_pair(cls, betas):
+    name = "betas" if cls is LoRAPreAdamW else "adamw_betas"
+    optimizer = trained(cls)
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises((ValueError, TypeError, IndexError)):
-        optimizer.add_param_group({"params": [matrix()], "betas": betas})
+    with pytest.raises(ValueError, match=rf"^{name}=.*: expected a pair of numbers in \[0, 1\)"):
+        optimizer.add_param_group({"params": [matrix()], name: betas})
     assert_unchanged(optimizer, before)
 
 
@@ -170,7 +171,7 @@ def test_edges_of_the_ranges_are_allowed(cls):
         cls([matrix()], momentum=0.0, adamw_lr=0.0, ns_steps=1)
 
 
-# ---- parameters and gradients -----------------------------------------------------------------------------------------
+# ---- parameters and gradients ---------------------------------------------------------------------------------------
 
 
 def marked(**attributes):
@@ -181,10 +182,10 @@ def marked(**attributes):
 
 
 PARAMETERS = [
-    (nn.Parameter(torch.ones(4, 3, dtype=torch.complex64)), TypeError, r"shape \(4, 3\) and dtype torch\.complex64; LoRA-Pre trains real"),
-    (nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False), TypeError, r"dtype torch\.int8; expected a floating-point"),
-    (marked(_fsdp_flattened=True), NotImplementedError, r"shape \(20, 12\) that FSDP1 has flattened: .* Use DDP or one process"),
-    (marked(ds_id=3), NotImplementedError, r"shape \(20, 12\) that DeepSpeed ZeRO-3 has flattened: .* Use DDP or one process"),
+    (nn.Parameter(torch.ones(4, 3, dtype=torch.complex64)), TypeError, r"shape \(4, 3\) .*complex64; .* real"),
+    (nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False), TypeError, r"int8; expected a float"),
+    (marked(_fsdp_flattened=True), NotImplementedError, r"shape \(20, 12\) that FSDP1 has flattened: .* Use DDP"),
+    (marked(ds_id=3), NotImplementedError, r"shape \(20, 12\) that DeepSpeed ZeRO-3 has flattened: .* DDP"),
     (marked(device_mesh=object()), NotImplementedError, r"shape \(20, 12\) that is a DTensor .*: not supported yet"),
 ]  # fmt: skip
 
@@ -248,7 +249,7 @@ def test_groups_of_vectors_are_no_shards(cls):
     assert (params[1] < 1).all()
 
 
-# ---- loaded state -----------------------------------------------------------------------------------------------------
+# ---- loaded state ---------------------------------------------------------------------------------------------------
 
 
 def saved_by(build):
@@ -291,7 +292,7 @@ REFUSED = {
         lambda: saved_by(lambda params: LoRAPreAdamW(params, momentum_rank=2, update_rule="newton")),
         r"parameter 0 .*update_rule='als' expects .*v_energy.* Build the optimizer with the options of the saved run",
     ),
-    "uncompressed": (lambda: saved_by(lambda params: LoRAPreAdamW(params, momentum_rank=0)), r"is .*exp_avg.* expects .*m_B"),
+    "uncompressed": (lambda: saved_by(lambda p: LoRAPreAdamW(p, momentum_rank=0)), r"is .*exp_avg.* expects .*m_B"),
     "another order": (
         lambda: saved_by(lambda params: LoRAPreAdamW(params[::-1], momentum_rank=2)),
         r"the saved state of parameter 0 of shape \(20, 12\) is .*exp_avg",

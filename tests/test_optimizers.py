@@ -1,4 +1,4 @@
-"""LoRAPreAdamW and LoRAPreMuon as optimizers: against the oracle, against torch's own, and under everything a run does to them."""
+"""Both optimizers: against the oracle, against torch's own, and under everything that a run does to them."""
 
 import copy
 import warnings
@@ -11,6 +11,7 @@ from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.adamw import update_bound
+from lorapre_peft.bucket import TEMPORARIES, Bucket
 from lorapre_peft.muon import orthogonalize
 from lorapre_peft.optimizer import compressed_rank
 
@@ -18,7 +19,7 @@ both_optimizers = pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon], id
 both_rules = pytest.mark.parametrize("rule", ["als", "newton"])
 needs_torch_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is new in torch 2.9")
 LR = 0.01
-# Float32 state against a float64 oracle: about 1e-6 per unit of gradient after 50 steps of 0.01, measured; ten times that.
+# Float32 state against a float64 oracle: about 1e-6 after 50 steps of 0.01, measured; ten times that.
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -60,7 +61,7 @@ def flat(grads):
     return [g.reshape(len(g), -1).numpy() for g in grads]
 
 
-# ---- compressed matrices against the oracle ---------------------------------------------------------------------------
+# ---- compressed matrices against the oracle -------------------------------------------------------------------------
 
 SHAPES = [((20, 12), 3), ((12, 40), 1), ((40, 6), 2), ((9, 9), 4), ((10, 4, 3), 2), ((8, 4, 3, 3), 3)]
 
@@ -111,7 +112,7 @@ def test_maximize_is_minimize_of_negative(cls, rule):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(20, 12), (12,)], ids=["compressed", "adamw path"])
 def test_half_precision_rounds_once(cls, rule, dtype, shape):
-    """State stays float32 and the new weight is rounded once: bit for bit the float32 step from the same weight, rounded."""
+    """State stays float32, the new weight is rounded once: bit for bit the rounded float32 step."""
     param, wide, grads = weights(*shape, dtype=dtype), weights(*shape), stream((20, 12), 20)
     optimizers = [cls([p], lr=LR, weight_decay=0.1, momentum_rank=2, update_rule=rule) for p in (param, wide)]
     for g in grads:
@@ -129,7 +130,7 @@ def test_half_precision_rounds_once(cls, rule, dtype, shape):
 @both_optimizers
 @both_rules
 def test_float64_parameters(cls, rule):
-    """The weights keep their precision; the factors stay float32, and AdamW's moments of a float64 vector are float64."""
+    """The factors stay float32; the moments of a float64 vector on the AdamW path are float64, as torch has them."""
     param, bias, grads = weights(20, 12, dtype=torch.float64), weights(12, dtype=torch.float64), stream((20, 12), 30)
     optimizer = cls([param, bias], lr=LR, momentum_rank=3, update_rule=rule)
     twin = cls([param.detach().clone()], lr=LR, momentum_rank=3, update_rule=rule)
@@ -141,14 +142,14 @@ def test_float64_parameters(cls, rule):
     assert optimizer.state[bias]["exp_avg"].dtype == torch.float64
 
 
-# ---- stacking and tiles -----------------------------------------------------------------------------------------------
+# ---- stacking and tiles ---------------------------------------------------------------------------------------------
 
 
 @both_optimizers
 @both_rules
 @pytest.mark.parametrize(("shape", "k"), [((12, 10), 2), ((40, 24), 6), ((140, 132), 5), ((12, 40), 1)], ids=str)
 def test_stacked_equal_alone(cls, rule, shape, k):
-    """What is beside a matrix must not show in its step. k = 1 is a matrix-vector product, which the BLAS batches otherwise."""
+    """What is beside a matrix must not show in its step. k = 1: the BLAS sums a batch of vectors in another order."""
     n, grads = 5, [stream(shape, 8, seed=i) for i in range(5)]
     together, alone = ([weights(*shape, seed=i) for i in range(n)] for _ in range(2))
     options = {"lr": LR, "momentum_rank": k, "update_rule": rule}
@@ -168,27 +169,36 @@ def test_stacked_equal_alone(cls, rule, shape, k):
 @both_rules
 @pytest.mark.parametrize("shape", [(40, 10), (10, 2, 20)], ids=str)
 @pytest.mark.parametrize("rows", [3, 7, 39])
-def test_tiles_equal_whole(rule, shape, rows):
+def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
     """Row tiles, the last one smaller, give the whole's step up to the order of float32 sums.
 
     k + 8 ≥ min(p, q), so that the subspace iteration by which a tiled start replaces the SVD is exact.
     """
     q = int(np.prod(shape[1:]))
+    seen, gradients = set(), Bucket.gradients
+
+    def spy(bucket, tile):
+        seen.add((tile.start, tile.stop))
+        return gradients(bucket, tile)
+
+    monkeypatch.setattr(Bucket, "gradients", spy)
     grads, results = [stream(shape, 15, seed=i) for i in range(2)], []
-    for temporary_bytes in (64_000_000, 4 * 8 * q * rows):  # 8 float32 temporaries of so many rows
+    for temporary_bytes in (64_000_000, 4 * TEMPORARIES * q * rows):
         params = [weights(*shape, seed=i) for i in range(2)]
         optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=2, update_rule=rule, temporary_bytes=temporary_bytes)
         take_steps(optimizer, params, *grads)
         results.append(params)
     for whole, tiled in zip(*results):
         torch.testing.assert_close(tiled, whole, **CLOSE)
+    p, step = shape[0], min(rows, shape[0])
+    assert seen == {(0, p)} | {(i, min(i + step, p)) for i in range(0, p, step)}
 
 
 def test_chunks_equal_whole():
     """A bucket too large for the bound is stepped in parts, each of whole matrices: bit for bit the same."""
     shape, results = (12, 10), []
     grads = [stream(shape, 10, seed=i) for i in range(5)]
-    for temporary_bytes in (64_000_000, 4 * 8 * 120 * 2):
+    for temporary_bytes in (64_000_000, 4 * TEMPORARIES * 120 * 2):
         params = [weights(*shape, seed=i) for i in range(5)]
         take_steps(LoRAPreAdamW(params, lr=LR, momentum_rank=2, temporary_bytes=temporary_bytes), params, *grads)
         results.append(params)
@@ -213,7 +223,7 @@ def test_non_contiguous_gradients_and_parameters(cls, rule):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
-# ---- the AdamW path against torch.optim.AdamW -------------------------------------------------------------------------
+# ---- the AdamW path against torch.optim.AdamW -----------------------------------------------------------------------
 
 PLAIN = {"vector": ((12,), None), "scalar": ((), None), "tiny matrix": ((2, 2), None), "rank 0": ((20, 12), 0)}
 PLAIN |= {
@@ -263,7 +273,7 @@ def test_compressed_rank(shape, momentum_rank, expected):
     assert compressed_rank(torch.Size(shape), momentum_rank) == expected
 
 
-# ---- how parameters and options come in -------------------------------------------------------------------------------
+# ---- how parameters and options come in -----------------------------------------------------------------------------
 
 
 def small_model():
@@ -381,7 +391,7 @@ def test_zero_grad(cls):
     assert param.grad is None
 
 
-# ---- schedules and gradient scaling -----------------------------------------------------------------------------------
+# ---- schedules and gradient scaling ---------------------------------------------------------------------------------
 
 
 @both_optimizers
@@ -405,7 +415,7 @@ def test_lambda_lr(cls, tensor_lr):
 
 @both_optimizers
 def test_one_cycle_lr(cls):
-    """It cycles β1 (or μ) as well as the rate: the step must read them anew, and β1 = 0.95 stays within als's range."""
+    """It cycles β1 (or μ) as well as the rate: the step must read them anew; 0.95 is within als's range."""
     model = small_model()
     optimizer = cls(model.parameters(), lr=LR, momentum_rank=2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
@@ -464,7 +474,7 @@ def test_grad_scaler_skips_and_unscales(cls):
     assert optimizers[0].state[params[0]]["step"].item() == 5
 
 
-# ---- Muon's conventions -----------------------------------------------------------------------------------------------
+# ---- Muon's conventions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (20, 12), (12, 40), (1, 5)], ids=str)
@@ -490,9 +500,9 @@ def test_orthogonalize_batches_and_keeps_zero():
 def test_follows_torch_muon(monkeypatch, shape, nesterov, adjust_lr_fn):
     """Nesterov, the scale by shape and weight decay are torch.optim.Muon's, whose bfloat16 iteration is replaced here.
 
-    Gradients share a row and a column space of dimension k, so that the factors lose nothing, and ρ = 1−μ makes Algorithm 2's m.
-    torch averages where this sums, which the iteration normalises away. 1e-3 of an update: float32, amplified 500-fold by five
-    quintics where a singular value is zero.
+    Gradients share a row and a column space of dimension k, so that the factors lose nothing, and ρ = 1−μ makes
+    Algorithm 2's m. torch averages where this sums, which the iteration normalises away. 1e-3 of an update: float32,
+    amplified 500-fold by five quintics where a singular value is zero.
     """
 
     def exact(grad, ns_coefficients, ns_steps, eps):
@@ -522,7 +532,7 @@ def test_muon_without_scale_is_algorithm_2():
     torch.testing.assert_close(paths["match_rms_adamw"], paths[None] * 0.2 * 40**0.5, rtol=1e-3, atol=1e-6)
 
 
-# ---- gradients of every kind ------------------------------------------------------------------------------------------
+# ---- gradients of every kind ----------------------------------------------------------------------------------------
 
 
 @both_optimizers
@@ -569,7 +579,7 @@ def momentum_error(optimizer, param, grads):
 
 
 def test_zero_gradients_stop_the_update_without_eps():
-    """m decays faster than √v, so Adam's update goes to zero; what float32 can no longer hold must not turn that round.
+    """m decays faster than √v, so Adam's update goes to zero; the end of float32's range must not turn that round.
 
     Small betas bring m and v to the end of float32's range in 400 steps; the default ones take 1,900.
     """
@@ -621,7 +631,7 @@ def test_jumps_of_scale_stay_finite(cls, rule, scale):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_non_finite_gradients_are_skipped(cls, rule, bad, steps_before):
-    """One bad gradient costs one parameter one update: its state is kept in every bit, its bucket goes on, a warning is given once."""
+    """One bad gradient costs one parameter one update: state kept in every bit, its bucket goes on, one warning."""
     shapes = [(20, 12), (20, 12), (20, 12), (12,)]
     params, control = ([weights(*shape, seed=i) for i, shape in enumerate(shapes)] for _ in range(2))
     grads = [stream((20, 12), 6, seed=i) for i in range(3)] + [[g[0] for g in stream((20, 12), 6)]]
@@ -656,6 +666,20 @@ def test_non_finite_gradients_are_skipped(cls, rule, bad, steps_before):
         take_steps(optimizer, params, *(g[-2:] for g in grads))
     assert optimizer.skipped_updates == 4
     assert all(param.isfinite().all() for param in params)
+
+
+@both_optimizers
+def test_gradients_beyond_float32_are_skipped(cls):
+    """Finite in float64, but their squares would be infinite in the float32 state for good."""
+    param, g = weights(20, 12, dtype=torch.float64), torch.ones(20, 12, dtype=torch.float64)
+    optimizer = cls([param], lr=LR, momentum_rank=2)
+    take_steps(optimizer, [param], [g])
+    before, state = param.detach().clone(), copy.deepcopy(dict(optimizer.state[param]))
+    with pytest.warns(UserWarning, match="a gradient has the norm"):
+        take_steps(optimizer, [param], [g * 1e25])
+    assert torch.equal(param, before)
+    assert all(torch.equal(optimizer.state[param][name], value) for name, value in state.items())
+    assert optimizer.skipped_updates == 1
 
 
 @both_optimizers
@@ -697,7 +721,7 @@ def test_empty_parameters_and_empty_steps(cls):
     assert set(optimizer.state) == {param}
 
 
-# ---- randomness -------------------------------------------------------------------------------------------------------
+# ---- randomness -----------------------------------------------------------------------------------------------------
 
 
 @both_optimizers
@@ -736,13 +760,13 @@ def test_newton_start_depends_on_seed_and_position_alone(cls):
         assert not np.array_equal(m_A, v_A)
 
 
-# ---- what a run can look at -------------------------------------------------------------------------------------------
+# ---- what a run can look at -----------------------------------------------------------------------------------------
 
 
 @both_optimizers
 @both_rules
 def test_metrics(cls, rule):
-    """captured_energy against its definition from the factors before the step; the rest from the oracle's own update."""
+    """captured_energy against its definition, from the factors before the step; the rest against the clamp's bound."""
     params, grads = [weights(20, 12), weights(20, 12, seed=1)], [stream((20, 12), 10, seed=i) for i in range(2)]
     optimizer = cls(params, lr=LR, momentum_rank=3, update_rule=rule)
     assert optimizer.metrics() == {}
@@ -781,7 +805,7 @@ def test_metrics_change_nothing():
 @both_rules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_state_shapes_and_bytes_are_the_real_ones(cls, rule, dtype):
-    """Both are answered before the first step, for a plan of memory; the state that a step makes must keep the promise."""
+    """Both are asked before the first step, to plan memory; the state that a step makes must keep the promise."""
     shapes = [(20, 12), (8, 4, 3, 3), (12,), (), (2, 2)]
     params = [weights(*shape, dtype=dtype) for shape in shapes]
     optimizer = cls(params, momentum_rank=2, update_rule=rule)

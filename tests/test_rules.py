@@ -1,4 +1,4 @@
-"""The maths: the reference against the numpy oracle, the fast forms against the reference, and what each rule promises."""
+"""The maths: the reference against the oracle, the fast forms against the reference, and what each rule promises."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def newton_state(shape, k, moments):
     }
 
 
-# ---- the reference against the oracle ---------------------------------------------------------------------------------
+# ---- the reference against the oracle -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shape", "k"), CASES)
@@ -76,7 +76,7 @@ def test_residual_weight_equals_oracle(optimizer, rho):
 
 
 def test_bound_is_adams_supremum():
-    """C is reached by the gradient stream that Cauchy–Schwarz singles out, so a smaller clamp would cut Adam itself."""
+    """C is reached by the gradient stream that Cauchy–Schwarz singles out: a smaller clamp would cut Adam itself."""
     assert pytest.approx(1.165, abs=5e-4) == C
     assert pytest.approx(oracle.bound(BETAS), rel=1e-12) == C
     stream = [np.array([[(BETAS[0] / BETAS[1]) ** age]]) for age in reversed(range(400))]
@@ -86,7 +86,7 @@ def test_bound_is_adams_supremum():
     assert u.item() == pytest.approx(C, rel=1e-6)
 
 
-# ---- batched and tiled forms against the reference --------------------------------------------------------------------
+# ---- batched and tiled forms against the reference ------------------------------------------------------------------
 
 
 def sweep(rule, B, A, x, average, cuts, rho=None):
@@ -134,7 +134,7 @@ def test_als_balances_factors():
 
 
 def test_als_factors_do_not_underflow():
-    """From factors that are exactly zero no gradient could bring the momentum back, so zero gradients stop at a floor."""
+    """From factors that are exactly zero no gradient could bring the momentum back: zero gradients stop at a floor."""
     B, A = random(9, 2).float(), random(2, 7, seed=1).float()
     for _ in range(3000):
         _, B, A = sweep(Als(), B, A, torch.zeros(9, 7), ADAM_M, [])
@@ -146,7 +146,7 @@ def test_als_factors_do_not_underflow():
     torch.testing.assert_close(B @ A, x, rtol=1e-2, atol=1e-2)  # 0.9^60 = 0.002 of it is still missing
 
 
-# ---- the start --------------------------------------------------------------------------------------------------------
+# ---- the start ------------------------------------------------------------------------------------------------------
 
 
 def decaying(p, q, ratio=0.6, seed=0):
@@ -169,7 +169,7 @@ def test_best_factors_are_the_best(shape):
 @pytest.mark.parametrize("shape", [(60, 50), (40, 90), (9, 60)])
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_top_factors_equal_exact_svd(shape, batch):
-    """Three power steps with 8 extra directions: the error of the best approximation, to far below one part in a million."""
+    """Three power steps with 8 extra directions: the error of the best approximation, to one part in a million."""
     k = 4
     x = torch.stack([decaying(*shape, seed=i) for i in range(2)]) if batch else decaying(*shape)
     B, A = top_factors(lambda Q: x @ Q, lambda Y: x.mT @ Y, shape, k, like=x[..., :k])
@@ -190,7 +190,7 @@ def test_top_factors_leave_global_rng_alone():
     assert torch.equal(results[0][1], results[1][1])
 
 
-# ---- what `als` promises: method, section 4 (a) to (e) ----------------------------------------------------------------
+# ---- what `als` promises: method, section 4 (a) to (e) --------------------------------------------------------------
 
 
 def updates(stream, *, rule="als", k=2, scale=1.0, **options):
@@ -210,8 +210,8 @@ def updates(stream, *, rule="als", k=2, scale=1.0, **options):
 def test_als_at_full_rank_is_adams_first_moment(shape, atol):
     """(a) With k = min(p, q) nothing is compressed: what is left of an error is a wrong sweep, not a lack of rank.
 
-    Through the reference and the rule in float64, since an optimizer's state is float32 and its k stays below min(p, q). The
-    error is the damping, 1e-14, times the squared condition of B: up to 3e4 where p < q, since A is then solved last.
+    Through the reference and the rule in float64: an optimizer's state is float32 and its k stays below min(p, q). The
+    error is the damping, 1e-14, times the squared condition of B, which drifts up to 3e4 where p < q.
     """
     k, rule, theta, state, m = min(shape), Als(damping=1e-14), torch.zeros(shape).double(), None, 0.0
     B = A = None
@@ -229,7 +229,7 @@ def test_als_at_full_rank_is_adams_first_moment(shape, atol):
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 def test_als_ignores_gradient_scale(scale):
-    """(b) Adam's step does not change with the scale of the loss; LoRA A's gradients are small. 1e-4: float32 round-off."""
+    """(b) Adam's step does not change with the loss's scale; LoRA A's gradients are small. 1e-4: float32 round-off."""
     stream = oracle.gradients((20, 12), 30)
     for found, expected in zip(updates(stream, eps=0.0, scale=scale)[0], updates(stream, eps=0.0)[0]):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -237,7 +237,7 @@ def test_als_ignores_gradient_scale(scale):
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
 def test_als_scale_is_exact_for_powers_of_two(scale):
-    """(b) Without round-off in the scaling itself the updates are equal in every bit: no constant hides in the rule."""
+    """(b) Without round-off in the scaling itself the updates are equal in every bit: no constant is hidden."""
     stream = oracle.gradients((20, 12), 30, dtype=np.float32)
     for found, expected in zip(updates(stream, eps=0.0, scale=np.float32(scale))[0], updates(stream, eps=0.0)[0]):
         assert torch.equal(found, expected)
@@ -271,7 +271,7 @@ def test_als_updates_stay_within_bound(kind, eps):
 
 @pytest.mark.parametrize("zeros", [1, 3])
 def test_als_zero_start_costs_nothing(zeros):
-    """(d) LoRA's A has gradient zero until B has moved: the steps after it are those of a run without it, bit for bit."""
+    """(d) LoRA's A has gradient zero until B has moved: the steps after it are a run's without it, bit for bit."""
     stream = oracle.gradients((20, 12), 10)
     late, state = updates([np.zeros((20, 12))] * zeros + stream)
     plain, plain_state = updates(stream)
@@ -296,8 +296,8 @@ def test_als_start_depends_on_gradient_alone(shape):
 def test_als_regains_rank_after_a_start_of_low_rank(kind):
     """A factor row or column that starts at exactly zero stays there: (d) for single directions.
 
-    The first gradient of an adapter can have fewer directions than k (one example, one active row). Gradients of rank 3 follow;
-    k = 4 factors must come to hold all three.
+    A first gradient can have fewer directions than k (one active row, the others exactly zero). Gradients of rank 3
+    follow; k = 4 factors must come to hold all three.
     """
     shape = (20, 12)
     first = np.zeros(shape)
@@ -309,7 +309,7 @@ def test_als_regains_rank_after_a_start_of_low_rank(kind):
     assert singular[2] > 1e-2 * singular[0]
 
 
-# ---- what `newton` does, faults included: method, sections 2 and 3 ----------------------------------------------------
+# ---- what `newton` does, faults included: method, sections 2 and 3 --------------------------------------------------
 
 
 def test_newton_counts_a_zero_first_gradient():
@@ -331,7 +331,7 @@ def test_newton_start_of_zeros_would_stay_zero():
 
 
 def test_newton_depends_on_gradient_scale():
-    """Fault 2: δ = 1e-6 is absolute, so of gradients around 1e-8 almost nothing is tracked, where those of 1 are tracked."""
+    """Fault 2: δ = 1e-6 is absolute, so of gradients around 1e-8 almost nothing is tracked; those of 1 are."""
     stream = oracle.gradients((20, 12), 60, noise=0.1)
     exact = oracle.ExactAdam(BETAS)
     for g in stream:

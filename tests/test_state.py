@@ -156,7 +156,7 @@ def test_resume_before_the_first_gradient(cls):
 
 @both_optimizers
 def test_loads_by_keyword_and_before_any_step(cls):
-    """torch.distributed.checkpoint calls load_state_dict(state_dict=…); a fresh optimizer's empty state is a state too."""
+    """torch.distributed.checkpoint calls load_state_dict(state_dict=…); the empty state of a new run is one too."""
     model = small_model()
     optimizer = build(model, cls)
     optimizer.load_state_dict(state_dict=build(small_model(), cls).state_dict())
@@ -252,7 +252,7 @@ def accelerator():
 
 @both_optimizers
 def test_accelerate_round_trip(cls, accelerator):
-    """What `Trainer` and `Accelerator.save_state` do: the wrapper loads an empty state as it prepares, the real one later."""
+    """What `Trainer` and `Accelerator` do: the wrapper loads an empty state as it prepares, the real one later."""
 
     def start():
         model = small_model()
@@ -276,7 +276,7 @@ def test_accelerate_round_trip(cls, accelerator):
 @both_rules
 @pytest.mark.parametrize("flatten", [False, True])
 def test_distributed_checkpoint_round_trip(cls, rule, flatten):
-    """set_optimizer_state_dict fills a fresh optimizer by a step of zero gradients at lr 0, and loads by name after it."""
+    """set_optimizer_state_dict fills a fresh optimizer by a step of zero gradients at lr 0, then loads by name."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model = small_model()
     optimizer = build(model, cls, rule)
@@ -293,7 +293,7 @@ def test_distributed_checkpoint_round_trip(cls, rule, flatten):
 
 @both_optimizers
 def test_distributed_checkpoint_of_a_fresh_optimizer(cls):
-    """The same step of zero gradients, on asking for the state of a run that has not begun: `als` has not started after it."""
+    """The same step of zero gradients, on asking for the state of a run that has not begun: `als` does not start."""
     model, untouched = small_model(), small_model()
     optimizer = build(model, cls)
     get_optimizer_state_dict(model, optimizer)
