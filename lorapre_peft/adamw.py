@@ -70,8 +70,11 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_betas("betas", group["betas"])
         in_range("eps", group["eps"], 0)
+        self._check_betas(group)
+
+    def _check_betas(self, group: dict[str, Any]) -> None:
+        check_betas("betas", group["betas"])
         beta1, beta2 = group["betas"]
         if group["update_rule"] == "als" and not beta1**2 < beta2:
             raise ValueError(
@@ -83,6 +86,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         return AdamWOptions(float(group["lr"]), group["betas"], group["eps"])
 
     def _update(self, bucket: Bucket) -> None:
+        self._check_betas(bucket.group)  # a scheduler that cycles momentum may have moved them
         steps = bucket.advance()
         if bucket.fresh:
             self._start(bucket)

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def above_zero(name: str, value: Any) -> None:
+    """Raise ValueError unless value is a finite number above 0."""
+    in_range(name, value, 0)
+    if float(value) == 0:
+        raise ValueError(f"{name}={value!r}: expected a number above 0")
+
+
 def in_range(name: str, value: Any, low: float, high: float | None = None, *, closed: bool = False) -> None:
     """Raise ValueError unless low ≤ value < high (≤ high if ``closed``); no upper bound if ``high`` is None."""
     expected = f"a number of at least {low}" if high is None else f"a number in [{low}, {high}{']' if closed else ')'}"

@@ -12,7 +12,7 @@ from .bucket import Bucket, Moment, momentum_tile
 from .checks import check_betas, in_range
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
-from .rules import Average
+from .rules import MIN_FACTOR_NORM, Average
 
 # Coefficients of the quintic as in torch.optim.Muon.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -149,5 +149,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
             moment.finish()
         if group["nesterov"]:
             m = torch.add(g, m, alpha=group["momentum"])
+        # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
+        m = m * (m.abs().amax((-2, -1), keepdim=True) > 10 * MIN_FACTOR_NORM**2)
         scale = shape_scale(bucket.shape, group["adjust_lr_fn"])
         bucket.write(rows, orthogonalize(m, group["ns_steps"]).mul_(scale).contiguous())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .bucket import Bucket, Metrics
-from .checks import check_flattened_shards, check_gradient, check_parameter, in_range
+from .checks import above_zero, check_flattened_shards, check_gradient, check_parameter, in_range
 from .plain import AdamWOptions, Item, adamw_dtype, adamw_path
 from .rules import RULES
 from .state import check_loaded_state, restore_state, state_device, state_dtype
@@ -59,7 +59,7 @@ class LoRAPreOptimizer(Optimizer):
         update_rule: ``"als"`` or ``"newton"``.
         residual_weight: ρ of ``als``, in [0, 1]; None: the rule's default.
         update_scale: factor on the update of compressed matrices, > 0; the paper's pre-training uses 0.25, as GaLore does.
-        max_param_grad_norm: clip each parameter's gradient to this norm, by itself; None: no clipping.
+        max_param_grad_norm: clip each parameter's gradient to this norm > 0, by itself; None: no clipping.
         bf16_rounding: how bfloat16 parameters are written: ``"nearest"``, or ``"stochastic"``, which keeps the mean of
             updates too small for bfloat16's 8 bits. The random bits depend on (seed, step, parameter) alone.
         update_in_backward: update each parameter, and free its gradient, as soon as `backward` has made it; `step` then
@@ -70,7 +70,8 @@ class LoRAPreOptimizer(Optimizer):
         seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global generator.
 
     Attributes:
-        skipped_updates: how many updates of single parameters were skipped for a gradient that is not finite (or whose square is not, in float32), since construction.
+        skipped_updates: how many updates of single parameters were skipped since construction, for a gradient that is not
+            finite or whose square float32 cannot hold.
         record_metrics: set it before the backward pass to have that step's `metrics` kept.
     """
 
@@ -168,9 +169,9 @@ class LoRAPreOptimizer(Optimizer):
                 )
         if not isinstance(group["seed"], int) or group["seed"] < 0:
             raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
-        in_range("update_scale", group["update_scale"], 0)
+        above_zero("update_scale", group["update_scale"])
         if group["max_param_grad_norm"] is not None:
-            in_range("max_param_grad_norm", group["max_param_grad_norm"], 0)
+            above_zero("max_param_grad_norm", group["max_param_grad_norm"])
         if group["bf16_rounding"] not in ("nearest", "stochastic"):
             raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
         if group["update_in_backward"] != self.defaults["update_in_backward"]:

@@ -8,12 +8,18 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import string
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from adapting import adapted
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorapre_peft import LoRAPreConfig
 
 VOCAB_SIZE = 64
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -63,3 +69,37 @@ def batch() -> dict[str, torch.Tensor]:
     """Four sequences of 16 tokens with their labels."""
     ids = torch.randint(len(SPECIAL), VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[dict[str, list[int]]]:
+    """24 sequences of 12 tokens, each with its labels."""
+    ids = torch.randint(4, 64, (24, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@pytest.fixture(scope="module")
+def texts() -> Dataset:
+    return Dataset.from_dict({"text": [f"{a} + {b} = {a + b}." for a in range(6) for b in range(4)]})
+
+
+@pytest.fixture
+def peft_model(make_llama):
+    """peft_model(**options of LoRAPreConfig): a fresh tiny Llama with a LoRA-Pre adapter."""
+
+    def build(autocast_adapter_dtype=True, dtype=torch.float32, **options):
+        config = LoRAPreConfig(**({"r": 8, "target_modules": "all-linear"} | options))
+        model = get_peft_model(make_llama(dtype=dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
+        # Trainer resumes with PEFT's default, which would turn a bf16 adapter into a float32 one.
+        model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=autocast_adapter_dtype)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def two_adapters(make_llama) -> PeftModel:
+    """Adapter "default" with r=8 and k=2, adapter "second" with r=16 and k=5."""
+    model = adapted(make_llama(), momentum_rank=2)
+    model.add_adapter("second", LoRAPreConfig(r=16, target_modules=["q_proj", "v_proj"], momentum_rank=5))
+    return model

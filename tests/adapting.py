@@ -1,0 +1,57 @@
+"""What the tests of adapters share: models, a training loop, and what came out of it."""
+
+import torch
+from peft import (
+    PeftModel,
+    get_peft_model,
+)
+from torch import nn
+
+from lorapre_peft import LoRAPreConfig
+
+
+def adapted(model, config_class=LoRAPreConfig, **options) -> PeftModel:
+    return get_peft_model(model, config_class(**({"r": 8, "target_modules": "all-linear"} | options)))
+
+
+def train(optimizer, loss_of, steps=6) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def logits(model, batch) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"]).logits
+
+
+def ranks_by_name(optimizer) -> dict[str, int]:
+    """Momentum rank that each parameter's state really has; 0 on the AdamW path. Needs a step before."""
+    names = {p: name for g in optimizer.param_groups for p, name in zip(g["params"], g["param_names"])}
+    return {
+        name: state["m_A"].shape[0] if "m_A" in state else 0
+        for p, name in names.items()
+        for state in [optimizer.state[p]]
+    }
+
+
+def trainable(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3)
+        self.second = nn.Conv2d(16, 16, 3)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.norm(self.second(self.first(x).relu()).relu().mean((-2, -1))))

@@ -1,0 +1,174 @@
+"""create_lorapre_optimizer: groups, ranks, the table, errors."""
+
+import re
+
+import pytest
+import torch
+from adapting import ConvNet, adapted, ranks_by_name, train, trainable
+from torch import nn
+from transformers import Trainer
+
+from lorapre_peft import LoRAPreAdamW, create_lorapre_optimizer
+
+LORA_MATRICES = ("lora_A", "lora_B", "lora_embedding_B")
+
+
+# ---- create_lorapre_optimizer -------------------------------------------------------------------------------------
+
+
+def test_weight_decay_is_split_as_trainer_does(make_llama):
+    model = adapted(
+        nn.ModuleDict({"llama": make_llama(attention_bias=True), "conv": ConvNet()}),
+        target_modules=["q_proj", "v_proj", "embed_tokens", "second"],
+        modules_to_save=["lm_head", "norm", "head", "input_layernorm"],
+        bias="all",
+    )
+    optimizer = create_lorapre_optimizer(model, lr=1e-2, weight_decay=0.1)
+    decayed = {name for g in optimizer.param_groups if g["weight_decay"] == 0.1 for name in g["param_names"]}
+    others = {name for g in optimizer.param_groups if g["weight_decay"] == 0.0 for name in g["param_names"]}
+    expected = set(Trainer.get_decay_parameter_names(None, model)) & trainable(model).keys()
+    assert decayed == expected
+    assert others == trainable(model).keys() - expected
+    assert len(others) > 5
+
+
+def test_every_trainable_parameter_is_held_once(make_llama):
+    model = adapted(make_llama(tie_word_embeddings=True), modules_to_save=["norm"], use_dora=True)
+    optimizer = create_lorapre_optimizer(model, lr=1e-2)
+    held = [p for g in optimizer.param_groups for p in g["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(held) == len({id(p) for p in held})
+
+
+def kilobytes(count: int) -> str:
+    return f"{count / 1e3:.2f} kB"
+
+
+def test_printed_table_is_what_the_state_takes(make_llama, batch, capsys):
+    model = adapted(make_llama(), use_dora=True, modules_to_save=["lm_head"], momentum_rank_pattern={"q_proj": 3})
+    optimizer = create_lorapre_optimizer(model, lr=1e-2)
+    lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    train(optimizer, lambda: model(**batch).loss, steps=1)
+
+    rows = {"compressed, k=2, als": [], "compressed, k=3, als": [], "AdamW path": []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            k = 0 if not any(part in name for part in LORA_MATRICES) else 3 if "q_proj" in name else 2
+            rows[f"compressed, k={k}, als" if k else "AdamW path"].append(p)
+    rows["trained"] = [p for row in rows.values() for p in row]
+
+    def row_of(params):
+        state = sum(t.numel() * t.element_size() for p in params for t in optimizer.state[p].values())
+        adamw = sum(8 * p.numel() + 4 for p in params)
+        return [f"{len(params):,}", f"{sum(p.numel() for p in params):,}", kilobytes(state), kilobytes(adamw)]
+
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert lines == [
+        ["LoRAPreAdamW", "tensors", "parameters", "state", "AdamW, fp32"],
+        *([name, *row_of(params)] for name, params in rows.items()),
+        ["frozen", str(len(frozen)), f"{sum(p.numel() for p in frozen):,}", "–", "–"],
+    ]
+
+
+def test_table_is_printed_by_the_first_process_only(make_llama, capsys, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank, printed in ((0, True), (1, False)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        create_lorapre_optimizer(adapted(make_llama()), lr=1e-2)
+        assert bool(capsys.readouterr().out) is printed
+
+
+def test_overrides_win_over_the_config(make_llama, batch):
+    model = adapted(make_llama(), momentum_rank=2, momentum_rank_pattern={"q_proj": 1})
+    optimizer = create_lorapre_optimizer(model, lr=1e-2, momentum_rank=3, update_rule="newton", betas=(0.8, 0.9))
+    train(optimizer, lambda: model(**batch).loss, steps=1)
+    assert set(ranks_by_name(optimizer).values()) == {3}
+    assert {(g["update_rule"], g["betas"]) for g in optimizer.param_groups} == {("newton", (0.8, 0.9))}
+
+
+def test_config_is_found_inside_a_larger_module(make_llama, batch):
+    model = nn.ModuleDict({"policy": adapted(make_llama(), momentum_rank=3), "value": nn.Linear(4, 4)})
+    optimizer = create_lorapre_optimizer(model, lr=1e-2)
+    assert {g["momentum_rank"] for g in optimizer.param_groups} == {3, 0}
+
+
+def test_two_peft_models_keep_their_own_configs(make_llama):
+    """Both adapters are called "default": each layer's config is that of the model it is in."""
+    model = nn.ModuleDict(
+        {"policy": adapted(make_llama(), momentum_rank=3), "value": adapted(make_llama(), momentum_rank=1)}
+    )
+    optimizer = create_lorapre_optimizer(model, lr=1e-2)
+    found = {(name.split(".")[0], g["momentum_rank"]) for g in optimizer.param_groups for name in g["param_names"]}
+    assert found == {("policy", 3), ("value", 1)}
+
+
+@pytest.mark.parametrize(
+    ("peft_options", "options", "message"),
+    [
+        ({}, {"optimizer": "sgd"}, "optimizer='sgd': expected one of 'adamw', 'muon'"),
+        ({"inference_mode": True}, {}, "no trainable parameter: .*is_trainable=True"),
+        ({"r": 1}, {}, r"nothing to compress among trainable parameters of shapes \[\(1, 32\).*torch.optim.AdamW"),
+        ({}, {"momentum_rank": 8}, "nothing (to compress|would be compressed)"),
+        ({}, {"momentum_rank": -1}, "momentum_rank=-1: expected a whole number"),
+        ({}, {"update_rule": "adam"}, "update_rule='adam': expected one of 'als', 'newton'"),
+        ({}, {"lr": -1.0}, "lr=-1.0: expected a number of at least 0"),
+        ({}, {"betas": (0.99, 0.9)}, r"update_rule='als' needs betas\[0\]² < betas\[1\]"),
+        ({}, {"residual_weight": 1.5}, r"residual_weight=1.5: expected a number in \[0, 1\]"),
+        (
+            {"rank_pattern": {"q_proj": 4}, "momentum_rank_pattern": {"q_proj": 4}},
+            {},
+            r"momentum_rank_pattern\['q_proj'\]=4 is not below r=4 of .*q_proj",
+        ),
+    ],
+)
+def test_create_rejects(make_llama, peft_options, options, message):
+    model = adapted(make_llama(), **peft_options)
+    with pytest.raises(ValueError, match=message):
+        create_lorapre_optimizer(model, **({"lr": 1e-2} | options))
+
+
+def test_momentum_rank_too_large_for_one_module_is_an_error(make_llama):
+    """It would put that module on the AdamW path without a word."""
+    model = adapted(make_llama(), rank_pattern={"q_proj": 2}, momentum_rank=4)
+    with pytest.raises(ValueError, match=r"momentum_rank=4 is not below r=2 of .*q_proj"):
+        create_lorapre_optimizer(model, lr=1e-2)
+
+
+def test_option_of_the_other_optimizer_is_a_type_error(make_llama):
+    with pytest.raises(TypeError, match="nesterov"):
+        create_lorapre_optimizer(adapted(make_llama()), lr=1e-2, nesterov=True)
+
+
+# ---- residual_weight: an option of `als` alone ---------------------------------------------------------------------
+
+
+def test_residual_weight_reaches_the_als_groups_only(two_adapters):
+    two_adapters.peft_config["second"].update_rule = "newton"
+    two_adapters.base_model.set_adapter(["default", "second"])
+    optimizer = create_lorapre_optimizer(two_adapters, lr=1e-2, residual_weight=0.25)
+    assert {(g["update_rule"], g["residual_weight"]) for g in optimizer.param_groups} == {
+        ("als", 0.25),
+        ("newton", None),
+    }
+
+
+def test_residual_weight_changes_the_update(make_llama, batch):
+    """Not only stored: two weights give two results."""
+    results = []
+    for residual_weight in (None, 0.0, 1.0):
+        model = adapted(make_llama())
+        optimizer = create_lorapre_optimizer(model, lr=1e-2, residual_weight=residual_weight)
+        results.append(train(optimizer, lambda model=model: model(**batch).loss, steps=4)[-1])
+    assert len(set(results)) == 3
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_residual_weight_without_als_is_an_error(make_llama, use_dora):
+    """With DoRA too, whose magnitudes make a group without momenta to compress."""
+    model = adapted(make_llama(), update_rule="newton", use_dora=use_dora)
+    with pytest.raises(ValueError, match=r"residual_weight=0.25 is an option of update_rule='als', and no "):
+        create_lorapre_optimizer(model, lr=1e-2, residual_weight=0.25)
+
+
+def test_adamw_is_the_default(make_llama):
+    assert type(create_lorapre_optimizer(adapted(make_llama()), lr=1e-2)) is LoRAPreAdamW

@@ -1,0 +1,285 @@
+"""The steps of both optimizers: against the oracle, stacked and tiled, and on the AdamW path; Muon's conventions."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from stepping import CLOSE, LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of, weights
+from torch import nn
+
+from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
+from lorapre_peft.bucket import TEMPORARIES, Bucket
+from lorapre_peft.muon import orthogonalize
+from lorapre_peft.optimizer import compressed_rank
+
+needs_torch_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is new in torch 2.9")
+
+
+# ---- compressed matrices against the oracle -------------------------------------------------------------------------
+
+SHAPES = [((20, 12), 3), ((12, 40), 1), ((40, 6), 2), ((9, 9), 4), ((10, 4, 3), 2), ((8, 4, 3, 3), 3)]
+
+
+@both_optimizers
+@both_rules
+@pytest.mark.parametrize(("shape", "k"), SHAPES, ids=str)
+def test_equals_oracle(cls, rule, shape, k):
+    param, grads = weights(*shape), stream(shape, 50)
+    optimizer = cls([param], lr=LR, weight_decay=0.1, momentum_rank=k, update_rule=rule)
+    start = param.detach().double().reshape(shape[0], -1).numpy()
+    path = oracle.train(truth_of(optimizer, k, rule), start, flat(grads), LR, weight_decay=0.1)
+    for g, expected in zip(grads, path):
+        take_steps(optimizer, [param], [g])
+        np.testing.assert_allclose(param.detach().reshape(shape[0], -1), expected, **CLOSE)
+    assert "m_B" in optimizer.state[param]
+
+
+@both_optimizers
+@both_rules
+def test_options_reach_the_maths(cls, rule):
+    """betas, eps, momentum, nesterov and ρ away from their defaults, all at once."""
+    param, grads, k = weights(20, 12), stream((20, 12), 50), 3
+    options = {"betas": (0.8, 0.99), "eps": 1e-3} if cls is LoRAPreAdamW else {"momentum": 0.9, "nesterov": True}
+    rho = {"residual_weight": 0.3} if rule == "als" else {}
+    optimizer = cls([param], lr=LR, momentum_rank=k, update_rule=rule, **options, **rho)
+    truth = truth_of(optimizer, k, rule, **options, rho=rho.get("residual_weight"))
+    path = oracle.train(truth, param.detach().double().numpy(), flat(grads), LR)
+    take_steps(optimizer, [param], grads)
+    np.testing.assert_allclose(param.detach(), path[-1], **CLOSE)
+
+
+@both_optimizers
+@both_rules
+def test_maximize_is_minimize_of_negative(cls, rule):
+    up, down, grads = weights(20, 12), weights(20, 12), stream((20, 12), 20)
+    bias_up, bias_down = weights(12), weights(12)
+    take_steps(cls([up, bias_up], lr=LR, update_rule=rule, maximize=True), [up, bias_up], grads, [g[0] for g in grads])
+    take_steps(
+        cls([down, bias_down], lr=LR, update_rule=rule), [down, bias_down], [-g for g in grads], [-g[0] for g in grads]
+    )
+    assert torch.equal(up, down)
+    assert torch.equal(bias_up, bias_down)
+
+
+@both_optimizers
+@both_rules
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(20, 12), (12,)], ids=["compressed", "adamw path"])
+def test_half_precision_rounds_once(cls, rule, dtype, shape):
+    """State stays float32, the new weight is rounded once: bit for bit the rounded float32 step."""
+    param, wide, grads = weights(*shape, dtype=dtype), weights(*shape), stream((20, 12), 20)
+    optimizers = [cls([p], lr=LR, weight_decay=0.1, momentum_rank=2, update_rule=rule) for p in (param, wide)]
+    for g in grads:
+        g = (g if len(shape) == 2 else g[0]).to(dtype)
+        wide.data.copy_(param)
+        take_steps(optimizers[0], [param], [g])
+        take_steps(optimizers[1], [wide], [g])
+        assert torch.equal(param, wide.to(dtype))
+    states = [optimizer.state[p] for optimizer, p in zip(optimizers, (param, wide))]
+    for name, value in states[0].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, states[1][name])
+
+
+@both_optimizers
+@both_rules
+def test_float64_parameters(cls, rule):
+    """The factors stay float32; the moments of a float64 vector on the AdamW path are float64, as torch has them."""
+    param, bias, grads = weights(20, 12, dtype=torch.float64), weights(12, dtype=torch.float64), stream((20, 12), 30)
+    optimizer = cls([param, bias], lr=LR, momentum_rank=3, update_rule=rule)
+    twin = cls([param.detach().clone()], lr=LR, momentum_rank=3, update_rule=rule)
+    path = oracle.train(truth_of(twin, 3, rule), param.detach().numpy(), flat(grads), LR)
+    take_steps(optimizer, [param, bias], grads, [g[0] for g in grads])
+    np.testing.assert_allclose(param.detach(), path[-1], **CLOSE)
+    assert param.dtype == torch.float64
+    assert {value.dtype for value in optimizer.state[param].values()} == {torch.float32}
+    assert optimizer.state[bias]["exp_avg"].dtype == torch.float64
+
+
+# ---- stacking and tiles ---------------------------------------------------------------------------------------------
+
+
+@both_optimizers
+@both_rules
+@pytest.mark.parametrize(("shape", "k"), [((12, 10), 2), ((40, 24), 6), ((140, 132), 5), ((12, 40), 1)], ids=str)
+def test_stacked_equal_alone(cls, rule, shape, k):
+    """What is beside a matrix must not show in its step. k = 1: the BLAS sums a batch of vectors in another order."""
+    n, grads = 5, [stream(shape, 8, seed=i) for i in range(5)]
+    together, alone = ([weights(*shape, seed=i) for i in range(n)] for _ in range(2))
+    options = {"lr": LR, "momentum_rank": k, "update_rule": rule}
+    stacked = cls(together, **options)
+    starts = [{"params": [param]} for param in alone]  # a group each: never stacked, and the positions stay
+    single = cls(starts, **options)
+    take_steps(stacked, together, *grads)
+    take_steps(single, alone, *grads)
+    for a, b in zip(together, alone):
+        if k > 1:
+            assert torch.equal(a, b)
+            assert all(torch.equal(stacked.state[a][name], single.state[b][name]) for name in stacked.state[a])
+        else:
+            torch.testing.assert_close(a, b, **CLOSE)
+
+
+@both_rules
+@pytest.mark.parametrize("shape", [(40, 10), (10, 2, 20)], ids=str)
+@pytest.mark.parametrize("rows", [3, 7, 39])
+def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
+    """Row tiles, the last one smaller, give the whole's step up to the order of float32 sums.
+
+    k + 8 ≥ min(p, q), so that the subspace iteration by which a tiled start replaces the SVD is exact.
+    """
+    q = int(np.prod(shape[1:]))
+    seen, gradients = set(), Bucket.gradients
+
+    def spy(bucket, tile):
+        seen.add((tile.start, tile.stop))
+        return gradients(bucket, tile)
+
+    monkeypatch.setattr(Bucket, "gradients", spy)
+    grads, results = [stream(shape, 15, seed=i) for i in range(2)], []
+    for temporary_bytes in (64_000_000, 4 * TEMPORARIES * q * rows):
+        params = [weights(*shape, seed=i) for i in range(2)]
+        optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=2, update_rule=rule, temporary_bytes=temporary_bytes)
+        take_steps(optimizer, params, *grads)
+        results.append(params)
+    for whole, tiled in zip(*results):
+        torch.testing.assert_close(tiled, whole, **CLOSE)
+    p, step = shape[0], min(rows, shape[0])
+    assert seen == {(0, p)} | {(i, min(i + step, p)) for i in range(0, p, step)}
+
+
+def test_chunks_equal_whole():
+    """A bucket too large for the bound is stepped in parts, each of whole matrices: bit for bit the same."""
+    shape, results = (12, 10), []
+    grads = [stream(shape, 10, seed=i) for i in range(5)]
+    for temporary_bytes in (64_000_000, 4 * TEMPORARIES * 120 * 2):
+        params = [weights(*shape, seed=i) for i in range(5)]
+        take_steps(LoRAPreAdamW(params, lr=LR, momentum_rank=2, temporary_bytes=temporary_bytes), params, *grads)
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@both_optimizers
+@both_rules
+def test_non_contiguous_gradients_and_parameters(cls, rule):
+    """Transposed storage and channels_last are what autograd may hand over; the step must see shapes, not strides."""
+    grads, conv = stream((20, 12), 10), stream((8, 4, 3, 3), 10)
+    plain = [weights(20, 12), weights(8, 4, 3, 3)]
+    strided = [
+        nn.Parameter(plain[0].detach().clone().mT.contiguous().mT),
+        nn.Parameter(plain[1].detach().clone(memory_format=torch.channels_last)),
+    ]
+    options = {"lr": LR, "momentum_rank": 2, "update_rule": rule}
+    take_steps(cls(plain, **options), plain, grads, conv)
+    turned = [g.mT.contiguous().mT for g in grads], [g.contiguous(memory_format=torch.channels_last) for g in conv]
+    take_steps(cls(strided, **options), strided, *turned)
+    for a, b in zip(plain, strided):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+# ---- the AdamW path against torch.optim.AdamW -----------------------------------------------------------------------
+
+PLAIN = {"vector": ((12,), None), "scalar": ((), None), "tiny matrix": ((2, 2), None), "rank 0": ((20, 12), 0)}
+PLAIN |= {
+    "rank not below the smaller side": ((12, 8), 8),
+    "factors not smaller": ((6, 6), 3),
+    "one row": ((1, 40), None),
+}
+
+
+@both_optimizers
+@pytest.mark.parametrize(("shape", "k"), PLAIN.values(), ids=PLAIN.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_path_is_torch_adamw(cls, shape, k, dtype):
+    """The same function on the same numbers: equal in every bit."""
+    ours, theirs = weights(*shape, dtype=dtype), weights(*shape, dtype=dtype)
+    betas, eps = (0.9, 0.95), 1e-6
+    options = {"betas": betas, "eps": eps} if cls is LoRAPreAdamW else {"adamw_betas": betas, "adamw_eps": eps}
+    optimizer = cls([ours], lr=LR, weight_decay=0.1, momentum_rank=k, **options)
+    reference = torch.optim.AdamW([theirs], lr=LR, betas=betas, eps=eps, weight_decay=0.1)
+    grads = [
+        torch.as_tensor(g, dtype=dtype).reshape(shape) for g in np.random.default_rng(1).normal(size=(30, *shape))
+    ]
+    take_steps(optimizer, [ours], grads)
+    take_steps(reference, [theirs], grads)
+    assert torch.equal(ours, theirs)
+    assert set(optimizer.state[ours]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "momentum_rank", "expected"),
+    [
+        ((8,), None, 0),
+        ((0, 4), 2, 0),
+        ((3, 300), None, 1),
+        ((32, 24), None, 6),
+        ((32, 24), 5, 5),
+        ((32, 24), 24, 0),
+        ((8, 8), 4, 0),  # 4·16 numbers for 64
+        ((8, 8), 3, 3),
+        ((16, 4, 3, 3), 2, 2),
+        ((16, 1, 3), 3, 0),  # 16×3 once flattened
+        ((32, 24), 0, 0),
+    ],
+    ids=str,
+)
+def test_compressed_rank(shape, momentum_rank, expected):
+    assert compressed_rank(torch.Size(shape), momentum_rank) == expected
+
+
+# ---- Muon's conventions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (20, 12), (12, 40), (1, 5)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-15, 1e15])
+def test_orthogonalize_is_the_quintic_of_singular_values(shape, scale):
+    """torch floors the norm at 1e-7; here gradients may be smaller, and the step must not depend on their scale."""
+    m = torch.from_numpy(np.random.default_rng(0).normal(size=shape))
+    np.testing.assert_allclose(orthogonalize(m * scale), oracle.newton_schulz(m.numpy()), rtol=1e-9, atol=1e-9)
+    found = orthogonalize((m * scale).float())
+    np.testing.assert_allclose(found, oracle.newton_schulz(m.numpy()), rtol=1e-3, atol=1e-4)
+
+
+def test_orthogonalize_batches_and_keeps_zero():
+    m = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 12, 7)))
+    torch.testing.assert_close(orthogonalize(m), torch.stack([orthogonalize(x) for x in m]), rtol=1e-12, atol=1e-12)
+    assert not orthogonalize(torch.zeros(4, 3)).any()
+
+
+@needs_torch_muon
+@pytest.mark.parametrize("shape", [(20, 12), (12, 40)], ids=str)
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
+def test_follows_torch_muon(monkeypatch, shape, nesterov, adjust_lr_fn):
+    """Nesterov, the scale by shape and weight decay are torch.optim.Muon's, whose bfloat16 iteration is replaced here.
+
+    Gradients share a row and a column space of dimension k, so that the factors lose nothing, and ρ = 1−μ makes
+    Algorithm 2's m. torch averages where this sums, which the iteration normalises away. 1e-3 of an update: float32,
+    amplified 500-fold by five quintics where a singular value is zero.
+    """
+
+    def exact(grad, ns_coefficients, ns_steps, eps):
+        return torch.from_numpy(oracle.newton_schulz(grad.double().numpy(), ns_steps)).float()
+
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", exact)
+    rng, (p, q) = np.random.default_rng(0), shape
+    left, right = rng.normal(size=(p, 2)), rng.normal(size=(2, q))
+    grads = [torch.as_tensor(left @ rng.normal(size=(2, 2)) @ right, dtype=torch.float32) for _ in range(20)]
+    ours, theirs = weights(*shape), weights(*shape)
+    common = {"lr": LR, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
+    take_steps(LoRAPreMuon([ours], momentum_rank=2, residual_weight=0.1, **common), [ours], grads)
+    take_steps(torch.optim.Muon([theirs], **common), [theirs], grads)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=20 * LR * 1e-3)
+    assert (ours - weights(*shape)).abs().max() > LR
+
+
+def test_muon_without_scale_is_algorithm_2():
+    """None means no scale here, where torch's None means "original"."""
+    tall, grads = (40, 6), stream((40, 6), 3)
+    paths = {}
+    for name in (None, "original", "match_rms_adamw"):
+        param = weights(*tall)
+        take_steps(LoRAPreMuon([param], lr=LR, momentum_rank=2, adjust_lr_fn=name), [param], grads)
+        paths[name] = param.detach() - weights(*tall).detach()
+    torch.testing.assert_close(paths["original"], paths[None] * (40 / 6) ** 0.5, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(paths["match_rms_adamw"], paths[None] * 0.2 * 40**0.5, rtol=1e-3, atol=1e-6)

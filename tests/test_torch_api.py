@@ -1,0 +1,210 @@
+"""What torch.optim's users expect: parameters and groups, closures, schedulers, gradient scaling."""
+
+import copy
+
+import pytest
+import torch
+from stepping import LR, both_optimizers, both_rules, stream, take_steps, weights
+from torch import nn
+
+from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
+
+# ---- how parameters and options come in -----------------------------------------------------------------------------
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 10), nn.LayerNorm(10))
+
+
+def train(model, optimizer, steps=5, scheduler=None, seed=1):
+    data = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 12, generator=data)).sin().square().mean().backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+@both_optimizers
+@both_rules
+def test_parameters_groups_and_names_are_equivalent(cls, rule):
+    forms = {
+        "parameters": lambda model: model.parameters(),
+        "named": lambda model: model.named_parameters(),
+        "group": lambda model: [{"params": list(model.parameters())}],
+        "groups": lambda model: [{"params": [param]} for param in model.parameters()],
+        "named groups": lambda model: [{"params": list(model.named_parameters())}],
+    }
+    models = []
+    for form in forms.values():
+        models.append(small_model())
+        train(models[-1], cls(form(models[-1]), lr=LR, momentum_rank=2, update_rule=rule))
+    assert all(same_weights(models[0], model) for model in models[1:])
+    assert not same_weights(models[0], small_model())
+
+
+@both_optimizers
+def test_options_of_each_group(cls):
+    """Two groups behave as two optimizers of their own, all options read from the group."""
+    a, b, grads = weights(20, 12), weights(20, 12, seed=1), stream((20, 12), 15)
+    first = {"lr": 0.02, "momentum_rank": 2, "weight_decay": 0.1, "maximize": True}
+    second = {"lr": 0.005, "momentum_rank": 5, "residual_weight": 0.4}
+    if cls is LoRAPreAdamW:
+        second |= {"betas": (0.8, 0.9), "eps": 1e-4}
+    else:
+        second |= {"momentum": 0.8, "nesterov": True, "ns_steps": 3, "adjust_lr_fn": "match_rms_adamw"}
+    take_steps(cls([{"params": [a], **first}, {"params": [b], **second}]), [a, b], grads, grads)
+    for param, start, options in ((a, weights(20, 12), first), (b, weights(20, 12, seed=1), second)):
+        take_steps(cls([start], **options), [start], grads)
+        assert torch.equal(param, start)
+
+
+@both_optimizers
+def test_groups_of_both_rules(cls):
+    params, grads = [weights(20, 12), weights(20, 12)], stream((20, 12), 3)
+    optimizer = cls(
+        [{"params": [p], "update_rule": rule} for p, rule in zip(params, ("als", "newton"))], lr=LR, momentum_rank=2
+    )
+    take_steps(optimizer, params, grads, grads)
+    assert ("v_energy" in optimizer.state[params[0]]) == (cls is LoRAPreAdamW)
+    assert "v_energy" not in optimizer.state[params[1]]
+    assert not torch.equal(*params)
+
+
+@both_optimizers
+def test_closure(cls):
+    param = weights(20, 12)
+    optimizer = cls([param], lr=LR)
+    target = torch.zeros(20, 12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (param - target).square().sum()
+        loss.backward()  # needs grad mode inside of step
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert optimizer.step() is None
+
+
+@both_optimizers
+@both_rules
+def test_tensor_lr(cls, rule):
+    models = [small_model(), small_model()]
+    for model, lr in zip(models, (LR, torch.tensor(LR, dtype=torch.float64))):
+        train(model, cls(model.parameters(), lr=lr, momentum_rank=2, update_rule=rule, weight_decay=0.1))
+    assert same_weights(*models)
+
+
+@both_optimizers
+def test_add_param_group_later(cls):
+    a, b, grads = weights(20, 12), weights(20, 12, seed=1), stream((20, 12), 6)
+    optimizer = cls([a], lr=LR, momentum_rank=2)
+    take_steps(optimizer, [a], grads[:3])
+    optimizer.add_param_group({"params": [b], "momentum_rank": 4})
+    take_steps(optimizer, [a, b], grads[3:], grads[3:])
+    alone = weights(20, 12, seed=1)
+    take_steps(cls([alone], lr=LR, momentum_rank=4), [alone], grads[3:])
+    assert torch.equal(b, alone)
+    assert optimizer.state[a]["step"].item() == 6
+
+
+@both_optimizers
+def test_zero_grad(cls):
+    param = weights(20, 12)
+    optimizer = cls([param], lr=LR)
+    take_steps(optimizer, [param], stream((20, 12), 1))
+    optimizer.zero_grad(set_to_none=False)
+    assert not param.grad.any()
+    optimizer.zero_grad()
+    assert param.grad is None
+
+
+# ---- schedules and gradient scaling ---------------------------------------------------------------------------------
+
+
+@both_optimizers
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_lambda_lr(cls, tensor_lr):
+    """A warmup from zero and a decay, against the same rates written by hand."""
+    factors = [0.0, 0.5, 1.0, 0.7, 0.3, 0.1]
+    models = [small_model(), small_model()]
+    optimizer = cls(models[0].parameters(), lr=torch.tensor(LR) if tensor_lr else LR, momentum_rank=2)
+    train(models[0], optimizer, 5, torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__))
+    by_hand = cls(models[1].parameters(), lr=LR, momentum_rank=2)
+    data = torch.Generator().manual_seed(1)
+    for factor in factors[:5]:
+        by_hand.param_groups[0]["lr"] = LR * factor
+        by_hand.zero_grad()
+        models[1](torch.randn(16, 12, generator=data)).sin().square().mean().backward()
+        by_hand.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)  # a float32 rate differs in its last place
+
+
+@both_optimizers
+def test_one_cycle_lr(cls):
+    """It cycles β1 (or μ) as well as the rate: the step must read them anew; 0.95 is within als's range."""
+    model = small_model()
+    optimizer = cls(model.parameters(), lr=LR, momentum_rank=2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
+    name, seen, before = ("betas" if cls is LoRAPreAdamW else "momentum"), set(), copy.deepcopy(model)
+    for i in range(11):
+        value = optimizer.param_groups[0][name]
+        seen.add(value[0] if cls is LoRAPreAdamW else value)
+        train(model, optimizer, 1, scheduler, seed=i)
+    assert min(seen) == pytest.approx(0.85, abs=1e-3)
+    assert max(seen) == pytest.approx(0.95)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not same_weights(model, before)
+
+
+@both_optimizers
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_adamw_path_follows_schedule(cls, tensor_lr):
+    """Schedulers write `lr` alone; Muon's other rate keeps its proportion to it."""
+    matrix, ours, theirs = weights(20, 12), weights(12), weights(12)
+    rate = 0.003 if cls is LoRAPreMuon else LR
+    lr = torch.tensor(LR) if tensor_lr else LR
+    optimizer = cls([matrix, ours], lr=lr, **({"adamw_lr": rate} if cls is LoRAPreMuon else {}))
+    reference = torch.optim.AdamW([theirs], lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)) for o in (optimizer, reference)]
+    for g in stream((20, 12), 10):
+        take_steps(optimizer, [matrix, ours], [g], [g[0]])
+        take_steps(reference, [theirs], [g[0]])
+        for schedule in schedules:
+            schedule.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@both_optimizers
+def test_grad_scaler_skips_and_unscales(cls):
+    """An overflown step is skipped by the scaler before the optimizer sees it; the others equal an unscaled run.
+
+    The scale is a power of two and the loss quadratic, so that scaling costs no bit.
+    """
+    params = [weights(20, 12), weights(20, 12)]
+    optimizers = [cls([param], lr=LR, momentum_rank=2) for param in params]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(6):
+        overflow = step == 3
+        loss = params[0].square().sum() * (float("inf") if overflow else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizers[0])
+        scaler.update()
+        if not overflow:
+            params[1].square().sum().backward()
+            optimizers[1].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert torch.equal(*params)
+    assert scaler.get_scale() == 512.0
+    assert optimizers[0].skipped_updates == 0
+    assert optimizers[0].state[params[0]]["step"].item() == 5
