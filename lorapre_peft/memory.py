@@ -13,6 +13,7 @@ import io
 import os
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,11 +201,12 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
 
 def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[list[Located]]:
     """Enough of the updates that happen at once to hold their peak: equal matrices take equal memory, chunk after chunk."""
-    kept: dict[tuple, list[Located]] = {}
+    counts: Counter[tuple] = Counter()
+    kept: list[Located] = []  # in the optimizer's order, on which the AdamW path's packing depends
     for group, param, position in optimizer._located():
         k = compressed_rank(param.shape, group["momentum_rank"])
         shape = matrix_shape(param.shape) if k else tuple(param.shape)
-        same = kept.setdefault((id(group), k, shape, param.dtype), [])
+        key = (id(group), k, shape, param.dtype)
         if in_backward:
             most = 1
         elif k:
@@ -212,10 +214,10 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
             most = max(1, chunk // param.numel())
         else:
             most = sys.maxsize  # the AdamW path packs parameters of all shapes together
-        if param.numel() and len(same) < most:
-            same.append((group, param, position))
-    updates = [located for same in kept.values() for located in same]
-    return [[located] for located in updates] if in_backward else [updates]
+        if param.numel() and counts[key] < most:
+            counts[key] += 1
+            kept.append((group, param, position))
+    return [[located] for located in kept] if in_backward else [kept]
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
