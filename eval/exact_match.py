@@ -29,23 +29,22 @@ def extract_number(text: str) -> Decimal | None:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[dict[str, str]]],
+    prompts: Sequence[str],
     *,
     max_new_tokens: int,
     batch_size: int,
     progress: str = "generating",
 ) -> list[str]:
-    """Greedy completions of chat prompts, without special tokens, in the order given."""
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: less padding
-    completions = [""] * len(texts)
+    """Greedy completions, without special tokens, in the order given."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
+    completions = [""] * len(prompts)
     was_training = model.training
     model.eval()
     for start in tqdm(range(0, len(order), batch_size), desc=progress):
         batch = order[start : start + batch_size]
-        inputs = tokenizer(
-            [texts[i] for i in batch], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        ).to(model.device)
+        inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, padding_side="left").to(
+            model.device
+        )
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )

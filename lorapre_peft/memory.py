@@ -220,6 +220,9 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
     return [[located] for located in kept] if in_backward else [kept]
 
 
+_unfused_attention = nn.functional.scaled_dot_product_attention
+
+
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`scaled_dot_product_attention` of meta tensors as a fused kernel: torch takes the unfused form for them.
 
@@ -230,9 +233,6 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
         return _unfused_attention(query, key, value, *args, **kwargs)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, kwargs.get("dropout_p", 0.0), True, scale=kwargs.get("scale"))[0]
-
-
-_unfused_attention = nn.functional.scaled_dot_product_attention
 
 
 def _activations(model: nn.Module, batch: int, seq_len: int, checkpointing: bool) -> int:
@@ -300,9 +300,8 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
             measured.what = f"tensors on {torch.cuda.get_device_name(device)}"
         return
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # proc(5): 5 sets the peak resident set size, VmHWM, to the current one
+        # proc(5): writing 5 sets the peak resident set size, VmHWM, to the current one.
+        Path("/proc/self/clear_refs").write_text("5")
         restarted = True
     except OSError:
         restarted = False

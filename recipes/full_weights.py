@@ -38,9 +38,12 @@ class FullWeightArguments:
     )
     momentum_ranks: list[int] = field(default_factory=lambda: [8], metadata={"help": "Momentum ranks of LoRA-Pre."})
     update_rule: str = field(default="als", metadata={"help": "'als' or 'newton'."})
-    steps: int = field(default=80, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=60, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=4, metadata={"help": "Problems per step."})
-    test_size: int = field(default=96, metadata={"help": "Held-out problems for the loss."})
+    test_size: int = field(default=64, metadata={"help": "Held-out problems for the loss."})
+    bf16: bool = field(
+        default=True, metadata={"help": "Products in bfloat16, weights in float32; --no_bf16 on a CPU without AMX."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds, of the data and its order."})
     output_dir: str = field(default="runs/full_weights", metadata={"help": "Where the runs' JSON files go."})
 
@@ -51,7 +54,9 @@ def train(options: FullWeightArguments, method: str, lr: float, seed: int, k: in
     set_seed(seed)
     model, tokenizer = load_model(options.model)
     timer = OptimizerTimer()
-    shared = dict(lr=lr, steps=options.steps, batch_size=options.batch_size, seed=seed, save_strategy="no")
+    shared = dict(
+        lr=lr, steps=options.steps, batch_size=options.batch_size, seed=seed, bf16=options.bf16, save_strategy="no"
+    )
     if method == "adamw":
         targets = weight_targets(model, "all-linear", None, None)
         for param in model.parameters():

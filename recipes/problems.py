@@ -5,28 +5,25 @@ from __future__ import annotations
 import reasoning_gym
 from datasets import Dataset
 
+# Problem and solution together, in characters, about 150 tokens: longer ones would make a CPU step several times slower.
+MAX_LENGTH = 500
+
 
 def problems(size: int, seed: int, exclude: Dataset | None = None) -> Dataset:
-    """``size`` different problems in TRL's conversational prompt/completion form, with the ``answer`` as text.
+    """``size`` different problems in TRL's prompt/completion form, with the ``answer`` as text.
 
     The completion is the worked solution, which ends in ``#### answer`` as in GSM8K. The same arguments give the same rows.
     Questions that stand in ``exclude`` are left out, so that a test set is disjoint from a training set.
     """
-    seen = set() if exclude is None else {row[0]["content"] for row in exclude["prompt"]}
+    seen = set() if exclude is None else set(exclude["prompt"])
     rows = []
-    # A generator's item depends on (seed, index) alone: ask for some more than needed, as a few repeat.
-    for item in reasoning_gym.create_dataset("gsm_symbolic", size=2 * size + 100, seed=seed):
-        question = item["question"]
-        if question in seen:
+    # An item depends on (seed, index) alone: ask for more than needed, as some are too long and a few repeat.
+    for item in reasoning_gym.create_dataset("gsm_symbolic", size=4 * size + 100, seed=seed):
+        prompt, completion = f"Question: {item['question']}\nAnswer:", f" {item['metadata']['answer_cot']}"
+        if prompt in seen or len(prompt) + len(completion) > MAX_LENGTH:
             continue
-        seen.add(question)
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": question}],
-                "completion": [{"role": "assistant", "content": item["metadata"]["answer_cot"]}],
-                "answer": item["answer"],
-            }
-        )
+        seen.add(prompt)
+        rows.append({"prompt": prompt, "completion": completion, "answer": item["answer"]})
         if len(rows) == size:
             return Dataset.from_list(rows)
     raise ValueError(

@@ -48,7 +48,7 @@ def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed
         save_strategy="steps",
         save_steps=20,
         save_total_limit=1,
-        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],

@@ -128,6 +128,27 @@ def test_activations_as_on_the_cpu(make_llama, dtype, checkpointing, batch, seq_
         assert tracker.peak_bytes <= estimated.activations <= 1.05 * tracker.peak_bytes
 
 
+@both_optimizers
+@both_modes
+def test_total_bounds_a_whole_training_step(make_llama, optimizer, in_backward):
+    """Nothing that training holds is in none of the parts, and those that are held together add up."""
+    model = make_llama(dtype=torch.bfloat16, num_key_value_heads=4, **SIZES).train()
+    batch, seq_len = TOKENS
+    options = dict(momentum_rank=4, temporary_bytes=TEMPORARY_BYTES)
+    modes = dict(in_backward=in_backward, batch=batch, seq_len=seq_len, checkpointing=False)
+    estimated = estimate(model, optimizer, **modes, **options)
+    built = create_lorapre_optimizer(model, optimizer, update_in_backward=in_backward, **options)
+    tokens = torch.randint(0, 64, TOKENS)  # of equal tokens, attention would have no gradient
+    with AllocationTracker() as tracker:
+        for _ in range(2):
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            built.step()
+            built.zero_grad()
+    in_step = estimated.temporaries + (0 if in_backward else estimated.gradients)
+    least = estimated.state + max(estimated.activations, in_step)
+    assert least <= tracker.peak_bytes <= estimated.total - estimated.weights
+
+
 def test_attention_other_than_fused_is_counted_as_it_is(make_llama):
     """Scores of [batch, heads, seq_len, seq_len] appear with eager attention and not with sdpa."""
     growth = {}
