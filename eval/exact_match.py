@@ -59,3 +59,8 @@ def accuracy(completions: Sequence[str], answers: Sequence[str]) -> float:
     """Share of completions whose extracted number equals the answer's."""
     right = [extract_number(text) == Decimal(answer.replace(",", "")) for text, answer in zip(completions, answers)]
     return sum(right) / len(right)
+
+
+def answered(completions: Sequence[str]) -> float:
+    """Share of completions that end as a worked solution should: with ``####`` and a number."""
+    return sum("####" in text and extract_number(text) is not None for text in completions) / len(completions)

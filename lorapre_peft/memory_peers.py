@@ -7,13 +7,16 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from .adamw import LoRAPreAdamW
+from .config import LoRAPreConfig
 from .memory import MemoryEstimate, estimate
 from .memory_models import find_config, meta_model
 from .optimizer import matrix_shape
 from .rules import RULES
-from .table import format_bytes
+from .table import adamw_state_bytes, format_bytes
 from .targets import embedding_parameters, weight_targets
 
 GALORE_RANK = 128  # the smallest of the ranks in GaLore's published pre-training runs (scripts/benchmark_c4)
@@ -66,6 +69,22 @@ def memory_table(rows: dict[str, MemoryEstimate]) -> str:
     return "\n".join(lines)
 
 
+def adapter_table(model: nn.Module, ranks: Sequence[int]) -> str:
+    """State of adapters of these ranks on all linear layers of a meta model: AdamW's, and LoRA-Pre's at r/2, r/4 and r/8."""
+    lines = [f"{'adapter':>8}{'parameters':>14}{'AdamW':>12}{'k = r/2':>12}{'k = r/4':>12}{'k = r/8':>12}"]
+    for r in ranks:
+        adapted = get_peft_model(model, LoRAPreConfig(r=r, target_modules="all-linear"))
+        params = [param for param in adapted.parameters() if param.requires_grad]
+        sizes = [sum(map(adamw_state_bytes, params))]
+        for k in (r // 2, r // 4, r // 8):
+            optimizer = LoRAPreAdamW(params, momentum_rank=k)
+            sizes.append(sum(optimizer.param_state_bytes(param, optimizer.param_groups[0]) for param in params))
+        row = "".join(f"{format_bytes(size):>12}" for size in sizes)
+        lines.append(f"{f'r = {r}':>8}{sum(param.numel() for param in params):>14,}{row}")
+        model = adapted.unload()
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table for a model; argv: the command line, None for the process's own."""
     parser = argparse.ArgumentParser(
@@ -82,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences per forward pass (default 1)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per sequence (default 512)")
     parser.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
+    parser.add_argument(
+        "--lora-r", type=int, nargs="+", metavar="R", help="instead: the state of adapters of these ranks"
+    )
     args = parser.parse_args(argv)
 
     options = dict(momentum_rank=args.momentum_rank, update_rule=args.update_rule, embeddings=args.embeddings)
@@ -89,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, origin = find_config(args.model)
         model = meta_model(config, getattr(torch, args.dtype))
+        if args.lora_r:
+            print(f"{args.model}: {origin}; optimizer state of an adapter on all linear layers, float32")
+            print(adapter_table(model, args.lora_r))
+            return
         if args.embeddings == "frozen":
             for param in embedding_parameters(model):
                 param.requires_grad_(False)  # for the peers too: all rows train the same parameters

@@ -5,6 +5,7 @@ Everything runs offline on a CPU: weights and problems come from Python packages
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
-from eval.exact_match import accuracy, generate
+from eval.exact_match import accuracy, answered, generate
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.table import format_bytes
 from recipes.models import SMOLLM2, load_model
@@ -101,18 +102,19 @@ def train(options: QuickstartArguments, method: str, train_set: Dataset, test_se
 
 
 def measure(options: QuickstartArguments, trainer: SFTTrainer, test_set: Dataset, progress: str) -> dict[str, float]:
-    """Held-out loss and exact-match accuracy of the trainer's model."""
+    """Held-out loss, and of greedy answers the shares that end in ``#### number`` and that are right."""
     loss = trainer.evaluate()["eval_loss"]
-    with torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=options.bf16):
-        completions = generate(
-            trainer.model,
-            trainer.processing_class,
-            test_set["prompt"],
-            max_new_tokens=options.max_new_tokens,
-            batch_size=64,
-            progress=progress,
-        )
-    return {"loss": loss, "accuracy": accuracy(completions, test_set["answer"])}
+    # One token at a time, a merged float32 model is several times faster on a CPU than bfloat16 and an adapter beside it.
+    model = copy.deepcopy(trainer.model).float().merge_and_unload()
+    completions = generate(
+        model,
+        trainer.processing_class,
+        test_set["prompt"],
+        max_new_tokens=options.max_new_tokens,
+        batch_size=64,
+        progress=progress,
+    )
+    return {"loss": loss, "answered": answered(completions), "accuracy": accuracy(completions, test_set["answer"])}
 
 
 def prepare_output(options: QuickstartArguments) -> Path:
@@ -142,9 +144,9 @@ def prepare_output(options: QuickstartArguments) -> Path:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """One row per measured model."""
-    lines = [f"{'':26}{'loss':>8}{'accuracy':>10}{'state':>12}{'optimizer/step':>16}{'training':>10}"]
+    lines = [f"{'':26}{'loss':>8}{'answered':>10}{'correct':>9}{'state':>12}{'optimizer/step':>16}{'training':>10}"]
     for name, result in results.items():
-        line = f"{name:26}{result['loss']:>8.3f}{result['accuracy']:>10.1%}"
+        line = f"{name:26}{result['loss']:>8.3f}{result['answered']:>10.1%}{result['accuracy']:>9.1%}"
         if "train_seconds" in result:
             step = result["optimizer_seconds_per_step"]
             line += f"{format_bytes(result['optimizer_state_bytes']):>12}"
