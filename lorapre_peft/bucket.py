@@ -66,9 +66,11 @@ class Bucket:
         return stacked if all(scale == 1 for scale in self.scales) else stacked * self.column(self.scales)
 
     def stack(self, name: str) -> Tensor:
+        """One state tensor of every matrix, stacked along a new first dimension (a copy)."""
         return torch.stack([state[name] for state in self.states])
 
     def store(self, name: str, values: Tensor) -> None:
+        """Write stacked values back into every matrix's state."""
         for state, value in zip(self.states, values):
             state[name].copy_(value)
 
@@ -129,6 +131,7 @@ def clip_factor(norm: float, max_norm: float | None) -> float:
 
 
 def rounds_stochastically(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether this parameter is written with stochastic rounding."""
     return param.dtype == torch.bfloat16 and group["bf16_rounding"] == "stochastic"
 
 
