@@ -31,14 +31,14 @@ class FullWeightArguments:
 
     model: str = field(default=SMOLLM2, metadata={"help": "'smollm2' (from a package), a local folder, or a hub id."})
     lrs: list[float] = field(
-        default_factory=lambda: [2e-4, 5e-4, 1e-3, 2e-3], metadata={"help": "Learning rates of LoRA-Pre."}
+        default_factory=lambda: [1e-4, 2e-4, 5e-4, 1e-3], metadata={"help": "Learning rates of LoRA-Pre."}
     )
     baseline_lrs: list[float] = field(
         default_factory=lambda: [1e-4, 2e-4, 5e-4, 1e-3], metadata={"help": "Learning rates of torch.optim.AdamW."}
     )
     momentum_ranks: list[int] = field(default_factory=lambda: [8], metadata={"help": "Momentum ranks of LoRA-Pre."})
     update_rule: str = field(default="als", metadata={"help": "'als' or 'newton'."})
-    steps: int = field(default=60, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=40, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=4, metadata={"help": "Problems per step."})
     test_size: int = field(default=64, metadata={"help": "Held-out problems for the loss."})
     bf16: bool = field(
