@@ -16,6 +16,11 @@ from .rules import EXACT_SVD_SIZE, START_FLOOR, Als, Average, Newton, best_facto
 TEMPORARIES = 8
 
 
+def tile_entries(group: dict[str, Any]) -> int:
+    """Entries of one float32 temporary: all of them together stay within the group's ``temporary_bytes``."""
+    return max(1, group["temporary_bytes"] // (4 * TEMPORARIES))
+
+
 @dataclass
 class Bucket:
     """Matrices of one shape p×q, rank k and group, stepped together. Stacked tensors are [n, rows, columns], float32."""
@@ -39,14 +44,9 @@ class Bucket:
         self.scales.append(-clip if self.group["maximize"] else clip)
         self.positions.append(position)
 
-    @property
-    def tile_entries(self) -> int:
-        """Entries of one float32 temporary: all of them together stay within the group's ``temporary_bytes``."""
-        return max(1, self.group["temporary_bytes"] // (4 * TEMPORARIES))
-
     def chunks(self) -> Iterator[Bucket]:
         """Buckets of at most `tile_entries` entries, or of a single matrix."""
-        size = max(1, self.tile_entries // (self.shape[0] * self.shape[1]))
+        size = max(1, tile_entries(self.group) // (self.shape[0] * self.shape[1]))
         for i in range(0, len(self.params), size):
             chunk = Bucket(self.group, self.rule, self.k, self.shape, self.fresh)
             for name in ("params", "states", "norms", "scales", "positions"):
@@ -56,7 +56,7 @@ class Bucket:
     def tiles(self) -> Iterator[slice]:
         """Row slices of at most `tile_entries` entries over the stacked matrices."""
         p, q = self.shape
-        rows = max(1, self.tile_entries // (len(self.params) * q))
+        rows = max(1, tile_entries(self.group) // (len(self.params) * q))
         return (slice(i, min(i + rows, p)) for i in range(0, p, rows))
 
     def gradients(self, rows: slice) -> Tensor:

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
-from .bucket import Bucket
+from .bucket import tile_entries
 from .create import create_lorapre_optimizer
 from .memory_models import meta_model
 from .optimizer import Located, LoRAPreOptimizer, compressed_rank, matrix_shape
-from .rules import RULES
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -210,8 +209,7 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
         if in_backward:
             most = 1
         elif k:
-            chunk = Bucket(group, RULES[group["update_rule"]], k, shape, fresh=False).tile_entries
-            most = max(1, chunk // param.numel())
+            most = max(1, tile_entries(group) // param.numel())
         else:
             most = sys.maxsize  # the AdamW path packs parameters of all shapes together
         if param.numel() and counts[key] < most:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .bucket import TEMPORARIES, clip_factor, rounds_stochastically
+from .bucket import clip_factor, rounds_stochastically, tile_entries
 from .rounding import rounding_key, write_stochastic
 
 
@@ -37,7 +37,7 @@ def adamw_dtype(param: Tensor) -> torch.dtype:
 
 def adamw_path(group: dict[str, Any], options: AdamWOptions, items: list[Item]) -> None:
     """One AdamW step of these parameters of one group, in place, through torch's functional AdamW."""
-    limit = max(1, group["temporary_bytes"] // (4 * TEMPORARIES))
+    limit = tile_entries(group)
     batch: list[tuple[Item, Any]] = []
     size = 0
     for piece in _pieces(items, limit):

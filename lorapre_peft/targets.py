@@ -21,6 +21,11 @@ WEIGHT_MOMENTUM_RANK = 8
 Targets = dict[Tensor, tuple[int, str]]  # parameter: (k, update rule)
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, for models that name one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def has_adapter(model: nn.Module) -> bool:
     """Whether the model holds LoRA layers."""
     return any(isinstance(module, LoraLayer) for module in model.modules())
@@ -66,7 +71,7 @@ def weight_targets(
     k = WEIGHT_MOMENTUM_RANK if momentum_rank is None else momentum_rank
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=names)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     targets: Targets = {}
     for module_name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -91,6 +96,6 @@ def weight_targets(
 
 def embedding_parameters(model: nn.Module) -> set[Tensor]:
     """The parameters of embeddings and of the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + ([head] if head is not None else [])
     return {param for module in modules for param in module.parameters()}

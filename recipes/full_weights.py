@@ -22,7 +22,7 @@ from lorapre_peft.table import format_bytes
 from lorapre_peft.targets import weight_targets
 from recipes.models import SMOLLM2, load_model
 from recipes.problems import problems
-from recipes.training import OptimizerTimer, environment, sft_config
+from recipes.training import environment, sft_config, state_bytes
 
 
 @dataclass
@@ -49,11 +49,10 @@ class FullWeightArguments:
 
 
 def train(options: FullWeightArguments, method: str, lr: float, seed: int, k: int, folder: Path) -> dict[str, Any]:
-    """One run: the held-out loss after training, the optimizer's state and its time."""
+    """One run: the held-out loss after training and the optimizer's state."""
     train_set, test_set = data(options, seed)
     set_seed(seed)
     model, tokenizer = load_model(options.model)
-    timer = OptimizerTimer()
     shared = dict(
         lr=lr, steps=options.steps, batch_size=options.batch_size, seed=seed, bf16=options.bf16, save_strategy="no"
     )
@@ -62,25 +61,24 @@ def train(options: FullWeightArguments, method: str, lr: float, seed: int, k: in
         for param in model.parameters():
             param.requires_grad_(param in targets)
         args = sft_config(folder, **shared)
-        extra: dict[str, Any] = {"callbacks": [timer]}
+        extra: dict[str, Any] = {}
     else:
         args = sft_config(folder, max_grad_norm=0, **shared)
         optimizer = lorapre_optimizer(
             "adamw", args, momentum_rank=k, update_rule=options.update_rule, others="frozen", update_in_backward=True
         )
-        extra = {"optimizer_cls_and_kwargs": optimizer, "callbacks": [LoRAPreCallback(), timer]}
+        extra = {"optimizer_cls_and_kwargs": optimizer, "callbacks": [LoRAPreCallback()]}
     trainer = SFTTrainer(
         model, args, train_dataset=train_set, eval_dataset=test_set, processing_class=tokenizer, **extra
     )
     trainer.train()
-    state = trainer.optimizer.state.values()
     return {
         "method": method,
         "lr": lr,
         "seed": seed,
         "momentum_rank": k,
         "loss": trainer.evaluate()["eval_loss"],
-        "optimizer_state_bytes": sum(t.numel() * t.element_size() for s in state for t in s.values()),
+        "optimizer_state_bytes": state_bytes(trainer.optimizer),
         "log": trainer.state.log_history,
     }
 

@@ -24,7 +24,7 @@ from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.table import format_bytes
 from recipes.models import SMOLLM2, load_model
 from recipes.problems import problems
-from recipes.training import OptimizerTimer, environment, sft_config
+from recipes.training import OptimizerTimer, environment, sft_config, state_bytes
 
 
 @dataclass
@@ -89,10 +89,9 @@ def train(options: QuickstartArguments, method: str, train_set: Dataset, test_se
     seconds = time.perf_counter() - start
 
     model.save_pretrained(str(folder / "adapter"))
-    state = trainer.optimizer.state.values()
     result = {
         **measure(options, trainer, test_set, f"accuracy after {method}"),
-        "optimizer_state_bytes": sum(t.numel() * t.element_size() for s in state for t in s.values()),
+        "optimizer_state_bytes": state_bytes(trainer.optimizer),
         "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds) if timer.seconds else None,
         "train_seconds": seconds,  # since the last resume
         "log": trainer.state.log_history,

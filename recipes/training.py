@@ -31,6 +31,11 @@ class OptimizerTimer(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors that an optimizer holds now."""
+    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+
+
 def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed: int, **overrides: Any) -> SFTConfig:
     """Arguments that the recipes on generated problems share; ``overrides`` win."""
     options: dict[str, Any] = dict(
