@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .bucket import Bucket, Moment, momentum_tile
+from .backends import AdamScalars
+from .bucket import Bucket, Moment
 from .checks import check_betas, in_range
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
@@ -39,11 +40,11 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         update_rule: ``"als"`` or ``"newton"``.
         residual_weight: ρ in [0, 1] of ``als``: the weight of the part of the gradient outside the momentum's subspace. None:
             √((1−β1)/(1+β1)).
-        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize and seed, as
-            `LoRAPreOptimizer` documents them.
+        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed and
+            backend, as `LoRAPreOptimizer` documents them.
 
     State per compressed matrix, all float32: ``step`` [], ``m_B`` and ``v_B`` [p, k], ``m_A`` and ``v_A`` [k, q], and with
-    ``als`` ``v_energy`` []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``.
 
     Raises:
         ValueError: an option out of its range.
@@ -83,62 +84,53 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             )
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
-        return AdamWOptions(float(group["lr"]), group["betas"], group["eps"])
+        return AdamWOptions(group["lr"], group["betas"], group["eps"])
 
     def _update(self, bucket: Bucket) -> None:
         self._check_betas(bucket.group)  # a scheduler that cycles momentum may have moved them
-        steps = bucket.advance()
-        if bucket.fresh:
-            self._start(bucket)
-        else:
-            self._follow(bucket, steps)
+        t = bucket.advance().double()
+        squared_norm = self._start(bucket) if bucket.fresh else self._follow(bucket, t)
         if bucket.rule.tracked:
-            # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly.
+            # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
             beta2 = bucket.group["betas"][1]
-            new = torch.tensor(bucket.norms, dtype=torch.float64).square().mul(1 - beta2)
-            energy = bucket.stack("v_energy")
-            bucket.store("v_energy", energy * beta2 + new.to(energy))
+            energy = beta2 * bucket.stack("v_energy").double() + (1 - beta2) * bucket.norms.square()
+            bucket.store("v_energy", energy.float())
+            scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
+            bucket.store("v_scale", scale.clamp_max(torch.finfo(torch.float32).max).float())
 
-    def _start(self, bucket: Bucket) -> None:
+    def _start(self, bucket: Bucket) -> Tensor:
         """The first gradient: m̂ = g and v̂ = g∘g, whose ratio is the sign; then the factors of both moments."""
         beta1, beta2 = bucket.group["betas"]
-        for rows in bucket.tiles():
-            g = bucket.gradients(rows)
-            bucket.write(rows, g / g.abs().add_(_positive(bucket.group["eps"])))
+        for matrices, rows in bucket.tiles():
+            g = bucket.gradients(matrices, rows)
+            bucket.write(matrices, rows, g / g.abs().add_(_positive(bucket.group["eps"])))
         bucket.start("m", 1 - beta1)
-        bucket.start("v", (1 - beta2) ** 0.5, absolute=True)
+        return bucket.start("v", (1 - beta2) ** 0.5, absolute=True)
 
-    def _follow(self, bucket: Bucket, steps: list[float]) -> None:
+    def _follow(self, bucket: Bucket, t: Tensor) -> Tensor:
         group, rule = bucket.group, bucket.rule
         beta1, beta2 = group["betas"]
-        bound = update_bound(beta1, beta2) if rule.tracked else None
-        m = Moment(bucket, "m", Average(beta1, 1 - beta1))
+        m = Moment(bucket, "m", Average(beta1, 1 - beta1), group["residual_weight"])
         v = Moment(bucket, "v", Average(beta2**0.5, 1 - beta2**0.5))
-        # One factor per matrix on (v_B v_A)²: β2, times what keeps the mean of v equal to Adam's, bias correction included.
-        v_scale = bucket.column([beta2 / (1 - beta2**t) for t in steps])
-        if rule.tracked:
-            energy = bucket.stack("v_energy").double() / v.squared_norm().clamp_min(torch.finfo(torch.float64).tiny)
-            v_scale = v_scale * energy.float()[:, None, None]
-        g_scale = bucket.column([(1 - beta2) / (1 - beta2**t) for t in steps])
-        m_scale = bucket.column([1 / (1 - beta1**t) for t in steps])
+        # √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²): what is common is divided out of the momentum and of ε.
+        root = ((1 - beta2) / (1 - beta2**t)).sqrt()
+        m_scale = 1 / ((1 - beta1**t) * root)
+        energy = bucket.stack("v_scale").double() if rule.tracked else torch.ones_like(t)
+        scalars = AdamScalars(
+            c_B=m.rows.m_keep * m_scale,
+            c_X=m.rows.m_gain * m_scale,
+            residual=m.rows.residual * m_scale,
+            v_scale=(energy * (beta2 / (1 - beta2))).sqrt(),
+            eps=_positive(group["eps"]) / root,
+        )
+        scalars = AdamScalars(*(value.float()[:, None, None] for value in scalars))
+        bound = update_bound(beta1, beta2) if rule.tracked else None
         metrics = self._metrics if self.record_metrics else None
+        self._backend(bucket).adam(bucket, m, v, scalars, bound, metrics)
         if metrics is not None:
-            metrics.energy += sum(norm**2 for norm in bucket.norms)
-
-        for rows in bucket.tiles():
-            g = bucket.gradients(rows)
-            v.feed(rows, g.abs())
-            v_hat = v.product(rows).square_().mul_(v_scale).addcmul_(g * g_scale, g)
-            update = momentum_tile(m, rows, g, group["residual_weight"], metrics).mul_(m_scale)
-            update.div_(v_hat.sqrt_().add_(_positive(group["eps"])))
-            if metrics is not None:
-                metrics.add_update(update, bound)
-            if bound is not None:
-                update.clamp_(-bound, bound)
-            del g, v_hat  # before the write, which needs temporaries of its own
-            bucket.write(rows, update)
+            metrics.add_energy(bucket.norms, m.captured())
         m.finish()
-        v.finish()
+        return v.finish()
 
 
 def _positive(eps: float) -> float:

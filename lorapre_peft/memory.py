@@ -187,7 +187,9 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
             param.grad = torch.empty_like(param)
             optimizer._init_state(param, group, position)  # outside the tracker
         # Norms above the clipping threshold, if there is one: clipped gradients take a temporary more.
-        norms = [2 * (group["max_param_grad_norm"] or 0.5) for group, _, _ in located]
+        norms = torch.tensor(
+            [2 * (group["max_param_grad_norm"] or 0.5) for group, _, _ in located], dtype=torch.float64
+        )
         for _ in range(2):
             with torch.no_grad(), AllocationTracker() as tracker:
                 optimizer._apply_normed(located, norms)

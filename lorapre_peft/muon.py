@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .bucket import Bucket, Moment, momentum_tile
+from .bucket import Bucket, Moment
 from .checks import check_betas, in_range
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
@@ -65,8 +65,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
         ns_steps: Newton–Schulz steps, ≥ 1.
         adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion. None: ``lr``.
         adamw_betas, adamw_eps: of the AdamW path.
-        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize and seed, as
-            `LoRAPreOptimizer` documents them.
+        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed and
+            backend, as `LoRAPreOptimizer` documents them. No ``"triton"``: the step is products of whole matrices.
 
     State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q].
 
@@ -128,28 +128,28 @@ class LoRAPreMuon(LoRAPreOptimizer):
             group.setdefault("adamw_lr_ratio", group["adamw_lr"] / float(group["lr"]))
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
-        lr = float(group["lr"]) * group.get("adamw_lr_ratio", 1.0)
+        lr = group["lr"] * group.get("adamw_lr_ratio", 1.0)
         return AdamWOptions(lr, group["adamw_betas"], group["adamw_eps"])
 
     def _update(self, bucket: Bucket) -> None:
         group = bucket.group
         average = Average(group["momentum"], 1.0)
-        rows = slice(0, bucket.shape[0])  # orthogonalization needs the whole matrix: no tiles here
-        g = bucket.gradients(rows)
+        # Orthogonalization needs whole matrices: no tiles of rows here.
+        matrices, rows = slice(0, len(bucket.params)), slice(0, bucket.shape[0])
+        g = bucket.gradients(matrices, rows)
         bucket.advance()
         if bucket.fresh:
             m = g
             bucket.start("m", average.weight)
         else:
-            metrics = self._metrics if self.record_metrics else None
-            if metrics is not None:
-                metrics.energy += sum(norm**2 for norm in bucket.norms)
-            moment = Moment(bucket, "m", average)
-            m = momentum_tile(moment, rows, g, group["residual_weight"], metrics)
+            moment = Moment(bucket, "m", average, group["residual_weight"])
+            m = self._backend(bucket).momentum(bucket, g, moment)
+            if self.record_metrics:
+                self._metrics.add_energy(bucket.norms, moment.captured())
             moment.finish()
         if group["nesterov"]:
             m = torch.add(g, m, alpha=group["momentum"])
         # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
         m = m * (m.abs().amax((-2, -1), keepdim=True) > 10 * MIN_FACTOR_NORM**2)
         scale = shape_scale(bucket.shape, group["adjust_lr_fn"])
-        bucket.write(rows, orthogonalize(m, group["ns_steps"]).mul_(scale).contiguous())
+        bucket.write(matrices, rows, orthogonalize(m, group["ns_steps"]).mul_(scale).contiguous())

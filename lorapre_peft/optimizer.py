@@ -6,6 +6,7 @@ A subclass says what is done with the moments of the compressed matrices (`_upda
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -15,22 +16,25 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from . import backends
 from .bucket import Bucket, Metrics
 from .checks import above_zero, check_flattened_shards, check_gradient, check_parameter, in_range
 from .plain import AdamWOptions, Item, adamw_dtype, adamw_path
 from .rules import RULES
-from .state import check_loaded_state, restore_state, state_device, state_dtype
+from .state import check_loaded_state, restore_state, state_dtype
 
 # The largest gradient norm whose square float32 holds; second moments beyond it would be infinite.
 MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 Located = tuple[dict[str, Any], Tensor, int]  # group, parameter, position of the parameter in the optimizer
 
 
+@functools.lru_cache(maxsize=4096)
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """The p×q under which a tensor of two or more dimensions is compressed: trailing dimensions are flattened."""
     return shape[0], math.prod(shape[1:])
 
 
+@functools.lru_cache(maxsize=4096)
 def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
     """The k at which a parameter of this shape is compressed; 0 if it takes the AdamW path.
 
@@ -68,6 +72,9 @@ class LoRAPreOptimizer(Optimizer):
             outside it: it needs the matrix whole.
         maximize: maximize the objective.
         seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global generator.
+        backend: how the step of compressed matrices is computed: ``"eager"``, ``"compiled"`` (`torch.compile`; the first step takes
+            seconds), ``"triton"`` (CUDA, package triton), or ``"auto"``: Triton where it runs, else eager. The results are the
+            same to float32 round-off. Not saved in checkpoints.
 
     Attributes:
         skipped_updates: how many updates of single parameters were skipped since construction, for a gradient that is not
@@ -92,13 +99,15 @@ class LoRAPreOptimizer(Optimizer):
         temporary_bytes: int = 64_000_000,
         maximize: bool = False,
         seed: int = 0,
+        backend: str = "auto",
     ):
+        if backend not in backends.NAMES:
+            raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, backends.NAMES))}")
         if update_in_backward and world_size() > 1:
             raise NotImplementedError(
                 f"update_in_backward=True in a run of {world_size()} processes: gradients would be used before they are "
                 "averaged. Use update_in_backward=False, or one process"
             )
-        self._reset_counters()
         common = dict(
             momentum_rank=momentum_rank,
             update_rule=update_rule,
@@ -111,18 +120,30 @@ class LoRAPreOptimizer(Optimizer):
             maximize=maximize,
             seed=seed,
         )
+        self._reset(backend)
         super().__init__(params, {**defaults, **common})
 
-    def _reset_counters(self) -> None:
-        self.skipped_updates = 0
+    def _reset(self, backend: str) -> None:
+        self.backend = backend
         self.record_metrics = False
         self._metrics = Metrics()
         self._updated: set[Tensor] = set()  # parameters that this backward pass has already updated
+        # Compressed matrices whose factors the host knows to have started: parameter's id → its step counter, whose identity
+        # says that the entry still holds. Until then each step reads norms and counters, afterwards nothing.
+        self._started: dict[int, Tensor] = {}
+        self._skips, self._warned = 0, False  # updates that the host has skipped; whether it has said so
+        self._skipped: dict[torch.device, Tensor] = {}  # how many more were skipped on each device, unread
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        backend = state.pop("backend", None)
         super().__setstate__(state)
-        if "record_metrics" not in self.__dict__:  # after unpickling and deepcopy: only groups and state travel
-            self._reset_counters()
+        if (
+            "record_metrics" not in self.__dict__
+        ):  # after unpickling and deepcopy: only groups, state and backend travel
+            self._reset(backend)
             for group in self.param_groups:
                 self._register_hooks(group)
 
@@ -228,46 +249,85 @@ class LoRAPreOptimizer(Optimizer):
             )
         if not self._updated:
             self._metrics = Metrics()
-        self._apply([located for located in self._located() if located[1] is param])
+        pairs = ((group, other) for group in self.param_groups for other in group["params"])
+        self._apply([(group, param, i) for i, (group, other) in enumerate(pairs) if other is param])
         self._updated.add(param)
         param.grad = None
 
     def _apply(self, todo: list[Located]) -> None:
-        """Update these parameters, all of which have gradients."""
-        todo = [located for located in todo if located[1].numel()]
-        for _, param, _ in todo:
-            check_gradient(param)
-        self._apply_normed(todo, _gradient_norms([param for _, param, _ in todo]))
+        """Update these parameters, all of which have gradients: device by device."""
+        by_device: dict[torch.device, list[Located]] = {}
+        for located in todo:
+            if located[1].numel():
+                check_gradient(located[1])
+                by_device.setdefault(located[1].device, []).append(located)
+        for located in by_device.values():
+            self._apply_normed(located, _gradient_norms([param.grad for _, param, _ in located]))
 
-    def _apply_normed(self, todo: list[Located], norms: list[float]) -> None:
-        """`_apply` once the host knows every ‖g‖_F; from here on nothing reads a parameter's or a gradient's values."""
+    def _apply_normed(self, todo: list[Located], norms: Tensor) -> None:
+        """`_apply` on one device, given every ‖g‖_F: [N] float64.
+
+        On a CPU, and as long as a matrix of `als` waits for its first gradient, the host reads the norms and leaves out what is
+        to be skipped. After that nothing is read: what is not finite is masked on the device.
+        """
+        for group, param, position in todo:
+            if not self.state[param]:
+                self._init_state(param, group, position)
+        waiting = self._waiting(todo)
+        known = finite = None
+        if waiting or reads_are_free(norms.device):
+            known = norms.tolist()
+        else:
+            finite = norms <= MAX_NORM  # NaN is not either
+            self._skipped.setdefault(norms.device, torch.zeros((), device=norms.device)).add_((~finite).sum())
+
         buckets: dict[tuple, Bucket] = {}
         plain: dict[int, tuple[dict[str, Any], list[Item]]] = {}
-        for (group, param, position), norm in zip(todo, norms):
-            k = compressed_rank(param.shape, group["momentum_rank"])
-            state = self.state[param]
-            if not state:
-                self._init_state(param, group, position)
-            if not norm <= MAX_NORM:  # NaN is not either
-                self._skip(norm)
-            elif k == 0:
-                plain.setdefault(id(group), (group, []))[1].append(Item(param, state, norm, position))
-            else:
-                rule = RULES[group["update_rule"]]
-                fresh = rule.tracked and float(state["step"]) == 0
-                if fresh and norm == 0:
-                    # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.
-                    param.mul_(1 - float(group["lr"]) * group["weight_decay"])
-                    continue
-                key = (id(group), matrix_shape(param.shape), param.device, param.dtype, fresh)
-                if key not in buckets:
-                    buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), fresh)
-                buckets[key].add(param, state, norm, position)
+        for i, (group, param, position) in enumerate(todo):
+            state, k = self.state[param], compressed_rank(param.shape, group["momentum_rank"])
+            if known is not None and not known[i] <= MAX_NORM:
+                self._skips += 1
+                if not self._warned:
+                    self._warn_of_skips(str(known[i]))
+                continue
+            if k == 0:
+                item = Item(param, state, norms[i], None if finite is None else finite[i], position)
+                plain.setdefault(id(group), (group, []))[1].append(item)
+                continue
+            rule = RULES[group["update_rule"]]
+            fresh = rule.tracked and self._started.get(id(param)) is not state["step"]
+            if fresh and known[i] == 0:
+                # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                continue
+            if fresh:
+                self._started[id(param)] = state["step"]
+            key = (id(group), matrix_shape(param.shape), param.dtype, fresh)
+            if key not in buckets:
+                buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), fresh)
+            buckets[key].add(param, state, position, i)
         for group, items in plain.values():
             adamw_path(group, self._adamw_options(group), items)
         for bucket in buckets.values():
+            bucket.set_norms(norms, finite)
             for chunk in bucket.chunks():
                 self._update(chunk)
+
+    def _waiting(self, todo: list[Located]) -> bool:
+        """Whether a matrix of `als` among these has not started, as far as the host knows; it reads those counters."""
+        waiting = False
+        for group, param, _ in todo:
+            step = self.state[param]["step"]
+            tracked = RULES[group["update_rule"]].tracked and compressed_rank(param.shape, group["momentum_rank"])
+            if tracked and self._started.get(id(param)) is not step:
+                if float(step) == 0:
+                    waiting = True
+                else:
+                    self._started[id(param)] = step
+        return waiting
+
+    def _backend(self, bucket: Bucket) -> Any:
+        return backends.choose(self.backend, bucket.params[0].device)
 
     def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a parameter's state; they depend on its shape and its group's options alone."""
@@ -279,7 +339,7 @@ class LoRAPreOptimizer(Optimizer):
         for moment in self.moments:
             shapes |= {f"{moment}_B": (p, k), f"{moment}_A": (k, q)}
         if RULES[group["update_rule"]].tracked and "v" in self.moments:
-            shapes["v_energy"] = ()
+            shapes |= {"v_energy": (), "v_scale": ()}
         return shapes
 
     def _init_state(self, param: Tensor, group: dict[str, Any], position: int) -> None:
@@ -288,20 +348,29 @@ class LoRAPreOptimizer(Optimizer):
         rule = RULES[group["update_rule"]]
         generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + position) % 2**63)
         for name, shape in self.state_shapes(param, group).items():
-            value = torch.zeros(shape, dtype=state_dtype(param, name), device=state_device(param, name))
+            value = torch.zeros(shape, dtype=state_dtype(param, name), device=param.device)
             if name.endswith("_A") and not rule.tracked:
                 value.copy_(rule.init_columns(shape, generator))
             state[name] = value
 
-    def _skip(self, norm: float) -> None:
-        if self.skipped_updates == 0:
-            warnings.warn(
-                f"a gradient has the norm {norm}: the update of that parameter is skipped and its state kept. This is said "
-                "once; `optimizer.skipped_updates` counts on. Skips that keep coming mean that training has diverged "
-                "(lower the learning rate) or that the loss scale of fp16 is still settling.",
-                stacklevel=3,
-            )
-        self.skipped_updates += 1
+    @property
+    def skipped_updates(self) -> int:
+        """Updates of single parameters skipped since construction, for a gradient that is not finite or whose square float32
+        cannot hold. Reading it synchronises the devices, and warns of the first that it sees.
+        """
+        on_devices = sum(int(count) for count in self._skipped.values())
+        if on_devices and not self._warned:
+            self._warn_of_skips("nan or inf, or one whose square float32 cannot hold")
+        return self._skips + on_devices
+
+    def _warn_of_skips(self, found: str) -> None:
+        self._warned = True
+        warnings.warn(
+            f"a gradient has the norm {found}: the update of that parameter is skipped and its state kept. This is said "
+            "once; `optimizer.skipped_updates` counts on. Skips that keep coming mean that training has diverged "
+            "(lower the learning rate) or that the loss scale of fp16 is still settling.",
+            stacklevel=4,
+        )
 
     # ---- what a run can look at -----------------------------------------------------------------------------------
 
@@ -349,13 +418,18 @@ class LoRAPreOptimizer(Optimizer):
                 handle.remove()
 
 
-def _gradient_norms(params: list[Tensor]) -> list[float]:
-    """‖g‖_F of each parameter's gradient, read by the host in one synchronisation per device and dtype."""
-    norms: dict[Tensor, float] = {}
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        alike.setdefault((param.device, adamw_dtype(param.grad)), []).append(param)
-    for (_, dtype), group in alike.items():
-        values = torch._foreach_norm([param.grad for param in group], 2, dtype)
-        norms.update(zip(group, torch.stack(values).tolist()))
-    return [norms[param] for param in params]
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host reads a tensor there without waiting for anything."""
+    return device.type == "cpu"
+
+
+def _gradient_norms(grads: list[Tensor]) -> Tensor:
+    """‖g‖_F of gradients on one device: [N] float64, not read."""
+    norms: list[Tensor] = [torch.empty(())] * len(grads)
+    alike: dict[torch.dtype, list[int]] = {}
+    for i, grad in enumerate(grads):
+        alike.setdefault(adamw_dtype(grad), []).append(i)
+    for dtype, indices in alike.items():
+        for i, norm in zip(indices, torch._foreach_norm([grads[i] for i in indices], 2, dtype)):
+            norms[i] = norm
+    return torch.stack(norms).double() if len(alike) == 1 else torch.stack([norm.double() for norm in norms])

@@ -9,24 +9,25 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .bucket import clip_factor, rounds_stochastically, tile_entries
-from .rounding import rounding_key, write_stochastic
+from .bucket import gradient_scale, rounds_stochastically, tile_entries
+from .rounding import random_keys, write_stochastic
 
 
 class AdamWOptions(NamedTuple):
     """The AdamW path's hyperparameters of a group at this step."""
 
-    lr: float
+    lr: float | Tensor
     betas: tuple[float, float]
     eps: float
 
 
 class Item(NamedTuple):
-    """A parameter with a finite gradient of norm ``norm``, its state and its position in the optimizer."""
+    """A parameter with a gradient, and its position in the optimizer."""
 
     param: Tensor
     state: dict[str, Tensor]
-    norm: float
+    norm: Tensor  # [], ‖g‖_F
+    finite: Tensor | None  # [] bool, false if the update is to be skipped; None: the host knows that it is not
     position: int
 
 
@@ -49,7 +50,7 @@ def adamw_path(group: dict[str, Any], options: AdamWOptions, items: list[Item]) 
         size += count
     _step(group, options, batch)
     for item in items:
-        item.state["step"] += 1
+        item.state["step"] += 1 if item.finite is None else item.finite
 
 
 def _pieces(items: list[Item], limit: int) -> Iterator[tuple[Item, Any]]:
@@ -61,21 +62,35 @@ def _pieces(items: list[Item], limit: int) -> Iterator[tuple[Item, Any]]:
 
 
 def _step(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]]) -> None:
-    clips = [clip_factor(item.norm, group["max_param_grad_norm"]) for item, _ in batch]
+    if batch[0][0].finite is None:
+        _adamw(group, options, batch, None)
+    else:
+        for piece in batch:  # torch's fused AdamW skips all of a call or nothing
+            _adamw(group, options, [piece], (~piece[0].finite).float())
+
+
+def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]], skip: Tensor | None) -> None:
     targets = [item.param[index] for item, index in batch]
     wide = [target.to(adamw_dtype(target)) for target in targets]
     grads = [item.param.grad[index].to(adamw_dtype(item.param)) for item, index in batch]
+    if group["max_param_grad_norm"] is not None:
+        norms = torch.stack([item.norm for item, _ in batch])
+        scales = gradient_scale(norms, {**group, "maximize": False})
+        grads = [grad * scale for grad, scale in zip(grads, scales)]
+    on_gpu = wide[0].device.type == "cuda"
     adamw(
         wide,
-        [grad if clip == 1 else grad * clip for grad, clip in zip(grads, clips)],
+        grads,
         [item.state["exp_avg"][index] for item, index in batch],
         [item.state["exp_avg_sq"][index] for item, index in batch],
         [],
         [item.state["step"].clone() for item, _ in batch],  # adamw counts it up, once per piece
+        fused=on_gpu,
+        found_inf=skip,
         amsgrad=False,
         beta1=options.betas[0],
         beta2=options.betas[1],
-        lr=options.lr,
+        lr=options.lr if on_gpu else float(options.lr),
         weight_decay=group["weight_decay"],
         eps=options.eps,
         maximize=group["maximize"],
@@ -83,8 +98,9 @@ def _step(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, 
     for (item, index), target, value in zip(batch, targets, wide):
         if rounds_stochastically(target, group):
             start = index.start * item.param.shape[1:].numel() if isinstance(index, slice) else 0
-            write_stochastic(
-                target, value, rounding_key(group["seed"], int(item.state["step"]) + 1, item.position), start
-            )
+            keys = random_keys(group["seed"], [item.position], item.state["step"][None] + 1)
+            if item.finite is not None:
+                value = torch.where(item.finite, value, target)
+            write_stochastic([target], value[None], keys, start)
         elif value is not target:
             target.copy_(value)

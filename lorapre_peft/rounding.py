@@ -6,29 +6,32 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-
-
-def _signed(value: int) -> int:
-    """The int32 with the same 32 bits."""
-    value &= _MASK
-    return value - (1 << 32) if value >= 1 << 31 else value
-
-
 # The two multipliers of "lowbias32", an integer hash whose output bits are nearly unbiased (C. Wellons, hash-prospector).
-_M1, _M2 = _signed(0x7FEB352D), _signed(0x846CA68B)
+_M1, _M2 = 0x7FEB352D, 0x846CA68B
+# Added to a key for the second round of the hash; 2³² over the golden ratio.
+SALT = 0x9E3779B9
 
 
-def _mix(value: int) -> int:
-    """lowbias32 of a Python integer's low 32 bits."""
-    value &= _MASK
-    value = ((value ^ value >> 16) * 0x7FEB352D) & _MASK
-    value = ((value ^ value >> 15) * 0x846CA68B) & _MASK
+def _mix(value: int | Tensor) -> int | Tensor:
+    """lowbias32 of the low 32 bits of a Python integer or of int64 entries."""
+    value = value & _MASK
+    value = ((value ^ value >> 16) * _M1) & _MASK
+    value = ((value ^ value >> 15) * _M2) & _MASK
     return value ^ value >> 16
 
 
-def rounding_key(seed: int, step: int, position: int) -> int:
-    """32 bits that name one parameter at one step of one run."""
-    return _mix(_mix(_mix(seed) + step) + position)
+def _signed(value: int | Tensor) -> int | Tensor:
+    """The int32 with the same 32 bits."""
+    return ((value & _MASK) ^ 0x80000000) - 0x80000000
+
+
+def random_keys(seed: int, positions: list[int], steps: Tensor) -> Tensor:
+    """32 bits that name each parameter at its step of one run: int64 [n]; steps: [n], on any device, not read by the host."""
+    # Filled one by one: a copy from the host could not be captured in a CUDA graph.
+    bases = [
+        torch.full((), _mix(_mix(seed) + position), dtype=torch.int64, device=steps.device) for position in positions
+    ]
+    return _mix(torch.stack(bases) + steps.long())
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
@@ -36,28 +39,31 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
     return (bits >> count).bitwise_and_((1 << 32 - count) - 1)
 
 
-def random_bits(shape: torch.Size, key: int, offset: int, device: torch.device) -> Tensor:
-    """Hash of (key, offset + i) for every entry i in row-major order: int32, all 32 bits random."""
-    count = shape.numel()
-    bits = torch.arange(offset, offset + count, dtype=torch.int64, device=device).to(torch.int32)
+def random_bits(shape: torch.Size, keys: Tensor, offset: int) -> Tensor:
+    """Hash of (key, offset + i) for every entry i in row-major order of each of the n arrays: int32, all 32 bits random.
+
+    shape: (n, ...). keys: int64 [n].
+    """
+    count = shape[1:].numel()
+    counters = torch.arange(offset, offset + count, dtype=torch.int64, device=keys.device).to(torch.int32)
+    bits = counters.expand(shape[0], count).clone()
     # Two rounds: consecutive counters and related keys come out unrelated.
-    for salt in (key, _mix(key + 0x9E3779B9)):
-        bits.bitwise_xor_(_signed(salt))
-        bits.bitwise_xor_(_shift_right(bits, 16)).mul_(_M1)
-        bits.bitwise_xor_(_shift_right(bits, 15)).mul_(_M2)
+    for salt in (keys, _mix(keys + SALT)):
+        bits.bitwise_xor_(_signed(salt).to(torch.int32)[:, None])
+        bits.bitwise_xor_(_shift_right(bits, 16)).mul_(_signed(_M1))
+        bits.bitwise_xor_(_shift_right(bits, 15)).mul_(_signed(_M2))
         bits.bitwise_xor_(_shift_right(bits, 16))
     return bits.view(shape)
 
 
-def write_stochastic(target: Tensor, value: Tensor, key: int, offset: int = 0) -> None:
-    """target (bfloat16) ← value (float32), rounded up or down at random so that the expectation is the value.
+def write_stochastic(targets: list[Tensor], values: Tensor, keys: Tensor, offset: int = 0) -> None:
+    """Each target (bfloat16) ← its value (float32), rounded up or down at random so that the expectation is the value.
 
-    The 16 bits that bfloat16 drops are compared with 16 random bits: adding them carries into the kept half with just that
-    probability. Entry i uses the random bits of counter offset + i, so that tiles of a matrix agree with the whole. NaN and
-    infinity pass unchanged.
+    values: [n, ...], keys: int64 [n]. The 16 bits that bfloat16 drops are compared with 16 random bits: adding them carries into
+    the kept half with just that probability. Entry i of each uses the random bits of counter offset + i, so that tiles of a
+    matrix agree with the whole. NaN and infinity pass unchanged.
     """
-    bits = value.contiguous().view(torch.int32)
-    rounded = (
-        random_bits(value.shape, key, offset, value.device).bitwise_and_(0xFFFF).add_(bits).bitwise_and_(-0x10000)
-    )
-    target.copy_(torch.where(value.isfinite(), rounded.view(torch.float32), value))
+    bits = values.contiguous().view(torch.int32)
+    rounded = random_bits(values.shape, keys, offset).bitwise_and_(0xFFFF).add_(bits).bitwise_and_(-0x10000)
+    rounded = torch.where(values.isfinite(), rounded.view(torch.float32), values)
+    torch._foreach_copy_(targets, list(rounded.unbind()))

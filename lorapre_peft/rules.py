@@ -3,12 +3,13 @@
 A running average ``M ← decay · M + weight · x`` of p×q matrices is held as ``M ≈ B A`` with ``B`` p×k and ``A`` k×q. A rule
 says how ``B`` and ``A`` change when ``x`` arrives. Both rules are written as a *row part* and a *column part*:
 
-* the row part (``pinv``, ``coefficients``, ``rows``) needs nothing but some rows of ``B`` and ``x``, and all of ``A``;
-* the column part (``columns``) needs only ``sums``: small k×(k+q) or k×(2k+q) matrices, added up over the rows.
+* the row part (`Rows`: five numbers) needs nothing but some rows of ``B`` and ``x``, and all of ``A``;
+* the column part (``columns``) needs only sums over the rows: ``grams``, k×k or k×2k, and ``projected``, k×q.
 
-So a step can work through a matrix in tiles of rows, with the same result. Every tensor may have leading batch dimensions.
-The k×k Gram matrices are formed and solved in float64: they cost nothing beside the p×q products, and a Cholesky
-factorisation of a positive matrix plus a relative 1e-6 of its diagonal then cannot fail.
+So a step can work through a matrix in tiles of rows, or in shards of rows on several devices, with the same result, and a
+backend computes the row part without knowing the rule. Every tensor may have leading batch dimensions. The k×k Gram matrices
+are formed and inverted in float64: they cost nothing beside the p×q products, and a Cholesky factorisation of a
+positive matrix plus a relative 1e-6 of its diagonal then does not fail.
 """
 
 from __future__ import annotations
@@ -39,18 +40,20 @@ class Average(NamedTuple):
     weight: float
 
 
-def solve_ridge(gram: Tensor, right: Tensor, ridge: Tensor | float) -> Tensor:
-    """(gram + ridge·I)⁻¹ right, solved in float64 and returned in the dtype of ``right``.
+def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
+    """(gram + ridge·I)⁻¹ in float64; gram: [..., k, k] float64, symmetric and not negative. ridge: [...] or a number, ≥ 0.
 
-    gram: [..., k, k], symmetric and not negative. right: [..., k, q]. ridge: [...] or a number, above 0.
+    By Cholesky. Where that fails, and on a GPU nobody looks, the diagonal alone is inverted: a shorter step, and no NaN.
     """
-    gram = gram.double()
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    ridge = torch.as_tensor(ridge, dtype=gram.dtype, device=gram.device)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
     # float64 round-off in a Gram matrix is relative to its trace: an absolute ridge below that would not keep it positive.
-    floor = 1e-15 * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + torch.finfo(gram.dtype).tiny
-    factor, _ = torch.linalg.cholesky_ex(gram + torch.maximum(ridge, floor)[..., None, None] * identity)
-    return torch.cholesky_solve(right.double(), factor).to(right.dtype)
+    floor = 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny
+    ridge = floor.clamp_min(ridge) if isinstance(ridge, float) else torch.maximum(ridge, floor)
+    factor, info = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * identity)
+    factor = torch.where((info > 0)[..., None, None], torch.diag_embed((diagonal + ridge[..., None]).sqrt()), factor)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse.mT @ inverse
 
 
 def gram_rows(A: Tensor) -> Tensor:
@@ -93,6 +96,19 @@ def best_factors(x: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tens
     return U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
 
 
+class Rows(NamedTuple):
+    """The row part of a rule for one average, with X = x Aᵀ (A Aᵀ + damping)⁻¹ the least-squares fit of x to A's rows:
+
+    B' = (keep · B + gain · X) · unit, and momentum = (m_keep · B + m_gain · X) A + residual · x.
+    """
+
+    keep: float
+    gain: float
+    m_keep: float
+    m_gain: float
+    residual: float
+
+
 class Newton:
     """The published rule (Theorem 3.1, Algorithms 1 and 2): one damped Newton step on each factor, from the old factors.
 
@@ -102,6 +118,7 @@ class Newton:
 
     name = "newton"
     tracked = False  # no energy correction of v, no clamp, no residual weight
+    projects_new = False  # the step is simultaneous: A's new rows come from the old B
 
     def __init__(self, damping: float = 1e-6, init_std: float = 0.02):
         self.damping = damping
@@ -111,36 +128,32 @@ class Newton:
         """A ~ N(0, 0.02²), float32 on the CPU; shape: (k, q)."""
         return torch.randn(shape, generator=generator, dtype=torch.float32) * self.init_std
 
-    def pinv(self, A: Tensor) -> Tensor:
-        """(A Aᵀ + δI)⁻¹ A: [..., k, q]. x times its transpose is the least-squares fit of x to A's rows."""
-        return solve_ridge(gram_rows(A), A, self.damping)
+    def inverse(self, gram: Tensor) -> Tensor:
+        """(gram + δI)⁻¹, float64."""
+        return damped_inverse(gram, self.damping)
 
-    def residual(self, average: Average, residual_weight: float | None) -> float:
-        """The weight of x itself in the momentum: always ``average.weight``."""
-        return average.weight
+    def rows(self, average: Average, residual_weight: float | None = None) -> Rows:
+        """The row part; the residual is always ``average.weight``."""
+        return Rows(average.decay**0.5, self._gain(average), average.decay, 0.0, average.weight)
 
-    def coefficients(self, B: Tensor, fit: Tensor, average: Average, residual: float) -> Tensor:
-        """C such that the momentum used for the update is C A + residual · x. B, fit: [..., rows, k]."""
-        return average.decay * B
+    def unit(self, gram: Tensor, norm: Tensor, rows: Rows) -> Tensor:
+        """What B' is multiplied by: 1, as nothing rescales it afterwards."""
+        return torch.ones_like(norm, dtype=torch.float64)
 
     def _gain(self, average: Average) -> float:
         return average.weight * (1 - average.decay**0.5) / (1 - average.decay)
 
-    def rows(self, B: Tensor, fit: Tensor, average: Average) -> Tensor:
-        """The new rows of B, from fit = x pinv(A)ᵀ."""
-        return average.decay**0.5 * B + self._gain(average) * fit
+    def grams(self, B: Tensor, B_new: Tensor) -> Tensor:
+        """BᵀB in float64, to be added up over the rows: [..., k, k]."""
+        return gram_rows(B.mT)
 
-    def sums(self, B: Tensor, B_new: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Bᵀ [B] in float64 and Bᵀ x of the *old* rows (the step is simultaneous), to be added up over the rows."""
-        return gram_rows(B.mT), B.mT @ x
+    def columns(self, A: Tensor, grams: Tensor, projected: Tensor, average: Average) -> tuple[Tensor, Tensor, Tensor]:
+        """The new A from the sums over all rows: ``grams`` and projected = Bᵀx.
 
-    def columns(
-        self, A: Tensor, B_new: Tensor, sums: tuple[Tensor, Tensor], average: Average
-    ) -> tuple[Tensor, Tensor]:
-        """The new (B, A) from the summed ``sums``."""
-        gram, projected = sums
-        A_new = average.decay**0.5 * A + self._gain(average) * solve_ridge(gram, projected, self.damping)
-        return B_new, A_new
+        Also what B' is to be multiplied by, [..., 1, 1], and B'ᵀB' after it, which this rule does not know: 1 and ``grams``.
+        """
+        step = (self._gain(average) * self.inverse(grams)).to(A.dtype)
+        return (step @ projected).add_(A, alpha=average.decay**0.5), A.new_ones(()), grams
 
 
 class Als:
@@ -152,54 +165,54 @@ class Als:
 
     name = "als"
     tracked = True  # v keeps Adam's energy, the normalised update is clamped, the start is the first gradient
+    projects_new = True  # A is solved given the new B
 
     def __init__(self, damping: float = 1e-6):
         self.damping = damping
 
-    def _ridge(self, gram: Tensor) -> Tensor:
-        return self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    def inverse(self, gram: Tensor) -> Tensor:
+        """(gram + δ'I)⁻¹, float64."""
+        return damped_inverse(gram, self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1))
 
-    def pinv(self, A: Tensor) -> Tensor:
-        """(A Aᵀ + δ'I)⁻¹ A: [..., k, q]. x times its transpose is the least-squares fit of x to A's rows."""
-        gram = gram_rows(A)
-        return solve_ridge(gram, A, self._ridge(gram))
+    def rows(self, average: Average, residual_weight: float | None = None) -> Rows:
+        """The row part with the residual weight ρ, taken for an EMA; None: ρ = √((1−β)/(1+β)).
 
-    def residual(self, average: Average, residual_weight: float | None) -> float:
-        """ρ, the weight of the part of x outside the factors' span, as a multiple of what an EMA would have used.
-
-        None: ρ = √((1−β)/(1+β)), the length that an EMA keeps of a gradient without direction.
+        That is the length that an EMA keeps of a gradient without direction.
         """
-        beta = average.decay
+        beta, weight = average
         rho = ((1 - beta) / (1 + beta)) ** 0.5 if residual_weight is None else residual_weight
-        return rho * average.weight / (1 - beta)
+        residual = rho * weight / (1 - beta)
+        return Rows(beta, weight, beta, weight - residual, residual)
 
-    def coefficients(self, B: Tensor, fit: Tensor, average: Average, residual: float) -> Tensor:
-        """C such that the momentum used for the update is C A + residual · x. B, fit: [..., rows, k]."""
-        return average.decay * B + (average.weight - residual) * fit
+    def unit(self, gram: Tensor, norm: Tensor, rows: Rows) -> Tensor:
+        """What B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows float32: [...].
 
-    def rows(self, B: Tensor, fit: Tensor, average: Average) -> Tensor:
-        """The new rows of B, from fit = x pinv(A)ᵀ."""
-        return average.decay * B + average.weight * fit
+        gram: A Aᵀ [..., k, k]; norm: ‖x‖_F [...]. ‖B‖ = ‖A‖ =: a and ‖X‖ ≈ ‖x‖/a; `columns` rescales B' in the end.
+        """
+        square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        size = torch.maximum(rows.keep * square, rows.gain * norm.double())
+        return square.sqrt() / size.clamp_min(MIN_FACTOR_NORM**2)
 
-    def sums(self, B: Tensor, B_new: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """B'ᵀ [B' | B] in float64 and B'ᵀ x, to be added up over the rows."""
-        B_new_64 = B_new.double()
-        return B_new_64.mT @ torch.cat([B_new_64, B.double()], dim=-1), B_new.mT @ x
+    def grams(self, B: Tensor, B_new: Tensor) -> Tensor:
+        """B'ᵀ [B' | B] in float64, to be added up over the rows: [..., k, 2k]."""
+        B_new = B_new.double()
+        return torch.cat([B_new.mT @ B_new, B_new.mT @ B.double()], dim=-1)
 
-    def columns(
-        self, A: Tensor, B_new: Tensor, sums: tuple[Tensor, Tensor], average: Average
-    ) -> tuple[Tensor, Tensor]:
-        """The new (B, A) from the summed ``sums``, of equal Frobenius norms."""
-        grams, projected = sums
+    def columns(self, A: Tensor, grams: Tensor, projected: Tensor, average: Average) -> tuple[Tensor, Tensor, Tensor]:
+        """The new A from the sums over all rows: ``grams`` and projected = B'ᵀx.
+
+        Also what B' is to be multiplied by for equal Frobenius norms, [..., 1, 1], and B'ᵀB' after it.
+        """
         gram, cross = grams.split(A.shape[-2], dim=-1)
-        target = average.decay * (cross @ A.double()) + average.weight * projected.double()
-        A_new = solve_ridge(gram, target, self._ridge(gram))
+        inverse = self.inverse(gram)
+        A_new = (average.decay * inverse @ cross).to(A.dtype) @ A
+        A_new = A_new.add_((average.weight * inverse).to(A.dtype) @ projected)
         norm_B = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
-        norm_A = torch.linalg.matrix_norm(A_new)[..., None, None]
-        common = (norm_B.sqrt() * norm_A.sqrt()).clamp_min(MIN_FACTOR_NORM)
+        norm_A = torch.linalg.matrix_norm(A_new, keepdim=True, dtype=torch.float64)
         tiny = torch.finfo(torch.float32).tiny
-        B_new = B_new * (common / norm_B.clamp_min(tiny)).to(B_new.dtype)
-        return B_new, (A_new * (common / norm_A.clamp_min(tiny))).to(A.dtype)
+        common = (norm_B.sqrt() * norm_A.sqrt()).clamp_min(MIN_FACTOR_NORM)
+        scale = common / norm_B.clamp_min(tiny)
+        return A_new.mul_((common / norm_A.clamp_min(tiny)).to(A.dtype)), scale.to(A.dtype), gram * scale**2
 
 
 RULES = {rule.name: rule for rule in (Als(), Newton())}

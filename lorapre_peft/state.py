@@ -19,11 +19,6 @@ def state_dtype(param: Tensor, name: str) -> torch.dtype:
     return adamw_dtype(param) if name.startswith("exp_avg") else torch.float32
 
 
-def state_device(param: Tensor, name: str) -> torch.device:
-    """``step`` stays on the CPU, as in torch.optim, so that reading it costs no synchronisation."""
-    return torch.device("cpu") if name == "step" else param.device
-
-
 def matched_states(
     optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]
 ) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
@@ -39,7 +34,7 @@ def restore_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> No
     """Put the saved tensors back as they were saved, after torch has cast its copies to the parameters' dtypes."""
     for param, saved in matched_states(optimizer, state_dict):
         for name, value in saved.items():
-            placed = value.detach().to(device=state_device(param, name), dtype=state_dtype(param, name), copy=True)
+            placed = value.detach().to(device=param.device, dtype=state_dtype(param, name), copy=True)
             optimizer.state[param][name] = placed
 
 
