@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends import AdamScalars
-from .bucket import Bucket, Moment
+from .bucket import Bucket, Moment, finish_moments
 from .checks import check_betas, in_range
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
@@ -86,10 +87,10 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
         return AdamWOptions(group["lr"], group["betas"], group["eps"])
 
-    def _update(self, bucket: Bucket) -> None:
+    def _update(self, bucket: Bucket) -> Iterator[None]:
         self._check_betas(bucket.group)  # a scheduler that cycles momentum may have moved them
         t = bucket.advance().double()
-        squared_norm = self._start(bucket) if bucket.fresh else self._follow(bucket, t)
+        squared_norm = self._start(bucket) if bucket.fresh else (yield from self._follow(bucket, t))
         if bucket.rule.tracked:
             # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
             beta2 = bucket.group["betas"][1]
@@ -107,7 +108,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         bucket.start("m", 1 - beta1)
         return bucket.start("v", (1 - beta2) ** 0.5, absolute=True)
 
-    def _follow(self, bucket: Bucket, t: Tensor) -> Tensor:
+    def _follow(self, bucket: Bucket, t: Tensor) -> Generator[None, None, Tensor]:
         group, rule = bucket.group, bucket.rule
         beta1, beta2 = group["betas"]
         m = Moment(bucket, "m", Average(beta1, 1 - beta1), group["residual_weight"])
@@ -129,8 +130,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         self._backend(bucket).adam(bucket, m, v, scalars, bound, metrics)
         if metrics is not None:
             metrics.add_energy(bucket.norms, m.captured())
-        m.finish()
-        return v.finish()
+        return (yield from finish_moments(bucket, [m, v]))[1]
 
 
 def _positive(eps: float) -> float:

@@ -215,10 +215,13 @@ def _made(name: str) -> Any:
     return _BACKENDS[name][1]()
 
 
-def choose(name: str, device: torch.device) -> Any:
-    """The backend for tensors on a device. ValueError if ``name`` cannot run there; "auto": the first of `available`."""
+def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Any:
+    """The backend for tensors on a device. "auto": on a GPU the first of `available` that is in ``names``, else eager.
+
+    Raises ValueError if ``name`` cannot run there.
+    """
     if name == "auto":
-        return _made("eager" if device.type != "cuda" else available(device)[0])
+        name = next(other for other in available(device) if other in names) if device.type == "cuda" else "eager"
     missing = _BACKENDS[name][0](device)
     if missing is not None:
         raise ValueError(f"backend={name!r} needs {missing}. Use backend='auto', or one of {available(device)}")

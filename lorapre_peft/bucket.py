@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .placement import WHOLE, Placement, local
 from .rounding import random_keys, write_stochastic
 from .rules import EXACT_SVD_SIZE, START_FLOOR, Als, Average, Newton, best_factors, gram_rows, top_factors
 
@@ -26,14 +26,19 @@ def tile_entries(group: dict[str, Any]) -> int:
 
 @dataclass
 class Bucket:
-    """Matrices of one shape p×q, rank k and group, stepped together. Stacked tensors are [n, rows, columns], float32."""
+    """Matrices of one shape p×q, rank k and group, stepped together. Stacked tensors are [n, rows, columns], float32.
+
+    Of matrices that are sharded over processes, parameters, gradients and B factors are this process's rows.
+    """
 
     group: dict[str, Any]
     rule: Als | Newton
     k: int
     shape: tuple[int, int]
+    placement: Placement
     fresh: bool  # `als` before its first gradient: the step starts the factors instead of following them
     params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)  # of the parameters in the optimizer
     indices: list[int] = field(default_factory=list)  # of the parameters among those of this step
@@ -45,8 +50,14 @@ class Bucket:
         None  # [n] bool, false where the update is to be skipped; None: the host has seen that all are true
     )
 
-    def add(self, param: Tensor, state: dict[str, Tensor], position: int, index: int) -> None:
+    @property
+    def rows(self) -> slice:
+        """The rows of the p×q matrices that are here."""
+        return self.placement.rows(self.shape[0])
+
+    def add(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], position: int, index: int) -> None:
         self.params.append(param)
+        self.grads.append(grad)
         self.states.append(state)
         self.positions.append(position)
         self.indices.append(index)
@@ -67,8 +78,8 @@ class Bucket:
         size = max(1, tile_entries(self.group) // (sum(self.shape) * self.k))
         for i in range(0, len(self.params), size):
             part = slice(i, i + size)
-            chunk = Bucket(self.group, self.rule, self.k, self.shape, self.fresh)
-            for name in ("params", "states", "positions", "indices", "norms", "scale", "finite"):
+            chunk = Bucket(self.group, self.rule, self.k, self.shape, self.placement, self.fresh)
+            for name in ("params", "grads", "states", "positions", "indices", "norms", "scale", "finite"):
                 value = getattr(self, name)
                 setattr(chunk, name, value if value is None else value[part])
             yield chunk
@@ -80,19 +91,19 @@ class Bucket:
 
     def _blocks(self, limit: int) -> Iterator[tuple[slice, slice]]:
         """(matrices, rows) of at most ``limit`` entries: whole matrices together, or rows of one."""
-        p, q = self.shape
-        matrices = max(1, limit // (p * q))
-        rows = min(p, max(1, limit // q))
+        here, q = self.rows.stop - self.rows.start, self.shape[1]
+        matrices = max(1, limit // max(1, here * q))
+        rows = max(1, min(here, limit // q))
         for i in range(0, len(self.params), matrices):
-            for j in range(0, p, rows):
-                yield slice(i, min(i + matrices, len(self.params))), slice(j, min(j + rows, p))
+            for j in range(0, here, rows):
+                yield slice(i, min(i + matrices, len(self.params))), slice(j, min(j + rows, here))
 
     def gradients(self, matrices: slice, rows: slice) -> Tensor:
         """A tile of the gradients, clipped, and negated to maximize: [n, rows, q] float32, not to be written to."""
-        p, q = self.shape
-        whole = rows == slice(0, p)
-        parts = [param.grad if whole else param.grad[rows] for param in self.params[matrices]]
-        stacked = (parts[0][None] if len(parts) == 1 else torch.stack(parts)).reshape(len(parts), -1, q).float()
+        grads = self.grads[matrices]
+        parts = grads if rows == slice(0, len(grads[0])) else [grad[rows] for grad in grads]
+        stacked = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+        stacked = stacked.reshape(len(parts), rows.stop - rows.start, self.shape[1]).float()
         return stacked if self.scale is None else stacked * self.scale[matrices, None, None]
 
     def stack(self, name: str) -> Tensor:
@@ -101,11 +112,11 @@ class Bucket:
         They do from the first step on, unless the matrices that take part change.
         """
         if name not in self._stacks:
-            tensors = [state[name] for state in self.states]
+            tensors = [local(state[name]) for state in self.states]
             view = _side_by_side(tensors)
             if view is None:
                 view = torch.stack(tensors)
-                if all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors):
+                if self.placement is WHOLE and all(t.untyped_storage().nbytes() == t.nbytes for t in tensors):
                     for state, value in zip(self.states, view.unbind()):
                         state[name] = value
                 else:
@@ -120,7 +131,7 @@ class Bucket:
             values = torch.where(self.finite.view(-1, *[1] * (values.ndim - 1)), values.to(stack.dtype), stack)
         stack.copy_(values)
         if name in self._copies:
-            torch._foreach_copy_([state[name] for state in self.states], list(stack.unbind()))
+            torch._foreach_copy_([local(state[name]) for state in self.states], list(stack.unbind()))
 
     def advance(self) -> Tensor:
         """Count one step for every matrix; the new counts t: [n] float32."""
@@ -138,8 +149,7 @@ class Bucket:
         lr, decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):
             lr = float(lr) if lr.device.type == "cpu" else lr.reshape(())
-        whole = rows == slice(0, self.shape[0])
-        targets = [param if whole else param[rows] for param in params]
+        targets = params if rows == slice(0, len(params[0])) else [param[rows] for param in params]
         update = update.view(len(params), *targets[0].shape)
         if group["update_scale"] != 1:
             update.mul_(group["update_scale"])
@@ -149,7 +159,7 @@ class Bucket:
         if rounds_stochastically(params[0], group):
             update = update.mul_(-lr).add_(targets[0] if len(params) == 1 else torch.stack(targets))
             keys = random_keys(group["seed"], self.positions[matrices], self.stack("step")[matrices])
-            write_stochastic(targets, update, keys, rows.start * self.shape[1])
+            write_stochastic(targets, update, keys, (self.rows.start + rows.start) * self.shape[1])
         elif isinstance(lr, Tensor):
             torch._foreach_add_(targets, list(update.mul_(-lr).unbind()))
         else:
@@ -157,34 +167,43 @@ class Bucket:
 
     def start(self, moment: str, scale: float, *, absolute: bool = False) -> Tensor:
         """Set a moment's factors to the best rank-k approximation of scale · g, or of scale · |g|; their ‖B A‖²_F, [n] float64."""
-        blocks = itertools.groupby(
-            self._blocks(tile_entries(self.group)), key=lambda block: (block[0].start, block[0].stop)
-        )
-        parts = [
-            self._start_factors(slice(*matrices), [rows for _, rows in tiles], absolute) for matrices, tiles in blocks
-        ]
+        size = max(1, tile_entries(self.group) // (self.shape[0] * self.shape[1]))
+        n = len(self.params)
+        parts = [self._start_factors(slice(i, min(i + size, n)), absolute) for i in range(0, n, size)]
         B, A = (torch.cat(factors) * scale**0.5 for factors in zip(*parts))
-        self.store(f"{moment}_B", B)
+        self.store(f"{moment}_B", B[:, self.rows])
         self.store(f"{moment}_A", A)
         return (gram_rows(B.mT) * gram_rows(A)).sum((-2, -1))
 
-    def _start_factors(self, matrices: slice, tiles: list[slice], absolute: bool) -> tuple[Tensor, Tensor]:
-        """The best rank-k approximation of some matrices' g or |g|, read in these tiles of rows."""
+    def _start_factors(self, matrices: slice, absolute: bool) -> tuple[Tensor, Tensor]:
+        """The best rank-k approximation of some matrices' g or |g|: B of all rows, and A, the same on every process."""
+        (p, q), here = self.shape, self.rows
 
         def x(rows: slice) -> Tensor:
             g = self.gradients(matrices, rows)
             return g.abs() if absolute else g
 
-        if min(self.shape) <= EXACT_SVD_SIZE and len(tiles) == 1:
-            return best_factors(x(tiles[0]), self.k, START_FLOOR)
-        return top_factors(
-            lambda Q: torch.cat([x(rows) @ Q for rows in tiles], dim=-2),
-            lambda Y: sum(x(rows).mT @ Y[..., rows, :] for rows in tiles),
-            self.shape,
-            self.k,
-            like=self.stack("m_B")[matrices],
-            floor=START_FLOOR,
-        )
+        limit = tile_entries(self.group)
+        if min(p, q) <= EXACT_SVD_SIZE and p * q <= limit:
+            whole = x(slice(0, here.stop - here.start))
+            return best_factors(self.placement.gather(whole, p), self.k, START_FLOOR)
+        step = max(1, limit // q)
+        tiles = [slice(i, min(i + step, here.stop)) for i in range(here.start, here.stop, step)]
+        own = [slice(tile.start - here.start, tile.stop - here.start) for tile in tiles]
+        like = self.stack("m_A")[matrices]
+
+        def times(Q: Tensor) -> Tensor:
+            products = [x(rows) @ Q for rows in own] or [Q.new_empty(len(like), 0, Q.shape[-1])]
+            return self.placement.gather(torch.cat(products, dim=-2), p)
+
+        def transposed_times(Y: Tensor) -> Tensor:
+            total = Y.new_zeros(len(like), q, Y.shape[-1])
+            for rows, tile in zip(own, tiles):
+                total += x(rows).mT @ Y[..., tile, :]
+            self.placement.sum([total])()
+            return total
+
+        return top_factors(times, transposed_times, self.shape, self.k, like=like, floor=START_FLOOR)
 
 
 def _side_by_side(tensors: list[Tensor]) -> Tensor | None:
@@ -194,6 +213,8 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor | None:
         return first[None]
 
     size = first.nbytes
+    if size == 0:
+        return None
     if first.is_meta:
         addresses = [tensor.storage_offset() * first.element_size() for tensor in tensors]
     else:
@@ -238,18 +259,36 @@ class Moment:
         self.B_new = torch.empty_like(self.B)
         self.projected = torch.zeros_like(self.A)
 
-    def finish(self) -> Tensor:
-        """Store the new factors, once every row has been fed; ‖B'A'‖²_F of the new ones, [n] float64."""
-        grams = self.rule.grams(self.B, self.B_new)
+    def sums(self) -> Tensor:
+        """The Gram matrices of the rows that are here, for `finish`: [n, k, k] or [n, k, 2k] float64."""
+        return self.rule.grams(self.B, self.B_new)
+
+    def finish(self, grams: Tensor) -> Tensor:
+        """Store the new factors, given `sums` over all rows, `projected` likewise; ‖B'A'‖²_F, [n] float64."""
         A, scale, gram = self.rule.columns(self.A, grams, self.projected, self.average)
         self.bucket.store(f"{self.name}_B", self.B_new.mul_(scale))
         self.bucket.store(f"{self.name}_A", A)
         return (gram * gram_rows(A)).sum((-2, -1))
 
     def captured(self) -> Tensor:
-        """‖X A‖²_F over all matrices, of what x has inside the row space of the old A; before `finish`."""
+        """‖X A‖²_F of the rows that are here, over all matrices: what x has inside the row space of the old A. Before `finish`."""
         X = (self.B_new.double() - self.keep * self.B) / self.gain
         return (gram_rows(X.mT) * self.gram).sum()
+
+
+def finish_moments(bucket: Bucket, moments: list[Moment]) -> Generator[None, None, list[Tensor]]:
+    """Add up what the moments' column parts need over the processes that share the rows, then `finish` each.
+
+    Stops once, while the sums are on their way; without such processes not at all. Two collectives: the projections are float32,
+    the Gram matrices float64, so that a Cholesky factorisation sees what a single process's would.
+    """
+    grams = [moment.sums() for moment in moments]
+    waits = [bucket.placement.sum([moment.projected for moment in moments]), bucket.placement.sum(grams)]
+    if bucket.placement is not WHOLE:
+        yield
+    for wait in waits:
+        wait()
+    return [moment.finish(gram) for moment, gram in zip(moments, grams)]
 
 
 class Metrics:
@@ -277,6 +316,18 @@ class Metrics:
         self.largest.append(largest)
         self.clamped.append(clamped)
         self.entries += entries
+
+    def reduce(self, placement: Placement) -> None:
+        """Add what the other processes saw of the rows that they share with this one; every process has to call it."""
+        if placement is WHOLE or not self.captured:
+            return
+        entries = torch.tensor(float(self.entries), dtype=torch.float64, device=self.captured[0].device)
+        sums = [torch.stack(self.captured).double().sum(), entries]
+        sums += [torch.stack([t.double() for t in self.clamped]).sum()] if self.clamped else [entries.new_zeros(())]
+        placement.sum(sums)()
+        self.captured, self.clamped, self.entries = [sums[0]], [sums[2]], int(sums[1])
+        largest = torch.stack(self.largest).amax() if self.largest else entries.new_zeros((), dtype=torch.float32)
+        self.largest = [placement.largest(largest)] if self.entries else []
 
     def read(self) -> dict[str, float]:
         values: dict[str, float] = {}

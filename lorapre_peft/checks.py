@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .placement import is_supported, local
 
 
 def above_zero(name: str, value: Any) -> None:
@@ -46,17 +49,18 @@ def check_parameter(param: Tensor) -> None:
     if hasattr(param, "_fsdp_flattened") or hasattr(param, "ds_id"):
         engine = "DeepSpeed ZeRO-3" if hasattr(param, "ds_id") else "FSDP1"
         raise NotImplementedError(
-            f"{where} that {engine} has flattened: LoRA-Pre needs whole matrices. Use DDP or one process"
+            f"{where} that {engine} has flattened: LoRA-Pre needs rows and columns. Use FSDP2, DDP or one process"
         )
-    if hasattr(param, "device_mesh"):
+    if isinstance(param, DTensor) and not is_supported(param):
         raise NotImplementedError(
-            f"{where} that is a DTensor (FSDP2 or tensor parallelism): not supported yet. Use DDP or one process"
+            f"{where} that is a DTensor with placements {param.placements}: LoRA-Pre follows FSDP2 (fully_shard), which "
+            "shards rows (Shard(0)), and no tensor parallelism. Use FSDP2 alone, DDP or one process"
         )
 
 
 def check_gradient(param: Tensor) -> None:
     """Raise for a gradient that the step cannot use."""
-    grad = param.grad
+    grad = local(param.grad)
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
             f"found a sparse gradient of shape {tuple(grad.shape)}; LoRA-Pre needs dense ones: build the embedding with sparse=False"
@@ -72,5 +76,5 @@ def check_flattened_shards(groups: Iterable[dict[str, Any]]) -> None:
             raise RuntimeError(
                 f"a parameter group was built with {group['num_matrices']} matrices and now holds only flat tensors of shapes "
                 f"{[tuple(param.shape) for param in group['params'][:3]]}: DeepSpeed ZeRO and FSDP1 hand the optimizer "
-                "flattened shards, which have no rows and columns to compress. Use DDP or one process"
+                "flattened shards, which have no rows and columns to compress. Use FSDP2, DDP or one process"
             )

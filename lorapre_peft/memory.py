@@ -192,7 +192,7 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
         )
         for _ in range(2):
             with torch.no_grad(), AllocationTracker() as tracker:
-                optimizer._apply_normed(located, norms)
+                optimizer._apply_normed(located, [param.grad for _, param, _ in located], norms)
             peak = max(peak, tracker.peak_bytes)
         for _, param, _ in located:
             param.grad = None

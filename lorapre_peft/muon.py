@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .bucket import Bucket, Moment
+from .bucket import Bucket, Moment, finish_moments
 from .checks import check_betas, in_range
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
@@ -76,6 +77,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
     """
 
     moments = ("m",)
+    backend_names = ("auto", "eager", "compiled")
 
     def __init__(
         self,
@@ -131,11 +133,11 @@ class LoRAPreMuon(LoRAPreOptimizer):
         lr = group["lr"] * group.get("adamw_lr_ratio", 1.0)
         return AdamWOptions(lr, group["adamw_betas"], group["adamw_eps"])
 
-    def _update(self, bucket: Bucket) -> None:
-        group = bucket.group
+    def _update(self, bucket: Bucket) -> Iterator[None]:
+        group, placement, p = bucket.group, bucket.placement, bucket.shape[0]
         average = Average(group["momentum"], 1.0)
         # Orthogonalization needs whole matrices: no tiles of rows here.
-        matrices, rows = slice(0, len(bucket.params)), slice(0, bucket.shape[0])
+        matrices, rows = slice(0, len(bucket.params)), slice(0, bucket.rows.stop - bucket.rows.start)
         g = bucket.gradients(matrices, rows)
         bucket.advance()
         if bucket.fresh:
@@ -146,10 +148,11 @@ class LoRAPreMuon(LoRAPreOptimizer):
             m = self._backend(bucket).momentum(bucket, g, moment)
             if self.record_metrics:
                 self._metrics.add_energy(bucket.norms, moment.captured())
-            moment.finish()
+            yield from finish_moments(bucket, [moment])
         if group["nesterov"]:
             m = torch.add(g, m, alpha=group["momentum"])
+        m = placement.gather(m, p)
         # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
         m = m * (m.abs().amax((-2, -1), keepdim=True) > 10 * MIN_FACTOR_NORM**2)
-        scale = shape_scale(bucket.shape, group["adjust_lr_fn"])
-        bucket.write(matrices, rows, orthogonalize(m, group["ns_steps"]).mul_(scale).contiguous())
+        m = orthogonalize(m, group["ns_steps"])[:, bucket.rows]
+        bucket.write(matrices, rows, m.mul(shape_scale(bucket.shape, group["adjust_lr_fn"])).contiguous())

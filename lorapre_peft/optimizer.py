@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 from . import backends
 from .bucket import Bucket, Metrics
 from .checks import above_zero, check_flattened_shards, check_gradient, check_parameter, in_range
+from .placement import WHOLE, Placement, local, place, placement_of
 from .plain import AdamWOptions, Item, adamw_dtype, adamw_path
 from .rules import RULES
 from .state import check_loaded_state, restore_state, state_dtype
@@ -82,6 +83,7 @@ class LoRAPreOptimizer(Optimizer):
         record_metrics: set it before the backward pass to have that step's `metrics` kept.
     """
 
+    backend_names = backends.NAMES
     moments: tuple[str, ...]  # prefixes of the factored state: m, and v where there is a second moment
 
     def __init__(
@@ -101,8 +103,10 @@ class LoRAPreOptimizer(Optimizer):
         seed: int = 0,
         backend: str = "auto",
     ):
-        if backend not in backends.NAMES:
-            raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, backends.NAMES))}")
+        if backend not in self.backend_names:
+            raise ValueError(
+                f"backend={backend!r}: {type(self).__name__} has {', '.join(map(repr, self.backend_names))}"
+            )
         if update_in_backward and world_size() > 1:
             raise NotImplementedError(
                 f"update_in_backward=True in a run of {world_size()} processes: gradients would be used before they are "
@@ -203,8 +207,8 @@ class LoRAPreOptimizer(Optimizer):
         """Of a group, at its learning rate now."""
         raise NotImplementedError
 
-    def _update(self, bucket: Bucket) -> None:
-        """One step of a bucket of compressed matrices: parameters and factors, in place."""
+    def _update(self, bucket: Bucket) -> Iterator[None]:
+        """One step of a bucket of compressed matrices: parameters and factors, in place. Stops at most once, for a collective."""
         raise NotImplementedError
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -223,7 +227,8 @@ class LoRAPreOptimizer(Optimizer):
         if not self.defaults["update_in_backward"]:
             self._metrics = Metrics()
         # With update_in_backward the hooks have left no gradients; what was set by hand is still applied.
-        self._apply([located for located in self._located() if located[1].grad is not None])
+        # Of sharded parameters all take part, with zeros where a process has no gradient, so that no collective waits for it.
+        self._apply([located for located in self._located() if _takes_part(located[1])])
         self._updated.clear()
         return loss
 
@@ -255,17 +260,23 @@ class LoRAPreOptimizer(Optimizer):
         param.grad = None
 
     def _apply(self, todo: list[Located]) -> None:
-        """Update these parameters, all of which have gradients: device by device."""
-        by_device: dict[torch.device, list[Located]] = {}
+        """Update these parameters: device by device, and by the processes among which they are sharded."""
+        alike: dict[tuple[torch.device, Placement], list[Located]] = {}
         for located in todo:
-            if located[1].numel():
-                check_gradient(located[1])
-                by_device.setdefault(located[1].device, []).append(located)
-        for located in by_device.values():
-            self._apply_normed(located, _gradient_norms([param.grad for _, param, _ in located]))
+            param = located[1]
+            if param.numel():
+                if param.grad is not None:
+                    check_gradient(param)
+                alike.setdefault((param.device, placement_of(param)), []).append(located)
+        for (_, placement), some in alike.items():
+            grads = [_gradient(param) for _, param, _ in some]
+            absent = [param.grad is None for _, param, _ in some]
+            self._apply_normed(some, grads, _gradient_norms(grads, absent, placement), placement)
 
-    def _apply_normed(self, todo: list[Located], norms: Tensor) -> None:
-        """`_apply` on one device, given every ‖g‖_F: [N] float64.
+    def _apply_normed(
+        self, todo: list[Located], grads: list[Tensor], norms: Tensor, placement: Placement = WHOLE
+    ) -> None:
+        """`_apply` of what lives in one place, given its part of each gradient and every ‖g‖_F: [N] float64, −1 for no gradient.
 
         On a CPU, and as long as a matrix of `als` waits for its first gradient, the host reads the norms and leaves out what is
         to be skipped. After that nothing is read: what is not finite is masked on the device.
@@ -280,38 +291,52 @@ class LoRAPreOptimizer(Optimizer):
         else:
             finite = norms <= MAX_NORM  # NaN is not either
             self._skipped.setdefault(norms.device, torch.zeros((), device=norms.device)).add_((~finite).sum())
+            finite &= norms >= 0
 
         buckets: dict[tuple, Bucket] = {}
         plain: dict[int, tuple[dict[str, Any], list[Item]]] = {}
         for i, (group, param, position) in enumerate(todo):
             state, k = self.state[param], compressed_rank(param.shape, group["momentum_rank"])
+            if known is not None and known[i] < 0:
+                continue
             if known is not None and not known[i] <= MAX_NORM:
                 self._skips += 1
                 if not self._warned:
                     self._warn_of_skips(str(known[i]))
                 continue
+            here = local(param)
             if k == 0:
-                item = Item(param, state, norms[i], None if finite is None else finite[i], position)
+                offset = placement.rows(param.shape[0]).start * param.shape[1:].numel() if param.ndim else 0
+                state = {name: local(value) for name, value in state.items()}
+                item = Item(here, grads[i], state, norms[i], None if finite is None else finite[i], position, offset)
                 plain.setdefault(id(group), (group, []))[1].append(item)
                 continue
             rule = RULES[group["update_rule"]]
             fresh = rule.tracked and self._started.get(id(param)) is not state["step"]
             if fresh and known[i] == 0:
                 # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.
-                param.mul_(1 - group["lr"] * group["weight_decay"])
+                here.mul_(1 - group["lr"] * group["weight_decay"])
                 continue
             if fresh:
                 self._started[id(param)] = state["step"]
             key = (id(group), matrix_shape(param.shape), param.dtype, fresh)
             if key not in buckets:
-                buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), fresh)
-            buckets[key].add(param, state, position, i)
+                buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), placement, fresh)
+            buckets[key].add(here, grads[i], state, position, i)
         for group, items in plain.values():
             adamw_path(group, self._adamw_options(group), items)
+        before: Iterator[None] = iter(())
         for bucket in buckets.values():
             bucket.set_norms(norms, finite)
             for chunk in bucket.chunks():
-                self._update(chunk)
+                # The rows of this chunk while the sums of the one before are on their way; without processes, all of it.
+                update = self._update(chunk)
+                next(update, None)
+                next(before, None)
+                before = update
+        next(before, None)
+        if self.record_metrics:
+            self._metrics.reduce(placement)
 
     def _waiting(self, todo: list[Located]) -> bool:
         """Whether a matrix of `als` among these has not started, as far as the host knows; it reads those counters."""
@@ -327,7 +352,7 @@ class LoRAPreOptimizer(Optimizer):
         return waiting
 
     def _backend(self, bucket: Bucket) -> Any:
-        return backends.choose(self.backend, bucket.params[0].device)
+        return backends.choose(self.backend, bucket.params[0].device, self.backend_names)
 
     def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a parameter's state; they depend on its shape and its group's options alone."""
@@ -344,6 +369,7 @@ class LoRAPreOptimizer(Optimizer):
 
     def _init_state(self, param: Tensor, group: dict[str, Any], position: int) -> None:
         """Zeros, whatever the gradient; `newton` draws its A factors from a generator of this parameter's own."""
+        check_parameter(param)  # an engine may have replaced what the group was built with
         state = self.state[param]
         rule = RULES[group["update_rule"]]
         generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + position) % 2**63)
@@ -351,7 +377,7 @@ class LoRAPreOptimizer(Optimizer):
             value = torch.zeros(shape, dtype=state_dtype(param, name), device=param.device)
             if name.endswith("_A") and not rule.tracked:
                 value.copy_(rule.init_columns(shape, generator))
-            state[name] = value
+            state[name] = place(value, param, name)
 
     @property
     def skipped_updates(self) -> int:
@@ -423,8 +449,17 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _gradient_norms(grads: list[Tensor]) -> Tensor:
-    """‖g‖_F of gradients on one device: [N] float64, not read."""
+def _takes_part(param: Tensor) -> bool:
+    return param.grad is not None or (param.requires_grad and placement_of(param) is not WHOLE)
+
+
+def _gradient(param: Tensor) -> Tensor:
+    """This process's part of a parameter's gradient; zeros where it has none."""
+    return torch.zeros_like(local(param)) if param.grad is None else local(param.grad)
+
+
+def _gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement) -> Tensor:
+    """‖g‖_F of gradients in one place, not read: [N] float64, −1 where no process has a gradient."""
     norms: list[Tensor] = [torch.empty(())] * len(grads)
     alike: dict[torch.dtype, list[int]] = {}
     for i, grad in enumerate(grads):
@@ -432,4 +467,10 @@ def _gradient_norms(grads: list[Tensor]) -> Tensor:
     for dtype, indices in alike.items():
         for i, norm in zip(indices, torch._foreach_norm([grads[i] for i in indices], 2, dtype)):
             norms[i] = norm
-    return torch.stack(norms).double() if len(alike) == 1 else torch.stack([norm.double() for norm in norms])
+    result = torch.stack(norms).double() if len(alike) == 1 else torch.stack([norm.double() for norm in norms])
+    if placement is WHOLE:
+        return result
+    squares = result.square()
+    present = torch.tensor([not no_gradient for no_gradient in absent], dtype=torch.float64).to(result.device)
+    placement.sum([squares, present])()
+    return torch.where(present > 0, squares.sqrt(), -1)

@@ -22,13 +22,15 @@ class AdamWOptions(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A parameter with a gradient, and its position in the optimizer."""
+    """A parameter with a gradient, of a sharded one this process's part, and its position in the optimizer."""
 
     param: Tensor
+    grad: Tensor
     state: dict[str, Tensor]
     norm: Tensor  # [], ‖g‖_F
     finite: Tensor | None  # [] bool, false if the update is to be skipped; None: the host knows that it is not
     position: int
+    offset: int  # entries of the whole parameter before this part
 
 
 def adamw_dtype(param: Tensor) -> torch.dtype:
@@ -72,7 +74,7 @@ def _step(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, 
 def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]], skip: Tensor | None) -> None:
     targets = [item.param[index] for item, index in batch]
     wide = [target.to(adamw_dtype(target)) for target in targets]
-    grads = [item.param.grad[index].to(adamw_dtype(item.param)) for item, index in batch]
+    grads = [item.grad[index].to(adamw_dtype(item.param)) for item, index in batch]
     if group["max_param_grad_norm"] is not None:
         norms = torch.stack([item.norm for item, _ in batch])
         scales = gradient_scale(norms, {**group, "maximize": False})
@@ -97,7 +99,7 @@ def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item,
     )
     for (item, index), target, value in zip(batch, targets, wide):
         if rounds_stochastically(target, group):
-            start = index.start * item.param.shape[1:].numel() if isinstance(index, slice) else 0
+            start = item.offset + (index.start * item.param.shape[1:].numel() if isinstance(index, slice) else 0)
             keys = random_keys(group["seed"], [item.position], item.state["step"][None] + 1)
             if item.finite is not None:
                 value = torch.where(item.finite, value, target)

@@ -93,7 +93,7 @@ def _fit_rows(
 def _update_block(
     g_ptr, g_n, g_r, g_c, theta_ptr, t_n, t_r, t_c,
     C, v_B, m_A, v_A, m_P_B, v_P_B, m_P, v_P,
-    scalars, keys, largest, clamped, n, p, q, k, bound, rows_per_split,
+    scalars, keys, largest, clamped, n, p, q, k, bound, rows_per_split, first_row,
     K: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
     CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def _update_block(
         else:
             new = theta.to(tl.float32) - (step * u + decay * theta.to(tl.float32))
         if STOCHASTIC:
-            bits = (rows[:, None] * q + columns[None, :]).to(tl.uint32)
+            bits = ((first_row + rows[:, None]) * q + columns[None, :]).to(tl.uint32)
             bits = _hash_round(bits, tl.load(keys + matrix).to(tl.uint32))
             bits = _hash_round(bits, tl.load(keys + n + matrix).to(tl.uint32)) & 0xFFFF
             rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -174,7 +174,9 @@ class Triton(Eager):
                 )
                 self._told = True
             return super().adam(bucket, m, v, scalars, bound, metrics)
-        p, q = bucket.shape
+        p, q = bucket.rows.stop - bucket.rows.start, bucket.shape[1]
+        if p == 0:  # an empty shard
+            return
         size = max(1, tile_entries(bucket.group) // (p * q))
         for i in range(0, len(bucket.params), size):
             self._step(bucket, slice(i, min(i + size, len(bucket.params))), m, v, scalars, bound, metrics)
@@ -189,9 +191,10 @@ class Triton(Eager):
         bound: float | None,
         metrics: Metrics | None,
     ) -> None:
-        group, params, (p, q), k = bucket.group, bucket.params[matrices], bucket.shape, bucket.k
+        group, params, k = bucket.group, bucket.params[matrices], bucket.k
+        p, q = bucket.rows.stop - bucket.rows.start, bucket.shape[1]
         n, device = len(params), params[0].device
-        grads = _stacked([param.grad for param in params], p)
+        grads = _stacked(bucket.grads[matrices], p)
         theta = _stacked(params, p)
         m_operands, v_operands = (
             (moment.B[matrices].contiguous(), moment.A[matrices].contiguous(), moment.R[matrices].contiguous())
@@ -236,6 +239,7 @@ class Triton(Eager):
                 grads, *grads.stride(), theta, *theta.stride(),
                 C, v_operands[0], m_operands[1], v_operands[1], *projecting, partial[0], partial[1],
                 table, keys, largest, clamped, n, p, q, k, float("inf") if bound is None else bound, rows_per_split,
+                bucket.rows.start,
                 K=K, BP=BP, BQ=BQ,
                 CLAMP=bound is not None, STOCHASTIC=stochastic,
                 WIDE=theta.dtype == torch.float64, METRICS=metrics is not None,

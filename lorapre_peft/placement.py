@@ -1,0 +1,102 @@
+"""Where the rows of a matrix live: all here, or sharded over processes by FSDP2 (DTensors of placement Shard(0)).
+
+A step needs nothing of the other processes' rows but sums over all rows, two a moment: the rule's column part (`rules`). B factors
+are sharded as their matrix is, A factors are whole on every process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The processes that share a matrix's rows; ``group`` is None where all rows are here."""
+
+    group: Any = None  # torch.distributed.ProcessGroup
+    rank: int = 0
+    size: int = 1
+
+    def rows(self, p: int) -> slice:
+        """This process's rows of p, as `torch.chunk` deals them out; the last processes may have fewer or none."""
+        count = -(-p // self.size)
+        return slice(min(self.rank * count, p), min((self.rank + 1) * count, p))
+
+    def sum(self, tensors: list[Tensor]) -> Callable[[], None]:
+        """Begin to add up tensors of one dtype over the processes, in one collective; what is returned waits, and writes them."""
+        if self.group is None:
+            return lambda: None
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        work = torch.distributed.all_reduce(flat, group=self.group, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            for tensor, value in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(value.view_as(tensor))
+
+        return finish
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The elementwise maximum over the processes."""
+        if self.group is not None:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def gather(self, x: Tensor, p: int) -> Tensor:
+        """All rows [n, p, c] of what is here in this process's rows [n, rows, c]."""
+        if self.group is None:
+            return x
+        count = -(-p // self.size)
+        padded = x.new_zeros(x.shape[0], count, x.shape[2])
+        padded[:, : x.shape[1]] = x
+        out = x.new_empty(self.size, *padded.shape)
+        torch.distributed.all_gather_into_tensor(out, padded, group=self.group)
+        return out.transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :p]
+
+
+WHOLE = Placement()
+
+
+@functools.lru_cache(maxsize=64)
+def _sharded(mesh: Any, dimension: int) -> Placement:
+    return Placement(mesh.get_group(dimension), mesh.get_local_rank(dimension), mesh.size(dimension))
+
+
+def placement_of(param: Tensor) -> Placement:
+    """Of a parameter that `checks.check_parameter` has let through."""
+    if not isinstance(param, DTensor):
+        return WHOLE
+    dimensions = [i for i, placement in enumerate(param.placements) if placement.is_shard()]
+    return _sharded(param.device_mesh, dimensions[0]) if dimensions else WHOLE
+
+
+def is_supported(param: DTensor) -> bool:
+    """Whether a DTensor is sharded by rows over at most one dimension of its mesh and replicated over the others."""
+    shards = [placement for placement in param.placements if not isinstance(placement, Replicate)]
+    return len(shards) <= 1 and all(type(placement) is Shard and placement.dim == 0 for placement in shards)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part: a view, through which the whole can be written."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def place(value: Tensor, param: Tensor, name: str) -> Tensor:
+    """A whole state tensor as it is kept beside a parameter: B factors and moments sharded like it, A factors replicated.
+
+    Counters and other scalars stay plain.
+    """
+    if not isinstance(param, DTensor) or value.ndim == 0:
+        return value
+    placements = [Replicate()] * param.device_mesh.ndim if name.endswith("_A") else param.placements
+    part = value if name.endswith("_A") else value[placement_of(param).rows(len(value))].clone()
+    return DTensor.from_local(
+        part, param.device_mesh, placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
