@@ -56,9 +56,9 @@ class Placement:
         count = -(-p // self.size)
         padded = x.new_zeros(x.shape[0], count, x.shape[2])
         padded[:, : x.shape[1]] = x
-        out = x.new_empty(self.size, *padded.shape)
-        torch.distributed.all_gather_into_tensor(out, padded, group=self.group)
-        return out.transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :p]
+        out = x.new_empty(self.size * padded.numel())
+        torch.distributed.all_gather_into_tensor(out, padded.view(-1), group=self.group)
+        return out.view(self.size, *padded.shape).transpose(0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :p]
 
 
 WHOLE = Placement()
