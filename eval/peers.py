@@ -151,7 +151,7 @@ def lorapre_methods(device: torch.device) -> list[Method]:
     """LoRA-Pre AdamW and Muon, once per backend that runs on this device."""
     try:
         from lorapre_peft.backends import available
-    except ModuleNotFoundError:
+    except ImportError:
         options: dict[str, dict[str, str]] = {"eager": {}}
     else:
         options = {backend: {"backend": backend} for backend in available(device)}

@@ -70,7 +70,7 @@ def processor() -> str:
 def report(summary: dict[str, Any], folder: Path) -> str:
     """All tables as Markdown, with the plots written beside the JSON files."""
     around, cases = summary["environment"], summary["cases"]
-    machine = f"{around['processor']}, {around['threads']} threads"
+    machine = f"{around['processor']}, threads: {around['threads']}"
     if around["device"] != "cpu":
         machine = f"{around['device']}, {machine}"
     models = [case for case in cases if not case["sweep"]]

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 from lorapre_peft.table import format_bytes
 
@@ -108,7 +109,8 @@ def _bars(axis: plt.Axes, case: dict[str, Any]) -> None:
         axis.text(max(high, 1) * 1.05, row, f"{result['ratio']:.2f}", va="center", fontsize=7)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log")
-    axis.set_xlim(min(0.5, *(r["ratio"] or 1 for r in results), 1) * 0.9, max(widest, 2) * 1.8)
+    smallest = min(result["ratio"] or 1 for result in results)
+    axis.set_xlim(min(0.5, 0.8 * smallest), 2 * max(widest, 1.5) ** 1.15)  # room for the number beside the longest bar
     axis.set_yticks(range(len(results)), [result["name"] for result in results], fontsize=8)
     axis.invert_yaxis()
     axis.set_title(
@@ -134,6 +136,7 @@ def plot_sweeps(cases: Sequence[dict[str, Any]], path: Path, machine: str) -> No
                     values, [1e3 * t for t in low], [1e3 * t for t in high], color=line.get_color(), alpha=0.2
                 )
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set_yscale("log")
         axis.set_xlabel(group[0]["sweep"])
         axis.set_ylabel("ms per step")
