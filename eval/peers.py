@@ -32,9 +32,9 @@ class Method:
     build: (model, lr, rank) to an optimizer over the model's trainable parameters, which are the matrices of a PEFT model's
     adapters or the weights of a plain one; rank: of the compressed momentum, for methods that have one.
     kinds: where it applies. muon: compared with Muon rather than with AdamW. gradient_reads: how often its step must read
-    the gradient, None where no figure is claimed. overwrites_gradients: a step changes them. compiles: the first step takes
-    as long as a compiler does. prime: puts a fresh optimizer past a first step that is not like the others. note: what a
-    reader of its figures must know.
+    the gradient, None where no figure is claimed. overwrites_gradients: a step changes them. patience: how many times as long
+    as others its first step may take. prime: puts a fresh optimizer past a first step that is not like the others. note:
+    what a reader of its figures must know.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Method:
     muon: bool = False
     gradient_reads: int | None = None
     overwrites_gradients: bool = False
-    compiles: bool = False
+    patience: float = 1
     prime: Callable[[Optimizer], None] | None = None
     note: str = ""
 
@@ -162,7 +162,8 @@ def lorapre_methods(device: torch.device) -> list[Method]:
             _lorapre(LoRAPreMuon if muon else LoRAPreAdamW, chosen),
             muon=muon,
             gradient_reads=2,
-            compiles=backend != "eager",
+            # The first step starts all factors and may compile; Muon on large weights is slow at every step.
+            patience=(1 if backend == "eager" else 4) if muon else 10,
         )
         for muon in (False, True)
         for backend, chosen in options.items()

@@ -100,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--quick", action="store_true", help="instead: one layer of SmolLM2, to see that everything runs"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=10, help="of timing per case and family (default 10)")
+    parser.add_argument("--seconds", type=float, default=6, help="of timing per case, Muon apart (default 6)")
     parser.add_argument(
         "--patience",
         type=float,
-        default=15,
-        help="seconds for building an optimizer and its first two steps, after which it is reported as too slow (default 15)",
+        default=10,
+        help="seconds for building an optimizer and its first two steps, after which it is reported as too slow (default 10)",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="folder (default runs/speed)")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the folder has from an earlier run")

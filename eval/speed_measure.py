@@ -24,9 +24,8 @@ from eval.peers import Method, state_tensors
 from eval.speed_cases import Problem
 
 LR = 1e-6  # no figure depends on it
-MIN_ROUNDS, MAX_ROUNDS = 3, 40
+MIN_ROUNDS, MAX_ROUNDS = 5, 40
 FREE_BYTES = 2_000_000_000  # of the machine's memory, below which no further optimizer is built
-COMPILER_PATIENCE = 10  # times the patience for methods whose first step compiles
 
 
 @dataclass
@@ -163,7 +162,7 @@ def prepare(method: Method, problem: Problem, patience: float) -> Runner:
     if method.overwrites_gradients:
         problem.keep_gradients()
     try:
-        with watchdog(patience * (COMPILER_PATIENCE if method.compiles else 1)), problem.same_parameters():
+        with watchdog(patience * method.patience), problem.same_parameters():
             start = time.perf_counter()
             optimizer = method.build(problem.model, LR, problem.case.momentum_rank)
             if method.prime:
@@ -199,12 +198,9 @@ def race(runners: Sequence[Runner], seconds: float) -> None:
             return math.inf
 
     for runner in runners:
-        runner.turns = 0
-        attempt(runner)  # the step before, for the memory, was no ordinary one
-    for runner in list(racing):
         share = seconds / len(runners) / max(attempt(runner), 1e-6)
         runner.turns = min(MAX_ROUNDS, max(MIN_ROUNDS, int(share)))
-    reference.turns = rounds = max(runner.turns for runner in runners)
+    reference.turns = rounds = max(runner.turns for runner in racing)
     times: dict[int, list[float]] = {id(runner): [] for runner in runners}
     for number in tqdm(range(rounds), desc="rounds", leave=False, delay=1):
         start = number % len(racing)
