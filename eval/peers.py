@@ -33,7 +33,7 @@ class Method:
     adapters or the weights of a plain one; rank: of the compressed momentum, for methods that have one.
     kinds: where it applies. muon: compared with Muon rather than with AdamW. gradient_reads: how often its step must read
     the gradient, None where no figure is claimed. overwrites_gradients: a step changes them. patience: how many times as long
-    as others its first step may take. prime: puts a fresh optimizer past a first step that is not like the others. note:
+    as others its first steps may take. prime: puts a fresh optimizer past a first step that is not like the others. note:
     what a reader of its figures must know.
     """
 
@@ -162,7 +162,7 @@ def lorapre_methods(device: torch.device) -> list[Method]:
             _lorapre(LoRAPreMuon if muon else LoRAPreAdamW, chosen),
             muon=muon,
             gradient_reads=2,
-            # The first step starts all factors and may compile; Muon on large weights is slow at every step.
+            # The first steps start all factors and compile; Muon on large weights is slow at every step.
             patience=(1 if backend == "eager" else 4) if muon else 10,
         )
         for muon in (False, True)

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--patience",
         type=float,
         default=10,
-        help="seconds for building an optimizer and its first two steps, after which it is reported as too slow (default 10)",
+        help="seconds for building an optimizer and its first three steps, after which it is reported as too slow (default 10)",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="folder (default runs/speed)")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the folder has from an earlier run")

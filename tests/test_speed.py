@@ -156,21 +156,21 @@ def test_a_failing_method_is_named_and_the_others_are_timed(brief):
 
         def step(self):
             self.steps += 1
-            if self.steps == 5:
-                raise ValueError("fifth step")
+            if self.steps == 6:
+                raise ValueError("sixth step")
 
     late = Method("late", "torch", lambda model, lr, rank: Late(trained(model), lr=lr))
-    methods = [Method("broken", "torch", broken), late, PEERS[0]]  # two steps to prepare, one before the rounds
+    methods = [Method("broken", "torch", broken), late, PEERS[0]]  # three steps to prepare, one before the rounds
     _, failed, stopped, fine = run(build(MATRICES, CPU), REFERENCE, methods, 1, 60)
     assert failed.reason == "RuntimeError: first line"
-    assert stopped.reason == "ValueError: fifth step"
+    assert stopped.reason == "ValueError: sixth step"
     assert stopped.ratio is None
     assert fine.ratio > 0
 
 
 def test_a_method_that_takes_too_long_is_named(brief):
     _, result = run(build(MATRICES, CPU), REFERENCE, [sleeper("slow", 30)], 0, 0.3)
-    assert result.reason == "TimeoutError: building it and two steps took more than 0.3 s"
+    assert result.reason == "TimeoutError: building it and three steps took more than 0.3 s"
 
 
 def test_lack_of_memory_closes_the_sitting_and_tries_again(brief):
