@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 # The public shapes of gated models, so that an estimate needs no account and no network. Llama 2: params.json of Meta's
 # release, with the MLP's width from the formula of transformers' convert_llama_weights_to_hf.py; Llama 3.1: Table 3 of "The
-# Llama 3 Herd of Models" (arXiv 2407.21783). A test holds their parameter counts against those on the models' hub pages.
+# Llama 3 Herd of Models" (arXiv 2407.21783); SmolLM2: config.json of its release. A test holds their parameter counts against
+# those on the models' hub pages.
 _LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "num_key_value_heads": 8}
 
@@ -32,6 +33,8 @@ SHAPES: dict[str, dict[str, float]] = {
     "Llama-2-70b-hf": _LLAMA_2 | _shape(8192, 28672, 80, 64) | {"num_key_value_heads": 8},
     "Llama-3.1-8B": _LLAMA_3 | _shape(4096, 14336, 32, 32),
     "Llama-3.1-70B": _LLAMA_3 | _shape(8192, 28672, 80, 64),
+    "SmolLM2-135M": _shape(576, 1536, 30, 9)
+    | {"num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True},
 }
 
 

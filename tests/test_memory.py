@@ -25,6 +25,7 @@ PUBLISHED = {  # parameter counts on the models' hub pages
     "Llama-2-70b-hf": 68_976_648_192,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.1-70B": 70_553_706_496,
+    "SmolLM2-135M": 134_515_008,
 }
 both_optimizers = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 both_rules = pytest.mark.parametrize("rule", ["als", "newton"])

@@ -1,0 +1,205 @@
+"""The optimizers that LoRA-Pre is compared with, and LoRA-Pre itself: one declaration each, all built from a model.
+
+A peer comes from its published package, with the package's own options unless its line says otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
+
+GALORE_GAP = 200  # steps from one projection to the next in GaLore's published runs (scripts/benchmark_c4)
+# LoRA-Pro's "vec" solver, its default, solves r² equations of r² unknowns per pair: 17 GB each at r = 256.
+LARGEST_VEC_RANK = 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer under its name.
+
+    build: (model, lr, rank) to an optimizer over the model's trainable parameters, which are the matrices of a PEFT model's
+    adapters or the weights of a plain one; rank: of the compressed momentum, for methods that have one.
+    kinds: where it applies. muon: compared with Muon rather than with AdamW. gradient_reads: how often its step must read
+    the gradient, None where no figure is claimed. overwrites_gradients: a step changes them. patience: how many times as long
+    as others its first steps may take. prime: puts a fresh optimizer past a first step that is not like the others. note:
+    what a reader of its figures must know.
+    """
+
+    name: str
+    package: str
+    build: Callable[[nn.Module, float, int], Optimizer]
+    kinds: tuple[str, ...] = ("adapters", "weights")
+    muon: bool = False
+    gradient_reads: int | None = None
+    overwrites_gradients: bool = False
+    patience: float = 1
+    prime: Callable[[Optimizer], None] | None = None
+    note: str = ""
+
+    @property
+    def package_version(self) -> str | None:
+        """The installed version; None if the package is missing."""
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def _adamw(**options: Any) -> Callable[[nn.Module, float, int], Optimizer]:
+    return lambda model, lr, rank: torch.optim.AdamW(trained(model), lr=lr, betas=(0.9, 0.95), **options)
+
+
+def _muon(model: nn.Module, lr: float, rank: int) -> Optimizer:
+    return torch.optim.Muon(trained(model), lr=lr)
+
+
+def _lora_fa(model: nn.Module, lr: float, rank: int) -> Optimizer:
+    from peft.optimizers import create_lorafa_optimizer
+
+    config = model.peft_config["default"]
+    return create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=lr)
+
+
+def _riemannian(model: nn.Module, lr: float, rank: int) -> Optimizer:
+    from peft.optimizers import create_riemannian_optimizer
+
+    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, fused=True)
+
+
+def _lora_pro(mode: str) -> Callable[[nn.Module, float, int], Optimizer]:
+    def build(model: nn.Module, lr: float, rank: int) -> Optimizer:
+        from lora_pro import LoRAProAdamW
+
+        solver = "vec" if model.peft_config["default"].r <= LARGEST_VEC_RANK else "eig"
+        return LoRAProAdamW(model, lr=lr, lorapro_mode=mode, efficient_solver=solver)
+
+    return build
+
+
+def _galore(model: nn.Module, lr: float, rank: int) -> Optimizer:
+    from galore_torch import GaLoreAdamW
+
+    options = dict(rank=rank, update_proj_gap=GALORE_GAP, scale=0.25, proj_type="std")
+    return GaLoreAdamW([{"params": trained(model), **options}], lr=lr, no_deprecation_warning=True)
+
+
+def _project_galore(optimizer: Optimizer) -> None:
+    """Any orthonormal projection in place of the singular vectors, between two of GaLore's projections."""
+    from galore_torch.galore_projector import GaLoreProjector
+
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            projector = GaLoreProjector(group["rank"], update_proj_gap=GALORE_GAP, scale=group["scale"])
+            p, q = param.shape
+            basis = torch.linalg.qr(torch.randn(min(p, q), group["rank"], device=param.device)).Q.to(param.dtype)
+            projector.ortho_matrix = basis.T.contiguous() if p >= q else basis
+            optimizer.state[param] |= {"step": 1, "projector": projector}
+
+
+def _mlorc(model: nn.Module, lr: float, rank: int) -> Optimizer:
+    if "MLorc_optim" not in sys.modules:
+        # No published version can be imported: 0.1.8 says `..utilX` where its files are `util/X.py`.
+        (folder,) = importlib.util.find_spec("MLorc_optim").submodule_search_locations
+        for file in Path(folder, "util").glob("[A-Z]*.py"):
+            name = f"MLorc_optim.util{file.stem}"
+            spec = importlib.util.spec_from_file_location(name, file)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+    from MLorc_optim import MLorc_AdamW
+
+    return MLorc_AdamW(trained(model), lr=lr, rank=rank)
+
+
+REFERENCE = Method("AdamW, fused", "torch", _adamw(fused=True), gradient_reads=1)
+PEERS = (
+    Method("AdamW, foreach", "torch", _adamw(foreach=True), gradient_reads=1),
+    Method("LoRA-FA", "peft", _lora_fa, ("adapters",), note="trains B alone"),
+    Method("Riemannian AdamW", "peft", _riemannian, ("adapters",), overwrites_gradients=True),
+    Method("LoRA-Pro, efficient", "lora-pro-adamw", _lora_pro("efficient"), ("adapters",), overwrites_gradients=True),
+    Method("LoRA-Pro, full", "lora-pro-adamw", _lora_pro("full"), ("adapters",), overwrites_gradients=True),
+    Method(
+        "GaLore",
+        "galore-torch",
+        _galore,
+        ("weights",),
+        prime=_project_galore,
+        note=f"without the full SVD of every matrix that is due each {GALORE_GAP} steps",
+    ),
+    Method("MLorc", "mlorc-optim", _mlorc, note="the package's misspelt imports mended"),
+    Method("Muon", "torch", _muon, muon=True, gradient_reads=1),
+)
+
+
+def lorapre_methods(device: torch.device) -> list[Method]:
+    """LoRA-Pre AdamW and Muon, once per backend that runs on this device."""
+    try:
+        from lorapre_peft.backends import available
+    except ImportError:
+        options: dict[str, dict[str, str]] = {"eager": {}}
+    else:
+        options = {backend: {"backend": backend} for backend in available(device)}
+    return [
+        Method(
+            f"LoRA-Pre {'Muon' if muon else 'AdamW'}, {backend}",
+            "lorapre-peft",
+            _lorapre(LoRAPreMuon if muon else LoRAPreAdamW, chosen),
+            muon=muon,
+            gradient_reads=2,
+            # The first steps start all factors and compile; Muon on large weights is slow at every step.
+            patience=(1 if backend == "eager" else 4) if muon else 10,
+        )
+        for muon in (False, True)
+        for backend, chosen in options.items()
+    ]
+
+
+def _lorapre(cls: type[Optimizer], options: dict[str, str]) -> Callable[[nn.Module, float, int], Optimizer]:
+    # Stochastic rounding is what create_lorapre_optimizer sets for weights; it concerns bfloat16 parameters only.
+    return lambda model, lr, rank: cls(
+        trained(model), lr=lr, momentum_rank=rank, bf16_rounding="stochastic", **options
+    )
+
+
+def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """Every tensor that an optimizer holds apart from parameters and gradients, wherever it keeps them; each storage once."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    theirs = {_storage(tensor) for param in params for tensor in (param, param.grad) if tensor is not None}
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+    queue: list[Any] = [vars(optimizer)]
+    while queue:
+        value = queue.pop()
+        if id(value) in seen or isinstance(value, (nn.Parameter, nn.Module, ModuleType, type)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if _storage(value) not in theirs:
+                found.setdefault(_storage(value), value)
+        elif isinstance(value, dict):
+            queue += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            queue += value
+        elif hasattr(value, "__dict__") and not callable(value):
+            queue.append(vars(value))
+    return list(found.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,131 @@
+"""Time optimizer steps on real shapes: LoRA-Pre on each of its backends beside its peers, in ratio to fused AdamW.
+
+    python -m eval.speed --preset adapters-7b weights-7b
+
+Gradients are synthetic, of low rank plus noise; nothing is downloaded. Methods of a case share parameters and gradients and
+step in turn, after warm-up steps that start states and compile. One JSON file per case goes to the output folder, then all of
+them together with tables and plots. Times on a CPU mean something only while nothing else runs there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from eval.peers import PEERS, REFERENCE, Method, lorapre_methods
+from eval.speed_cases import PRESETS, QUICK, Case, build
+from eval.speed_measure import copy_bandwidth, release, run
+from eval.speed_report import markdown, plot_cases, plot_sweeps, sweep_markdown, sweeps
+from recipes.training import environment
+
+
+def measure_case(case: Case, device: torch.device, seconds: float, patience: float) -> dict[str, Any]:
+    """A case's description and every method's result, ready for JSON. Sweeps have LoRA-Pre AdamW and the reference alone."""
+    methods = [*lorapre_methods(device), *PEERS]
+    if case.sweep:
+        methods = [method for method in methods if method.package == "lorapre-peft" and not method.muon]
+    applicable = sorted((m for m in methods if case.kind in m.kinds), key=lambda method: method.muon)
+    problem = build(case, device)
+    results = run(problem, REFERENCE, applicable, seconds, patience)
+    return asdict(case) | {
+        "kind": case.kind,
+        "extent": problem.extent,
+        "matrices": len(problem.params),
+        "parameters": sum(param.numel() for param in problem.params),
+        "not_applicable": [method.name for method in methods if method not in applicable],
+        "results": [result.as_dict() for result in results],
+    }
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """`environment`, the processor's name, the packages of the methods, and the bandwidth of a copy on the device."""
+    methods: list[Method] = [REFERENCE, *lorapre_methods(device), *PEERS]
+    return environment() | {
+        "processor": processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "packages": {method.package: method.package_version for method in methods},
+        "copy_bytes_per_second": copy_bandwidth(device),
+    }
+
+
+def processor() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def report(summary: dict[str, Any], folder: Path) -> str:
+    """All tables as Markdown, with the plots written beside the JSON files."""
+    around, cases = summary["environment"], summary["cases"]
+    machine = f"{around['processor']}, threads: {around['threads']}"
+    if around["device"] != "cpu":
+        machine = f"{around['device']}, {machine}"
+    models = [case for case in cases if not case["sweep"]]
+    parts = [
+        f"{machine}; a copy on the device: {around['copy_bytes_per_second'] / 1e9:.1f} GB/s\n",
+        *(markdown(case, around["copy_bytes_per_second"]) for case in models),
+        *(sweep_markdown(group) for group in sweeps(cases)),
+    ]
+    if models:
+        plot_cases(models, folder / "speed.png", machine)
+    if len(models) < len(cases):
+        plot_sweeps(cases, folder / "sweeps.png", machine)
+    text = "\n".join(parts)
+    (folder / "speed.md").write_text(text)
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; argv: None for the process's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", nargs="+", choices=PRESETS, default=list(PRESETS), help="which shapes (default: all)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="instead: one layer of SmolLM2, to see that everything runs"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=6, help="of timing per case, Muon apart (default 6)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=10,
+        help="seconds for building an optimizer and its first three steps, after which it is reported as too slow (default 10)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="folder (default runs/speed)")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that the folder has from an earlier run")
+    args = parser.parse_args(argv)
+
+    device = torch.device(args.device)
+    cases = QUICK if args.quick else [case for preset in args.preset for case in PRESETS[preset]]
+    args.output.mkdir(parents=True, exist_ok=True)
+    summary = {"environment": surroundings(device), "options": vars(args) | {"output": str(args.output)}, "cases": []}
+    for case in tqdm(cases, desc="cases"):
+        done = args.output / f"{case.name.replace(' ', '_').replace('/', '_')}.json"
+        if not (args.resume and done.exists()):
+            partial = done.with_suffix(".partial")
+            partial.write_text(json.dumps(measure_case(case, device, args.seconds, args.patience), indent=2))
+            partial.rename(done)
+            release(device)
+        summary["cases"].append(json.loads(done.read_text()))
+    (args.output / "results.json").write_text(json.dumps(summary, indent=2))
+    print(report(summary, args.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Timing optimizer steps side by side, and what they hold and move."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
+
+from eval.peers import Method, state_tensors
+from eval.speed_cases import Problem
+
+LR = 1e-6  # no figure depends on it
+MIN_ROUNDS, MAX_ROUNDS = 5, 40
+FREE_BYTES = 2_000_000_000  # of the machine's memory, below which no further optimizer is built
+
+
+@dataclass
+class Result:
+    """What a method's steps took. seconds: per timed step; ratio: median over the reference's median in the same rounds.
+
+    start_seconds: building and the first two steps. traffic_bytes: the least that the method must read and write in a step
+    (`traffic`). reason: why there are no figures.
+    """
+
+    name: str
+    package: str
+    version: str | None
+    muon: bool
+    note: str = ""
+    reason: str = ""
+    seconds: list[float] = field(default_factory=list)
+    median: float | None = None
+    quartiles: tuple[float, float] | None = None
+    ratio: float | None = None
+    start_seconds: float | None = None
+    state_bytes: int | None = None
+    temporary_bytes: int | None = None
+    traffic_bytes: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Runner:
+    """A method past its first steps on a problem, ready to be timed."""
+
+    method: Method
+    problem: Problem
+    optimizer: Optimizer
+    result: Result
+    turns: int = 0  # rounds of a race in which it takes part
+
+    def seconds(self) -> float:
+        """Of one step, from an idle device until the device is idle again."""
+        spent = timed(self.optimizer.step, self.problem.device)
+        if self.method.overwrites_gradients:
+            self.problem.restore_gradients()
+        return spent
+
+
+def timed(step: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call: between events on CUDA, where the synchronisations are outside of what is timed."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
+    """The most that a call had allocated at once above what was there before.
+
+    On a CPU from the profiler's record of the allocator: it sees compiled code too, which a dispatch mode such as
+    `lorapre_peft.memory.AllocationTracker` makes torch.compile give up for good.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages would cut through the progress bar
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    live = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def traffic(method: Method, problem: Problem, state: int) -> int | None:
+    """Bytes that a step must move at least: the gradient as often as the method reads it, weight and state in and out."""
+    if method.gradient_reads is None:
+        return None
+    weights = sum(param.nbytes for param in problem.params)
+    gradients = sum(param.grad.nbytes for param in problem.params)
+    return method.gradient_reads * gradients + 2 * weights + 2 * state
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a device copy, read and written, beyond any cache."""
+    size = 1 << (30 if device.type == "cuda" else 28)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    spent = [timed(lambda: target.copy_(source), device) for _ in range(8)]
+    return 2 * size / statistics.median(spent[2:])
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float) -> Iterator[None]:
+    """Interrupt a block that takes too long or leaves the machine short of memory, between two of torch's operations.
+
+    Raises TimeoutError or MemoryError in the block. Nothing is watched outside the main thread.
+    """
+    deadline = time.perf_counter() + seconds
+
+    def check(*_: Any) -> None:
+        if time.perf_counter() > deadline:
+            raise TimeoutError(f"building it and three steps took more than {seconds:g} s")
+        if psutil.virtual_memory().available < FREE_BYTES:
+            raise MemoryError(f"less than {FREE_BYTES / 1e9:g} GB of memory would be left")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, check)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def prepare(method: Method, problem: Problem, patience: float) -> Runner:
+    """Build a method's optimizer, take two steps, and measure memory in the third; raises what they raise."""
+    result = Result(method.name, method.package, method.package_version, method.muon, method.note)
+    if method.overwrites_gradients:
+        problem.keep_gradients()
+    try:
+        with watchdog(patience * method.patience), problem.same_parameters():
+            start = time.perf_counter()
+            optimizer = method.build(problem.model, LR, problem.case.momentum_rank)
+            if method.prime:
+                method.prime(optimizer)
+            runner = Runner(method, problem, optimizer, result)
+            for _ in range(2):  # LoRA-Pre starts its factors in the first, and follows with them from the second on
+                runner.seconds()
+            result.start_seconds = time.perf_counter() - start
+            result.temporary_bytes = temporary_bytes(optimizer.step, problem.device)
+    finally:
+        if method.overwrites_gradients:
+            problem.restore_gradients()
+    result.state_bytes = sum(tensor.untyped_storage().nbytes() for tensor in state_tensors(optimizer))
+    result.traffic_bytes = traffic(method, problem, result.state_bytes)
+    return runner
+
+
+def race(runners: Sequence[Runner], seconds: float) -> None:
+    """Time steps of all runners, interleaved, for about ``seconds``; the first runner is the reference of the ratios.
+
+    Each has an equal share of the time: slow ones take part in fewer rounds, evenly spread, never less than `MIN_ROUNDS`.
+    A runner whose step fails is out of the race, with the reason; the reference's error is raised.
+    """
+    reference, racing = runners[0], list(runners)
+
+    def attempt(runner: Runner) -> float:
+        try:
+            return runner.seconds()
+        except Exception as error:
+            if runner is reference:
+                raise
+            runner.result.reason = describe(error)
+            racing.remove(runner)
+            return math.inf
+
+    for runner in runners:
+        share = seconds / len(runners) / max(attempt(runner), 1e-6)
+        runner.turns = min(MAX_ROUNDS, max(MIN_ROUNDS, int(share)))
+    reference.turns = rounds = max(runner.turns for runner in racing)
+    times: dict[int, list[float]] = {id(runner): [] for runner in runners}
+    for number in tqdm(range(rounds), desc="rounds", leave=False, delay=1):
+        start = number % len(racing)
+        for runner in racing[start:] + racing[:start]:
+            if (number + 1) * runner.turns // rounds > number * runner.turns // rounds:
+                times[id(runner)].append(attempt(runner))
+    for runner in racing:
+        record(runner.result, times[id(runner)], times[id(reference)])
+
+
+def record(result: Result, seconds: list[float], reference: list[float]) -> None:
+    """Fill in the statistics of timed steps; those of a reference that has figures already only serve the ratio."""
+    if result.median is not None:
+        return
+    result.seconds = seconds
+    result.median = statistics.median(seconds)
+    lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    result.quartiles = (lower, upper)
+    result.ratio = result.median / statistics.median(reference)
+
+
+def run(
+    problem: Problem, reference: Method, methods: Sequence[Method], seconds: float, patience: float
+) -> list[Result]:
+    """Every method's result on a problem, the reference's first.
+
+    All share parameters and gradients. They race together as far as their states fit in memory together; the reference
+    takes part in every race. Raises what the reference raises.
+    """
+    first = prepare(reference, problem, math.inf)
+    sitting = [first]
+    results = [first.result]
+
+    def close_sitting() -> None:
+        if len(sitting) > 1 or first.result.median is None:
+            race(sitting, seconds)
+        del sitting[1:]
+        release(problem.device)
+
+    for method in tqdm(methods, desc=problem.case.name, leave=False):
+        if sitting[-1].method.muon != method.muon:
+            close_sitting()  # Muon's steps are slower by far and would leave the others few rounds
+        runner, reason, memory = _try(method, problem, patience)
+        if memory and len(sitting) > 1:
+            close_sitting()
+            runner, reason, _ = _try(method, problem, patience)
+        if runner is None:
+            failed = Result(method.name, method.package, method.package_version, method.muon, method.note, reason)
+            results.append(failed)
+            release(problem.device)
+        else:
+            sitting.append(runner)
+            results.append(runner.result)
+    close_sitting()
+    return results
+
+
+def _try(method: Method, problem: Problem, patience: float) -> tuple[Runner | None, str, bool]:
+    """A runner, or None with the reason, and whether that was a lack of memory; no traceback is left that holds tensors."""
+    if method.package_version is None:
+        return None, f"package {method.package} is not installed: pip install {method.package}", False
+    try:
+        return prepare(method, problem, patience), "", False
+    except Exception as error:
+        return None, describe(error), isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def describe(error: Exception) -> str:
+    """The kind and the first line of an error."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
