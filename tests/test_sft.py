@@ -191,6 +191,12 @@ def test_an_unknown_key_is_named(tmp_path):
         recipe(tmp_path / "wrong.yaml")
 
 
+def test_a_command_without_a_model_says_what_to_give(capsys):
+    with pytest.raises(SystemExit):
+        sft.parse(["--use_cpu"])
+    assert "no model: give --config recipes/configs/NAME.yaml" in capsys.readouterr().err
+
+
 # Training
 
 
