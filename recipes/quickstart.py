@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,25 +50,23 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict) -> dict
     trainer = build_trainer(recipe, data, [timer])
     base = recipe.folder.parent / "base.json"
     if not base.exists():  # a new adapter adds nothing: this is the base model
-        measured = measure(trainer, data["eval"], options.max_new_tokens, "accuracy before")
-        base.write_text(json.dumps(measured, indent=2))
-    start = time.perf_counter()
-    train(trainer, recipe)
-    seconds = time.perf_counter() - start
+        measured = answers(trainer, data["eval"], options.max_new_tokens, "accuracy before")
+        base.write_text(json.dumps({"loss": trainer.evaluate()["eval_loss"], **measured}, indent=2))
+    metrics = train(trainer, recipe)
     result = {
-        **measure(trainer, data["eval"], options.max_new_tokens, f"accuracy after {recipe.folder.name}"),
+        "loss": metrics["eval_loss"],
+        **answers(trainer, data["eval"], options.max_new_tokens, f"accuracy after {recipe.folder.name}"),
         "optimizer_state_bytes": state_bytes(trainer.optimizer),
         "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds) if timer.seconds else None,
-        "train_seconds": seconds,  # since the last resume
+        "train_seconds": metrics["train_runtime"],  # since the last resume
         "log": trainer.state.log_history,
     }
     done.write_text(json.dumps(result, indent=2))
     return result
 
 
-def measure(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progress: str) -> dict[str, float]:
-    """Held-out loss, and of greedy answers the shares that end in ``#### number`` and that are right."""
-    loss = trainer.evaluate()["eval_loss"]
+def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progress: str) -> dict[str, float]:
+    """Of greedy answers to held-out problems, the shares that end in ``#### number`` and that are right."""
     # One token at a time, a merged float32 model is several times faster on a CPU than bfloat16 and an adapter beside it.
     model = copy.deepcopy(trainer.model).float().merge_and_unload()
     completions = generate(
@@ -80,7 +77,7 @@ def measure(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progres
         batch_size=64,
         progress=progress,
     )
-    return {"loss": loss, "answered": answered(completions), "accuracy": accuracy(completions, test_set["answer"])}
+    return {"answered": answered(completions), "accuracy": accuracy(completions, test_set["answer"])}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
