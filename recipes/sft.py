@@ -1,0 +1,206 @@
+"""Supervised fine-tuning with LoRA-Pre: ``python -m recipes.sft --config recipes/configs/NAME.yaml``, or under ``accelerate launch``.
+
+TRL's argument classes and trainer; every key of a config can be given on the command line as well, where it wins.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import DatasetDict
+from peft import PeftConfig
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
+from recipes.data import DataArguments, write_manifest
+from recipes.models import load_model
+from recipes.training import start_run
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class LoRAPreArguments:
+    """The optimizer; what is not given is `create_lorapre_optimizer`'s own default."""
+
+    optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": "'adamw' or 'muon': LoRA-Pre. 'trainer': the one that `optim` names, without LoRA-Pre.",
+            "choices": ["adamw", "muon", "trainer"],
+        },
+    )
+    momentum_rank: int | None = field(
+        default=None, metadata={"help": "Rank of the momenta. Not given: a quarter of lora_r, or 8 for full weights."}
+    )
+    update_rule: str | None = field(default=None, metadata={"help": "'als' or 'newton'. Not given: 'als'."})
+    adjust_lr_fn: str | None = field(
+        default=None,
+        metadata={"help": "Muon: 'original' or 'match_rms_adamw' (AdamW's rates carry over), as in torch.optim.Muon."},
+    )
+    update_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "Update each matrix as soon as its gradient exists; needs max_grad_norm 0, no accumulation."
+        },
+    )
+    others: str | None = field(
+        default=None, metadata={"help": "Full weights: norms and biases 'adamw' or 'frozen'. Not given: 'adamw'."}
+    )
+    embeddings: str | None = field(
+        default=None, metadata={"help": "Full weights: embeddings and head 'adamw' or 'frozen'. Not given: 'frozen'."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in output_dir, with the same config."}
+    )
+
+
+@dataclass
+class Recipe:
+    """One run: its arguments by class, and ``config``, all keys as they were given (those that are not the defaults)."""
+
+    sft: SFTConfig
+    model: ModelConfig
+    lorapre: LoRAPreArguments
+    data: DataArguments
+    config: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.sft.output_dir)
+
+
+class RecipeParser(TrlParser):
+    """`TrlParser` for configs that name another one as their ``base``, by its path in ``recipes/configs``, and change its keys."""
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        while "base" in config:
+            base = CONFIGS / config.pop("base")
+            config = yaml.safe_load(base.read_text()) | config
+        return super().set_defaults_with_config(**config)
+
+
+def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
+    """The `Recipe` that a command line describes, followed by an instance of each of the ``more`` argument classes."""
+    parser = RecipeParser([SFTConfig, ModelConfig, LoRAPreArguments, DataArguments, *more])
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # SFTConfig's bf16 asks for one or the other
+    defaults = vars(parser.parse_known_args([])[0])
+    parsed = parser.parse_args_and_config(list(argv))
+    if not parsed[1].model_name_or_path:
+        parser.error("no model: give --config recipes/configs/NAME.yaml, or --model_name_or_path")
+    # Parsed again for the values as given: the classes above rewrite some of theirs.
+    given = vars(parser.parse_known_args(list(argv))[0])
+    config = {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in given.items()
+        if value != defaults[name]
+    }
+    return Recipe(*parsed[:4], config), *parsed[4:]
+
+
+def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[TrainerCallback] = ()) -> SFTTrainer:
+    """TRL's trainer for a recipe, on the splits ``train`` and, if there is one, ``eval``."""
+    lorapre, model_args = recipe.lorapre, recipe.model
+    options = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "trust_remote_code": recipe.sft.trust_remote_code,
+        "quantization_config": get_quantization_config(model_args),
+        **(recipe.sft.model_init_kwargs or {}),
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    model, tokenizer = load_model(model_args.model_name_or_path, model_args.dtype, **options)
+    extra: dict[str, Any] = {"callbacks": list(callbacks)}
+    if lorapre.optimizer != "trainer":
+        extra["optimizer_cls_and_kwargs"] = lorapre_optimizer(
+            lorapre.optimizer, recipe.sft, **_optimizer_options(recipe)
+        )
+        extra["callbacks"] += [LoRAPreCallback()]
+    args = copy.copy(recipe.sft)
+    args.model_init_kwargs = None  # used above; SFTTrainer would warn that it does not use them itself
+    return SFTTrainer(
+        model,
+        args,
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        peft_config=_peft_config(recipe),
+        **extra,
+    )
+
+
+def _peft_config(recipe: Recipe) -> PeftConfig | None:
+    """TRL's LoraConfig, as a `LoRAPreConfig` where LoRA-Pre trains it; None for full weights."""
+    lora = get_peft_config(recipe.model)
+    if lora is None or recipe.lorapre.optimizer == "trainer":
+        return lora
+    own = {name: getattr(recipe.lorapre, name) for name in ("momentum_rank", "update_rule")}
+    options = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora) if f.init}
+    return LoRAPreConfig(**options, **{name: value for name, value in own.items() if value is not None})
+
+
+def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
+    """Options of `create_lorapre_optimizer`; an adapter's rank and rule stand in its own config."""
+    # Full weights and, in SFTTrainer, QLoRA's adapters are bfloat16: at fine-tuning rates most updates are below its spacing.
+    options: dict[str, Any] = {"bf16_rounding": "stochastic"}
+    if recipe.lorapre.adjust_lr_fn is not None:
+        options["adjust_lr_fn"] = recipe.lorapre.adjust_lr_fn
+    names = ["momentum_rank", "update_rule", "others", "embeddings"]
+    given = {name: value for name in names if (value := getattr(recipe.lorapre, name)) is not None}
+    if recipe.model.use_peft:
+        unused = given.keys() & {"others", "embeddings"}
+        if unused:
+            raise ValueError(f"{' and '.join(sorted(unused))}: for full weights only, and use_peft is true")
+    else:
+        options |= given | {"target_modules": recipe.model.lora_target_modules}
+    return options | {"update_in_backward": recipe.lorapre.update_in_backward}
+
+
+def train(trainer: SFTTrainer, recipe: Recipe) -> dict[str, float]:
+    """Train (or go on), evaluate, and leave model, metrics and log in the run's folder; returns the metrics."""
+    checkpoint = recipe.sft.resume_from_checkpoint
+    if checkpoint is None and recipe.lorapre.resume:
+        checkpoint = get_last_checkpoint(str(recipe.folder))
+        trainer.accelerator.print(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        evaluated = trainer.evaluate()
+        trainer.save_metrics("eval", evaluated)
+        metrics |= evaluated
+    return metrics
+
+
+def main() -> None:
+    (recipe,) = parse(sys.argv[1:])
+    is_main = recipe.sft.process_index == 0
+    if is_main:
+        start_run(recipe.folder, recipe.config, recipe.lorapre.resume)
+        if recipe.sft.use_cpu and "use_cpu" not in recipe.config:
+            print("no accelerator found: training on the CPU")
+    with recipe.sft.main_process_first(desc="preparing data"):
+        data = recipe.data.load(recipe.sft.seed)
+    if is_main:
+        write_manifest(data, recipe.data.dataset_name, recipe.folder / "manifest.json")
+    trainer = build_trainer(recipe, data)
+    metrics = train(trainer, recipe)
+    trainer.log_metrics("run", metrics)
+    if is_main:
+        print(f"model, config.yaml, manifest.json, metrics and log: {recipe.folder}")
+
+
+if __name__ == "__main__":
+    main()
