@@ -82,7 +82,9 @@ def judge_number(completion: str, reference: str) -> Verdict:
     """
     expected = extract_number(reference)
     if expected is None:
-        raise ValueError(f"reference {reference!r} has no number to compare with: expected '... #### number' or a number")
+        raise ValueError(
+            f"reference {reference!r} has no number to compare with: expected '... #### number' or a number"
+        )
     found = extract_number(completion)
     return Verdict(found == expected, found is not None and _after_marker(completion) is not None)
 
@@ -186,7 +188,9 @@ def _worker() -> ProcessPool:
             "`if __name__ == '__main__':`"
         ) from error
     if not works:
-        raise RuntimeError("math-verify does not find 1/2 equal to 0.5: check its version and antlr4-python3-runtime's")
+        raise RuntimeError(
+            "math-verify does not find 1/2 equal to 0.5: check its version and antlr4-python3-runtime's"
+        )
     return pool
 
 

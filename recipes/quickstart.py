@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
-from eval.exact_match import accuracy, answered, generate
+from eval.exact_match import ExactMatch, generate
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.table import format_bytes
 from recipes.models import SMOLLM2, load_model
@@ -113,7 +113,8 @@ def measure(options: QuickstartArguments, trainer: SFTTrainer, test_set: Dataset
         batch_size=64,
         progress=progress,
     )
-    return {"loss": loss, "answered": answered(completions), "accuracy": accuracy(completions, test_set["answer"])}
+    found = ExactMatch("number").compute(predictions=completions, references=test_set["answer"])
+    return {"loss": loss, "answered": found["answered"], "accuracy": found["exact_match"]}
 
 
 def prepare_output(options: QuickstartArguments) -> Path:

@@ -26,7 +26,10 @@ ALPACA_PROMPT = """Below is an instruction that describes a task. Write a respon
 
 def alpaca_prompt(doc: dict[str, Any]) -> str:
     """GSM8K's ``question`` or MATH's ``problem`` in the prompt that MetaMathQA models are trained on."""
-    return ALPACA_PROMPT.format(instruction=doc["question"] if "question" in doc else doc["problem"])
+    instruction = doc.get("question", doc.get("problem"))
+    if instruction is None or "answer" not in doc:
+        raise KeyError(f"a row has {', '.join(doc)}; expected question (GSM8K) or problem (MATH), and answer")
+    return ALPACA_PROMPT.format(instruction=instruction)
 
 
 def generated(size: int, seed: int, train_size: int, train_seed: int, **metadata: Any) -> DatasetDict:
