@@ -178,7 +178,7 @@ def _compare(reference: str, answer: str) -> bool:
 @cache
 def _worker() -> ProcessPool:
     # Spawned, not forked: the parent may hold threads and a GPU.
-    pool = ProcessPool(max_workers=1, initializer=_limit_memory, context=multiprocessing.get_context("spawn"))
+    pool = ProcessPool(max_workers=1, initializer=_prepare_worker, context=multiprocessing.get_context("spawn"))
     atexit.register(pool.stop)
     try:
         works = pool.schedule(_verify, (r"\boxed{\frac12}", r"\boxed{0.5}"), timeout=60).result()
@@ -194,13 +194,15 @@ def _worker() -> ProcessPool:
     return pool
 
 
-def _limit_memory() -> None:
+def _prepare_worker() -> None:
+    import math_verify  # noqa: F401 -- sympy takes seconds to import, which would count as time to compare
+
     resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, _WORKER_BYTES))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
 
 
 def _verify(reference: str, answer: str) -> bool:
-    from math_verify import parse, verify  # in the worker only: sympy takes a second to import
+    from math_verify import parse, verify
 
     # Its own timeouts are signals, which wait for C code to return: the pool's kill the process.
     expected, found = (parse(text, parsing_timeout=None) for text in (reference, answer))

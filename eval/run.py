@@ -12,9 +12,12 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.models import SMOLLM2
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 # lm_eval, torch and datasets are imported where they are used: the process that compares expressions imports this module too.
 
@@ -52,29 +55,40 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    loaded = load_tasks(tasks, data or {})
+    manager = task_manager(tasks)
+    loaded = load_tasks(tasks, data or {}, manager)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = model_source(model) | {"dtype": dtype} | ({"peft": adapter} if adapter else {})
     try:
         lm = HFLM(**source, device=device, batch_size=batch_size)
     except OSError as error:
-        raise SystemExit(f"{error}\nTo work offline, give local folders, or the model {SMOLLM2!r}") from error
+        raise SystemExit(
+            f"model {model!r} cannot be had: {error}\nTo work offline, give local folders, or the model {SMOLLM2!r}"
+        ) from error
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     completions = folder / f"completions_{fingerprint(source)}"
-    results = simple_evaluate(lm, tasks=loaded, limit=limit, use_cache=str(completions))
+    results = simple_evaluate(lm, tasks=loaded, limit=limit, use_cache=str(completions), task_manager=manager)
     if results is not None:
         write(results, folder, model=model, adapter=adapter, data=data, limit=limit, dtype=dtype)
     return results
 
 
-def load_tasks(names: list[str], data: dict[str, str]) -> list[Any]:
-    """lm-eval's task objects, with ``data`` in place of their hub data; groups and tags give several."""
+def own_tasks() -> list[str]:
+    return sorted(path.stem for path in TASKS.glob("[!_]*.yaml"))
+
+
+def task_manager(names: list[str]) -> TaskManager:
+    """Knows the tasks of `eval/tasks`, and lm-eval's own if they are asked for: its thousands of files take half a minute."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(TASKS))
-    own = ", ".join(sorted(path.stem for path in TASKS.glob("[!_]*.yaml")))
-    if unknown := [name for name in [*names, *data] if name not in manager.task_index]:
+    return TaskManager(include_path=str(TASKS), include_defaults=not set(names) <= set(own_tasks()))
+
+
+def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> list[Any]:
+    """lm-eval's task objects, with ``data`` in place of their hub data; groups and tags give several."""
+    own = ", ".join(own_tasks())
+    if unknown := [name for name in names if name not in manager.task_index]:
         raise SystemExit(f"no task {', '.join(unknown)}: expected {own}, or one that `lm-eval ls tasks` lists")
     if unused := data.keys() - set(names):
         raise SystemExit(f"data given for {', '.join(unused)}, which is not among the tasks {', '.join(names)}")
