@@ -1,28 +1,44 @@
-"""Exact match on problems whose answer is a number: generate, extract, compare."""
+"""Answers of a model in memory: generate them, and an `evaluate` metric that judges them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from decimal import Decimal
 
+import datasets
+import evaluate
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+from eval.answers import JUDGES
 
 
-def extract_number(text: str) -> Decimal | None:
-    """The first number after the last ``####``; without one, the last number of the text; None if there is none.
+class ExactMatch(evaluate.Metric):
+    """Shares of completions that are right, and that give an answer where it was asked for.
 
-    Signs, decimals and thousands separators are read; units and currency around the number are ignored.
+    ``ExactMatch("number")`` (also ``"expression"`` and ``"paper"``, see `eval.answers`) ``.compute(predictions=completions,
+    references=solutions_or_answers)`` returns ``exact_match`` and ``answered``, from 0 to 1.
     """
-    _, marker, tail = text.rpartition("####")
-    numbers = NUMBER.findall(tail if marker else text)
-    if not numbers:
-        return None
-    return Decimal((numbers[0] if marker else numbers[-1]).replace(",", ""))
+
+    def _info(self) -> evaluate.MetricInfo:
+        if self.config_name not in JUDGES:
+            raise ValueError(f"no judge {self.config_name!r}: expected one of {', '.join(JUDGES)}")
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        verdicts = [
+            JUDGES[self.config_name](completion, reference) for completion, reference in zip(predictions, references)
+        ]
+        return {
+            "exact_match": sum(verdict.correct for verdict in verdicts) / len(verdicts),
+            "answered": sum(verdict.answered for verdict in verdicts) / len(verdicts),
+        }
 
 
 @torch.no_grad()
@@ -53,14 +69,3 @@ def generate(
             completions[i] = text
     model.train(was_training)
     return completions
-
-
-def accuracy(completions: Sequence[str], answers: Sequence[str]) -> float:
-    """Share of completions whose extracted number equals the answer's."""
-    right = [extract_number(text) == Decimal(answer.replace(",", "")) for text, answer in zip(completions, answers)]
-    return sum(right) / len(right)
-
-
-def answered(completions: Sequence[str]) -> float:
-    """Share of completions that end as a worked solution should: with ``####`` and a number."""
-    return sum("####" in text and extract_number(text) is not None for text in completions) / len(completions)

