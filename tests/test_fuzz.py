@@ -4,9 +4,7 @@ Deterministic and short by default. `HYPOTHESIS_PROFILE=long pytest tests/test_f
 forty times as many.
 """
 
-import copy
 import io
-import math
 import os
 import warnings
 
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from stepping import both_optimizers
 from torch import nn
 
-from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
+from lorapre_peft import LoRAPreMuon
 from lorapre_peft.adamw import update_bound
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

@@ -1,0 +1,14 @@
+"""The soak test in short: `python -m tests.soak` is the long one."""
+
+import pytest
+import torch
+from soak import soak
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "rule"), [("adamw", torch.bfloat16, "als"), ("muon", torch.float32, "newton")]
+)
+def test_crashes_at_random_moments_change_nothing_and_memory_stays_flat(optimizer, dtype, rule):
+    figures = soak(300, seed=3, optimizer=optimizer, dtype=dtype, update_rule=rule)
+    assert figures["crashes"] >= 2
+    assert figures["steps done twice"] > 0
