@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stepping import both_optimizers
 from torch import nn
@@ -25,8 +25,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 ENTRIES = 6000  # of one parameter: what keeps an example to milliseconds
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# A gradient is a pattern times a scale. The largest is below the norm of 1.8e19 beyond which updates are skipped.
-SCALES = [1.0, 1e-30, 1e-12, 1e-6, 1e3, 1e6, 1e15]
+# A gradient is a pattern times a scale. The largest is below the norm of 1.8e19 beyond which updates are skipped; both kinds of scale in one
+# run are what `test_a_jump_of_33_orders_of_magnitude` is about.
+SMALL, LARGE = [1.0, 1e-30, 1e-12, 1e-6, 1e6], [1.0, 1e3, 1e6, 1e15]
 PATTERNS = ["normal", "zeros", "single", "alternating", "constant", "low rank", "one row", "none", "nan", "inf"]
 
 
@@ -41,13 +42,19 @@ def shapes(draw) -> tuple[int, ...]:
     return tuple(draw(st.permutations(sizes)))
 
 
-def groups(finite: bool = False):
-    """Parameter groups as (rank, [(shape, dtype)]) and the gradient of each step as (pattern, scale, seed)."""
-    patterns = [pattern for pattern in PATTERNS if not finite or pattern not in ("nan", "inf")]
-    ranks = st.sampled_from([None, 0, 1, 2, 3, 8, 1000]) | st.integers(1, 300)
-    params = st.lists(st.tuples(shapes(), st.sampled_from(DTYPES)), min_size=1, max_size=4)
-    gradients = st.tuples(st.sampled_from(patterns), st.sampled_from(SCALES), st.integers(0, 3))
-    return st.lists(st.tuples(ranks, params), min_size=1, max_size=3), st.lists(gradients, min_size=1, max_size=8)
+RANKS = st.sampled_from([None, 0, 1, 2, 3, 8, 1000]) | st.integers(1, 300)
+PARAMETERS = st.lists(st.tuples(shapes(), st.sampled_from(DTYPES)), min_size=1, max_size=4)
+LAYOUTS = st.lists(st.tuples(RANKS, PARAMETERS), min_size=1, max_size=3)
+
+
+def gradients(patterns: list[str]):
+    """The gradient of each step of a run: (pattern, scale, seed)."""
+
+    def of(scales: list[float]):
+        one = st.tuples(st.sampled_from(patterns), st.sampled_from(scales), st.integers(0, 3))
+        return st.lists(one, min_size=1, max_size=8)
+
+    return of(SMALL) | of(LARGE)
 
 
 def gradient(param: nn.Parameter, pattern: str, scale: float, seed: int, step: int) -> torch.Tensor | None:
@@ -107,24 +114,13 @@ def assert_finite(optimizer) -> None:
             assert value.isfinite().all(), f"{name} of a parameter of shape {tuple(param.shape)}"
 
 
-def overflows(drawn) -> bool:
-    """Whether the scales jump by so much that B'ᵀx may overflow float32: `test_a_jump_of_45_orders_of_magnitude`."""
-    scales = [scale for pattern, scale, _ in drawn if pattern not in ("none", "zeros", "nan", "inf")]
-    return bool(scales) and max(scales) ** 2 / min(scales) ** 0.5 > 1e33
-
-
-GROUPS, GRADIENTS = groups()
-FINITE_GROUPS, FINITE_GRADIENTS = groups(finite=True)
-
-
 @both_optimizers
-@given(layout=GROUPS, drawn=GRADIENTS, stochastic=st.booleans(), tile=st.sampled_from([4_000, 64_000_000]))
+@given(layout=LAYOUTS, drawn=gradients(PATTERNS), stochastic=st.booleans(), tile=st.sampled_from([4_000, 64_000_000]))
 def test_als_stays_finite_and_bounded(cls, layout, drawn, stochastic, tile):
     """Not finite gradients are skipped; every other update obeys Adam's bound C, or Newton–Schulz's 1.3 for Muon.
 
     With lr 1 and parameters at 0, where the update is the parameter itself.
     """
-    assume(not overflows(drawn))
     rounding = "stochastic" if stochastic else "nearest"
     optimizer = build(cls, layout, "als", lr=1.0, bf16_rounding=rounding, temporary_bytes=tile)
     for number, one in enumerate(drawn):
@@ -140,11 +136,10 @@ def test_als_stays_finite_and_bounded(cls, layout, drawn, stochastic, tile):
 
 
 @both_optimizers
-@given(layout=FINITE_GROUPS, drawn=FINITE_GRADIENTS)
+@given(layout=LAYOUTS, drawn=gradients([p for p in PATTERNS if p not in ("nan", "inf")]))
 def test_newton_stays_finite(cls, layout, drawn):
     """The published rule has no bound, so that only finiteness is asked of it, in dtypes with float32's range."""
     layout = [(k, [(s, torch.float32 if d == torch.float16 else d) for s, d in params]) for k, params in layout]
-    assume(not overflows(drawn))
     optimizer = build(cls, layout, "newton", lr=1e-3)
     for number, one in enumerate(drawn):
         step(optimizer, one, number, finite=True)
@@ -153,7 +148,7 @@ def test_newton_stays_finite(cls, layout, drawn):
 
 @both_optimizers
 @pytest.mark.parametrize("rule", ["als", "newton"])
-@given(layout=GROUPS, drawn=GRADIENTS, cut=st.integers(0, 8))
+@given(layout=LAYOUTS, drawn=gradients(PATTERNS), cut=st.integers(0, 8))
 def test_state_dict_round_trip(cls, rule, layout, drawn, cut):
     """Saved to a file at any moment and loaded into another optimizer: the same bits, then and after every later step."""
     optimizer = build(cls, layout, rule, lr=1e-2, weight_decay=0.1)
@@ -175,3 +170,15 @@ def test_state_dict_round_trip(cls, rule, layout, drawn, cut):
             assert optimizer.state[ours].keys() == other.state[theirs].keys()
             for name, value in optimizer.state[ours].items():
                 torch.testing.assert_close(other.state[theirs][name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@both_optimizers
+@pytest.mark.xfail(
+    strict=True, reason="B'ᵀx overflows float32: it grows as the square of the new gradient over √ of the old one"
+)
+def test_a_jump_of_33_orders_of_magnitude(cls):
+    """Each of these gradients is one that the optimizer takes; the second one's factors are NaN, and with them every later step."""
+    optimizer = build(cls, [(1, [((20, 12), torch.float32)])], "als")
+    for number, scale in enumerate((1e-18, 1e15)):
+        step(optimizer, ("normal", scale, 0), number)
+    assert_finite(optimizer)
