@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -261,6 +261,8 @@ def _log_before_reporters(callback: LoRAPreCallback) -> None:
 
 def _watched_losses() -> list[Tensor]:
     """The list that the running trainer's training losses go to from now on, detached, whoever computes them."""
+    from transformers import Trainer  # here, because it brings in datasets
+
     trainer = _caller(Trainer)
     if trainer is None:
         raise RuntimeError("stop_on_nan_loss=True: LoRAPreCallback was not called by a Trainer, whose loss it watches")
