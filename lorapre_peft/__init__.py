@@ -17,11 +17,17 @@ __all__ = [
     "LoRAPreMuon",
     "create_lorapre_optimizer",
     "extract_lora",
+    "last_complete_checkpoint",
     "lorapre_optimizer",
 ]
 
-# Imported when they are asked for: the first two bring in transformers' trainer classes.
-_LAZY = {"LoRAPreCallback": ".trainer", "lorapre_optimizer": ".trainer", "extract_lora": ".extract"}
+# Imported when they are asked for: all but the last bring in transformers' trainer classes.
+_LAZY = {
+    "LoRAPreCallback": ".trainer",
+    "lorapre_optimizer": ".trainer",
+    "last_complete_checkpoint": ".resume",
+    "extract_lora": ".extract",
+}
 
 
 def __getattr__(name: str) -> Any:

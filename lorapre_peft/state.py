@@ -41,18 +41,27 @@ def restore_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> No
 def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> None:
     """Raise ValueError if ``state_dict`` was not saved by this kind of optimizer over the same parameters."""
     name = type(optimizer).__name__
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+    if not isinstance(state_dict, dict) or not (
+        isinstance(state_dict.get("state"), dict) and isinstance(state_dict.get("param_groups"), list)
+    ):
         raise ValueError(
             f"found no 'state' and 'param_groups' in what was to be loaded; expected a state_dict of {name}"
         )
+    saved_groups, states = state_dict["param_groups"], state_dict["state"]
+    if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in saved_groups) or not all(
+        isinstance(state, dict) for state in states.values()
+    ):
+        raise ValueError(f"'param_groups' or 'state' of what was to be loaded are not those of a state_dict of {name}")
     # Not all of `defaults`: torch adds entries of its own to it when it loads.
     own = optimizer.defaults.keys() & optimizer.param_groups[0].keys()
-    missing = own - set().union(*(group.keys() for group in state_dict["param_groups"]))
-    if state_dict["param_groups"] and missing:
+    missing = set().union(*(own - group.keys() for group in saved_groups))
+    if missing:
         raise ValueError(
             f"the saved groups have no {', '.join(sorted(missing))}: they are another optimizer's, expected {name}'s. "
             "Load a checkpoint of the same optimizer, or start without its state"
         )
+    for group, saved in zip(optimizer.param_groups, saved_groups):
+        check_saved_group(optimizer, group, saved)
     group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
     for index, (param, saved) in enumerate(matched_states(optimizer, state_dict)):
         group = group_of[param]
@@ -66,4 +75,24 @@ def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) 
                 f"the saved state of parameter {index} of shape {tuple(param.shape)} is {found}; {name} with "
                 f"momentum_rank={group['momentum_rank']}, update_rule={group['update_rule']!r} expects {expected}. "
                 "Build the optimizer with the options of the saved run, or start without its state"
+            )
+
+
+def check_saved_group(optimizer: LoRAPreOptimizer, group: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raise ValueError if the saved options are out of their ranges, or another rank or rule than the group's.
+
+    Loading takes over all other options, as in torch. Factors of another rank, or kept by another rule, are no start for
+    this one's; before the first step there are none, but the run would still not be the one that its options say.
+    """
+    optimizer._check_group(saved | {"update_in_backward": group["update_in_backward"]})
+    for param in group["params"]:
+        same_rule = saved["update_rule"] == group["update_rule"] or "exp_avg" in optimizer.state_shapes(param, group)
+        if not same_rule or optimizer.state_shapes(param, saved) != optimizer.state_shapes(param, group):
+            found, expected = (
+                f"momentum_rank={options['momentum_rank']}, update_rule={options['update_rule']!r}"
+                for options in (saved, group)
+            )
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} was saved with {found}; this {type(optimizer).__name__} has {expected}, "
+                "and factors are not converted. Build the optimizer with the options of the saved run, or start without its state"
             )

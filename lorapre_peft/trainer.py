@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .create import OPTIMIZERS, create_lorapre_optimizer
-from .optimizer import LoRAPreOptimizer
+from .optimizer import LoRAPreOptimizer, world_size
 from .table import adamw_state_bytes
 
 
@@ -101,12 +103,22 @@ class LoRAPreCallback(TrainerCallback):
     (largest entry of the normalised update before the clamp) and ``clamped_share`` (AdamW only), ``skipped_updates`` (so far).
     Nothing is read from the device at other steps.
 
+    Args:
+        stop_on_nan_loss: stop at the first step with a loss that is NaN or infinite. Nothing of that step reaches the weights
+            or the optimizer, and unless ``save_strategy="no"`` they are saved as checkpoint-N of that step N: resumed from
+            there, training goes on with the next batch. Trainer itself goes on, and by default logs the mean of the earlier
+            losses in its place. (With ``update_in_backward`` finite gradients of that step have been applied already.)
+
     Raises RuntimeError at the start of training if the optimizer is not LoRA-Pre's or does not hold the model's trainable
-    parameters.
+    parameters, and at a logging step if it no longer does: adapters were added or replaced during training. Warns of a run
+    that was resumed from a checkpoint without optimizer state.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_on_nan_loss: bool = False) -> None:
+        self.stop_on_nan_loss = stop_on_nan_loss
         self._optimizer: LoRAPreOptimizer | None = None
+        self._losses: list[Tensor] = []  # of this step's micro-batches
+        self._nan_loss = False
 
     def on_train_begin(
         self,
@@ -119,16 +131,69 @@ class LoRAPreCallback(TrainerCallback):
     ) -> None:
         self._optimizer = _checked_optimizer(model, optimizer)
         _check_arguments(args, self._optimizer.defaults["update_in_backward"])
+        if state.global_step and not self._optimizer.state:
+            warnings.warn(
+                f"the run resumes at step {state.global_step} without optimizer state: the momenta start anew, and so does the "
+                "schedule. Trainer says nothing when optimizer.pt or scheduler.pt is missing from a checkpoint "
+                "(save_only_model=True writes neither)",
+                stacklevel=2,
+            )
         _log_before_reporters(self)
+        if self.stop_on_nan_loss:
+            self._losses = _watched_losses()
+            self._losses.clear()  # of a run that broke off
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         # Trainer decides to log after the step (DefaultFlowCallback.on_step_end); the step must know before.
         step = state.global_step + 1
         by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
         by_epoch = args.logging_strategy == IntervalStrategy.EPOCH  # any step may turn out to be the last of the epoch
         self._optimizer.record_metrics = by_steps or by_epoch or (step == 1 and args.logging_first_step)
+        if by_steps or by_epoch:
+            _checked_optimizer(model, optimizer)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.stop_on_nan_loss:
+            return
+        bad = torch.stack([~loss.isfinite().all() for loss in self._losses]).any().int()
+        self._losses.clear()
+        if world_size() > 1:  # all ranks stop, or those that go on wait for the others for ever
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        self._nan_loss = bool(bad)
+        if self._nan_loss:
+            for param in model.parameters():
+                if param.grad is not None:
+                    param.grad.fill_(float("nan"))  # what the optimizer and a GradScaler both leave out
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._nan_loss:
+            return
+        self._nan_loss = False
+        control.should_training_stop = True
+        control.should_save = args.save_strategy != SaveStrategy.NO
+        saved = f"saved as checkpoint-{state.global_step}" if control.should_save else "not saved (save_strategy='no')"
+        warnings.warn(
+            f"the loss of step {state.global_step} is NaN or infinite: training stops. Weights and optimizer state are those "
+            f"before that step, {saved}. Lower the learning rate or look at that batch, then resume",
+            stacklevel=2,
+        )
 
     def on_log(
         self,
@@ -184,14 +249,41 @@ def _log_before_reporters(callback: LoRAPreCallback) -> None:
     Trainer puts its reporters (TensorBoard, W&B, trackio) before the user's callbacks, so what a user's callback adds to the
     logs comes too late for them. A callback is not given its handler; the handler is the caller.
     """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-        frame = frame.f_back
-    if frame is None:
+    handler = _caller(CallbackHandler)
+    if handler is None:
         warnings.warn(
             "LoRAPreCallback was not called by a Trainer: its figures may not reach TensorBoard or W&B", stacklevel=3
         )
         return
-    callbacks = frame.f_locals["self"].callbacks
-    callbacks.remove(callback)
-    callbacks.insert(0, callback)
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)
+
+
+def _watched_losses() -> list[Tensor]:
+    """The list that the running trainer's training losses go to from now on, detached, whoever computes them."""
+    from transformers import Trainer  # here, because it brings in datasets
+
+    trainer = _caller(Trainer)
+    if trainer is None:
+        raise RuntimeError("stop_on_nan_loss=True: LoRAPreCallback was not called by a Trainer, whose loss it watches")
+    compute_loss = trainer.compute_loss
+    if not hasattr(compute_loss, "losses"):  # not by an earlier call of train()
+
+        @functools.wraps(compute_loss)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = compute_loss(*args, **kwargs)
+            if torch.is_grad_enabled():  # not in evaluation
+                watched.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+            return result
+
+        watched.losses = []
+        trainer.compute_loss = watched
+    return trainer.compute_loss.losses
+
+
+def _caller(kind: type) -> Any:
+    """The nearest object of that class among the callers' ``self``, which a callback is not given; None if there is none."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]

@@ -36,7 +36,15 @@ def arguments(tmp_path, config_class=TrainingArguments, **options) -> TrainingAr
 
 
 def lorapre_trainer(
-    model, args, dataset, callbacks=(), kind="adamw", trainer_class=Trainer, eval_dataset=None, **options
+    model,
+    args,
+    dataset,
+    callbacks=(),
+    kind="adamw",
+    trainer_class=Trainer,
+    eval_dataset=None,
+    callback=None,
+    **options,
 ):
     """A trainer with LoRA-Pre's optimizer, its callback after ``callbacks``; ``options`` go to the optimizer."""
     return trainer_class(
@@ -45,7 +53,7 @@ def lorapre_trainer(
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         optimizer_cls_and_kwargs=lorapre_optimizer(kind, args, **options),
-        callbacks=[*callbacks, LoRAPreCallback()],
+        callbacks=[*callbacks, callback or LoRAPreCallback()],
     )
 
 

@@ -1,0 +1,54 @@
+"""Which of a Trainer's checkpoints a run can resume from, where its process may have been killed while it saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """Path of the newest checkpoint-N in a Trainer's ``output_dir`` that was written to its end; None without one.
+
+    For ``trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))``. Trainer writes straight into
+    checkpoint-N, and ``resume_from_checkpoint=True`` takes the highest N, also where the process was killed in between: that
+    run fails, or in the worst case starts without its optimizer state. Every folder that is passed over is named in a warning.
+    """
+    folder = Path(folder)
+    found = [path for path in folder.glob("*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: int(CHECKPOINT.fullmatch(path.name)[1]), reverse=True):
+        broken = _broken_file(path)
+        if broken is None:
+            return str(path)
+        warnings.warn(f"{path} is not complete ({broken}): it is passed over, and may be deleted", stacklevel=2)
+    return None
+
+
+def _broken_file(checkpoint: Path) -> str | None:
+    """Name of a file of the checkpoint that is missing or was not written to its end; None if all were.
+
+    Trainer writes its own state last; a folder that is written anew still has the old one, so every other file is looked at too.
+    """
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return TRAINER_STATE_NAME
+    for path in sorted(checkpoint.glob("**/*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                return path.name  # torch.save's zip files end in their index
+        except (ValueError, SafetensorError):
+            return path.name
+    return None
