@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .backends import AdamScalars
+from .backends import adam_scalars
 from .bucket import Bucket, Moment, finish_moments
 from .checks import check_betas, in_range
 from .optimizer import LoRAPreOptimizer
@@ -111,23 +111,14 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _follow(self, bucket: Bucket, t: Tensor) -> Generator[None, None, Tensor]:
         group, rule = bucket.group, bucket.rule
         beta1, beta2 = group["betas"]
-        m = Moment(bucket, "m", Average(beta1, 1 - beta1), group["residual_weight"])
-        v = Moment(bucket, "v", Average(beta2**0.5, 1 - beta2**0.5))
-        # √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²): what is common is divided out of the momentum and of ε.
-        root = ((1 - beta2) / (1 - beta2**t)).sqrt()
-        m_scale = 1 / ((1 - beta1**t) * root)
+        backend = self._backend(bucket)
+        m = Moment(backend, bucket, "m", Average(beta1, 1 - beta1), group["residual_weight"])
+        v = Moment(backend, bucket, "v", Average(beta2**0.5, 1 - beta2**0.5))
         energy = bucket.stack("v_scale").double() if rule.tracked else torch.ones_like(t)
-        scalars = AdamScalars(
-            c_B=m.rows.m_keep * m_scale,
-            c_X=m.rows.m_gain * m_scale,
-            residual=m.rows.residual * m_scale,
-            v_scale=(energy * (beta2 / (1 - beta2))).sqrt(),
-            eps=_positive(group["eps"]) / root,
-        )
-        scalars = AdamScalars(*(value.float()[:, None, None] for value in scalars))
+        scalars = backend.run(adam_scalars, m.rows, t, energy, beta1, beta2, _positive(group["eps"]))
         bound = update_bound(beta1, beta2) if rule.tracked else None
         metrics = self._metrics if self.record_metrics else None
-        self._backend(bucket).adam(bucket, m, v, scalars, bound, metrics)
+        backend.adam(bucket, m, v, scalars, bound, metrics)
         if metrics is not None:
             metrics.add_energy(bucket.norms, m.captured())
         return (yield from finish_moments(bucket, [m, v]))[1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Metrics, Moment
+from .rules import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +36,15 @@ class AdamScalars(NamedTuple):
     residual: Tensor
     v_scale: Tensor
     eps: Tensor
+
+
+def adam_scalars(m: Rows, t: Tensor, c: Tensor, beta1: float, beta2: float, eps: float) -> AdamScalars:
+    """From the row part of m, the counts t and what (v_B v_A)² is multiplied by: both [n] float64."""
+    # √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²): what is common is divided out of the momentum and of ε.
+    root = ((1 - beta2) / (1 - beta2**t)).sqrt()
+    scale = 1 / ((1 - beta1**t) * root)
+    numbers = m.m_keep * scale, m.m_gain * scale, m.residual * scale, (c * (beta2 / (1 - beta2))).sqrt(), eps / root
+    return AdamScalars(*(number.float()[:, None, None] for number in numbers))
 
 
 # ---- tiles, eager or compiled ---------------------------------------------------------------------------------------
@@ -104,11 +114,11 @@ def momentum_rows(
 
 
 class Eager:
-    """Batched tensor operations, tile by tile; ``transform`` may compile a tile's function."""
+    """Batched tensor operations, tile by tile."""
 
-    def __init__(self, transform: Callable = lambda function: function):
-        self._adam_rows = transform(adam_rows)
-        self._momentum_rows = transform(momentum_rows)
+    def run(self, function: Callable, *args: Any) -> Any:
+        """A function of tensors, computed the way of this backend."""
+        return function(*args)
 
     @staticmethod
     def _operands(moment: Moment, matrices: slice, rows: slice) -> tuple[Tensor, ...]:
@@ -130,7 +140,8 @@ class Eager:
     ) -> None:
         """Adam's row part: writes the parameters, fills both moments. bound: the clamp of the normalised update."""
         for matrices, rows in bucket.tiles():
-            update, m_B, m_projected, v_B, v_projected = self._adam_rows(
+            update, m_B, m_projected, v_B, v_projected = self.run(
+                adam_rows,
                 bucket.gradients(matrices, rows),
                 self._operands(m, matrices, rows),
                 self._operands(v, matrices, rows),
@@ -160,17 +171,16 @@ class Eager:
 # ---- the choice -----------------------------------------------------------------------------------------------------
 
 
-def _compile(function: Callable) -> Callable:
-    """`torch.compile` for any shape, so that few of them are compiled: one per rank k, and for a single matrix or row."""
-    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+class Compiled(Eager):
+    """The same functions through `torch.compile`, for any shape, so that few are compiled: one per rank k, and for a single matrix."""
 
-    @functools.wraps(function)
-    def call(*args):
+    def __init__(self):
+        self._compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True))
+
+    def run(self, function: Callable, *args: Any) -> Any:
         # Each rank and rule is a graph of its own; torch's default of 8 per function is meant to catch leaks.
         with torch._dynamo.config.patch(recompile_limit=64):
-            return compiled(*args)
-
-    return call
+            return self._compiled(function)(*args)
 
 
 def _compiled_needs(device: torch.device) -> str | None:
@@ -199,7 +209,7 @@ def _load_triton() -> Any:
 _BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Any]]] = {
     "triton": (_triton_needs, _load_triton),
     "eager": (lambda device: None, Eager),
-    "compiled": (_compiled_needs, lambda: Eager(_compile)),
+    "compiled": (_compiled_needs, Compiled),
 }
 NAMES = ("auto", *_BACKENDS)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .placement import WHOLE, Placement, local
 from .rounding import random_keys, write_stochastic
-from .rules import EXACT_SVD_SIZE, START_FLOOR, Als, Average, Newton, best_factors, gram_rows, top_factors
+from .rules import EXACT_SVD_SIZE, START_FLOOR, Als, Average, Newton, Rows, best_factors, gram_rows, top_factors
+
+if TYPE_CHECKING:
+    from .backends import Eager
 
 # A step holds at most this many float32 temporaries of a tile at once, and of the factors of a chunk; a test counts them.
 TEMPORARIES = 8
@@ -241,6 +244,21 @@ def rounds_stochastically(param: Tensor, group: dict[str, Any]) -> bool:
     return param.dtype == torch.bfloat16 and group["bf16_rounding"] == "stochastic"
 
 
+def prepare_moment(rule: Als | Newton, rows: Rows, A: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of A [n, k, q] and ‖x‖_F [n]: A Aᵀ float64, R = (A Aᵀ + damping)⁻¹ [n, k, k], and keep and gain of B' [n, 1, 1]."""
+    gram = gram_rows(A)
+    unit = rule.unit(gram, norms, rows).float()[:, None, None]
+    return gram, rule.inverse(gram).float(), rows.keep * unit, rows.gain * unit
+
+
+def finish_moment(
+    rule: Als | Newton, average: Average, A: Tensor, B_new: Tensor, grams: Tensor, projected: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new B and A, given the sums over all rows, and ‖B A‖²_F of them: [n] float64."""
+    A_new, scale, gram = rule.columns(A, grams, projected, average)
+    return B_new * scale, A_new, (gram * gram_rows(A_new)).sum((-2, -1))
+
+
 class Moment:
     """One factored moment of a bucket during one step: read from the old factors, then moved on.
 
@@ -248,14 +266,16 @@ class Moment:
     keep and gain [n, 1, 1]. A backend fills B_new [n, p, k] and projected = Bᵀx [n, k, q].
     """
 
-    def __init__(self, bucket: Bucket, name: str, average: Average, residual_weight: float | None = None):
-        self.bucket, self.name, self.average, self.rule = bucket, name, average, bucket.rule
+    def __init__(
+        self, backend: Eager, bucket: Bucket, name: str, average: Average, residual_weight: float | None = None
+    ):
+        self.backend, self.bucket, self.name, self.average = backend, bucket, name, average
+        self.rule = bucket.rule
         self.rows = self.rule.rows(average, residual_weight)
         self.B, self.A = bucket.stack(f"{name}_B"), bucket.stack(f"{name}_A")
-        self.gram = gram_rows(self.A)
-        self.R = self.rule.inverse(self.gram).float()
-        unit = self.rule.unit(self.gram, bucket.norms, self.rows).float()[:, None, None]
-        self.keep, self.gain = self.rows.keep * unit, self.rows.gain * unit
+        self.gram, self.R, self.keep, self.gain = backend.run(
+            prepare_moment, self.rule, self.rows, self.A, bucket.norms
+        )
         self.B_new = torch.empty_like(self.B)
         self.projected = torch.zeros_like(self.A)
 
@@ -265,10 +285,12 @@ class Moment:
 
     def finish(self, grams: Tensor) -> Tensor:
         """Store the new factors, given `sums` over all rows, `projected` likewise; ‖B'A'‖²_F, [n] float64."""
-        A, scale, gram = self.rule.columns(self.A, grams, self.projected, self.average)
-        self.bucket.store(f"{self.name}_B", self.B_new.mul_(scale))
+        B, A, squared_norm = self.backend.run(
+            finish_moment, self.rule, self.average, self.A, self.B_new, grams, self.projected
+        )
+        self.bucket.store(f"{self.name}_B", B)
         self.bucket.store(f"{self.name}_A", A)
-        return (gram * gram_rows(A)).sum((-2, -1))
+        return squared_norm
 
     def captured(self) -> Tensor:
         """‖X A‖²_F of the rows that are here, over all matrices: what x has inside the row space of the old A. Before `finish`."""

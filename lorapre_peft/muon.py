@@ -144,8 +144,9 @@ class LoRAPreMuon(LoRAPreOptimizer):
             m = g
             bucket.start("m", average.weight)
         else:
-            moment = Moment(bucket, "m", average, group["residual_weight"])
-            m = self._backend(bucket).momentum(bucket, g, moment)
+            backend = self._backend(bucket)
+            moment = Moment(backend, bucket, "m", average, group["residual_weight"])
+            m = backend.momentum(bucket, g, moment)
             if self.record_metrics:
                 self._metrics.add_energy(bucket.norms, moment.captured())
             yield from finish_moments(bucket, [moment])

@@ -161,7 +161,6 @@ class Triton(Eager):
     """The kernels' launches. Ranks above `MAX_RANK` take the eager path and say so once."""
 
     def __init__(self):
-        super().__init__()
         self._told = False
 
     def adam(

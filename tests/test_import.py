@@ -12,8 +12,9 @@ FRESH_IMPORT = """
 import json, sys
 from peft import mapping
 tables = lambda: {name: dict(value) for name, value in vars(mapping).items() if name.startswith("PEFT_TYPE_TO_")}
-heavy = lambda: [name for name in ("trl", "datasets", "triton", "transformers.trainer") if name in sys.modules]
-before = tables()
+pefts = []  # PEFT itself loads Triton where both bitsandbytes and triton are installed
+heavy = lambda: [n for n in ("trl", "datasets", "triton", "transformers.trainer") if n in sys.modules and n not in pefts]
+before, pefts = tables(), heavy()
 import lorapre_peft
 facts = {"heavy": heavy(), "tables": len(before), "tables untouched": tables() == before}
 from lorapre_peft import LoRAPreCallback, lorapre_optimizer
