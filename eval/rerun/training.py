@@ -1,0 +1,225 @@
+"""One run: the model as its method wants it, TRL's SFTTrainer, and what is measured afterwards."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from trl import SFTTrainer
+
+from eval.exact_match import accuracy, answered, generate
+from eval.methods import METHODS
+from lorapre_peft.memory import measure
+from recipes.training import OptimizerTimer, sft_config
+
+from .data import Splits, load_splits
+from .models import load_base
+from .suite import Run
+
+MAX_NEW_TOKENS = {"generated": 160}  # the longest generated solution has 257 characters; else what the paper's recipe has
+DEFAULT_NEW_TOKENS = 512
+
+
+class Runner:
+    """Trains runs one after another, keeping what they share: the base models and the data.
+
+    surroundings: written into every record, as `recipes.training.environment` gives them.
+    """
+
+    def __init__(self, surroundings: dict[str, Any]) -> None:
+        self._surroundings = surroundings
+        self._bases: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+        self._splits: dict[str, Splits] = {}
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """The run's record. A failure of the run is one too; only what stops the process is raised."""
+        start = time.perf_counter()
+        try:
+            measured = self._train(run)
+            diverged = not math.isfinite(measured["metrics"]["validation_loss"])
+            status = {"status": "diverged" if diverged else "finished"}
+        except Exception as error:  # whatever a method's package raises belongs in the table
+            status = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                status["status"] = "out of memory"
+            measured = {"metrics": {}}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        record = {"run": run.declaration, **status, **measured, "total_seconds": time.perf_counter() - start}
+        return _finite({**record, "environment": self._surroundings})
+
+    def base(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The pristine model, kept in the main memory and copied for each run."""
+        if name not in self._bases:
+            self._bases = {name: load_base(name)}  # one at a time
+        return self._bases[name]
+
+    def _data(self, run: Run) -> Splits:
+        key = f"{run.data} {run.seed} {run.training.steps * run.training.batch_size}"
+        if key not in self._splits:
+            rows = run.training.steps * run.training.batch_size
+            self._splits[key] = load_splits(run.data, rows, run.seed, self.base(run.model)[1])
+        return self._splits[key]
+
+    def _train(self, run: Run) -> dict[str, Any]:
+        method, training = METHODS[run.method], run.training
+        splits = self._data(run)
+        base, tokenizer = self.base(run.model)
+        dtype = getattr(torch, training.adapter_dtype if method.trains == "adapter" else training.weights_dtype)
+        set_seed(run.seed)
+        model = copy.deepcopy(base).to(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+        model = method.prepare(
+            model, training.rank, run.options, functools.partial(_accumulate_gradients, model, tokenizer, splits.train)
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            args = sft_config(
+                Path(folder),
+                lr=run.lr,
+                steps=training.steps,
+                batch_size=training.micro_batch,
+                gradient_accumulation_steps=training.batch_size // training.micro_batch,
+                gradient_checkpointing=training.gradient_checkpointing,
+                max_length=training.max_length,
+                seed=run.seed,
+                bf16=training.bf16,
+                save_strategy="no",
+            )
+            timer = OptimizerTimer()
+            trainer = (SecondOrderTrainer if method.second_order else SFTTrainer)(
+                model,
+                args,
+                train_dataset=splits.train,
+                eval_dataset={"validation": splits.validation, "test": splits.test},
+                processing_class=tokenizer,
+                optimizer_cls_and_kwargs=(_factory(method.build), {"args": args, "options": run.options}),
+                callbacks=[timer],
+            )
+            start = time.perf_counter()
+            with measure() as memory:
+                trainer.train()
+            seconds = time.perf_counter() - start
+            losses = trainer.evaluate()
+        params = [param for param in model.parameters() if param.requires_grad]
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        return {
+            "metrics": {
+                "validation_loss": losses["eval_validation_loss"],
+                "test_loss": losses["eval_test_loss"],
+                **self._answers(run, model, tokenizer, splits),
+            },
+            "optimizer": type(trainer.optimizer.optimizer).__name__,
+            "weights_bytes": sum(param.nbytes for param in model.parameters()),
+            "gradient_bytes": sum(param.nbytes for param in params),
+            "state_bytes": held_bytes(trainer.optimizer.optimizer, model),
+            "peak_bytes": memory.peak_bytes,
+            "peak_of": memory.what,
+            "trained_parameters": sum(param.numel() for param in params),
+            "parameters": sum(param.numel() for param in model.parameters()),
+            "tokens": trainer.state.num_input_tokens_seen or None,
+            "train_seconds": seconds,
+            "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds),
+            "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
+        }
+
+    def _answers(
+        self, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Splits
+    ) -> dict[str, float]:
+        """Shares of right answers, per set of problems that the data has, over the first ``run.answers`` of each."""
+        if not run.answers:
+            return {}
+        # As in the quickstart: merged and in float32, generation is several times faster on a CPU.
+        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        model = model.float() if model.device.type == "cpu" else model
+        found = {}
+        for name, problems in splits.problems.items():
+            asked = problems.select(range(min(run.answers, len(problems))))
+            completions = generate(
+                model,
+                tokenizer,
+                asked["prompt"],
+                max_new_tokens=MAX_NEW_TOKENS.get(run.data["source"], DEFAULT_NEW_TOKENS),
+                batch_size=64,
+                progress=f"answers, {name}",
+            )
+            found[name] = accuracy(completions, asked["answer"])
+            found[f"{name}_answered"] = answered(completions)
+        return found
+
+
+def _factory(build: Any) -> Any:
+    """What Trainer takes for an optimizer that is built from the model: it calls ``factory()(model, **kwargs)``."""
+    return lambda: build
+
+
+def _accumulate_gradients(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batches: int = 4, size: int = 4
+) -> None:
+    """Backward passes on the first rows of the training set."""
+    rows = rows.select(range(min(batches * size, len(rows))))
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids.to(model.device)
+        labels = ids.clone()
+        labels[:, : len(tokenizer(row["prompt"]).input_ids)] = -100
+        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+
+
+class SecondOrderTrainer(SFTTrainer):
+    """Keeps the graph of the gradients, for optimizers that differentiate them.
+
+    Neither the fused attention kernels have one, nor TRL's own loss, which is the same number computed in chunks.
+    """
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.accelerator.backward = functools.partial(self.accelerator.backward, create_graph=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().train(*args, **kwargs)
+
+
+def held_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
+    """Bytes of all tensors that an optimizer holds beside parameters and gradients, wherever it keeps them.
+
+    Some keep projectors as objects in their state, or their state outside ``optimizer.state``.
+    """
+    known = {id(param) for param in model.parameters()} | {id(param.grad) for param in model.parameters()}
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    left: list[Any] = [vars(optimizer)]
+    while left:
+        item = left.pop()
+        if id(item) in seen or id(item) in known or isinstance(item, (nn.Module, type)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            sizes[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            left += item
+        elif isinstance(item, torch.optim.Optimizer) or type(item).__module__.partition(".")[0] not in ("builtins", "torch"):
+            left += vars(item).values() if hasattr(item, "__dict__") and not callable(item) else []
+    return sum(sizes.values())
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
