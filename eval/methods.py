@@ -88,20 +88,24 @@ class Method:
     def prepare(
         self, model: PreTrainedModel, rank: int, options: Options, accumulate_gradients: Callable[[], None]
     ) -> nn.Module:
-        """The model as it is trained: with a new adapter, or with its matrices alone trainable.
+        """The model as it is trained (`attach`), its adapter at the start that the method prescribes.
 
         accumulate_gradients: runs forward and backward passes of the given model on training batches, for starts that need
         gradients.
         """
         config = self.adapter_config(rank, options, model)
-        if config is None:
-            targets = weight_targets(model, "all-linear", None, None)
-            for param in model.parameters():
-                param.requires_grad_(param in targets)
-            return model
-        if config.init_lora_weights == "lora_ga":
+        if config is not None and config.init_lora_weights == "lora_ga":
             preprocess_loraga(model, config, accumulate_gradients)
-        return get_peft_model(model, config)
+        return self.attach(model, config)
+
+    def attach(self, model: PreTrainedModel, config: LoraConfig | None) -> nn.Module:
+        """The model with the adapter, or, without one, with its matrices alone trainable."""
+        if config is not None:
+            return get_peft_model(model, config)
+        targets = weight_targets(model, "all-linear", None, None)
+        for param in model.parameters():
+            param.requires_grad_(param in targets)
+        return model
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -135,7 +139,6 @@ def _muon(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
 
 
 def _lorapre(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
-    # A method's own "optimizer" is the first argument; Muon has no residual weight by default either.
     _, built = lorapre_optimizer(args=args, **options)
     if not any(hasattr(module, "lora_A") for module in model.modules()):
         built["others"] = "frozen"
@@ -162,9 +165,13 @@ def _lorapro(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
     return LoRAProAdamW(model, lorapro_mode=options["mode"], **adam_options(args))
 
 
-def _projected(model: nn.Module, args: SFTConfig, options: Options, optimizer: type[Optimizer], **more: Any) -> Optimizer:
+def _projected(
+    model: nn.Module, args: SFTConfig, options: Options, optimizer: type[Optimizer], **more: Any
+) -> Optimizer:
     """GaLore and those that took over its interface: a group with a rank has its gradients projected."""
-    return optimizer([{"params": trained(model), **options}], no_deprecation_warning=True, **adam_options(args), **more)
+    return optimizer(
+        [{"params": trained(model), **options}], no_deprecation_warning=True, **adam_options(args), **more
+    )
 
 
 def _galore(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
@@ -259,7 +266,9 @@ METHODS: dict[str, Method] = {
         module="galore_torch",
         rate_shift=2,
     ),
-    "fira": Method("Fira", "weights", _fira, _PROJECTION | {"alpha": 0.25}, package="fira", module="fira", rate_shift=2),
+    "fira": Method(
+        "Fira", "weights", _fira, _PROJECTION | {"alpha": 0.25}, package="fira", module="fira", rate_shift=2
+    ),
     "apollo": Method(
         "APOLLO",
         "weights",

