@@ -61,18 +61,24 @@ class Method:
             )
         return {**self.options, **options}
 
+    @property
+    def installed(self) -> str | None:
+        """The package with its version; None if it is not installed, or if the method needs none of its own."""
+        try:
+            return self.package and f"{self.package} {version(self.package)}"
+        except PackageNotFoundError:
+            return None
+
     def unavailable(self) -> str | None:
         """Why the method's package cannot be used here, or None."""
-        if self.module is None:
+        if self.package is None:
             return None
-        try:
-            found = version(self.package)
-        except PackageNotFoundError:
+        if self.installed is None:
             return f"{self.package} is not installed: pip install --no-deps -c constraints.txt {self.package}"
         try:
             importlib.import_module(self.module)
         except Exception as error:  # whatever a broken package raises
-            return f"{self.package} {found} does not import: {type(error).__name__}: {error}"
+            return f"{self.installed} does not import: {type(error).__name__}: {error}"
         return None
 
     def adapter_config(self, rank: int, options: Options, model: nn.Module | None = None) -> LoraConfig | None:
@@ -222,7 +228,7 @@ def _sophia(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
 _LORAPRE = dict(optimizer="adamw", momentum_rank=2, update_rule="als", residual_weight=None)
 _LORAPRE_MUON = _LORAPRE | dict(optimizer="muon", adjust_lr_fn="match_rms_adamw")
 _PROJECTION = dict(rank=8, update_proj_gap=200, proj_type="std")
-_PYTORCH_OPTIMIZER = dict(package="pytorch_optimizer", module="pytorch_optimizer")
+_PYTORCH_OPTIMIZER = dict(package="pytorch-optimizer", module="pytorch_optimizer")
 
 METHODS: dict[str, Method] = {
     # Adapters that PEFT makes, under torch.optim.AdamW unless PEFT brings an optimizer.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 
 from eval.methods import METHODS
@@ -54,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(plan_table(cells(suite, args.shard), store.load(), skipped))
         return
+    disable_progress_bars()  # of each run's tokenization
     part = [cell for cell in cells(suite, args.shard) if cell.entry.method not in skipped]
     surroundings = environment()
+    surroundings["command"] = surroundings["command"].replace(".__main__", "", 1)
     lost = _spread(part, store.folder, args.jobs, surroundings) if args.jobs > 1 else train(part, store, surroundings)
     records = store.load()
     print(write_report(suite, cells(suite), records, skipped, store.folder))

@@ -135,6 +135,9 @@ def markdown(
         lines.append(
             f"* `{found.get('command')}` at {found.get('commit')}; {found.get('machine')}, {found.get('device')}; {versions}"
         )
+    packages = sorted({row["package"] for row in rows if row.get("package")})
+    if packages:
+        lines.append(f"* Packages of methods: {', '.join(packages)}")
     return "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from eval.exact_match import generate
@@ -58,7 +58,13 @@ class Runner:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        record = {"run": run.declaration, **status, **measured, "total_seconds": time.perf_counter() - start}
+        record = {
+            "run": run.declaration,
+            "package": METHODS[run.method].installed,
+            **status,
+            **measured,
+            "total_seconds": time.perf_counter() - start,
+        }
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return _finite({**record, "created_at": created, "environment": self._surroundings})
 
@@ -108,6 +114,8 @@ class Runner:
                 optimizer_cls_and_kwargs=(_factory(method.build), {"args": args, "options": run.options}),
                 callbacks=[timer, memory_log],
             )
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(Progress())
             start = time.perf_counter()
             with measure() as memory:
                 trainer.train()
@@ -175,6 +183,13 @@ def _accumulate_gradients(
         labels = ids.clone()
         labels[:, : len(tokenizer(row["prompt"]).input_ids)] = -100
         model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+
+
+class Progress(ProgressCallback):
+    """Trainer's bar without its log lines: the losses are in the record."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 class MemoryLog(TrainerCallback):
