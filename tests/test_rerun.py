@@ -177,7 +177,7 @@ def test_grid_is_extended_while_the_best_rate_is_at_its_edge(tmp_path):
 
 def test_rates_that_diverge_are_not_chosen_and_a_method_that_never_trains_ends(tmp_path):
     cell = cells(write_suite(tmp_path))[0]
-    records, _ = finish(cell, lambda lr: math.inf if lr > 1e-3 else 1.0)
+    records, _ = finish(cell, lambda lr: math.inf if lr > 1e-3 else 1 / lr)
     assert cell.best_rate(records) == 1e-3
     records, order = finish(cell, lambda lr: math.inf)
     assert cell.best_rate(records) is None
@@ -410,6 +410,7 @@ def test_peft_format(tmp_path, runner):
     info, measured = result["run_info"], result["train_info"]
     assert info["peft_config"]["peft_type"] == "LORA"
     assert set(measured["metrics"][-1]) >= {"test accuracy", "train loss", "train samples", "train total tokens"}
+    assert measured["metrics"][-1]["train total tokens"] > 0
     for name in (
         "accelerator_memory_reserved_avg",
         "accelerator_memory_max",

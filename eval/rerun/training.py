@@ -88,9 +88,9 @@ class Runner:
         dtype = getattr(torch, training.adapter_dtype if method.trains == "adapter" else training.weights_dtype)
         set_seed(run.seed)
         model = copy.deepcopy(base).to(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
-        model = method.prepare(
-            model, training.rank, run.options, functools.partial(_accumulate_gradients, model, tokenizer, splits.train)
-        )
+        first_batch = splits.train.select(range(training.batch_size))
+        accumulate_gradients = functools.partial(_accumulate_gradients, model, tokenizer, first_batch)
+        model = method.prepare(model, training.rank, run.options, accumulate_gradients)
         with tempfile.TemporaryDirectory() as folder:
             args = sft_config(
                 Path(folder),
@@ -123,12 +123,8 @@ class Runner:
             losses = trainer.evaluate()
         params = [param for param in model.parameters() if param.requires_grad]
         log = [row for row in trainer.state.log_history if "loss" in row]
-        return {
-            "metrics": {
-                "validation_loss": losses["eval_validation_loss"],
-                "test_loss": losses["eval_test_loss"],
-                **self._answers(run, model, tokenizer, splits),
-            },
+        measured = {
+            "metrics": {"validation_loss": losses["eval_validation_loss"], "test_loss": losses["eval_test_loss"]},
             "optimizer": type(trainer.optimizer.optimizer).__name__,
             "weights_bytes": sum(param.nbytes for param in model.parameters()),
             "gradient_bytes": sum(param.nbytes for param in params),
@@ -138,11 +134,13 @@ class Runner:
             "memory": memory_log.summary(),
             "trained_parameters": sum(param.numel() for param in params),
             "parameters": sum(param.numel() for param in model.parameters()),
-            "tokens": int(log[-1]["num_tokens"]) if "num_tokens" in log[-1] else None,
+            "tokens": log[-1].get("num_tokens"),
             "train_seconds": seconds,
             "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds),
             "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
         }
+        measured["metrics"] |= self._answers(run, model, tokenizer, splits)  # last: it takes the adapter apart
+        return measured
 
     def _answers(
         self, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Splits
@@ -173,11 +171,8 @@ def _factory(build: Any) -> Any:
     return lambda: build
 
 
-def _accumulate_gradients(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batches: int = 4, size: int = 4
-) -> None:
-    """Backward passes on the first rows of the training set."""
-    rows = rows.select(range(min(batches * size, len(rows))))
+def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
+    """A backward pass of the completions' loss for each row."""
     for row in rows:
         ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids.to(model.device)
         labels = ids.clone()
