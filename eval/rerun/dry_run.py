@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from lorapre_peft.memory import AllocationTracker, MemoryEstimate, estimate
@@ -23,10 +24,10 @@ from .training import held_bytes
 def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) -> str:
     """One line per cell: runs finished and expected, rates, memory of a training step, time for what is left."""
     configs: dict[str, PretrainedConfig] = {}
-    activations: dict[tuple[str, str], int] = {}
+    activations: dict[tuple, int] = {}
     lines = [f"{'model':20}{'protocol':10}{'method':34}{'runs':>9}{'memory':>12}{'time left':>12}  rates"]
     total = 0.0
-    for cell in cells:
+    for cell in tqdm(cells, desc="plan"):
         head = f"{Path(cell.model).name[:19]:20}{cell.protocol:10}{cell.entry.label[:33]:34}"
         if cell.entry.method in skipped:
             lines.append(f"{head}  not run: {skipped[cell.entry.method]}")
@@ -44,7 +45,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
         lines.append(f"{head}{f'{done}/{expected}':>9}{taken:>12}{left:>12}  {rates}")
     lines.append(f"time left in one process, without extensions of grids: {_duration(total)}")
     lines.append(
-        "memory: weights, gradients, optimizer state, its step's temporaries and activations of one training step"
+        "memory: weights, gradients, optimizer state, its step's temporaries and activations of sequences of full length"
     )
     return "\n".join(lines)
 
@@ -58,12 +59,10 @@ def seconds_per_run(cell: Cell, records: Records) -> float | None:
     return None if step is None else step * cell.suite.training.steps
 
 
-def memory_estimate(
-    cell: Cell, config: PretrainedConfig, activations: dict[tuple[str, str], int]
-) -> MemoryEstimate | None:
+def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tuple, int]) -> MemoryEstimate | None:
     """Bytes of a training step, by a step of the real optimizer on the meta device; None if it does not run there.
 
-    activations: of this model and kind, if they are already known; filled in otherwise.
+    activations: of models as they are prepared, as far as they are known; filled in otherwise.
     """
     method, training = cell.method, cell.suite.training
     dtype = getattr(torch, training.adapter_dtype if method.trains == "adapter" else training.weights_dtype)
@@ -80,9 +79,9 @@ def memory_estimate(
             checkpointing=training.gradient_checkpointing,
             momentum_rank=1,
         )
-        if (cell.model, method.trains) not in activations:
-            found = estimate(model, batch=training.micro_batch, **shared)
-            activations[cell.model, method.trains] = found.activations
+        key = (cell.model, method.trains, method.lora.get("use_dora"))
+        if key not in activations:
+            activations[key] = estimate(model, batch=training.micro_batch, **shared).activations
         with tempfile.TemporaryDirectory() as folder:
             args = sft_config(Path(folder), lr=1e-4, steps=1, batch_size=1, seed=0)
         optimizer = method.build(model, args, cell.entry.options)
@@ -105,7 +104,7 @@ def memory_estimate(
         gradients=sum(param.nbytes for param in params),
         state=state,
         temporaries=temporaries,
-        activations=activations[cell.model, method.trains],
+        activations=activations[key],
     )
 
 

@@ -99,9 +99,10 @@ class Cell:
         """All runs of the cell as far as can be said now."""
         if isinstance(self._rules, Paper) or self.best_rate(records) is not None:
             return len(self._names(records))
-        rates = self.suite.grid(self.entry, self._rules)
+        # A grid of one or two rates has its best one at an edge, whichever that is.
+        rates = max(len(self.suite.grid(self.entry, self._rules)), 3 if self._rules.extend else 0)
         reused = 0 if self.suite.answers else len(set(self._rules.seeds) & set(self._rules.tuning_seeds))
-        return len(rates) * len(self._rules.tuning_seeds) + len(self._rules.seeds) - reused
+        return rates * len(self._rules.tuning_seeds) + len(self._rules.seeds) - reused
 
 
 def loss_of(record: Mapping[str, Any] | None) -> float:
