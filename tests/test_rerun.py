@@ -1,5 +1,6 @@
 """The rerun: suites and plans as functions, results on disk under kills, intervals against scipy, and the smoke suite as a user runs it."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,6 @@ from scipy import stats
 
 from eval import methods
 from eval.methods import METHODS, Method
-from eval.rerun.__main__ import train
 from eval.rerun.dry_run import memory_estimate, plan_table
 from eval.rerun.intervals import Interval, interval, ranks
 from eval.rerun.models import load_base
@@ -28,6 +28,7 @@ from eval.rerun.report import summary, write_report
 from eval.rerun.store import Store
 from eval.rerun.suite import SUITES, Run, Training, load_suite, shifted
 from eval.rerun.training import Runner, held_bytes
+from eval.rerun.work import train
 from lorapre_peft import LoRAPreConfig
 
 ROOT = Path(__file__).parents[1]
@@ -320,6 +321,12 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, runne
     assert "Exploding, paper, lr 0.001, seed 0: out of memory (OutOfMemoryError: no room)" in text
     (good,) = [r for r in store.load().values() if r["status"] == "finished"]
     assert 0 <= good["metrics"]["accuracy"] <= 1
+
+
+def test_data_that_cannot_be_read_stops_the_suite_instead_of_failing_every_run(runner):
+    run = dataclasses.replace(make_run(), data={"source": "elsewhere"})
+    with pytest.raises(ValueError, match="data source 'elsewhere': expected one of generated, metamath"):
+        runner(run)
 
 
 def test_divergence_is_recorded(runner):

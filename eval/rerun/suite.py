@@ -143,12 +143,12 @@ def load_suite(name: str) -> Suite:
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
         raise ValueError(f"no suite {name!r}: expected one of {known}, or the path of a YAML file")
-    said = yaml.safe_load(path.read_text())
+    said = _numbers(yaml.safe_load(path.read_text()))
     try:
         methods = said.pop("methods")
-        said["training"] = _build(Training, said["training"])
+        said["training"] = Training(**said["training"])
         kinds = {"paper": Paper, "tuned": Tuned}
-        said["protocols"] = {kind: _build(kinds[kind], options) for kind, options in said["protocols"].items()}
+        said["protocols"] = {kind: kinds[kind](**options) for kind, options in said["protocols"].items()}
         suite = Suite(name=path.stem, entries=[_entry(item) for item in methods], **said)
         for tuned in suite.protocols.values():
             for entry in suite.entries if isinstance(tuned, Tuned) else []:
@@ -169,20 +169,16 @@ def _entry(item: str | dict[str, Any]) -> Entry:
     if name not in METHODS:
         raise ValueError(f"no method {name!r}: expected one of {', '.join(METHODS)}")
     label, rates = options.pop("label", METHODS[name].title), options.pop("rates", None)
-    return Entry(name, METHODS[name].merged(options), label, rates and [float(rate) for rate in rates])
+    return Entry(name, METHODS[name].merged(options), label, rates)
 
 
-def _build(kind: type, options: dict[str, Any]) -> Any:
-    """A dataclass from YAML, which reads 2e-5 as text."""
-
-    def number(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: number(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [number(item) for item in value]
-        try:
-            return float(value) if isinstance(value, str) else value
-        except ValueError:
-            return value
-
-    return kind(**number(options))
+def _numbers(value: Any) -> Any:
+    """What YAML has read, with 2e-5, which it takes for text, as a number."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

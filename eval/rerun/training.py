@@ -44,7 +44,8 @@ class Runner:
         self._splits: dict[str, Splits] = {}
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """The run's record. A failure of the run is one too; only what stops the process is raised."""
+        """The run's record. A failure of the run is one too; a model or data that cannot be read are raised."""
+        self._data(run), self.base(run.model)
         start = time.perf_counter()
         try:
             measured = self._train(run)
