@@ -391,7 +391,9 @@ def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):
         tmp_path,
         methods=["lora", "lorapre-adam", "mlorc"],
         step_seconds={"adapter": 30},
-        protocols={"tuned": {"rates": {"adapter": [1e-3], "weights": [1e-3]}, "tuning_seeds": [0], "seeds": [0]}},
+        protocols={
+            "tuned": {"rates": {"adapter": [1e-3], "weights": [1e-3]}, "tuning_seeds": [0], "seeds": [0], "extend": 0}
+        },
     )
     text = plan_table(cells(suite), {}, {"mlorc": "broken"})
     lora, pre, mlorc, total, _ = text.splitlines()[1:]

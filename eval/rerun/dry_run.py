@@ -26,7 +26,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
     configs: dict[str, PretrainedConfig] = {}
     activations: dict[tuple, int] = {}
     lines = [f"{'model':20}{'protocol':10}{'method':34}{'runs':>9}{'memory':>12}{'time left':>12}  rates"]
-    total = 0.0
+    total, unknown = 0.0, 0
     for cell in tqdm(cells, desc="plan"):
         head = f"{Path(cell.model).name[:19]:20}{cell.protocol:10}{cell.entry.label[:33]:34}"
         if cell.entry.method in skipped:
@@ -38,12 +38,14 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
         done = cell.done(records)
         seconds = seconds_per_run(cell, records)
         total += (expected - done) * (seconds or 0)
+        unknown += seconds is None and expected > done
         left = "–" if seconds is None else _duration((expected - done) * seconds)
         memory = memory_estimate(cell, configs[cell.model], activations)
         taken = "–" if memory is None else format_bytes(memory.total)
         rates = ", ".join(f"{lr:g}" for lr in cell.rates(records)) or f"{cell.best_rate(records):g}"
         lines.append(f"{head}{f'{done}/{expected}':>9}{taken:>12}{left:>12}  {rates}")
-    lines.append(f"time left in one process, without extensions of grids: {_duration(total)}")
+    note = f", and {unknown} rows of which no time is known" if unknown else ""
+    lines.append(f"time left in one process, without extensions of grids: {_duration(total)}{note}")
     lines.append(
         "memory: weights, gradients, optimizer state, its step's temporaries and activations of sequences of full length"
     )
