@@ -153,7 +153,8 @@ class Newton:
         Also what B' is to be multiplied by, [..., 1, 1], and B'ᵀB' after it, which this rule does not know: 1 and ``grams``.
         """
         step = (self._gain(average) * self.inverse(grams)).to(A.dtype)
-        return (step @ projected).add_(A, alpha=average.decay**0.5), A.new_ones(()), grams
+        # A product, no add(alpha=…): torch.compile (2.13) keeps the first alpha it sees.
+        return step @ projected + average.decay**0.5 * A, A.new_ones(()), grams
 
 
 class Als:

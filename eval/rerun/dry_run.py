@@ -1,0 +1,114 @@
+"""The plan of a suite with estimated memory and time, before anything is trained."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig
+
+from lorapre_peft.memory import AllocationTracker, MemoryEstimate, estimate
+from lorapre_peft.memory_models import meta_model
+from lorapre_peft.table import format_bytes
+from recipes.training import sft_config
+
+from .models import base_config
+from .plan import Cell, Records
+from .training import held_bytes
+
+
+def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) -> str:
+    """One line per cell: runs finished and expected, rates, memory of a training step, time for what is left."""
+    configs: dict[str, PretrainedConfig] = {}
+    activations: dict[tuple, int] = {}
+    lines = [f"{'model':20}{'protocol':10}{'method':34}{'runs':>9}{'memory':>12}{'time left':>12}  rates"]
+    total, unknown = 0.0, 0
+    for cell in tqdm(cells, desc="plan"):
+        head = f"{Path(cell.model).name[:19]:20}{cell.protocol:10}{cell.entry.label[:33]:34}"
+        if cell.entry.method in skipped:
+            lines.append(f"{head}  not run: {skipped[cell.entry.method]}")
+            continue
+        if cell.model not in configs:
+            configs[cell.model] = base_config(cell.model)
+        expected = cell.expected_runs(records)
+        done = cell.done(records)
+        seconds = seconds_per_run(cell, records)
+        total += (expected - done) * (seconds or 0)
+        unknown += seconds is None and expected > done
+        left = "–" if seconds is None else _duration((expected - done) * seconds)
+        memory = memory_estimate(cell, configs[cell.model], activations)
+        taken = "–" if memory is None else format_bytes(memory.total)
+        rates = ", ".join(f"{lr:g}" for lr in cell.rates(records)) or f"{cell.best_rate(records):g}"
+        lines.append(f"{head}{f'{done}/{expected}':>9}{taken:>12}{left:>12}  {rates}")
+    note = f", and {unknown} rows of which no time is known" if unknown else ""
+    lines.append(f"time left in one process, without extensions of grids: {_duration(total)}{note}")
+    lines.append(
+        "memory: weights, gradients, optimizer state, its step's temporaries and activations of sequences of full length"
+    )
+    return "\n".join(lines)
+
+
+def seconds_per_run(cell: Cell, records: Records) -> float | None:
+    """Median of the cell's finished runs, else the steps times what the suite expects of one, by method or by kind."""
+    own = cell.finished(records)
+    if own:
+        return statistics.median(record["total_seconds"] for record in own)
+    step = cell.suite.step_seconds.get(cell.entry.method, cell.suite.step_seconds.get(cell.method.trains))
+    return None if step is None else step * cell.suite.training.steps
+
+
+def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tuple, int]) -> MemoryEstimate | None:
+    """Bytes of a training step, by a step of the real optimizer on the meta device; None if it does not run there.
+
+    activations: of models as they are prepared, as far as they are known; filled in otherwise.
+    """
+    method, training = cell.method, cell.suite.training
+    dtype = getattr(torch, training.adapter_dtype if method.trains == "adapter" else training.weights_dtype)
+    model = meta_model(config, dtype)
+    try:
+        # A plain start: those that decompose weights or gradients need data, and take no other memory afterwards.
+        adapter = method.adapter_config(training.rank, cell.entry.options, model)
+        if adapter is not None:
+            adapter.init_lora_weights = True
+        model = method.attach(model, adapter)
+        shared = dict(
+            in_backward=False,
+            seq_len=training.max_length,
+            checkpointing=training.gradient_checkpointing,
+            momentum_rank=1,
+        )
+        key = (cell.model, method.trains, method.lora.get("use_dora"))
+        if key not in activations:
+            activations[key] = estimate(model, batch=training.micro_batch, **shared).activations
+        with tempfile.TemporaryDirectory() as folder:
+            args = sft_config(Path(folder), lr=1e-4, steps=1, batch_size=1, seed=0)
+        optimizer = method.build(model, args, cell.entry.options)
+        params = [param for param in model.parameters() if param.requires_grad]
+        if hasattr(optimizer, "param_state_bytes"):  # LoRA-Pre reads norms, which meta tensors do not have
+            rule = {name: cell.entry.options[name] for name in ("momentum_rank", "update_rule", "optimizer")}
+            found = estimate(model, batch=0, **(shared | rule))
+            state, temporaries = found.state, found.temporaries
+        else:
+            for param in params:
+                param.grad = torch.empty_like(param)
+            with torch.no_grad(), AllocationTracker() as tracker:
+                optimizer.step()
+            state = held_bytes(optimizer, model)
+            temporaries = max(0, tracker.peak_bytes - state)
+    except Exception:  # packages read values, which are not there
+        return None
+    return MemoryEstimate(
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        gradients=sum(param.nbytes for param in params),
+        state=state,
+        temporaries=temporaries,
+        activations=activations[key],
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"

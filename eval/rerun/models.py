@@ -1,0 +1,57 @@
+"""Base models of suites: those of the recipes, and a tiny random one for testing the machinery."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from lorapre_peft.memory_models import find_config
+from recipes.models import SMOLLM2, load_model
+
+RANDOM = "random"
+_RANDOM_CONFIG = LlamaConfig(
+    vocab_size=258,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=256,
+    eos_token_id=257,
+    bos_token_id=None,
+)
+
+
+def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """``"random"``, or what `recipes.models.load_model` takes: in float32 from the package, else in the checkpoint's dtype."""
+    if name == RANDOM:
+        return _random_model()
+    return load_model(name, torch.float32 if name == SMOLLM2 else "auto")
+
+
+def base_config(name: str) -> PretrainedConfig:
+    """The shapes of a suite's model; its weights are read for them only where nothing else says them."""
+    if name == RANDOM:
+        return _RANDOM_CONFIG
+    return load_model(name)[0].config if name == SMOLLM2 else find_config(name)[0]
+
+
+def _random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Llama of 30,000 weights, always the same ones, and a tokenizer of one token per byte."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(_RANDOM_CONFIG)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<pad>", "</s>"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return model, PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")

@@ -1,0 +1,123 @@
+"""Which runs a suite still needs: the two protocols, as functions of what has finished."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eval.methods import METHODS, Method
+
+from .suite import Entry, Paper, Run, Suite, Tuned, shifted
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, one protocol and one method: a row of the table, and all runs behind it."""
+
+    suite: Suite
+    model: str
+    protocol: str
+    entry: Entry
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.entry.method]
+
+    @property
+    def _rules(self) -> Paper | Tuned:
+        return self.suite.protocols[self.protocol]
+
+    def pending(self, records: Records) -> list[Run]:
+        """The runs that can start now. More may follow once they are finished; an empty list says that the cell is complete."""
+        tuning = [run for run in self.tuning_runs(records) if run.name not in records]
+        return tuning or [run for run in self.final_runs(records) if run.name not in records]
+
+    def tuning_runs(self, records: Records) -> list[Run]:
+        return [run for lr in self.rates(records) for run in self._tuning(lr)]
+
+    def final_runs(self, records: Records) -> list[Run]:
+        """The runs of the table's number; none before the best rate is known, nor where no rate trains."""
+        lr = self.best_rate(records)
+        if lr is None:
+            return []
+        return [self.suite.run(self.model, self.entry, lr, seed, self.suite.answers) for seed in self._rules.seeds]
+
+    def _tuning(self, lr: float) -> list[Run]:
+        return [self.suite.run(self.model, self.entry, lr, seed) for seed in self._rules.tuning_seeds]
+
+    def finished(self, records: Records) -> list[Mapping[str, Any]]:
+        """Records of the cell's runs that trained to the end."""
+        return [records[name] for name in self._names(records) if records.get(name, {}).get("status") == "finished"]
+
+    def done(self, records: Records) -> int:
+        """How many of the cell's runs have a record."""
+        return sum(name in records for name in self._names(records))
+
+    def _names(self, records: Records) -> list[str]:
+        """Of all runs as far as they are known; a run may be of both stages."""
+        return list(dict.fromkeys(run.name for run in (*self.tuning_runs(records), *self.final_runs(records))))
+
+    def rates(self, records: Records) -> list[float]:
+        """The grid, extended where its best rate lay at an edge. Under the paper's protocol there is none."""
+        if isinstance(self._rules, Paper):
+            return []
+        rates = self.suite.grid(self.entry, self._rules)
+        for _ in range(self._rules.extend):
+            best = self._best(rates, records)
+            if best is None or rates[0] < best < rates[-1]:
+                break
+            rates = sorted([*rates, shifted(best, 1 if best == rates[-1] else -1)])
+        return rates
+
+    def best_rate(self, records: Records) -> float | None:
+        if isinstance(self._rules, Paper):
+            return self._rules.lr
+        return self._best(self.rates(records), records)
+
+    def at_edge(self, records: Records) -> bool:
+        """Whether the best rate lies at the edge of the grid even after its extensions."""
+        rates, best = self.rates(records), self.best_rate(records)
+        return bool(rates) and best in (rates[0], rates[-1])
+
+    def validation_loss(self, lr: float, records: Records) -> float:
+        """Mean over the tuning seeds; infinite if one of them failed or is missing."""
+        losses = [loss_of(records.get(run.name)) for run in self._tuning(lr)]
+        return sum(losses) / len(losses)
+
+    def _best(self, rates: list[float], records: Records) -> float | None:
+        """The rate with the lowest loss, once all are finished; None before, and if none trains."""
+        if any(run.name not in records for lr in rates for run in self._tuning(lr)):
+            return None
+        best = min(rates, key=lambda lr: self.validation_loss(lr, records))
+        return best if math.isfinite(self.validation_loss(best, records)) else None
+
+    def expected_runs(self, records: Records) -> int:
+        """All runs of the cell as far as can be said now."""
+        if isinstance(self._rules, Paper) or self.best_rate(records) is not None:
+            return len(self._names(records))
+        # A grid of one or two rates has its best one at an edge, whichever that is.
+        rates = max(len(self.suite.grid(self.entry, self._rules)), 3 if self._rules.extend else 0)
+        reused = 0 if self.suite.answers else len(set(self._rules.seeds) & set(self._rules.tuning_seeds))
+        return rates * len(self._rules.tuning_seeds) + len(self._rules.seeds) - reused
+
+
+def loss_of(record: Mapping[str, Any] | None) -> float:
+    """The validation loss of a finished run; infinite if it failed."""
+    loss = record and record["metrics"].get("validation_loss")
+    return math.inf if loss is None else loss
+
+
+def cells(suite: Suite, shard: tuple[int, int] = (0, 1)) -> list[Cell]:
+    """A suite's cells, or the i-th of n parts of them. A cell's runs depend on one another, so that cells are what is spread."""
+    made = [
+        Cell(suite, model, protocol, entry)
+        for model in suite.models
+        for protocol in suite.protocols
+        for entry in suite.entries
+    ]
+    index, count = shard
+    return made[index::count]

@@ -1,0 +1,96 @@
+"""The plots of a report. Each returns whether there was anything to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from .suite import Suite, higher_is_better
+
+KINDS = {"adapter": "adapters", "weights": "weights"}
+_MARKERS = "os^Dvp*X"
+
+
+def losses(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Training loss over the steps at each method's rate, mean over seeds."""
+
+    def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
+        axis.plot(row["curve"]["step"], row["curve"]["loss"], label=row["label"], **(style | {"marker": None}))
+
+    shown = [row for row in rows if "curve" in row]
+    return _panels(shown, path, draw, xlabel="step", ylabel="training loss (nats per token)")
+
+
+def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Validation loss over the learning rate; rates at which a run failed are left out."""
+
+    def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
+        points = [(float(rate), loss) for rate, loss in row["rates"].items() if loss is not None]
+        axis.plot(*zip(*points), label=row["label"], **style)
+        axis.set_xscale("log")
+
+    shown = [row for row in rows if any(loss is not None for loss in row["rates"].values())]
+    return _panels(shown, path, draw, xlabel="learning rate", ylabel="validation loss")
+
+
+def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """The primary metric over memory: the measured peak on a GPU, else what weights, gradients and state take."""
+    shown = [row for row in rows if suite.primary in row["metrics"]]
+    measured = bool(shown) and all(row["peak_of"].startswith("tensors on") for row in shown)
+    parts = ("peak_bytes",) if measured else ("weights_bytes", "gradient_bytes", "state_bytes")
+    label = "peak memory (GB)" if measured else "weights + gradients + optimizer state (GB)"
+    return _tradeoff(suite, shown, path, lambda row: sum(row[part] for part in parts) / 1e9, label)
+
+
+def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """The primary metric over the time of training."""
+    shown = [row for row in rows if suite.primary in row["metrics"]]
+    return _tradeoff(suite, shown, path, lambda row: row["train_seconds"], "training time (s)")
+
+
+def _tradeoff(suite: Suite, rows: Sequence[dict[str, Any]], path: Path, x: Any, xlabel: str) -> bool:
+    def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
+        found = row["metrics"][suite.primary]
+        style = {name: value for name, value in style.items() if name != "linestyle"}
+        axis.errorbar(
+            x(row), found["mean"], yerr=found["half_width"], label=row["label"], linestyle="none", capsize=2, **style
+        )
+
+    better = "higher" if higher_is_better(suite.primary) else "lower"
+    return _panels(rows, path, draw, xlabel=xlabel, ylabel=f"{suite.primary.replace('_', ' ')} ({better} is better)")
+
+
+def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: str, ylabel: str) -> bool:
+    """One column for adapters and one for weights, one line of panels per model and protocol."""
+    if not rows:
+        return False
+    groups = list(dict.fromkeys((row["model"], row["protocol"]) for row in rows))
+    kinds = [kind for kind in KINDS if any(row["trains"] == kind for row in rows)]
+    figure, axes = plt.subplots(
+        len(groups), len(kinds), figsize=(7.5 * len(kinds), 4.8 * len(groups)), layout="constrained", squeeze=False
+    )
+    for line, (model, protocol) in zip(axes, groups):
+        for axis, kind in zip(line, kinds):
+            shown = [r for r in rows if (r["model"], r["protocol"], r["trains"]) == (model, protocol, kind)]
+            for i, row in enumerate(shown):
+                style = dict(
+                    color=f"C{i % 10}", marker=_MARKERS[i % len(_MARKERS)], linestyle=("-", "--", ":")[i // 10 % 3]
+                )
+                draw(axis, row, style | {"markersize": 5})
+            axis.set(xlabel=xlabel, ylabel=ylabel, title=f"{model}, {protocol}: {KINDS[kind]}")
+            axis.grid(alpha=0.3)
+            if shown:
+                axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+PLOTS = {"losses.png": losses, "sensitivity.png": sensitivity, "memory.png": memory, "time.png": duration}

@@ -1,0 +1,225 @@
+"""What a suite found: rows with intervals, as JSON, and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lorapre_peft.table import format_bytes
+
+from .intervals import interval, ranks
+from .plan import Cell, Records
+from .plots import PLOTS
+from .store import write_atomically
+from .suite import Suite, higher_is_better
+
+
+def write_report(suite: Suite, cells: list[Cell], records: Records, skipped: Mapping[str, str], folder: Path) -> str:
+    """``report.json``, ``report.md`` and the plots, in the suite's folder; returns the Markdown."""
+    rows = [summary(cell, records, skipped) for cell in cells]
+    for group in _groups(rows):
+        _rank(group, suite.primary)
+    plots = [name for name, plot in PLOTS.items() if plot(suite, rows, folder / name)]
+    text = markdown(suite, rows, _surroundings(cells, records), plots)
+    write_atomically(folder / "report.json", json.dumps({"suite": asdict(suite), "rows": rows}, indent=1))
+    write_atomically(folder / "report.md", text)
+    return text
+
+
+def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[str, Any]:
+    """A row: what its final runs measured, at which rate and how that was found, what failed, and what is missing."""
+    final = [records[run.name] for run in cell.final_runs(records) if run.name in records]
+    runs = {run.name for run in (*cell.tuning_runs(records), *cell.final_runs(records)) if run.name in records}
+    good = [record for record in final if record["status"] == "finished"]
+    rates = {f"{lr:g}": cell.validation_loss(lr, records) for lr in cell.rates(records)}
+    lr = cell.best_rate(records)
+    row: dict[str, Any] = {
+        "model": cell.model,
+        "protocol": cell.protocol,
+        "label": cell.entry.label,
+        "method": cell.entry.method,
+        "options": cell.entry.options,
+        "trains": cell.method.trains,
+        "lr": lr,
+        "at_edge": cell.at_edge(records),
+        "rates": {rate: loss if math.isfinite(loss) else None for rate, loss in rates.items()},
+        "pending": 0 if cell.entry.method in skipped and not runs else len(cell.pending(records)),
+        "failures": _failures(records[name] for name in sorted(runs)),
+        "not_run": skipped.get(cell.entry.method) if not runs else None,
+        "published": cell.suite.published.get(cell.model, {}).get(cell.entry.label, {}),
+        "metrics": {},
+    }
+    for metric in cell.suite.metrics:
+        values = [r["metrics"][metric] for r in good if r["metrics"].get(metric) is not None]
+        if values:
+            found = interval(values)
+            half_width = found.half_width if math.isfinite(found.half_width) else None
+            row["metrics"][metric] = {"mean": found.mean, "half_width": half_width, "values": values}
+    if good:
+        row |= {
+            name: good[0][name] for name in ("optimizer", "weights_bytes", "gradient_bytes", "state_bytes", "peak_of")
+        }
+        row |= {
+            name: statistics.median(r[name] for r in good)
+            for name in ("peak_bytes", "train_seconds", "optimizer_seconds_per_step")
+        }
+        losses = zip(*(r["log"]["loss"] for r in good))
+        row["curve"] = {"step": good[0]["log"]["step"], "loss": [statistics.fmean(column) for column in losses]}
+    return row
+
+
+def _failures(records: Any) -> list[str]:
+    return [
+        f"lr {r['run']['lr']:g}, seed {r['run']['seed']}: {r['status']}" + (f" ({r['error']})" if "error" in r else "")
+        for r in records
+        if r["status"] != "finished"
+    ]
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows that one table compares: of one model under one protocol."""
+    keys = dict.fromkeys((row["model"], row["protocol"]) for row in rows)
+    return [[row for row in rows if (row["model"], row["protocol"]) == key] for key in keys]
+
+
+def _rank(rows: list[dict[str, Any]], metric: str) -> None:
+    """Add each row's possible places, among the rows with at least two runs."""
+    measured = [row for row in rows if len(row["metrics"].get(metric, {}).get("values", [])) > 1]
+    intervals = [interval(row["metrics"][metric]["values"]) for row in measured]
+    for row, places in zip(measured, ranks(intervals, higher_is_better=higher_is_better(metric))):
+        row["places"] = places
+
+
+def _surroundings(cells: list[Cell], records: Records) -> list[dict[str, Any]]:
+    """The different machines, versions and commands behind the runs."""
+    used = [record["environment"] for cell in cells for record in cell.finished(records)]
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(found, sort_keys=True) for found in used)]
+
+
+def markdown(
+    suite: Suite, rows: Sequence[dict[str, Any]], surroundings: Sequence[dict[str, Any]], plots: Sequence[str]
+) -> str:
+    training = suite.training
+    lines = [
+        f"# {suite.name}",
+        "",
+        f"{suite.description}. {training.steps} steps of {training.batch_size} sequences, rank {training.rank}, cosine schedule.",
+        "",
+        "Cells: mean over seeds ± half the width of the 95 % t interval. *Place*: among the rows of a table, by "
+        f"{_title(suite.primary)}; a range, because one row counts as before another only where their intervals do not touch. "
+        "Each interval holds for itself: of twenty, one may miss.",
+    ]
+    for group in _groups(rows):
+        lines += ["", f"## {group[0]['model']}, protocol `{group[0]['protocol']}`", "", *_table(suite, group)]
+        lines += _claims(suite, group)
+    pending = sum(row["pending"] for row in rows)
+    if pending:
+        lines += ["", f"**Not complete**: at least {pending} runs are missing."]
+    missing = [row for row in rows if row["not_run"]]
+    if missing:
+        reasons = dict.fromkeys(f"* {row['label']}: {row['not_run']}" for row in missing)
+        lines += ["", "Methods that do not run today:", "", *reasons]
+    failed = [f"* {row['label']}, {row['protocol']}, {failure}" for row in rows for failure in row["failures"]]
+    if failed:
+        lines += ["", "Runs that failed:", "", *failed]
+    for name in plots:
+        lines += ["", f"![{name.removesuffix('.png')}]({name})"]
+    lines += ["", "Made by:", ""]
+    for found in surroundings:
+        versions = ", ".join(f"{name} {number}" for name, number in found.get("versions", {}).items())
+        lines.append(
+            f"* `{found.get('command')}` at {found.get('commit')}; {found.get('machine')}, {found.get('device')}; {versions}"
+        )
+    packages = sorted({row["package"] for row in rows if row.get("package")})
+    if packages:
+        lines.append(f"* Packages of methods: {', '.join(packages)}")
+    return "\n".join(lines) + "\n"
+
+
+def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
+    published = [m for m in suite.metrics if any(m in row["published"] for row in rows)]
+    heads = ["method", "trains", "lr"]
+    for metric in suite.metrics:
+        heads += [_title(metric)] + ([f"{_title(metric)}, paper"] if metric in published else [])
+    heads += ["place", "state", "weights + gradients + state", "peak", "optimizer, ms/step", "training, s"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in sorted(rows, key=lambda row: _order(row, suite.primary)):
+        cells = [row["label"], row["trains"], _rate(row)]
+        for metric in suite.metrics:
+            cells.append(_cell(row["metrics"].get(metric), metric))
+            if metric in published:
+                cells.append(f"{row['published'][metric]:.2f} %" if metric in row["published"] else "–")
+        places = row.get("places")
+        cells.append(
+            "–" if places is None else f"{places[0]}" if places[0] == places[1] else f"{places[0]}–{places[1]}"
+        )
+        if "state_bytes" in row:
+            held = row["weights_bytes"] + row["gradient_bytes"] + row["state_bytes"]
+            cells += [format_bytes(row["state_bytes"]), format_bytes(held), format_bytes(row["peak_bytes"])]
+            cells += [f"{1000 * row['optimizer_seconds_per_step']:.0f}", f"{row['train_seconds']:.0f}"]
+        else:
+            cells += ["–"] * 5
+        lines.append(f"| {' | '.join(cells)} |")
+    peaks = sorted({row["peak_of"] for row in rows if "peak_of" in row})
+    notes = [f"peak: {', '.join(peaks)}"] if peaks else []
+    if published:
+        notes.append(f"paper: {suite.published_source}")
+    if any(row["at_edge"] for row in rows):
+        notes.append("(edge): the best rate lies at the edge of its grid; a better one may lie beyond")
+    return [*lines, "", *(f"{note}." for note in notes)]
+
+
+def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Which rows are before all others of their kind, and which cannot be told from the first."""
+    lines = []
+    for kind in ("adapter", "weights"):
+        ranked = [row for row in rows if row["trains"] == kind and "places" in row]
+        if len(ranked) < 2:
+            continue
+        ranked.sort(key=lambda row: _order(row, suite.primary))
+        intervals = [interval(row["metrics"][suite.primary]["values"]) for row in ranked]
+        own = ranks(intervals, higher_is_better=higher_is_better(suite.primary))
+        tied = [row["label"] for row, places in zip(ranked, own) if places[0] == 1]
+        behind = len(ranked) - len(tied)
+        lines += [
+            "",
+            f"Trains {kind}: "
+            + (
+                f"{tied[0]} is first."
+                if len(tied) == 1
+                else f"the intervals of {', '.join(tied)} do not tell which is first."
+            )
+            + (f" {behind} of {len(ranked)} are behind at least one of the others." if behind else ""),
+        ]
+    return lines
+
+
+def _order(row: dict[str, Any], metric: str) -> float:
+    found = row["metrics"].get(metric)
+    if not found:
+        return math.inf
+    return -found["mean"] if higher_is_better(metric) else found["mean"]
+
+
+def _rate(row: dict[str, Any]) -> str:
+    if row["lr"] is None:
+        return "not run" if row["not_run"] else "pending" if row["pending"] else "none trains"
+    return f"{row['lr']:g}" + (" (edge)" if row["at_edge"] else "")
+
+
+def _cell(found: dict[str, Any] | None, metric: str) -> str:
+    if found is None:
+        return "–"
+    scale, digits, unit = (100, 2, " %") if higher_is_better(metric) else (1, 4, "")
+    spread = "?" if found["half_width"] is None else f"{scale * found['half_width']:.{digits}f}"
+    n = len(found["values"])
+    return f"{scale * found['mean']:.{digits}f} ± {spread}{unit} (n={n})"
+
+
+def _title(metric: str) -> str:
+    return {"gsm8k": "GSM8K", "math500": "MATH-500"}.get(metric, metric.replace("_", " "))

@@ -1,0 +1,130 @@
+"""Results on disk: one JSON file per run, written whole or not at all, and claims so that no two processes do the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .suite import Run
+
+HEARTBEAT_SECONDS = 30
+STALE_SECONDS = 600  # twenty heartbeats: a machine that swaps may miss several
+
+
+class Store:
+    """The results of a suite in a folder, which machines may share.
+
+    ``records/NAME.json`` are the finished runs, failed ones included: whoever finds one there does not repeat it, so that
+    files from another machine or from git can be put there. ``claims/`` holds a file per run in progress. It counts as
+    abandoned when its process is gone (same host) or has not touched it for ten minutes (another host, by the file
+    system's own clock).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records = folder / "records"
+        self.claims = folder / "claims"
+        for path in (self.records, self.claims):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> dict[str, dict[str, Any]]:
+        """All finished runs by name."""
+        return {path.stem: json.loads(path.read_text()) for path in sorted(self.records.glob("*.json"))}
+
+    def done(self, run: Run) -> bool:
+        return (self.records / f"{run.name}.json").exists()
+
+    def save(self, run: Run, record: dict[str, Any]) -> None:
+        write_atomically(self.records / f"{run.name}.json", json.dumps(record, indent=1, allow_nan=False))
+
+    @contextlib.contextmanager
+    def claim(self, run: Run) -> Iterator[bool]:
+        """Whether the run is this process's to do, for as long as the block lasts."""
+        path = self.claims / run.name
+        if not (self._take(path) or (self._abandoned(path) and self._release(path) and self._take(path))):
+            yield False
+            return
+        finished = threading.Event()
+        threading.Thread(target=_beat, args=(path, finished), daemon=True).start()
+        try:
+            yield not self.done(run)  # it may have been finished between the look and the claim
+        finally:
+            finished.set()
+            path.unlink(missing_ok=True)
+
+    def _take(self, path: Path) -> bool:
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as file:
+            file.write(f"{socket.gethostname()} {os.getpid()}")
+        return True
+
+    def _abandoned(self, path: Path) -> bool:
+        try:
+            host, _, pid = path.read_text().partition(" ")
+            age = self._now() - path.stat().st_mtime
+        except FileNotFoundError:
+            return False  # its owner has just finished
+        if host == socket.gethostname() and pid.isdigit():
+            return not _alive(int(pid))
+        return age > STALE_SECONDS
+
+    def _now(self) -> float:
+        """The file system's time, which clocks of several machines need not agree with."""
+        probe = self.claims / f".{uuid.uuid4().hex}"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now
+
+    def _release(self, path: Path) -> bool:
+        """Remove an abandoned claim; False if another process was faster.
+
+        By renaming, which only one can do. Should the other one have claimed the run anew in the meantime, both do it, and
+        write the same result.
+        """
+        grave = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            path.rename(grave)
+        except FileNotFoundError:
+            return False
+        grave.unlink()
+        return True
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that readers find the old one or the new one, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _beat(path: Path, finished: threading.Event) -> None:
+    while not finished.wait(HEARTBEAT_SECONDS):
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)

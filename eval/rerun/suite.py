@@ -1,0 +1,184 @@
+"""What a suite file says, and the runs that it declares."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.methods import METHODS
+
+SUITES = Path(__file__).parents[1] / "suites"
+_STEPS = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every run of a suite trains, whatever its method.
+
+    batch_size: sequences per optimizer step, in forward passes of micro_batch. adapter_dtype: of the frozen base under an
+    adapter, whose own weights are float32. weights_dtype: of trained weights. bf16: products in bfloat16.
+    """
+
+    steps: int
+    batch_size: int = 4
+    micro_batch: int = 4
+    max_length: int = 512
+    rank: int = 8
+    adapter_dtype: str = "bfloat16"
+    weights_dtype: str = "float32"
+    bf16: bool = True
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and what is measured after it: everything that its result depends on, and nothing else.
+
+    answers: how many test problems are answered by greedy generation; 0 for none.
+    """
+
+    model: str
+    data: dict[str, Any]
+    training: Training
+    method: str
+    options: dict[str, Any]
+    lr: float
+    seed: int
+    answers: int = 0
+
+    @property
+    def declaration(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def name(self) -> str:
+        """Readable, and unique by a hash of the declaration: the same run has the same name in every suite and on every machine."""
+        canonical = json.dumps(self.declaration, sort_keys=True)
+        return f"{self.method}_lr{self.lr:g}_seed{self.seed}_{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Every method at the one learning rate of the paper's Table 2."""
+
+    lr: float
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Every method at its own best rate of a grid on the validation split, then seeds at that rate.
+
+    rates: AdamW's grid per kind, ``adapter`` and ``weights``, of the series 1, 2, 5, 10, …; a method's own grid lies
+    `Method.rate_shift` places above. extend: how often a grid whose best rate lies at its edge is extended by a rate.
+    """
+
+    rates: dict[str, list[float]]
+    tuning_seeds: list[int]
+    seeds: list[int]
+    extend: int = 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row that a suite asks for: a method with options, under a label. rates: its own grid instead of the shifted one."""
+
+    method: str
+    options: dict[str, Any]
+    label: str
+    rates: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite file. primary: the metric of rankings and plots. published: the paper's numbers, by model, label and metric.
+
+    step_seconds: of a training step per kind, measured on the named machine, for the plan before anything has run.
+    """
+
+    name: str
+    description: str
+    models: list[str]
+    data: dict[str, Any]
+    training: Training
+    entries: list[Entry]
+    protocols: dict[str, Paper | Tuned]
+    primary: str = "test_loss"
+    metrics: list[str] = field(default_factory=lambda: ["test_loss"])
+    answers: int = 0
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    published: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    published_source: str = ""
+
+    def run(self, model: str, entry: Entry, lr: float, seed: int, answers: int = 0) -> Run:
+        return Run(model, self.data, self.training, entry.method, entry.options, lr, seed, answers)
+
+    def grid(self, entry: Entry, tuned: Tuned) -> list[float]:
+        method = METHODS[entry.method]
+        return sorted(entry.rates or [shifted(rate, method.rate_shift) for rate in tuned.rates[method.trains]])
+
+
+def higher_is_better(metric: str) -> bool:
+    return not metric.endswith("loss")
+
+
+def shifted(rate: float, places: int) -> float:
+    """The rate so many places further on the series …, 1, 2, 5, 10, 20, …; ValueError for one that is not on it."""
+    digits, _, exponent = f"{rate:.6e}".partition("e")
+    if float(digits) not in _STEPS:
+        raise ValueError(f"learning rate {rate:g}: expected one of the series 1, 2, 5, 10, … such as 2e-4")
+    decades, step = divmod(_STEPS.index(int(float(digits))) + places, len(_STEPS))
+    return float(f"{_STEPS[step]}e{int(exponent) + decades}")
+
+
+def load_suite(name: str) -> Suite:
+    """A suite of ``eval/suites`` by its name, or a file. Raises ValueError for a file that does not say what a suite must."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
+        raise ValueError(f"no suite {name!r}: expected one of {known}, or the path of a YAML file")
+    said = _numbers(yaml.safe_load(path.read_text()))
+    try:
+        methods = said.pop("methods")
+        said["training"] = Training(**said["training"])
+        kinds = {"paper": Paper, "tuned": Tuned}
+        said["protocols"] = {kind: kinds[kind](**options) for kind, options in said["protocols"].items()}
+        suite = Suite(name=path.stem, entries=[_entry(item) for item in methods], **said)
+        for tuned in suite.protocols.values():
+            for entry in suite.entries if isinstance(tuned, Tuned) else []:
+                suite.grid(entry, tuned)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    labels = [entry.label for entry in suite.entries]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"{path}: two rows are called {', '.join(twice)}: give one of them a label")
+    return suite
+
+
+def _entry(item: str | dict[str, Any]) -> Entry:
+    """A method's name, or a mapping of ``method``, and perhaps ``label``, ``rates`` and the method's options."""
+    options = {"method": item} if isinstance(item, str) else dict(item)
+    name = options.pop("method")
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}: expected one of {', '.join(METHODS)}")
+    label, rates = options.pop("label", METHODS[name].title), options.pop("rates", None)
+    return Entry(name, METHODS[name].merged(options), label, rates)
+
+
+def _numbers(value: Any) -> Any:
+    """What YAML has read, with 2e-5, which it takes for text, as a number."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

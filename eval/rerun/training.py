@@ -1,0 +1,259 @@
+"""One run: the model as its method wants it, TRL's SFTTrainer, and what is measured afterwards."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import math
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy
+import psutil
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from eval.exact_match import generate
+from eval.methods import METHODS
+from lorapre_peft.memory import measure
+from recipes.training import OptimizerTimer, sft_config
+
+from .data import Splits, load_splits
+from .models import load_base
+from .suite import Run
+
+
+class Runner:
+    """Trains runs one after another, keeping what they share: the base models and the data.
+
+    surroundings: written into every record, as `recipes.training.environment` gives them.
+    """
+
+    def __init__(self, surroundings: dict[str, Any]) -> None:
+        self._surroundings = surroundings
+        self._bases: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+        self._splits: dict[str, Splits] = {}
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """The run's record. A failure of the run is one too; a model or data that cannot be read are raised."""
+        self._data(run), self.base(run.model)
+        start = time.perf_counter()
+        try:
+            measured = self._train(run)
+            diverged = not math.isfinite(measured["metrics"]["validation_loss"])
+            status = {"status": "diverged" if diverged else "finished"}
+        except Exception as error:  # whatever a method's package raises belongs in the table
+            status = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                status["status"] = "out of memory"
+            measured = {"metrics": {}}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        record = {
+            "run": run.declaration,
+            "package": METHODS[run.method].installed,
+            **status,
+            **measured,
+            "total_seconds": time.perf_counter() - start,
+        }
+        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return _finite({**record, "created_at": created, "environment": self._surroundings})
+
+    def base(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The pristine model, kept in the main memory and copied for each run."""
+        if name not in self._bases:
+            self._bases = {name: load_base(name)}  # one at a time
+        return self._bases[name]
+
+    def _data(self, run: Run) -> Splits:
+        rows = run.training.steps * run.training.batch_size
+        key = f"{run.data} {run.seed} {rows}"
+        if key not in self._splits:
+            self._splits[key] = load_splits(run.data, rows, run.seed)
+        return self._splits[key]
+
+    def _train(self, run: Run) -> dict[str, Any]:
+        method, training = METHODS[run.method], run.training
+        splits = self._data(run)
+        base, tokenizer = self.base(run.model)
+        dtype = getattr(torch, training.adapter_dtype if method.trains == "adapter" else training.weights_dtype)
+        set_seed(run.seed)
+        model = copy.deepcopy(base).to(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+        first_batch = splits.train.select(range(training.batch_size))
+        accumulate_gradients = functools.partial(_accumulate_gradients, model, tokenizer, first_batch)
+        model = method.prepare(model, training.rank, run.options, accumulate_gradients)
+        with tempfile.TemporaryDirectory() as folder:
+            args = sft_config(
+                Path(folder),
+                lr=run.lr,
+                steps=training.steps,
+                batch_size=training.micro_batch,
+                gradient_accumulation_steps=training.batch_size // training.micro_batch,
+                gradient_checkpointing=training.gradient_checkpointing,
+                max_length=training.max_length,
+                seed=run.seed,
+                bf16=training.bf16,
+                save_strategy="no",
+            )
+            timer, memory_log = OptimizerTimer(), MemoryLog()
+            trainer = (SecondOrderTrainer if method.second_order else SFTTrainer)(
+                model,
+                args,
+                train_dataset=splits.train,
+                eval_dataset={"validation": splits.validation, "test": splits.test},
+                processing_class=tokenizer,
+                optimizer_cls_and_kwargs=(_factory(method.build), {"args": args, "options": run.options}),
+                callbacks=[timer, memory_log],
+            )
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(Progress())
+            start = time.perf_counter()
+            with measure() as memory:
+                trainer.train()
+            seconds = time.perf_counter() - start
+            losses = trainer.evaluate()
+        params = [param for param in model.parameters() if param.requires_grad]
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        measured = {
+            "metrics": {"validation_loss": losses["eval_validation_loss"], "test_loss": losses["eval_test_loss"]},
+            "optimizer": type(trainer.optimizer.optimizer).__name__,
+            "weights_bytes": sum(param.nbytes for param in model.parameters()),
+            "gradient_bytes": sum(param.nbytes for param in params),
+            "state_bytes": held_bytes(trainer.optimizer.optimizer, model),
+            "peak_bytes": memory.peak_bytes,
+            "peak_of": memory.what,
+            "memory": memory_log.summary(),
+            "trained_parameters": sum(param.numel() for param in params),
+            "parameters": sum(param.numel() for param in model.parameters()),
+            "tokens": log[-1].get("num_tokens"),
+            "train_seconds": seconds,
+            "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds),
+            "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
+        }
+        measured["metrics"] |= self._answers(run, model, tokenizer, splits)  # last: it takes the adapter apart
+        return measured
+
+    def _answers(
+        self, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Splits
+    ) -> dict[str, float]:
+        """Shares of right answers, per set of problems that the data has, over the first ``run.answers`` of each."""
+        if not run.answers:
+            return {}
+        # As in the quickstart: merged and in float32, generation is several times faster on a CPU.
+        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        model = model.float() if model.device.type == "cpu" else model
+        found = {}
+        for name, problems in splits.problems.items():
+            asked = problems.rows.select(range(min(run.answers, len(problems.rows))))
+            completions = generate(
+                model,
+                tokenizer,
+                asked["prompt"],
+                max_new_tokens=problems.max_new_tokens,
+                batch_size=64,
+                progress=f"answers, {name}",
+            )
+            found[name] = problems.score(completions, asked["answer"])
+        return found
+
+
+def _factory(build: Any) -> Any:
+    """What Trainer takes for an optimizer that is built from the model: it calls ``factory()(model, **kwargs)``."""
+    return lambda: build
+
+
+def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
+    """A backward pass of the completions' loss for each row."""
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids.to(model.device)
+        labels = ids.clone()
+        labels[:, : len(tokenizer(row["prompt"]).input_ids)] = -100
+        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+
+
+class Progress(ProgressCallback):
+    """Trainer's bar without its log lines: the losses are in the record."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class MemoryLog(TrainerCallback):
+    """Memory after each step: what PyTorch has reserved on the GPU, else the process's resident memory, in bytes."""
+
+    def __init__(self) -> None:
+        self._bytes: list[int] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        cuda = torch.cuda.is_available()
+        self._bytes.append(torch.cuda.memory_reserved() if cuda else psutil.Process().memory_info().rss)
+
+    def summary(self) -> dict[str, int]:
+        found = {
+            "mean": numpy.mean(self._bytes),
+            "max": max(self._bytes),
+            "percentile_99": numpy.percentile(self._bytes, 99),
+        }
+        return {name: int(value) for name, value in found.items()}
+
+
+class SecondOrderTrainer(SFTTrainer):
+    """Keeps the graph of the gradients, for optimizers that differentiate them.
+
+    Neither the fused attention kernels have one, nor TRL's own loss, which is the same number computed in chunks.
+    """
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.accelerator.backward = functools.partial(self.accelerator.backward, create_graph=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().train(*args, **kwargs)
+
+
+def held_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
+    """Bytes of all tensors that an optimizer holds beside parameters and gradients, wherever it keeps them.
+
+    Some keep projectors as objects in their state, or their state outside ``optimizer.state``.
+    """
+    known = {id(param) for param in model.parameters()} | {id(param.grad) for param in model.parameters()}
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    left: list[Any] = [vars(optimizer)]
+    while left:
+        item = left.pop()
+        if id(item) in seen or id(item) in known or isinstance(item, (nn.Module, type)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            sizes[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            left += item
+        elif isinstance(item, torch.optim.Optimizer) or type(item).__module__.partition(".")[0] not in (
+            "builtins",
+            "torch",
+        ):
+            left += vars(item).values() if hasattr(item, "__dict__") and not callable(item) else []
+    return sum(sizes.values())
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,68 @@
+"""Doing the runs of a suite: one after another, and in several processes that share them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from tqdm.auto import tqdm
+
+from .plan import Cell
+from .store import Store
+from .training import Runner
+
+WAIT_SECONDS = 5
+
+
+def train(part: list[Cell], store: Store, surroundings: dict[str, Any]) -> None:
+    """Do the runs of these cells that nobody has done or is doing, and wait for those that others do, until none is left."""
+    disable_progress_bars()  # of each run's tokenization
+    runner = Runner(surroundings)
+    with tqdm(desc="runs", unit="run") as progress:
+        while True:
+            records = store.load()
+            progress.total = sum(cell.expected_runs(records) for cell in part)
+            progress.n = sum(cell.done(records) for cell in part)
+            progress.refresh()
+            pending = [run for cell in part for run in cell.pending(records)]
+            if not pending:
+                return
+            for run in pending:
+                with store.claim(run) as mine:
+                    if mine:
+                        progress.set_postfix_str(f"{run.method}, lr {run.lr:g}, seed {run.seed}")
+                        store.save(run, runner(run))
+                        break  # what is pending depends on what it found
+            else:
+                time.sleep(WAIT_SECONDS)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: dict[str, Any]) -> int:
+    """`train` in several processes, which share the runs by their claims; returns how many did not end by themselves."""
+    devices = visible_gpus()
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    for i in range(jobs):
+        if devices:  # before the process starts: libraries look for GPUs while they are imported
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+        processes.append(context.Process(target=_job, args=(jobs, part, folder, surroundings)))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    return sum(process.exitcode != 0 for process in processes)
+
+
+def _job(jobs: int, part: list[Cell], folder: Path, surroundings: dict[str, Any]) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    train(part, Store(folder), surroundings)

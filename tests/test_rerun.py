@@ -1,0 +1,448 @@
+"""The rerun: suites and plans as functions, results on disk under kills, intervals against scipy, and the smoke suite as a user runs it."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import disable_progress_bars
+from peft import LoraConfig
+from scipy import stats
+
+from eval import methods
+from eval.methods import METHODS, Method
+from eval.rerun.dry_run import memory_estimate, plan_table
+from eval.rerun.intervals import Interval, interval, ranks
+from eval.rerun.models import load_base
+from eval.rerun.peft_format import write_peft_results
+from eval.rerun.plan import cells
+from eval.rerun.report import summary, write_report
+from eval.rerun.store import Store
+from eval.rerun.suite import SUITES, Run, Training, load_suite, shifted
+from eval.rerun.training import Runner, held_bytes
+from eval.rerun.work import train
+from lorapre_peft import LoRAPreConfig
+
+ROOT = Path(__file__).parents[1]
+DATA = {"source": "generated", "validation": 4, "test": 4}
+TRAINING = Training(steps=2, batch_size=2, micro_batch=1, bf16=False, adapter_dtype="float32")
+RUNNING = [name for name, method in METHODS.items() if not method.unavailable()]
+
+
+def make_run(method="lora", lr=1e-3, seed=0, answers=0, **options) -> Run:
+    return Run("random", DATA, TRAINING, method, METHODS[method].merged(options), lr, seed, answers)
+
+
+def write_suite(folder, **changes):
+    """A suite of two methods and a grid of three rates; ``changes`` win."""
+    said = {
+        "description": "a test",
+        "models": ["random"],
+        "data": DATA,
+        "training": {"steps": 2, "batch_size": 2, "micro_batch": 1, "bf16": False, "adapter_dtype": "float32"},
+        "protocols": {
+            "tuned": {"rates": {"adapter": [1e-3, 2e-3, 5e-3]}, "tuning_seeds": [0], "seeds": [0, 1, 2], "extend": 2}
+        },
+        "methods": ["lora", "lorapre-adam"],
+    }
+    path = folder / "suite.yaml"
+    path.write_text(json.dumps(said | changes))  # JSON is YAML
+    return load_suite(str(path))
+
+
+def record(run, loss=1.0, **more):
+    """A record as `Runner` writes them, without training."""
+    return {
+        "run": run.declaration,
+        "status": "finished" if math.isfinite(loss) else "diverged",
+        "metrics": {"validation_loss": loss if math.isfinite(loss) else None, "test_loss": loss + 0.5},
+        "package": None,
+        "optimizer": "AdamW",
+        "weights_bytes": 100,
+        "gradient_bytes": 10,
+        "state_bytes": 20,
+        "peak_bytes": 1000,
+        "peak_of": "resident memory of the process",
+        "train_seconds": 1.0,
+        "total_seconds": 2.0,
+        "optimizer_seconds_per_step": 0.1,
+        "log": {"step": [1, 2], "loss": [3.0, 2.0]},
+        "environment": {"command": "python -m eval.rerun x"},
+    } | more
+
+
+# ---- suites -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "places", "expected"),
+    [(2e-4, 1, 5e-4), (5e-4, 1, 1e-3), (1e-3, -1, 5e-4), (5e-3, 6, 0.5), (1e-4, -4, 5e-6)],
+)
+def test_rates_move_along_1_2_5(rate, places, expected):
+    assert shifted(rate, places) == expected
+
+
+def test_rates_off_the_series_are_refused():
+    with pytest.raises(ValueError, match="series 1, 2, 5"):
+        shifted(3e-4, 1)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SUITES.glob("*.yaml")])
+def test_shipped_suites_load_and_name_each_run_once(name):
+    suite = load_suite(name)
+    names = [run.name for cell in cells(suite) for run in cell.pending({})]
+    assert len(names) == len(set(names)) > 0
+
+
+def test_issue_methods_are_in_the_table_suites():
+    """Every method that the comparison promises, in both table suites."""
+    promised = {"lora", "rslora", "dora", "pissa", "lora-ga", "lora+", "lora-fa", "galore", "fira", "mlorc", "apollo"}
+    promised |= {"lora-pro", "shampoo", "soap", "sophia", "adamw", "muon"}
+    ours = {
+        (f"lorapre-{optimizer}{kind}", rule)
+        for optimizer in ("adam", "muon")
+        for kind in ("", "-weights")
+        for rule in ("als", "newton")
+    }
+    for name in ("table2", "table2-small"):
+        entries = load_suite(name).entries
+        assert promised <= {entry.method for entry in entries}
+        assert ours == {(e.method, e.options["update_rule"]) for e in entries if e.method.startswith("lorapre")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["adam"]}, "no method 'adam'"),
+        ({"methods": [{"method": "lora", "momentum_rank": 2}]}, "LoRA has no option momentum_rank"),
+        ({"methods": ["lora", "lora"]}, "two rows are called LoRA"),
+        ({"methods": [{"method": "lora", "rates": [3e-4]}]}, ""),
+        ({"speed": 1}, "unexpected keyword argument 'speed'"),
+        ({"methods": ["adamw"]}, "KeyError: 'weights'"),
+    ],
+)
+def test_suite_mistakes_are_named(tmp_path, changes, message):
+    if not message:  # a grid of its own may leave the series until it has to be extended
+        write_suite(tmp_path, **changes)
+        return
+    with pytest.raises(ValueError, match=message):
+        write_suite(tmp_path, **changes)
+
+
+def test_run_names_depend_on_the_whole_declaration():
+    runs = [make_run(), make_run(lr=2e-3), make_run(seed=1), make_run(answers=3), make_run("lorapre-adam")]
+    runs += [make_run("lorapre-adam", momentum_rank=1), make_run("lorapre-adam", residual_weight=0.1)]
+    assert len({run.name for run in runs}) == len(runs)
+    assert make_run().name == make_run().name
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def finish(cell, loss_at):
+    """Run a cell's plan to its end with given losses; all records, and the order of the runs."""
+    records, order = {}, []
+    while pending := cell.pending(records):
+        run = pending[0]
+        order.append((run.lr, run.seed))
+        records[run.name] = record(run, loss_at(run.lr))
+    return records, order
+
+
+def test_best_rate_inside_the_grid_then_its_other_seeds(tmp_path):
+    cell = cells(write_suite(tmp_path))[0]
+    records, order = finish(cell, lambda lr: abs(lr - 2e-3))
+    # Seed 0 at the best rate is a tuning run and is not repeated.
+    assert order == [(1e-3, 0), (2e-3, 0), (5e-3, 0), (2e-3, 1), (2e-3, 2)]
+    assert (cell.best_rate(records), cell.at_edge(records)) == (2e-3, False)
+    assert cell.expected_runs(records) == cell.done(records) == cell.expected_runs({}) == 5
+
+
+def test_grid_is_extended_while_the_best_rate_is_at_its_edge(tmp_path):
+    cell = cells(write_suite(tmp_path))[0]
+    records, _ = finish(cell, lambda lr: abs(lr - 1e-2))
+    assert cell.rates(records) == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+    assert (cell.best_rate(records), cell.at_edge(records)) == (1e-2, False)
+    records, _ = finish(cell, lambda lr: lr)  # ever lower: two extensions do not reach it
+    assert cell.rates(records) == [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]
+    assert (cell.best_rate(records), cell.at_edge(records)) == (2e-4, True)
+
+
+def test_rates_that_diverge_are_not_chosen_and_a_method_that_never_trains_ends(tmp_path):
+    cell = cells(write_suite(tmp_path))[0]
+    records, _ = finish(cell, lambda lr: math.inf if lr > 1e-3 else 1 / lr)
+    assert cell.best_rate(records) == 1e-3
+    records, order = finish(cell, lambda lr: math.inf)
+    assert cell.best_rate(records) is None
+    assert len(order) == 3
+    assert summary(cell, records, {})["failures"] == [f"lr {lr:g}, seed 0: diverged" for lr in (1e-3, 2e-3, 5e-3)]
+
+
+def test_paper_protocol_has_one_rate(tmp_path):
+    suite = write_suite(tmp_path, protocols={"paper": {"lr": "2e-5", "seeds": [0, 1]}})
+    _, order = finish(cells(suite)[0], lambda lr: 1.0)
+    assert order == [(2e-5, 0), (2e-5, 1)]
+
+
+def test_shards_are_disjoint_and_complete(tmp_path):
+    suite = write_suite(tmp_path, methods=["lora", "dora", "rslora", "pissa", "lora+"])
+    parts = [cells(suite, (i, 3)) for i in range(3)]
+    labels = [cell.entry.label for part in parts for cell in part]
+    assert sorted(labels) == sorted(entry.label for entry in suite.entries)
+
+
+# ---- results on disk --------------------------------------------------------------------------------------------------
+
+
+def test_claims_exclude_each_other_and_end_with_the_block(tmp_path):
+    first, second, run = Store(tmp_path), Store(tmp_path), make_run()
+    with first.claim(run) as mine, second.claim(run) as theirs:
+        assert (mine, theirs) == (True, False)
+    with second.claim(run) as mine:
+        assert mine
+    first.save(run, {"metrics": {}})
+    with second.claim(run) as mine:
+        assert not mine  # it is finished
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_claims_of_processes_that_are_gone_are_taken_over(tmp_path):
+    store, run = Store(tmp_path), make_run()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    claim = tmp_path / "claims" / run.name
+    for owner, age, expected in [
+        (f"{socket.gethostname()} {gone.pid}", 0, True),
+        (f"{socket.gethostname()} {os.getpid()}", 10_000, False),
+        ("another-machine 1", 0, False),
+        ("another-machine 1", 10_000, True),
+    ]:
+        claim.write_text(owner)
+        os.utime(claim, (time.time() - age,) * 2)
+        with store.claim(run) as mine:
+            assert mine == expected, owner
+        claim.unlink(missing_ok=True)
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path):
+    store, run = Store(tmp_path), make_run()
+    with pytest.raises(ValueError, match="JSON"):
+        store.save(run, {"loss": math.nan})
+    assert list((tmp_path / "records").iterdir()) == []
+
+
+def test_killed_and_started_again(tmp_path):
+    """SIGKILL in the middle of the smoke suite; the second start repeats nothing that was finished."""
+    command = [sys.executable, "-m", "eval.rerun", "smoke", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    records = tmp_path / "records"
+    while len(list(records.glob("*.json"))) < 2:
+        assert first.poll() is None, "ended before it was killed"
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = {path: path.read_bytes() for path in records.glob("*.json")}
+    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert list((tmp_path / "claims").iterdir()) == []
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["pending"] for row in report["rows"]] == [0] * 4
+    assert [len(row["metrics"].get("test_loss", {}).get("values", [])) for row in report["rows"]] == [2, 2, 2, 0]
+    assert "mlorc-optim" in report["rows"][3]["not_run"]
+    text = (tmp_path / "report.md").read_text()
+    assert "Methods that do not run today" in text
+    assert "`python -m eval.rerun smoke --out" in text
+    for plot in ("losses", "sensitivity", "memory", "time"):
+        assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runner():
+    disable_progress_bars()
+    return Runner({"command": "test", "versions": {}, "device": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def untrained(runner) -> float:
+    """The random model's test loss: every method starts from its function."""
+    return runner(make_run(lr=1e-9))["metrics"]["test_loss"]
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_each_method_trains(name, runner, untrained):
+    """Two steps change the model, and the record has what the report reads."""
+    found = runner(make_run(name, lr=1e-2))
+    assert found["status"] == "finished", found.get("error")
+    assert abs(found["metrics"]["test_loss"] - untrained) > 1e-4
+    assert found["state_bytes"] > 0
+    assert len(found["log"]["loss"]) == 2
+    json.dumps(found, allow_nan=False)
+
+
+def test_runs_leave_the_shared_model_as_it_was(runner):
+    """PiSSA and LoRA-GA write into the base weights; the next run must not see it."""
+    base, _ = runner.base("random")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    plain = runner(make_run())["metrics"]
+    for name in ("pissa", "lora-ga", "adamw"):
+        runner(make_run(name, lr=1e-2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert runner(make_run())["metrics"] == plain
+
+
+def test_failures_are_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, runner):
+    def explode(model, args, options):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(METHODS, "exploding", Method("Exploding", "adapter", explode))
+    suite = write_suite(
+        tmp_path,
+        methods=["exploding", "lora"],
+        protocols={"paper": {"lr": 1e-3, "seeds": [0]}},
+        answers=2,
+        metrics=["test_loss", "accuracy"],
+    )
+    store = Store(tmp_path)
+    train(cells(suite), store, {"command": "test", "versions": {}, "device": "cpu"})
+    text = write_report(suite, cells(suite), store.load(), {}, tmp_path)
+    assert "Exploding, paper, lr 0.001, seed 0: out of memory (OutOfMemoryError: no room)" in text
+    (good,) = [r for r in store.load().values() if r["status"] == "finished"]
+    assert 0 <= good["metrics"]["accuracy"] <= 1
+
+
+def test_data_that_cannot_be_read_stops_the_suite_instead_of_failing_every_run(runner):
+    run = dataclasses.replace(make_run(), data={"source": "elsewhere"})
+    with pytest.raises(ValueError, match="data source 'elsewhere': expected one of generated, metamath"):
+        runner(run)
+
+
+def test_divergence_is_recorded(runner):
+    found = runner(make_run("adamw", lr=1e30))
+    assert found["status"] == "diverged"
+    assert found["metrics"]["validation_loss"] is None
+
+
+def test_held_bytes_finds_state_wherever_it_is():
+    """GaLore's projectors are objects in its state: r·(min + 2 max) numbers per p×q matrix, by its source."""
+    pytest.importorskip("galore_torch")
+    model, _ = load_base("random")
+    method = METHODS["galore"]
+    model = method.attach(model, None)
+    from recipes.training import sft_config
+
+    args = sft_config(Path("unused"), lr=1e-3, steps=1, batch_size=1, seed=0, bf16=False)
+    optimizer = method.build(model, args, method.merged({"rank": 4}))
+    params = [param for param in model.parameters() if param.requires_grad]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    # An SVD's rows are views of the whole factor, which stays alive: Vᵀ or U of min × min.
+    expected = sum(4 * (2 * 4 * max(p.shape) + min(p.shape) ** 2) for p in params)
+    assert held_bytes(optimizer, model) == expected
+
+
+# ---- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_student_t():
+    values = [0.61, 0.58, 0.66, 0.6]
+    found = interval(values)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert interval([1.0]) == Interval(1.0, math.inf, 1)
+
+
+def test_order_is_claimed_only_between_intervals_that_do_not_touch():
+    found = [Interval(1.0, 0.1, 3), Interval(1.15, 0.1, 3), Interval(2.0, 0.1, 3)]
+    assert ranks(found, higher_is_better=False) == [(1, 2), (1, 2), (3, 3)]
+    assert ranks(found, higher_is_better=True) == [(2, 3), (2, 3), (1, 1)]
+    assert ranks([*found, Interval(1.5, math.inf, 1)], higher_is_better=False)[2] == (3, 4)
+
+
+def test_report_says_what_is_published_what_is_at_an_edge_and_what_is_missing(tmp_path):
+    suite = write_suite(tmp_path, published={"random": {"LoRA": {"test_loss": 44.62}}}, published_source="Table 2")
+    first, second = cells(suite)
+    records, _ = finish(first, lambda lr: lr)
+    text = write_report(suite, [first, second], records, {}, tmp_path)
+    row = next(line for line in text.splitlines() if line.startswith("| LoRA |"))
+    assert "0.0002 (edge)" in row
+    assert "44.62 %" in row
+    assert "0.5002 ± 0.0000 (n=3)" in row
+    assert "| LoRA-Pre Adam | adapter | pending |" in text
+    assert "**Not complete**: at least 3 runs" in text
+    assert "Table 2" in text
+
+
+def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):
+    suite = write_suite(
+        tmp_path,
+        methods=["lora", "lorapre-adam", "mlorc"],
+        step_seconds={"adapter": 30},
+        protocols={
+            "tuned": {"rates": {"adapter": [1e-3], "weights": [1e-3]}, "tuning_seeds": [0], "seeds": [0], "extend": 0}
+        },
+    )
+    text = plan_table(cells(suite), {}, {"mlorc": "broken"})
+    lora, pre, mlorc, total, _ = text.splitlines()[1:]
+    assert "0/1" in lora
+    assert "1.0 min" in lora
+    assert "kB" in pre or "MB" in pre
+    assert "not run: broken" in mlorc
+    assert "2.0 min" in total
+
+
+@pytest.mark.parametrize("name", ["lora", "adamw", "galore", "lorapre-adam-weights"])
+def test_estimated_state_is_what_a_run_holds(name, tmp_path, runner):
+    suite = write_suite(tmp_path, methods=[name], protocols={"paper": {"lr": 1e-3, "seeds": [0]}})
+    (cell,) = cells(suite)
+    found = memory_estimate(cell, load_base("random")[0].config, {})
+    measured = runner(cell.pending({})[0])
+    assert found.gradients == measured["gradient_bytes"]
+    assert found.state == pytest.approx(measured["state_bytes"], rel=0.02)
+
+
+def test_peft_format(tmp_path, runner):
+    """PEFT's own reader (method_comparison/processing.py) takes these fields; the adapter's configuration opens in PEFT."""
+    suite = write_suite(tmp_path, methods=["lorapre-adam"], protocols={"paper": {"lr": 1e-3, "seeds": [0]}}, answers=2)
+    (cell,) = cells(suite)
+    (run,) = cell.pending({})
+    assert write_peft_results([cell], {run.name: runner(run)}, tmp_path) == 1
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "results").glob("lora--*.json"))
+    info, measured = result["run_info"], result["train_info"]
+    assert info["peft_config"]["peft_type"] == "LORA"
+    assert set(measured["metrics"][-1]) >= {"test accuracy", "train loss", "train samples", "train total tokens"}
+    assert measured["metrics"][-1]["train total tokens"] > 0
+    for name in (
+        "accelerator_memory_reserved_avg",
+        "accelerator_memory_max",
+        "accelerator_memory_reserved_99th",
+        "file_size",
+    ):
+        assert isinstance(measured[name], int)
+    for package in ("peft", "transformers", "datasets", "torch", "bitsandbytes"):
+        assert result["meta_info"]["package_info"][f"{package}-version"]
+    experiment = tmp_path / "experiments" / info["experiment_name"]
+    assert type(LoraConfig.from_pretrained(experiment)) is LoraConfig
+    assert LoRAPreConfig.from_pretrained(experiment).momentum_rank == 2
+    params = json.loads((experiment / "training_params.json").read_text())
+    assert (params["optimizer_type"], params["optimizer_kwargs"]["update_rule"]) == ("LoRAPreAdamW", "als")
+
+
+def test_a_package_that_does_not_import_is_named(monkeypatch):
+    method = Method("Broken", "adapter", methods._adamw, package="mlorc-optim", module="no_such_module")
+    monkeypatch.setattr(methods, "version", lambda package: "9.9")
+    assert "mlorc-optim 9.9 does not import" in method.unavailable()
+    assert METHODS["lora"].unavailable() is None
