@@ -61,9 +61,8 @@ def _metamath(
     math500: str = "HuggingFaceH4/MATH-500",
 ) -> Splits:
     """The paper's fine-tuning data: the same rows for every seed, which shuffles them; hub ids or local folders."""
-    from recipes.data import ALPACA_PROMPT, load_data
-
     from eval.answers import judge_expression, judge_number
+    from recipes.data import ALPACA_PROMPT, load_data
 
     def asked(dataset: Dataset, question: str, judge: Callable[[str, str], Any]) -> Problems:
         prompts = [ALPACA_PROMPT.format(instruction=text) for text in dataset[question]]
