@@ -254,9 +254,9 @@ def prepare_moment(rule: Als | Newton, rows: Rows, A: Tensor, norms: Tensor) -> 
 def finish_moment(
     rule: Als | Newton, average: Average, A: Tensor, B_new: Tensor, grams: Tensor, projected: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new B and A, given the sums over all rows, and ‖B A‖²_F of them: [n] float64."""
-    A_new, scale, gram = rule.columns(A, grams, projected, average)
-    return B_new * scale, A_new, (gram * gram_rows(A_new)).sum((-2, -1))
+    """The new B and A, given the sums over all rows, and the rule's ‖B A‖²_F of them: [n] float64."""
+    A_new, scale, squared_norm = rule.columns(A, grams, projected, average)
+    return B_new * scale, A_new, squared_norm
 
 
 class Moment:

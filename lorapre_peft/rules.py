@@ -150,11 +150,12 @@ class Newton:
     def columns(self, A: Tensor, grams: Tensor, projected: Tensor, average: Average) -> tuple[Tensor, Tensor, Tensor]:
         """The new A from the sums over all rows: ``grams`` and projected = Bᵀx.
 
-        Also what B' is to be multiplied by, [..., 1, 1], and B'ᵀB' after it, which this rule does not know: 1 and ``grams``.
+        Also what B' is to be multiplied by, [..., 1, 1], and ‖B'A'‖²_F, which this rule does not know: 1 and NaN.
         """
         step = (self._gain(average) * self.inverse(grams)).to(A.dtype)
         # A product, no add(alpha=…): torch.compile (2.13) keeps the first alpha it sees.
-        return step @ projected + average.decay**0.5 * A, A.new_ones(()), grams
+        A_new = step @ projected + average.decay**0.5 * A
+        return A_new, A.new_ones(()), grams.new_full(grams.shape[:-2], float("nan"))
 
 
 class Als:
@@ -202,18 +203,19 @@ class Als:
     def columns(self, A: Tensor, grams: Tensor, projected: Tensor, average: Average) -> tuple[Tensor, Tensor, Tensor]:
         """The new A from the sums over all rows: ``grams`` and projected = B'ᵀx.
 
-        Also what B' is to be multiplied by for equal Frobenius norms, [..., 1, 1], and B'ᵀB' after it.
+        Also what B' is to be multiplied by for equal Frobenius norms, [..., 1, 1], and ‖B'A'‖²_F [...] float64.
         """
         gram, cross = grams.split(A.shape[-2], dim=-1)
         inverse = self.inverse(gram)
         A_new = (average.decay * inverse @ cross).to(A.dtype) @ A
-        A_new = A_new.add_((average.weight * inverse).to(A.dtype) @ projected)
-        norm_B = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
-        norm_A = torch.linalg.matrix_norm(A_new, keepdim=True, dtype=torch.float64)
-        tiny = torch.finfo(torch.float32).tiny
+        A_new += (average.weight * inverse).to(A.dtype) @ projected
+        gram_A = gram_rows(A_new)
+        norm_B, norm_A = (g.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() for g in (gram, gram_A))
         common = (norm_B.sqrt() * norm_A.sqrt()).clamp_min(MIN_FACTOR_NORM)
-        scale = common / norm_B.clamp_min(tiny)
-        return A_new.mul_((common / norm_A.clamp_min(tiny)).to(A.dtype)), scale.to(A.dtype), gram * scale**2
+        tiny = torch.finfo(torch.float32).tiny
+        scale_B, scale_A = common / norm_B.clamp_min(tiny), common / norm_A.clamp_min(tiny)
+        squared_norm = (gram * gram_A).sum((-2, -1)) * (scale_B * scale_A).square()
+        return A_new * scale_A.to(A.dtype)[..., None, None], scale_B.to(A.dtype)[..., None, None], squared_norm
 
 
 RULES = {rule.name: rule for rule in (Als(), Newton())}
