@@ -295,6 +295,7 @@ class Moment:
     def captured(self) -> Tensor:
         """‖X A‖²_F of the rows that are here, over all matrices: what x has inside the row space of the old A. Before `finish`."""
         X = (self.B_new.double() - self.keep * self.B) / self.gain
+        self.bucket.mask(slice(None), X)
         return (gram_rows(X.mT) * self.gram).sum()
 
 

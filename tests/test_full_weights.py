@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from lorapre_peft import LoRAPreAdamW, LoRAPreCallback, create_lorapre_optimizer, lorapre_optimizer
 from lorapre_peft.create import WEIGHT_LR
 from lorapre_peft.optimizer import compressed_rank
-from lorapre_peft.rounding import random_bits, rounding_key, write_stochastic
+from lorapre_peft.rounding import random_bits, random_keys, write_stochastic
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -193,19 +193,28 @@ def test_in_backward_under_trainer_applies_the_scheduled_rate(tmp_path, make_lla
 # ---- stochastic rounding --------------------------------------------------------------------------------------------
 
 
+def key(seed=0, step=1, position=0):
+    return random_keys(seed, [position], torch.tensor([float(step)]))
+
+
+def rounded(value, keys, offset=0):
+    """bfloat16 of float32 values [n, ...], by keys [n]."""
+    targets = [torch.empty(value.shape[1:], dtype=torch.bfloat16) for _ in value]
+    write_stochastic(targets, value, keys, offset)
+    return torch.stack(targets)
+
+
 def test_rounding_is_unbiased():
     """For a value at 30 % of the way between two bf16 numbers: three in ten go up. 4 standard errors, n = 200,000."""
     value = torch.full((200_000,), 1 + 0.3 * 2**-7)
-    target = torch.empty(200_000, dtype=torch.bfloat16)
-    write_stochastic(target, value, rounding_key(0, 1, 0))
+    target = rounded(value[None], key())[0]
     assert set(target.tolist()) == {1.0, 1 + 2**-7}
     assert (target > 1).float().mean() == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 200_000) ** 0.5)
 
 
 def test_rounding_keeps_what_bf16_holds_and_what_is_not_finite():
     value = torch.tensor([1.0, -2.5, 0.0, -0.0, 1e-40, float("inf"), -float("inf"), float("nan")])
-    target = torch.empty(8, dtype=torch.bfloat16)
-    write_stochastic(target, value, rounding_key(0, 1, 0))
+    target = rounded(value[None], key())[0]
     assert torch.equal(target[:4].float(), value[:4])
     assert target[4].abs() <= 1e-40 * 2
     assert torch.equal(target[5:7].float(), value[5:7])
@@ -215,9 +224,8 @@ def test_rounding_keeps_what_bf16_holds_and_what_is_not_finite():
 def test_random_bits_are_even_and_independent():
     """Every bit is set half of the time, and neighbours, next steps and next parameters are uncorrelated (5 sigma)."""
     count = 200_000
-    shape = torch.Size([count])
-    keys = [rounding_key(0, 1, 0), rounding_key(0, 2, 0), rounding_key(0, 1, 1), rounding_key(1, 1, 0)]
-    draws = [random_bits(shape, key, 0, torch.device("cpu")) for key in keys]
+    keys = torch.cat([key(), key(step=2), key(position=1), key(seed=1)])
+    draws = random_bits(torch.Size([4, count]), keys, 0)
     for i in range(32):
         assert (draws[0] >> i & 1).float().mean() == pytest.approx(0.5, abs=5 * 0.5 / count**0.5)
     low = [(bits & 0xFFFF).double() - 32767.5 for bits in draws]
@@ -227,12 +235,18 @@ def test_random_bits_are_even_and_independent():
 
 def test_rounding_does_not_depend_on_tiles():
     value = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
-    whole, tiled = (torch.empty(40, 30, dtype=torch.bfloat16) for _ in range(2))
-    key = rounding_key(3, 7, 1)
-    write_stochastic(whole, value, key)
-    for start in range(0, 40, 7):
-        write_stochastic(tiled[start : start + 7], value[start : start + 7], key, start * 30)
-    assert torch.equal(whole, tiled)
+    here = key(3, 7, 1)
+    tiles = [rounded(value[None, start : start + 7], here, start * 30) for start in range(0, 40, 7)]
+    assert torch.equal(rounded(value[None], here), torch.cat(tiles, 1))
+
+
+def test_rounding_of_a_stack_is_that_of_each():
+    values = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    keys = random_keys(1, [4, 0, 9], torch.tensor([3.0, 3.0, 8.0]))
+    alone = [
+        rounded(value[None], key(1, step, position)) for value, step, position in zip(values, (3, 3, 8), (4, 0, 9))
+    ]
+    assert torch.equal(rounded(values, keys), torch.cat(alone))
 
 
 @pytest.mark.parametrize("k", [2, 0], ids=["compressed", "adamw path"])

@@ -298,5 +298,5 @@ def test_state_shapes_and_bytes_are_the_real_ones(cls, rule, dtype):
         assert {name: tuple(value.shape) for name, value in state.items()} == names
         assert sum(value.numel() * value.element_size() for value in state.values()) == size
     moments = 2 if cls is LoRAPreAdamW else 1
-    scalars = 1 + (cls is LoRAPreAdamW and rule == "als")
+    scalars = 1 + 2 * (cls is LoRAPreAdamW and rule == "als")  # step; v_energy, v_scale
     assert promised[0][1] == 4 * (moments * 2 * (20 + 12) + scalars)

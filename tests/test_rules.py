@@ -10,7 +10,7 @@ import torch
 from lorapre_peft import LoRAPreAdamW
 from lorapre_peft import reference as ref
 from lorapre_peft.adamw import update_bound
-from lorapre_peft.rules import EXACT_SVD_SIZE, RULES, Als, Average, Newton, best_factors, top_factors
+from lorapre_peft.rules import EXACT_SVD_SIZE, RULES, Als, Average, Newton, best_factors, gram_rows, top_factors
 
 BETAS = (0.9, 0.95)
 C = update_bound(*BETAS)
@@ -92,16 +92,22 @@ def test_bound_is_adams_supremum():
 def sweep(rule, B, A, x, average, cuts, rho=None):
     """One step of a rule in row tiles that end at ``cuts``: (momentum, new B, new A), as a bucket does it."""
     edges = [0, *cuts, x.shape[-2]]
-    tiles = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    pinv, residual = rule.pinv(A), rule.residual(average, rho)
-    momentum, rows, sums = [], [], None
-    for tile in tiles:
-        fit = x[..., tile, :] @ pinv.mT
-        momentum.append(rule.coefficients(B[..., tile, :], fit, average, residual) @ A + residual * x[..., tile, :])
-        rows.append(rule.rows(B[..., tile, :], fit, average))
-        part = rule.sums(B[..., tile, :], rows[-1], x[..., tile, :])
-        sums = part if sums is None else tuple(a + b for a, b in zip(sums, part))
-    return torch.cat(momentum, -2), *rule.columns(A, torch.cat(rows, -2), sums, average)
+    part, gram = rule.rows(average, rho), gram_rows(A)
+    inverse = rule.inverse(gram).to(x.dtype)
+    unit = rule.unit(gram, torch.linalg.matrix_norm(x), part).to(x.dtype)[..., None, None]
+    momentum, rows, grams, projected = [], [], 0.0, 0.0
+    for tile in (slice(a, b) for a, b in itertools.pairwise(edges)):
+        x_tile, B_tile = x[..., tile, :], B[..., tile, :]
+        X = x_tile @ A.mT @ inverse
+        momentum.append((part.m_keep * B_tile + part.m_gain * X) @ A + part.residual * x_tile)
+        rows.append((part.keep * B_tile + part.gain * X) * unit)
+        grams = grams + rule.grams(B_tile, rows[-1])
+        projected = projected + (rows[-1] if rule.projects_new else B_tile).mT @ x_tile
+    A_new, scale, gram = rule.columns(A, grams, projected, average)
+    B_new = torch.cat(rows, -2) * scale
+    if rule.projects_new:  # `newton` does not know its new Gram matrix
+        torch.testing.assert_close(gram, gram_rows(B_new.mT), rtol=1e-5, atol=0.0)
+    return torch.cat(momentum, -2), B_new, A_new
 
 
 @pytest.mark.parametrize("cuts", [[], [5], [1, 2, 10]], ids=["whole", "uneven halves", "four tiles"])

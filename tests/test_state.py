@@ -22,7 +22,7 @@ both_rules = pytest.mark.parametrize("rule", ["als", "newton"])
 LR = 0.01
 PLAIN_STATE = ["step", "exp_avg", "exp_avg_sq"]
 FACTORED_STATE = {
-    (LoRAPreAdamW, "als"): ["step", "m_B", "m_A", "v_B", "v_A", "v_energy"],
+    (LoRAPreAdamW, "als"): ["step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale"],
     (LoRAPreAdamW, "newton"): ["step", "m_B", "m_A", "v_B", "v_A"],
     (LoRAPreMuon, "als"): ["step", "m_B", "m_A"],
     (LoRAPreMuon, "newton"): ["step", "m_B", "m_A"],
@@ -81,13 +81,13 @@ def test_state_is_named_float32_tensors(cls, rule, dtype):
         state, k = optimizer.state[param], 2
         assert list(state) == (names if param.ndim == 2 else PLAIN_STATE)
         assert all(type(value) is torch.Tensor and value.dtype == torch.float32 for value in state.values())
+        assert {value.device for value in state.values()} == {param.device}
         assert state["step"].shape == ()
         assert state["step"].item() == 2
         for moment in {name[0] for name in names if name[1] == "_"} & {"m", "v"} if param.ndim == 2 else ():
             assert state[f"{moment}_B"].shape == (param.shape[0], k)
             assert state[f"{moment}_A"].shape == (k, param.shape[1])
-        if "v_energy" in state:
-            assert state["v_energy"].shape == ()
+        assert all(state[name].shape == () for name in ("v_energy", "v_scale") if name in state)
 
 
 @both_optimizers

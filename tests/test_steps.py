@@ -7,7 +7,7 @@ import torch
 from stepping import CLOSE, LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of, weights
 from torch import nn
 
-from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
+from lorapre_peft import LoRAPreAdamW, LoRAPreMuon, bucket
 from lorapre_peft.bucket import TEMPORARIES, Bucket
 from lorapre_peft.muon import orthogonalize
 from lorapre_peft.optimizer import compressed_rank
@@ -120,6 +120,23 @@ def test_stacked_equal_alone(cls, rule, shape, k):
             torch.testing.assert_close(a, b, **CLOSE)
 
 
+def bytes_for_tiles_of(entries):
+    """``temporary_bytes`` of which half holds all temporaries of a tile of so many entries."""
+    return 2 * 4 * TEMPORARIES * entries
+
+
+def watch_tiles(monkeypatch):
+    """{((matrices), (rows)), …}: the tiles of gradients that are read from now on."""
+    seen, gradients = set(), Bucket.gradients
+
+    def spy(bucket, matrices, rows):
+        seen.add(((matrices.start, matrices.stop), (rows.start, rows.stop)))
+        return gradients(bucket, matrices, rows)
+
+    monkeypatch.setattr(Bucket, "gradients", spy)
+    return seen
+
+
 @both_rules
 @pytest.mark.parametrize("shape", [(40, 10), (10, 2, 20)], ids=str)
 @pytest.mark.parametrize("rows", [3, 7, 39])
@@ -129,15 +146,9 @@ def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
     k + 8 ≥ min(p, q), so that the subspace iteration by which a tiled start replaces the SVD is exact.
     """
     q = int(np.prod(shape[1:]))
-    seen, gradients = set(), Bucket.gradients
-
-    def spy(bucket, tile):
-        seen.add((tile.start, tile.stop))
-        return gradients(bucket, tile)
-
-    monkeypatch.setattr(Bucket, "gradients", spy)
+    seen = watch_tiles(monkeypatch)
     grads, results = [stream(shape, 15, seed=i) for i in range(2)], []
-    for temporary_bytes in (64_000_000, 4 * TEMPORARIES * q * rows):
+    for temporary_bytes in (64_000_000, bytes_for_tiles_of(q * rows)):
         params = [weights(*shape, seed=i) for i in range(2)]
         optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=2, update_rule=rule, temporary_bytes=temporary_bytes)
         take_steps(optimizer, params, *grads)
@@ -145,18 +156,51 @@ def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
     for whole, tiled in zip(*results):
         torch.testing.assert_close(tiled, whole, **CLOSE)
     p, step = shape[0], min(rows, shape[0])
-    assert seen == {(0, p)} | {(i, min(i + step, p)) for i in range(0, p, step)}
+    assert {tile for _, tile in seen} == {(0, p)} | {(i, min(i + step, p)) for i in range(0, p, step)}
 
 
-def test_chunks_equal_whole():
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (2 * 12 * 10, {((i, min(i + 2, 5)), (0, 12)) for i in (0, 2, 4)}),
+        (10 * 7, {((i, i + 1), rows) for i in range(5) for rows in ((0, 7), (7, 12))}),
+    ],
+    ids=["matrices", "rows"],
+)
+def test_tiles_on_a_cpu_fit_its_cache(monkeypatch, entries, expected):
+    """However large the bound: pairs of matrices are bit for bit the whole bucket, rows up to the order of float32 sums."""
+    seen, results = watch_tiles(monkeypatch), []
+    grads = [stream((12, 10), 10, seed=i) for i in range(5)]
+    for limit in (bucket.CPU_TILE_ENTRIES, entries):
+        monkeypatch.setattr(bucket, "CPU_TILE_ENTRIES", limit)
+        seen.clear()
+        params = [weights(12, 10, seed=i) for i in range(5)]
+        take_steps(LoRAPreAdamW(params, lr=LR, momentum_rank=2), params, *grads)
+        results.append(params)
+    assert seen == expected | {((0, 5), (0, 12))}  # the start reads a bucket whole
+    for whole, tiled in zip(*results):
+        if entries >= 12 * 10:
+            assert torch.equal(whole, tiled)
+        torch.testing.assert_close(tiled, whole, **CLOSE)
+
+
+def test_chunks_equal_whole(monkeypatch):
     """A bucket too large for the bound is stepped in parts, each of whole matrices: bit for bit the same."""
-    shape, results = (12, 10), []
+    shape, results, sizes, chunks = (12, 10), [], [], Bucket.chunks
+
+    def spy(bucket):
+        for chunk in chunks(bucket):
+            sizes.append(len(chunk.params))
+            yield chunk
+
+    monkeypatch.setattr(Bucket, "chunks", spy)
     grads = [stream(shape, 10, seed=i) for i in range(5)]
-    for temporary_bytes in (64_000_000, 4 * TEMPORARIES * 120 * 2):
+    for temporary_bytes in (64_000_000, bytes_for_tiles_of(120)):
         params = [weights(*shape, seed=i) for i in range(5)]
         take_steps(LoRAPreAdamW(params, lr=LR, momentum_rank=2, temporary_bytes=temporary_bytes), params, *grads)
         results.append(params)
     assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert sizes == [5] * 10 + [2, 2, 1] * 10
 
 
 @both_optimizers
