@@ -161,8 +161,8 @@ class Eager:
         """Muon's row part on whole matrices g [n, p, q]: the momentum, and m filled."""
         everything = slice(0, len(bucket.params)), slice(0, bucket.shape[0])
         row = tuple(torch.full((1, 1, 1), c, device=g.device) for c in m.rows[2:])
-        update, B_new, projected = self._momentum_rows(
-            g, self._operands(m, *everything), row, bucket.rule.projects_new
+        update, B_new, projected = self.run(
+            momentum_rows, g, self._operands(m, *everything), row, bucket.rule.projects_new
         )
         self._take(m, *everything, B_new, projected)
         return update

@@ -103,10 +103,11 @@ def sweep(rule, B, A, x, average, cuts, rho=None):
         rows.append((part.keep * B_tile + part.gain * X) * unit)
         grams = grams + rule.grams(B_tile, rows[-1])
         projected = projected + (rows[-1] if rule.projects_new else B_tile).mT @ x_tile
-    A_new, scale, gram = rule.columns(A, grams, projected, average)
+    A_new, scale, squared_norm = rule.columns(A, grams, projected, average)
     B_new = torch.cat(rows, -2) * scale
-    if rule.projects_new:  # `newton` does not know its new Gram matrix
-        torch.testing.assert_close(gram, gram_rows(B_new.mT), rtol=1e-5, atol=0.0)
+    if rule.projects_new:  # `newton` does not know it
+        product = B_new.double() @ A_new.double()
+        torch.testing.assert_close(squared_norm, product.square().sum((-2, -1)), rtol=1e-5, atol=0.0)
     return torch.cat(momentum, -2), B_new, A_new
 
 
