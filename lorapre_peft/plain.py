@@ -66,10 +66,10 @@ def _step(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, 
         _adamw(group, options, batch, None)
     else:
         for piece in batch:  # torch's fused AdamW skips all of a call or nothing
-            _adamw(group, options, [piece], (~piece[0].finite).float())
+            _adamw(group, options, [piece], piece[0].finite)
 
 
-def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]], skip: Tensor | None) -> None:
+def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]], finite: Tensor | None) -> None:
     targets = [item.param[index] for item, index in batch]
     wide = [target.to(adamw_dtype(target)) for target in targets]
     grads = [item.param.grad[index].to(adamw_dtype(item.param)) for item, index in batch]
@@ -77,16 +77,18 @@ def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item,
         norms = torch.stack([item.norm for item, _ in batch])
         scales = gradient_scale(norms, {**group, "maximize": False})
         grads = [grad * scale for grad, scale in zip(grads, scales)]
+    moments = [[item.state[name][index] for item, index in batch] for name in ("exp_avg", "exp_avg_sq")]
     on_gpu = wide[0].device.type == "cuda"
+    masked = [] if finite is None or on_gpu else [*wide, *moments[0], *moments[1]]  # unfused, AdamW knows no found_inf
+    kept = [value.clone() for value in masked]
     adamw(
         wide,
         grads,
-        [item.state["exp_avg"][index] for item, index in batch],
-        [item.state["exp_avg_sq"][index] for item, index in batch],
+        *moments,
         [],
         [item.state["step"].clone() for item, _ in batch],  # adamw counts it up, once per piece
         fused=on_gpu,
-        found_inf=skip,
+        found_inf=(~finite).float() if finite is not None and on_gpu else None,
         amsgrad=False,
         beta1=options.betas[0],
         beta2=options.betas[1],
@@ -95,12 +97,12 @@ def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item,
         eps=options.eps,
         maximize=group["maximize"],
     )
+    for value, before in zip(masked, kept):
+        value.copy_(torch.where(finite, value, before))
     for (item, index), target, value in zip(batch, targets, wide):
         if rounds_stochastically(target, group):
             start = index.start * item.param.shape[1:].numel() if isinstance(index, slice) else 0
             keys = random_keys(group["seed"], [item.position], item.state["step"][None] + 1)
-            if item.finite is not None:
-                value = torch.where(item.finite, value, target)
             write_stochastic([target], value[None], keys, start)
         elif value is not target:
             target.copy_(value)
