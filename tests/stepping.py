@@ -36,7 +36,7 @@ def stream(shape, steps, **options):
 def take_steps(optimizer, params, *streams):
     for grads in zip(*streams):
         for param, grad in zip(params, grads):
-            param.grad = None if grad is None else grad.to(param.dtype)
+            param.grad = None if grad is None else grad.to(param)
         optimizer.step()
 
 
@@ -47,7 +47,7 @@ def newton_starts(optimizer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         take_steps(twin, params, *([torch.full_like(param, float("nan"))] for param in params))
-    return [tuple(twin.state[param][f"{moment}_A"].numpy() for moment in twin.moments) for param in params]
+    return [tuple(twin.state[param][f"{moment}_A"].cpu().numpy() for moment in twin.moments) for param in params]
 
 
 def truth_of(optimizer, k, rule, **options):
