@@ -168,9 +168,17 @@ def _compile(function: Callable) -> Callable:
     def call(*args):
         # Each rank and rule is a graph of its own; torch's default of 8 per function is meant to catch leaks.
         with torch._dynamo.config.patch(recompile_limit=64):
-            return compiled(*args)
+            return compiled(*_without_bases(args))
 
     return call
+
+
+def _without_bases(args: tuple) -> tuple:
+    """The same tensors, not known as views: torch.compile makes a graph for every shape of what a tensor is a view of."""
+    return tuple(
+        _without_bases(arg) if isinstance(arg, tuple) else arg.detach() if isinstance(arg, Tensor) else arg
+        for arg in args
+    )
 
 
 def _compiled_needs(device: torch.device) -> str | None:
