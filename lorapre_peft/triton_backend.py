@@ -259,4 +259,4 @@ def _stacked(tensors: list[Tensor], p: int) -> Tensor:
     """[n, p, q] in the tensors' own dtype; of one matrix a view wherever its storage allows one."""
     if len(tensors) == 1:
         return tensors[0].reshape(p, -1)[None]
-    return torch.stack(tensors).view(len(tensors), p, -1)
+    return torch.stack(tensors).reshape(len(tensors), p, -1)
