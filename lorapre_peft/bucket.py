@@ -249,6 +249,7 @@ class Moment:
     def captured(self) -> Tensor:
         """‖X A‖²_F over all matrices, of what x has inside the row space of the old A; before `finish`."""
         X = (self.B_new.double() - self.keep * self.B) / self.gain
+        self.bucket.mask(slice(None), X)
         return (gram_rows(X.mT) * self.gram).sum()
 
 
