@@ -18,6 +18,7 @@ from stepping import CLOSE, LR, both_optimizers, both_rules, flat, newton_starts
 from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon, backends
+from lorapre_peft.bucket import TEMPORARIES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [
@@ -72,7 +73,7 @@ def fresh(monkeypatch):
 @pytest.mark.parametrize(("shape", "k"), SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_adam_equals_oracle_and_eager(backend, shape, k, rule):
-    if backend == "compiled" and rule == "newton" and k == 1:
+    if backend == "compiled" and (shape == (3, 2) or (rule == "newton" and k == 1)):
         pytest.skip("one more graph to compile for nothing new")
     grads = [stream(shape, 4, seed=i) for i in range(2)]
     options = {"update_rule": rule, "weight_decay": 0.1, "grads": grads}
@@ -97,7 +98,7 @@ def test_adam_equals_oracle_and_eager(backend, shape, k, rule):
 def test_compiled_muon_equals_eager(rule):
     """The eager one is held against the oracle in test_steps.py."""
     options = {"cls": LoRAPreMuon, "update_rule": rule, "nesterov": True}
-    for shape, k in ((33, 31), 7), ((48, 40), 17):
+    for shape, k in ((19, 17), 5), ((48, 40), 17):
         assert_like_eager(run("compiled", shape, k, **options), run("eager", shape, k, **options), "newton")
 
 
@@ -106,7 +107,7 @@ OPTIONS = {
     "clipped": {"max_param_grad_norm": 3.0, "update_scale": 0.25},
     "tensor lr": {"lr": torch.tensor(LR)},
     "betas, eps, rho": {"betas": (0.8, 0.99), "eps": 1e-2, "residual_weight": 0.3},
-    "tiles": {"temporary_bytes": 2 * 4 * 8 * 33 * 31},
+    "tiles": {"temporary_bytes": 2 * 4 * TEMPORARIES * 17 * 10},
 }
 
 
@@ -114,7 +115,7 @@ OPTIONS = {
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_options(backend, options):
     """All three backends read them in places of their own."""
-    shape, k = (33, 31), 7
+    shape, k = (19, 17), 5
     assert_like_eager(run(backend, shape, k, **options), run("eager", shape, k, **options))
     assert (
         not torch.equal(run(backend, shape, k, 2, **options)[0][0], run("eager", shape, k, 2)[0][0])
@@ -128,7 +129,7 @@ def test_half_precision(backend, dtype):
     """The last bit may fall the other way where an update lies between two numbers: for one entry in a hundred at most."""
     if backend == "triton" and dtype == torch.bfloat16 and DEVICE.type == "cpu":
         pytest.skip("Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest")
-    (found, _), (expected, _) = (run(name, (33, 31), 7, dtype=dtype) for name in (backend, "eager"))
+    (found, _), (expected, _) = (run(name, (19, 17), 5, dtype=dtype) for name in (backend, "eager"))
     for a, b in zip(found, expected):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
@@ -139,7 +140,7 @@ def test_half_precision(backend, dtype):
 def test_float64_weights_keep_their_digits(backend):
     """θ(1 − 2⁻¹⁰) to 1e-9, where rounding a weight of 2 to float32 would cost 6e-8; and the ordinary update beside it."""
     (found, optimizer), (narrow, _) = (
-        run(backend, (33, 31), 7, dtype=dtype) for dtype in (torch.float64, torch.float32)
+        run(backend, (19, 17), 5, dtype=dtype) for dtype in (torch.float64, torch.float32)
     )
     for a, b in zip(found, narrow):
         assert a.dtype == torch.float64
@@ -147,7 +148,7 @@ def test_float64_weights_keep_their_digits(backend):
         torch.testing.assert_close(a, b.double(), rtol=0, atol=1e-6)
     decaying = {"lr": 2.0**-5, "weight_decay": 2.0**-5, "update_scale": 1e-30}
     for a, start in zip(
-        run(backend, (33, 31), 7, 2, dtype=torch.float64, **decaying)[0], parameters((33, 31), dtype=torch.float64)
+        run(backend, (19, 17), 5, 2, dtype=torch.float64, **decaying)[0], parameters((19, 17), dtype=torch.float64)
     ):
         torch.testing.assert_close(a, start * (1 - 2.0**-10) ** 2, rtol=0, atol=1e-9)
 
@@ -159,14 +160,14 @@ def test_strides_do_not_show(backend, n):
     if backend == "compiled" and n == 1:
         pytest.skip("one more graph to compile, and no strides of a parameter in it")
     for shape, turn in (
-        ((33, 31), lambda x: x.mT.contiguous().mT),
+        ((19, 17), lambda x: x.mT.contiguous().mT),
         ((10, 3, 2, 9), lambda x: x.contiguous(memory_format=torch.channels_last)),
     ):
         grads = [stream(shape, 3, seed=i) for i in range(n)]
-        plain, _ = run(backend, shape, 7, n=n, grads=grads)
+        plain, _ = run(backend, shape, 5, n=n, grads=grads)
         turned = [nn.Parameter(turn(param.detach())) for param in parameters(shape, n)]
         take_steps(
-            LoRAPreAdamW(turned, lr=LR, momentum_rank=7, backend=backend),
+            LoRAPreAdamW(turned, lr=LR, momentum_rank=5, backend=backend),
             turned,
             *([turn(g) for g in gs] for gs in grads),
         )
@@ -180,8 +181,8 @@ def test_stochastic_rounding_bit_for_bit(backend):
     """The same random bits fall on the same entries. θ(1 − 2⁻¹⁰) needs no rounding in float32, the update adds nothing."""
     options = {"lr": 2.0**-5, "weight_decay": 2.0**-5, "update_scale": 1e-30, "bf16_rounding": "stochastic", "seed": 3}
     options |= {"dtype": torch.bfloat16, "n": 3}
-    for shape in ((33, 31), (10, 3, 2, 9)):
-        (found, _), (expected, _) = (run(name, shape, 7, **options) for name in (backend, "eager"))
+    for shape in ((19, 17), (10, 3, 2, 9)):
+        (found, _), (expected, _) = (run(name, shape, 5, **options) for name in (backend, "eager"))
         for a, b, start in zip(found, expected, parameters(shape, 3, torch.bfloat16)):
             assert torch.equal(a, b)
             assert 0 < (a != start).float().mean() < 1
@@ -191,7 +192,7 @@ def test_stochastic_rounding_bit_for_bit(backend):
 def test_stochastic_rounding_of_real_updates(backend):
     """Where updates differ by round-off, a random number between them falls the other way: rarely."""
     options = {"bf16_rounding": "stochastic", "dtype": torch.bfloat16}
-    (found, _), (expected, _) = (run(name, (33, 31), 7, **options) for name in (backend, "eager"))
+    (found, _), (expected, _) = (run(name, (19, 17), 5, **options) for name in (backend, "eager"))
     for a, b in zip(found, expected):
         assert (a != b).float().mean() < 0.01
         torch.testing.assert_close(a, b, rtol=2**-6, atol=1e-3)
@@ -201,10 +202,10 @@ def test_stochastic_rounding_of_real_updates(backend):
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_metrics(backend, rule):
     def recorded(name):
-        optimizer = run(name, (33, 31), 7, 3, update_rule=rule)[1]
+        optimizer = run(name, (19, 17), 5, 3, update_rule=rule)[1]
         optimizer.record_metrics = True
         params = optimizer.param_groups[0]["params"]
-        take_steps(optimizer, params, *([20 * g for g in stream((33, 31), 1, seed=9 + i)] for i in range(2)))
+        take_steps(optimizer, params, *([20 * g for g in stream((19, 17), 1, seed=9 + i)] for i in range(2)))
         return optimizer.metrics()
 
     found, expected = recorded(backend), recorded("eager")
@@ -216,12 +217,12 @@ def test_metrics(backend, rule):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matrices_with_different_counts_share_a_bucket(monkeypatch, backend):
     """Bias corrections are each matrix's own."""
-    grads = [stream((33, 31), 5, seed=i) for i in range(3)]
+    grads = [stream((19, 17), 5, seed=i) for i in range(3)]
     late = [[g if t >= wait else None for t, g in enumerate(gs)] for wait, gs in zip((0, 1, 2), grads)]
-    params, optimizer = run(backend, (33, 31), 7, n=3, grads=late)
+    params, optimizer = run(backend, (19, 17), 5, n=3, grads=late)
     for i, (param, wait) in enumerate(zip(params, (0, 1, 2))):
-        alone = parameters((33, 31), 3)[i]
-        single = LoRAPreAdamW([alone], lr=LR, momentum_rank=7, backend="eager")
+        alone = parameters((19, 17), 3)[i]
+        single = LoRAPreAdamW([alone], lr=LR, momentum_rank=5, backend="eager")
         take_steps(single, [alone], grads[i][wait:])
         torch.testing.assert_close(param, alone, **LIKE_EAGER["als"])
         assert optimizer.state[param]["step"] == 5 - wait
@@ -233,13 +234,13 @@ def test_nothing_to_do(cls, backend):
     """Empty groups, empty parameters, steps without a gradient."""
     if cls is LoRAPreMuon and backend == "triton":
         pytest.skip("Muon has no kernels")
-    empty, (param,) = nn.Parameter(torch.zeros(0, 4, device=DEVICE)), parameters((33, 31), 1)
-    optimizer = cls([{"params": []}, {"params": [empty, param]}], lr=LR, momentum_rank=7, backend=backend)
+    empty, (param,) = nn.Parameter(torch.zeros(0, 4, device=DEVICE)), parameters((19, 17), 1)
+    optimizer = cls([{"params": []}, {"params": [empty, param]}], lr=LR, momentum_rank=5, backend=backend)
     optimizer.step()
     empty.grad = torch.zeros_like(empty)
     optimizer.step()
     assert not optimizer.state
-    assert torch.equal(param, parameters((33, 31), 1)[0])
+    assert torch.equal(param, parameters((19, 17), 1)[0])
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------
@@ -266,21 +267,21 @@ def test_blocks_equal_one_block(monkeypatch, shape, k):
 def test_ranks_beyond_the_kernels_are_eager(monkeypatch, fresh):
     from lorapre_peft import triton_backend
 
-    monkeypatch.setattr(triton_backend, "MAX_RANK", 6)
-    with pytest.warns(UserWarning, match=r"momentum rank 7 is above the Triton kernels' 6: eager") as said:
-        found, _ = run("triton", (33, 31), 7)
+    monkeypatch.setattr(triton_backend, "MAX_RANK", 4)
+    with pytest.warns(UserWarning, match=r"momentum rank 5 is above the Triton kernels' 4: eager") as said:
+        found, _ = run("triton", (19, 17), 5)
     assert len(said) == 1
-    assert all(torch.equal(a, b) for a, b in zip(found, run("eager", (33, 31), 7)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(found, run("eager", (19, 17), 5)[0]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run("triton", (33, 31), 7)
+        run("triton", (19, 17), 5)
 
 
 @triton_
 @pytest.mark.xfail(strict=True, reason="not refused yet: the backend is chosen at the second step")
 def test_muon_has_no_kernels():
     with pytest.raises(ValueError, match="backend='triton'"):
-        LoRAPreMuon(parameters((33, 31)), backend="triton")
+        LoRAPreMuon(parameters((19, 17)), backend="triton")
 
 
 # ---- compilation ----------------------------------------------------------------------------------------------------
@@ -305,9 +306,9 @@ def graphs(monkeypatch, fresh):
 @both_rules
 def test_no_recompile_as_numbers_change(graphs, cls, rule):
     """A schedule of lr, weight decay and betas, the step count, the clipping: none of them is in a graph."""
-    params = parameters((33, 31))
-    optimizer = cls(params, lr=LR, momentum_rank=7, update_rule=rule, backend="compiled")
-    group, grads = optimizer.param_groups[0], [stream((33, 31), 8, seed=i) for i in range(2)]
+    params = parameters((19, 17))
+    optimizer = cls(params, lr=LR, momentum_rank=5, update_rule=rule, backend="compiled")
+    group, grads = optimizer.param_groups[0], [stream((19, 17), 8, seed=i) for i in range(2)]
     decay = "betas" if cls is LoRAPreAdamW else "momentum"
     changes = [{}, {}, {"lr": 0.5}, {"lr": torch.tensor(0.1)}, {"weight_decay": 0.3}, {"max_param_grad_norm": 1.0}]
     changes += [{decay: (0.5, 0.9) if decay == "betas" else 0.5}, {"update_scale": 0.1}]
@@ -319,17 +320,16 @@ def test_no_recompile_as_numbers_change(graphs, cls, rule):
 
 def test_few_graphs_for_many_shapes(graphs):
     """One for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower rank."""
-    for n, shape, k in (2, (33, 31), 7), (3, (33, 31), 7), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
-        run("compiled", shape, k, 3, n=n)
+    for n, shape, k in (2, (19, 17), 5), (3, (33, 31), 7), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
+        run("compiled", shape, k, 2, n=n)
         assert len(graphs) == 1
-    run("compiled", (33, 31), 7, n=1)
+    run("compiled", (19, 17), 5, n=1)
     run("compiled", (48, 40), 17, n=1)
     assert len(graphs) == 2
-    for k in range(1, backends.UNROLLED + 1):
-        run("compiled", (33, 31), k)
-        run("compiled", (48, 40), k, n=3)
-        assert len(graphs) == 2 + k
-    assert_like_eager(run("compiled", (48, 40), 3), run("eager", (48, 40), 3))
+    for count, k in enumerate((1, backends.UNROLLED), start=3):
+        run("compiled", (19, 17), k, 2)
+        run("compiled", (48, 40), k, 2, n=3)
+        assert len(graphs) == count
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
@@ -378,17 +378,17 @@ def test_compiled_needs_a_compiler(monkeypatch, fresh):
 @both_optimizers
 def test_unknown_backend(cls):
     with pytest.raises(ValueError, match="backend='cuda': expected one of 'auto', 'triton', 'eager', 'compiled'"):
-        cls(parameters((33, 31)), backend="cuda")
+        cls(parameters((19, 17)), backend="cuda")
 
 
 @both_optimizers
 def test_backend_travels_with_copies_but_not_in_checkpoints(cls):
     """A run may resume on another machine."""
-    _, optimizer = run("eager", (33, 31), 7, cls=cls)
+    _, optimizer = run("eager", (19, 17), 5, cls=cls)
     saved = optimizer.state_dict()
     assert all("backend" not in group for group in saved["param_groups"])
     assert set(saved) == {"state", "param_groups"}
-    other = cls(parameters((33, 31)), momentum_rank=7, backend="compiled")
+    other = cls(parameters((19, 17)), momentum_rank=5, backend="compiled")
     other.load_state_dict(saved)
     assert other.backend == "compiled"
     assert copy.deepcopy(other).backend == "compiled"
