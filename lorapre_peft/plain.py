@@ -87,7 +87,7 @@ def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item,
         [item.state["exp_avg_sq"][index] for item, index in batch],
         [],
         [item.state["step"].clone() for item, _ in batch],  # adamw counts it up, once per piece
-        fused=on_gpu,
+        fused=on_gpu or skip is not None,
         found_inf=skip,
         amsgrad=False,
         beta1=options.betas[0],
