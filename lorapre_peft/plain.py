@@ -50,7 +50,8 @@ def adamw_path(group: dict[str, Any], options: AdamWOptions, items: list[Item]) 
             batch, size = [], 0
         batch.append(piece)
         size += count
-    _step(group, options, batch)
+    if batch:  # a process may hold no row of any of them
+        _step(group, options, batch)
     for item in items:
         item.state["step"] += 1 if item.finite is None else item.finite
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from .placement import local, place
 from .plain import adamw_dtype
 
 if TYPE_CHECKING:
@@ -70,7 +72,9 @@ def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) 
             key: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             for key, value in saved.items()
         }
-        if found != expected:
+        if found == expected:
+            _check_placements(index, param, saved)
+        else:
             raise ValueError(
                 f"the saved state of parameter {index} of shape {tuple(param.shape)} is {found}; {name} with "
                 f"momentum_rank={group['momentum_rank']}, update_rule={group['update_rule']!r} expects {expected}. "
@@ -95,4 +99,22 @@ def check_saved_group(optimizer: LoRAPreOptimizer, group: dict[str, Any], saved:
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} was saved with {found}; this {type(optimizer).__name__} has {expected}, "
                 "and factors are not converted. Build the optimizer with the options of the saved run, or start without its state"
+            )
+
+
+def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor]) -> None:
+    """Raise ValueError for state that lies otherwise over the processes than this parameter's does."""
+    for key, value in saved.items():
+        like = place(torch.empty(value.shape, device="meta"), param, key)
+        expected, found = (
+            f"a DTensor with placements {t.placements} over {t.device_mesh}"
+            if isinstance(t, DTensor)
+            else "a plain tensor"
+            for t in (like, value)
+        )
+        if expected != found or local(like).shape != local(value).shape:
+            raise ValueError(
+                f"the saved {key} of parameter {index} of shape {tuple(param.shape)} is {found}; expected {expected}. Load what was "
+                "saved in other processes through torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which "
+                "distributes it (a whole state_dict with StateDictOptions(full_state_dict=True))"
             )

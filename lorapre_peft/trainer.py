@@ -64,12 +64,17 @@ def lorapre_optimizer(
 
 def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
     """Raise ValueError for training arguments under which the optimizer could not do what it says."""
-    for engine in ("deepspeed", "fsdp"):
-        if getattr(args, engine, None):
-            raise ValueError(
-                f"{engine}={getattr(args, engine)!r}: LoRA-Pre needs whole matrices, and {engine} hands the optimizer shards. "
-                "Use one process or DDP"
-            )
+    if args.deepspeed:
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r}: LoRA-Pre needs rows and columns, and DeepSpeed hands the optimizer flattened shards. Use "
+            "FSDP2, DDP or one process"
+        )
+    plugin = args.fsdp_plugin_args or {}
+    if plugin.get("fsdp_version", 2) != 2:
+        raise ValueError(
+            f"fsdp_config version {plugin['fsdp_version']}: LoRA-Pre needs rows and columns, and FSDP1 hands the optimizer flattened "
+            "shards. Use FSDP2 (fsdp_config={'version': 2}), DDP or one process"
+        )
     if not update_in_backward:
         return
     if args.gradient_accumulation_steps != 1:

@@ -1,58 +1,82 @@
-"""Two processes under DistributedDataParallel, on the CPU: the ranks stay equal, and equal to one process."""
+"""DistributedDataParallel on the CPU: the ranks stay bit-identical, and equal to one process."""
 
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import build_llama
 from peft import get_peft_model
+from processes import run
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreConfig, create_lorapre_optimizer
 
-STEPS = 6
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+RUNS = {
+    "adapters-adamw": (True, {"optimizer": "adamw"}),
+    "adapters-muon": (True, {"optimizer": "muon"}),
+    "weights-adamw": (False, {"optimizer": "adamw", "momentum_rank": 4}),
+    "weights-muon": (False, {"optimizer": "muon", "momentum_rank": 4, "update_rule": "newton"}),
+}
 
 
-def adapted_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
-    )
-    return get_peft_model(LlamaForCausalLM(config), LoRAPreConfig(r=8, target_modules="all-linear"))
+def build(adapters):
+    model = build_llama(**SIZES)
+    return get_peft_model(model, LoRAPreConfig(r=8, target_modules="all-linear")) if adapters else model
 
 
-def run(model, batches):
-    """Train on ``batches``; every process has its own global RNG state, which no step may read."""
-    optimizer = create_lorapre_optimizer(model, lr=1e-2)
+def batches(steps, rows):
+    return torch.randint(4, 64, (steps, rows, 8), generator=torch.Generator().manual_seed(1))
+
+
+def train(model, optimizer, batches):
     for ids in batches:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     state = [value for param in optimizer.state.values() for value in param.values()]
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad] + [t.clone() for t in state]
+    held = [param for group in optimizer.param_groups for param in group["params"]]
+    return [tensor.detach().clone() for tensor in held + state]
 
 
-def batches():
-    return torch.randint(0, 64, (STEPS, 4, 12), generator=torch.Generator().manual_seed(1))
+def in_processes(steps, names):
+    """Every process has rows and a global RNG state of its own, which no step may read."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = {}
+    for name in names:
+        adapters, options = RUNS[name]
+        inner = build(adapters)
+        optimizer = create_lorapre_optimizer(inner, lr=1e-2, **options)
+        model = DistributedDataParallel(inner)
+        torch.manual_seed(100 + rank)
+        results[name] = train(model, optimizer, batches(steps, world)[:, rank : rank + 1])
+    return results
 
 
-def work(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = DistributedDataParallel(adapted_llama())
-    torch.manual_seed(100 + rank)
-    mine = run(model, [ids[2 * rank : 2 * rank + 2] for ids in batches()])
-    try:
-        LoRAPreAdamW([torch.nn.Parameter(torch.ones(8, 8))], update_in_backward=True)
-    except NotImplementedError as error:
-        torch.save({"tensors": mine, "error": str(error)}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_are_bit_identical_after_200_steps(tmp_path, world):
+    first, *others = run(world, tmp_path / "run", in_processes, 200, ["adapters-adamw", "weights-adamw"])
+    for name, tensors in first.items():
+        assert all(tensor.isfinite().all() for tensor in tensors)
+        for other in others:
+            assert all(map(torch.equal, tensors, other[name])), name
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(first["tensors"], second["tensors"]))
-    alone = run(adapted_llama(), batches())
-    # The mean of two halves' gradients rounds otherwise than the whole batch's: 6 steps of 1e-2 stay within 1e-4.
-    for a, b in zip(first["tensors"], alone):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
-    assert "update_in_backward=True in a run of 2 processes" in first["error"]
+    """The mean of two halves' gradients rounds otherwise than the whole batch's: 6 steps of 1e-2 stay within 1e-4."""
+    found, other = run(2, tmp_path / "run", in_processes, 6, list(RUNS))
+    for name, (adapters, options) in RUNS.items():
+        assert all(map(torch.equal, found[name], other[name]))
+        model = build(adapters)
+        alone = train(model, create_lorapre_optimizer(model, lr=1e-2, **options), batches(6, 2))
+        torch.testing.assert_close(found[name], alone, rtol=1e-2, atol=1e-4)
+
+
+def update_in_backward():
+    try:
+        LoRAPreAdamW([torch.nn.Parameter(torch.ones(8, 8))], update_in_backward=True)
+    except NotImplementedError as error:
+        return str(error)
+
+
+def test_updating_in_the_backward_pass_is_refused(tmp_path):
+    assert "update_in_backward=True in a run of 2 processes" in run(2, tmp_path / "run", update_in_backward)[0]

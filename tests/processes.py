@@ -1,0 +1,30 @@
+"""Running a test's work in several processes on the CPU, over gloo."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# One server imports what every process needs, and forks them all: an import of transformers and PEFT takes longer than a test.
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "lorapre_peft"])
+
+
+def _enter(rank: int, world: int, folder: Path, work: Callable[..., Any], args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.save(work(*args), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """``work(*args)``, a function of a test module, in each of ``world`` processes of one group; what each returned.
+
+    folder: where the processes meet and leave their results; made here, for this call alone.
+    """
+    folder.mkdir(parents=True)
+    mp.start_processes(_enter, (world, folder, work, args), nprocs=world, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

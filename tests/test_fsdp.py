@@ -1,0 +1,166 @@
+"""FSDP2: matrices sharded by rows over 2, 3 and 4 processes give the steps of one process."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run
+from stepping import stream, weights
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import lorapre_peft.optimizer
+from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
+from lorapre_peft.placement import local
+
+# (2, 24) is LoRA's A with fewer rows than processes; of (5, 12) the fourth process has no row. The vectors take the AdamW path.
+SHAPES = [(7, 20), (33, 16), (2, 24), (5, 12), (33,), (20, 7), (33, 16), (8, 3, 3, 3), (3,)]
+LARGE = (150, 140)  # starts by subspace iteration
+
+ALL = {
+    "max_param_grad_norm": 2.0,
+    "weight_decay": 0.1,
+    "maximize": True,
+    "update_scale": 0.5,
+    "seed": 3,
+    "temporary_bytes": 20_000,  # tiles of rows, several chunks to a bucket
+}
+MUON = {"nesterov": True, "adjust_lr_fn": "original", "adamw_lr": 1e-3}
+CASES = {
+    "adamw als 50": (LoRAPreAdamW, "als", {"steps": 50}),
+    "adamw newton 50": (LoRAPreAdamW, "newton", {"steps": 50}),
+    "muon als 50": (LoRAPreMuon, "als", {"steps": 50}),
+    "muon newton 50": (LoRAPreMuon, "newton", {"steps": 50}),
+    "adamw als 5": (LoRAPreAdamW, "als", {"options": ALL, "large": True}),
+    "adamw newton 5": (LoRAPreAdamW, "newton", {"options": ALL, "large": True}),
+    "muon als 5": (LoRAPreMuon, "als", {"options": ALL | MUON, "large": True}),
+    "muon newton 5": (LoRAPreMuon, "newton", {"options": ALL | MUON, "large": True}),
+    "adamw faults": (LoRAPreAdamW, "als", {"faults": True}),
+    "adamw faults masked": (LoRAPreAdamW, "als", {"faults": True, "masked": True}),
+    "newton faults masked": (LoRAPreAdamW, "newton", {"faults": True, "masked": True}),
+    "muon faults masked": (LoRAPreMuon, "als", {"faults": True, "masked": True}),
+    "adamw absent": (LoRAPreAdamW, "als", {"absent": True}),
+    "muon absent masked": (LoRAPreMuon, "newton", {"absent": True, "masked": True}),
+    "adamw stochastic": (LoRAPreAdamW, "als", {"options": {"bf16_rounding": "stochastic"}, "dtype": torch.bfloat16}),
+    "adamw hsdp": (LoRAPreAdamW, "als", {}),
+    "muon hsdp": (LoRAPreMuon, "als", {}),
+}
+
+
+def shard(value, mesh):
+    """What FSDP2 makes of a tensor: rows over the last dimension of the mesh, replicated over the others."""
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    parts = value.detach().chunk(mesh.size(mesh.ndim - 1))
+    rank = mesh.get_local_rank(mesh.ndim - 1)
+    part = parts[rank] if rank < len(parts) else value.new_empty(0, *value.shape[1:])
+    return DTensor.from_local(
+        part.clone(), mesh, placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def gradients(shapes, steps, faults):
+    """A list of gradients for each parameter; with ``faults`` also what a step must get over on every process alike."""
+    streams = [stream(shape, steps, seed=i) for i, shape in enumerate(shapes)]
+    if faults:
+        streams[5][1][-1, 3] = float("nan")  # in the last process's rows
+        streams[1][2][0] = float("inf")
+        streams[4][1][-1] = float("nan")
+        streams[0][3] = streams[8][3] = None
+        streams[2][0] = torch.zeros(shapes[2])  # it starts a step later than the others
+        streams[3][2] = torch.zeros(shapes[3])
+    return streams
+
+
+def train(
+    cls,
+    rule,
+    world,
+    mesh=None,
+    *,
+    steps=5,
+    options=None,
+    large=False,
+    faults=False,
+    absent=False,
+    masked=False,
+    dtype=torch.float32,
+):
+    """Steps over fixed gradient streams, and everything that has to agree between one process and many, whole.
+
+    mesh: shard everything over it. absent: what the second of ``world`` processes holds has no gradient in every second step.
+    masked: as on a GPU, where the host does not read which gradients are finite.
+    """
+    shapes = SHAPES[:5] if steps > 5 else [*SHAPES, LARGE] if large else SHAPES
+    start = [weights(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+    params = start if mesh is None else [nn.Parameter(shard(param, mesh)) for param in start]
+    optimizer = cls(params, lr=0.01, update_rule=rule, **options or {})
+    with pytest.MonkeyPatch.context() as patch:
+        if masked:
+            patch.setattr(lorapre_peft.optimizer, "reads_are_free", lambda device: False)
+        for step, grads in enumerate(zip(*gradients(shapes, steps, faults))):
+            optimizer.record_metrics = step == steps - 1
+            for param, grad in zip(params, grads):
+                missing = absent and step % 2
+                if missing:
+                    count = -(-len(grad) // world)
+                    grad[count : 2 * count] = 0
+                nobody = grad is None or (missing and mesh is not None and mesh.get_local_rank() == 1)
+                param.grad = None if nobody else grad.to(dtype) if mesh is None else shard(grad.to(dtype), mesh)
+            with warnings.catch_warnings(action="ignore"):
+                optimizer.step()
+        states = [optimizer.state[param] for param in params]
+        return {
+            "params": [whole(param) for param in params],
+            "state": [{name: whole(state[name]) for name in sorted(state)} for state in states],
+            "copies": [local(state[name]).clone() for state in states for name in sorted(state) if name.endswith("_A")],
+            "metrics": optimizer.metrics(),
+            "skipped": optimizer.skipped_updates,
+        }  # fmt: skip
+
+
+def cases(world):
+    return [name for name in CASES if world == 4 or "hsdp" not in name]
+
+
+def sharded(world):
+    flat = init_device_mesh("cpu", (world,))
+    runs = {}
+    for name in cases(world):
+        cls, rule, how = CASES[name]
+        mesh = init_device_mesh("cpu", (2, 2)) if "hsdp" in name else flat
+        runs[name] = train(cls, rule, world, mesh, **how)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """What `sharded` gave in ``request.param`` processes, by rank."""
+    return run(request.param, tmp_path_factory.mktemp("fsdp") / "run", sharded, request.param)
+
+
+@pytest.mark.parametrize(
+    ("runs", "world", "name"),
+    [(world, world, name) for world in (2, 3, 4) for name in cases(world)],
+    indirect=["runs"],
+)
+def test_steps_are_those_of_one_process(runs, world, name):
+    """Parameters within 1e-5 after steps of 0.01; state within 1e-4 of its norm; what is replicated is bit-identical."""
+    cls, rule, how = CASES[name]
+    ranks = [rank[name] for rank in runs]
+    expected = train(cls, rule, world, **how)
+    for found in ranks:
+        torch.testing.assert_close(found["params"], expected["params"], rtol=0, atol=1e-5)
+        for a, b in zip(found["state"], expected["state"]):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert (a[key] - b[key]).norm() <= 1e-4 * b[key].norm(), key
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+        assert found["skipped"] == expected["skipped"] == (3 if how.get("faults") else 0)
+        assert all(map(torch.equal, found["copies"], ranks[0]["copies"]))
