@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # A step holds at most this many float32 temporaries of a tile at once, and of the factors of a chunk; a test counts them.
 TEMPORARIES = 8
+# The largest gradient norm whose square float32 holds; second moments beyond it would be infinite.
+MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 # Entries of a tile on a CPU: more than a core's cache holds makes every pass over a tile a pass over memory.
 CPU_TILE_ENTRIES = 1 << 17
 
@@ -65,11 +67,11 @@ class Bucket:
         self.positions.append(position)
         self.indices.append(index)
 
-    def set_norms(self, norms: Tensor, finite: Tensor | None) -> None:
-        """Of all gradients of this step: ‖g‖_F [N] float64 and, where the host does not know it, whether it is finite."""
-        index = slice(None) if len(self.indices) == len(norms) else self.indices
-        self.norms = norms[index]
-        self.finite = None if finite is None else finite[index]
+    def set_norms(self, norms: list[Tensor], masked: bool) -> None:
+        """Of all gradients of this step: ‖g‖_F, each [] float64; ``masked``: the host has not read them."""
+        # No indexing by a list, which would be a copy from the host.
+        self.norms = torch.stack([norms[i] for i in self.indices])
+        self.finite = usable(self.norms) if masked else None
         if self.finite is not None:
             self.norms = self.norms.where(self.finite, 0)
         self.scale = gradient_scale(self.norms, self.group)
@@ -228,6 +230,11 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor | None:
     if first.untyped_storage().nbytes() < end:
         return None
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+
+
+def usable(norms: Tensor) -> Tensor:
+    """Of gradients' norms: whether there is a gradient, all of it finite and its squares within float32."""
+    return (norms >= 0) & (norms <= MAX_NORM)  # NaN is neither
 
 
 def gradient_scale(norms: Tensor, group: dict[str, Any]) -> Tensor | None:

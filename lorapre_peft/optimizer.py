@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,15 +16,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import backends
-from .bucket import Bucket, Metrics
+from .bucket import MAX_NORM, Bucket, Metrics, usable
 from .checks import above_zero, check_flattened_shards, check_gradient, check_parameter, in_range
+from .gradients import Skips, gradient_norms, local_gradient, reads_are_free, takes_part
 from .placement import WHOLE, Placement, local, place, placement_of
-from .plain import AdamWOptions, Item, adamw_dtype, adamw_path
+from .plain import AdamWOptions, Item, adamw_path
 from .rules import RULES
 from .state import check_loaded_state, restore_state, state_dtype
 
-# The largest gradient norm whose square float32 holds; second moments beyond it would be infinite.
-MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 Located = tuple[dict[str, Any], Tensor, int]  # group, parameter, position of the parameter in the optimizer
 
 
@@ -135,8 +133,7 @@ class LoRAPreOptimizer(Optimizer):
         # Compressed matrices whose factors the host knows to have started: parameter's id → its step counter, whose identity
         # says that the entry still holds. Until then each step reads norms and counters, afterwards nothing.
         self._started: dict[int, Tensor] = {}
-        self._skips, self._warned = 0, False  # updates that the host has skipped; whether it has said so
-        self._skipped: dict[torch.device, Tensor] = {}  # how many more were skipped on each device, unread
+        self._skips = Skips()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
@@ -227,8 +224,7 @@ class LoRAPreOptimizer(Optimizer):
         if not self.defaults["update_in_backward"]:
             self._metrics = Metrics()
         # With update_in_backward the hooks have left no gradients; what was set by hand is still applied.
-        # Of sharded parameters all take part, with zeros where a process has no gradient, so that no collective waits for it.
-        self._apply([located for located in self._located() if _takes_part(located[1])])
+        self._apply([located for located in self._located() if takes_part(located[1])])
         self._updated.clear()
         return loss
 
@@ -269,9 +265,9 @@ class LoRAPreOptimizer(Optimizer):
                     check_gradient(param)
                 alike.setdefault((param.device, placement_of(param)), []).append(located)
         for (_, placement), some in alike.items():
-            grads = [_gradient(param) for _, param, _ in some]
+            grads = [local_gradient(param) for _, param, _ in some]
             absent = [param.grad is None for _, param, _ in some]
-            self._apply_normed(some, grads, _gradient_norms(grads, absent, placement), placement)
+            self._apply_normed(some, grads, gradient_norms(grads, absent, placement), placement)
 
     def _apply_normed(
         self, todo: list[Located], grads: list[Tensor], norms: Tensor, placement: Placement = WHOLE
@@ -285,30 +281,27 @@ class LoRAPreOptimizer(Optimizer):
             if not self.state[param]:
                 self._init_state(param, group, position)
         waiting = self._waiting(todo)
-        known = finite = None
-        if waiting or reads_are_free(norms.device):
-            known = norms.tolist()
-        else:
-            finite = norms <= MAX_NORM  # NaN is not either
-            self._skipped.setdefault(norms.device, torch.zeros((), device=norms.device)).add_((~finite).sum())
-            finite &= norms >= 0
+        masked = not (waiting or reads_are_free(norms.device))
+        known = None if masked else norms.tolist()
+        each = norms.unbind()
+        if masked:
+            finite = usable(norms)
+            self._skips.add_unread(finite, norms)
+            each_finite = finite.unbind()
 
         buckets: dict[tuple, Bucket] = {}
         plain: dict[int, tuple[dict[str, Any], list[Item]]] = {}
         for i, (group, param, position) in enumerate(todo):
             state, k = self.state[param], compressed_rank(param.shape, group["momentum_rank"])
-            if known is not None and known[i] < 0:
-                continue
-            if known is not None and not known[i] <= MAX_NORM:
-                self._skips += 1
-                if not self._warned:
-                    self._warn_of_skips(str(known[i]))
+            if known and not 0 <= known[i] <= MAX_NORM:  # NaN is not either; −1 is no gradient at all
+                if not known[i] < 0:
+                    self._skips.add(known[i])
                 continue
             here = local(param)
             if k == 0:
                 offset = placement.rows(param.shape[0]).start * param.shape[1:].numel() if param.ndim else 0
                 state = {name: local(value) for name, value in state.items()}
-                item = Item(here, grads[i], state, norms[i], None if finite is None else finite[i], position, offset)
+                item = Item(here, grads[i], state, each[i], each_finite[i] if masked else None, position, offset)
                 plain.setdefault(id(group), (group, []))[1].append(item)
                 continue
             rule = RULES[group["update_rule"]]
@@ -327,7 +320,7 @@ class LoRAPreOptimizer(Optimizer):
             adamw_path(group, self._adamw_options(group), items)
         before: Iterator[None] = iter(())
         for bucket in buckets.values():
-            bucket.set_norms(norms, finite)
+            bucket.set_norms(each, masked)
             for chunk in bucket.chunks():
                 # The rows of this chunk while the sums of the one before are on their way; without processes, all of it.
                 update = self._update(chunk)
@@ -384,19 +377,7 @@ class LoRAPreOptimizer(Optimizer):
         """Updates of single parameters skipped since construction, for a gradient that is not finite or whose square float32
         cannot hold. Reading it synchronises the devices, and warns of the first that it sees.
         """
-        on_devices = sum(int(count) for count in self._skipped.values())
-        if on_devices and not self._warned:
-            self._warn_of_skips("nan or inf, or one whose square float32 cannot hold")
-        return self._skips + on_devices
-
-    def _warn_of_skips(self, found: str) -> None:
-        self._warned = True
-        warnings.warn(
-            f"a gradient has the norm {found}: the update of that parameter is skipped and its state kept. This is said "
-            "once; `optimizer.skipped_updates` counts on. Skips that keep coming mean that training has diverged "
-            "(lower the learning rate) or that the loss scale of fp16 is still settling.",
-            stacklevel=4,
-        )
+        return self._skips.count()
 
     # ---- what a run can look at -----------------------------------------------------------------------------------
 
@@ -442,35 +423,3 @@ class LoRAPreOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def reads_are_free(device: torch.device) -> bool:
-    """Whether the host reads a tensor there without waiting for anything."""
-    return device.type == "cpu"
-
-
-def _takes_part(param: Tensor) -> bool:
-    return param.grad is not None or (param.requires_grad and placement_of(param) is not WHOLE)
-
-
-def _gradient(param: Tensor) -> Tensor:
-    """This process's part of a parameter's gradient; zeros where it has none."""
-    return torch.zeros_like(local(param)) if param.grad is None else local(param.grad)
-
-
-def _gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement) -> Tensor:
-    """‖g‖_F of gradients in one place, not read: [N] float64, −1 where no process has a gradient."""
-    norms: list[Tensor] = [torch.empty(())] * len(grads)
-    alike: dict[torch.dtype, list[int]] = {}
-    for i, grad in enumerate(grads):
-        alike.setdefault(adamw_dtype(grad), []).append(i)
-    for dtype, indices in alike.items():
-        for i, norm in zip(indices, torch._foreach_norm([grads[i] for i in indices], 2, dtype)):
-            norms[i] = norm
-    result = torch.stack(norms).double() if len(alike) == 1 else torch.stack([norm.double() for norm in norms])
-    if placement is WHOLE:
-        return result
-    squares = result.square()
-    present = torch.tensor([not no_gradient for no_gradient in absent], dtype=torch.float64).to(result.device)
-    placement.sum([squares, present])()
-    return torch.where(present > 0, squares.sqrt(), -1)

@@ -4,12 +4,10 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from processes import run
 from stepping import stream, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lorapre_peft.optimizer
