@@ -12,7 +12,8 @@ FRESH_IMPORT = """
 import json, sys
 from peft import mapping
 tables = lambda: {name: dict(value) for name, value in vars(mapping).items() if name.startswith("PEFT_TYPE_TO_")}
-heavy = lambda: [name for name in ("trl", "datasets", "triton", "transformers.trainer") if name in sys.modules]
+loaded = set(sys.modules)  # PEFT itself imports bitsandbytes where it is installed, and that Triton
+heavy = lambda: [name for name in ("trl", "datasets", "triton", "transformers.trainer") if name in {*sys.modules} - loaded]
 before = tables()
 import lorapre_peft
 facts = {"heavy": heavy(), "tables": len(before), "tables untouched": tables() == before}
