@@ -12,9 +12,9 @@ FRESH_IMPORT = """
 import json, sys
 from peft import mapping
 tables = lambda: {name: dict(value) for name, value in vars(mapping).items() if name.startswith("PEFT_TYPE_TO_")}
-pefts = []  # PEFT itself loads Triton where both bitsandbytes and triton are installed
-heavy = lambda: [n for n in ("trl", "datasets", "triton", "transformers.trainer") if n in sys.modules and n not in pefts]
-before, pefts = tables(), heavy()
+loaded = set(sys.modules)  # PEFT itself imports bitsandbytes where it is installed, and that Triton
+heavy = lambda: [name for name in ("trl", "datasets", "triton", "transformers.trainer") if name in {*sys.modules} - loaded]
+before = tables()
 import lorapre_peft
 facts = {"heavy": heavy(), "tables": len(before), "tables untouched": tables() == before}
 from lorapre_peft import LoRAPreCallback, lorapre_optimizer
