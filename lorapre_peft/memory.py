@@ -186,13 +186,17 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
         for group, param, position in located:
             param.grad = torch.empty_like(param)
             optimizer._init_state(param, group, position)  # outside the tracker
+            if compressed_rank(param.shape, group["momentum_rank"]) == 0:
+                optimizer.state[param]["step"] = torch.zeros(())  # torch's AdamW reads it
         # Norms above the clipping threshold, if there is one: clipped gradients take a temporary more.
-        norms = torch.tensor(
-            [2 * (group["max_param_grad_norm"] or 0.5) for group, _, _ in located], dtype=torch.float64
-        )
+        known = [2 * (group["max_param_grad_norm"] or 0.5) for group, _, _ in located]
+        norms = torch.empty(len(known), dtype=torch.float64, device="meta")
         for _ in range(2):
             with torch.no_grad(), AllocationTracker() as tracker:
-                optimizer._apply_normed(located, [param.grad for _, param, _ in located], norms)
+                optimizer._apply_normed(located, [param.grad for _, param, _ in located], norms, known)
+            for _, param, _ in located:
+                for value in optimizer.state[param].values():
+                    tracker.leave_out(value)  # the first step lays equal matrices' state side by side
             peak = max(peak, tracker.peak_bytes)
         for _, param, _ in located:
             param.grad = None
@@ -211,7 +215,7 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
         if in_backward:
             most = 1
         elif k:
-            most = max(1, tile_entries(group) // param.numel())
+            most = max(1, tile_entries(group) // (sum(shape) * k))
         else:
             most = sys.maxsize  # the AdamW path packs parameters of all shapes together
         if param.numel() and counts[key] < most:

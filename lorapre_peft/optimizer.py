@@ -265,30 +265,36 @@ class LoRAPreOptimizer(Optimizer):
                     check_gradient(param)
                 alike.setdefault((param.device, placement_of(param)), []).append(located)
         for (_, placement), some in alike.items():
+            for group, param, position in some:
+                if not self.state[param]:
+                    self._init_state(param, group, position)
             grads = [local_gradient(param) for _, param, _ in some]
-            absent = [param.grad is None for _, param, _ in some]
-            self._apply_normed(some, grads, gradient_norms(grads, absent, placement), placement)
+            norms = gradient_norms(grads, [param.grad is None for _, param, _ in some], placement)
+            waiting = self._waiting(some)
+            known = norms.tolist() if waiting or reads_are_free(norms.device) else None
+            self._apply_normed(some, grads, norms, known, placement)
 
     def _apply_normed(
-        self, todo: list[Located], grads: list[Tensor], norms: Tensor, placement: Placement = WHOLE
+        self,
+        todo: list[Located],
+        grads: list[Tensor],
+        norms: Tensor,
+        known: list[float] | None,
+        placement: Placement = WHOLE,
     ) -> None:
         """`_apply` of what lives in one place, given its part of each gradient and every ‖g‖_F: [N] float64, −1 for no gradient.
 
-        On a CPU, and as long as a matrix of `als` waits for its first gradient, the host reads the norms and leaves out what is
-        to be skipped. After that nothing is read: what is not finite is masked on the device.
+        On a CPU, and as long as a matrix of `als` waits for its first gradient, the host has read the norms (``known``) and leaves
+        out what is to be skipped. After that nothing is read: what is not finite is masked on the device.
         """
-        for group, param, position in todo:
-            if not self.state[param]:
-                self._init_state(param, group, position)
-        waiting = self._waiting(todo)
-        masked = not (waiting or reads_are_free(norms.device))
-        known = None if masked else norms.tolist()
+        masked = known is None
         each = norms.unbind()
         if masked:
             finite = usable(norms)
             self._skips.add_unread(finite, norms)
             each_finite = finite.unbind()
 
+        starting: set[int] = set()
         buckets: dict[tuple, Bucket] = {}
         plain: dict[int, tuple[dict[str, Any], list[Item]]] = {}
         for i, (group, param, position) in enumerate(todo):
@@ -310,12 +316,12 @@ class LoRAPreOptimizer(Optimizer):
                 # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.
                 here.mul_(1 - group["lr"] * group["weight_decay"])
                 continue
-            if fresh:
-                self._started[id(param)] = state["step"]
             key = (id(group), matrix_shape(param.shape), param.dtype, fresh)
             if key not in buckets:
                 buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), placement, fresh)
             buckets[key].add(here, grads[i], state, position, i)
+            if fresh:
+                starting.add(id(param))
         for group, items in plain.values():
             adamw_path(group, self._adamw_options(group), items)
         before: Iterator[None] = iter(())
@@ -328,6 +334,9 @@ class LoRAPreOptimizer(Optimizer):
                 next(before, None)
                 before = update
         next(before, None)
+        for _, param, _ in todo:  # `stack` may have put the counters side by side
+            if id(param) in starting:
+                self._started[id(param)] = self.state[param]["step"]
         if self.record_metrics:
             self._metrics.reduce(placement)
 
