@@ -78,7 +78,9 @@ def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor]) -> No
     for key, value in saved.items():
         like = place(torch.empty(value.shape, device="meta"), param, key)
         expected, found = (
-            f"a DTensor with placements {t.placements} over {t.device_mesh}" if isinstance(t, DTensor) else "a plain tensor"
+            f"a DTensor with placements {t.placements} over {t.device_mesh}"
+            if isinstance(t, DTensor)
+            else "a plain tensor"
             for t in (like, value)
         )
         if expected != found or local(like).shape != local(value).shape:

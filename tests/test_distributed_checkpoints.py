@@ -25,7 +25,14 @@ CLASSES = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
 def build(cls, seed=0, **options):
     """A model, sharded by FSDP2 in a run of several processes, and its optimizer; layers with fewer rows than processes too."""
     torch.manual_seed(seed)
-    layers = [nn.Linear(20, 7), nn.Tanh(), nn.Linear(7, 33, bias=False), nn.LayerNorm(33), nn.Linear(33, 3), nn.Linear(3, 50)]
+    layers = [
+        nn.Linear(20, 7),
+        nn.Tanh(),
+        nn.Linear(7, 33, bias=False),
+        nn.LayerNorm(33),
+        nn.Linear(33, 3),
+        nn.Linear(3, 50),
+    ]
     model = nn.Sequential(*layers)
     if dist.get_world_size() > 1:
         for layer in layers[2:]:
@@ -111,7 +118,10 @@ def details(folder):
         fresh_model, fresh = build(cls)
         before = everything_of(fresh_model)
         schema = [
-            {parameter: {key: tuple(value.shape) for key, value in state.items()} for parameter, state in found.items()}
+            {
+                parameter: {key: tuple(value.shape) for key, value in state.items()}
+                for parameter, state in found.items()
+            }
             for found in (get_optimizer_state_dict(m, o)["state"] for m, o in ((model, trained), (fresh_model, fresh)))
         ]
         assert schema[0] == schema[1]

@@ -1,7 +1,6 @@
 """Trainer under DDP and FSDP2, as `accelerate launch` starts it: checkpoints, resuming, and the engines that are refused."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch

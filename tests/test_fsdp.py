@@ -4,12 +4,10 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from processes import run
 from stepping import stream, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import lorapre_peft.optimizer
@@ -18,7 +16,9 @@ from lorapre_peft.placement import local
 
 # (2, 24) is LoRA's A with fewer rows than processes; of (5, 12) the fourth process has no row. The vectors take the AdamW path.
 SHAPES = [(7, 20), (33, 16), (2, 24), (5, 12), (33,), (20, 7), (33, 16), (8, 3, 3, 3), (3,)]
-LARGE = (150, 140)  # starts by subspace iteration
+# Starts by subspace iteration, up to the signs of the factors' columns. Not for `newton`: there, rounding the gradients by 1e-7 moves
+# one process's own weights as far as sharding does, 5e-4.
+LARGE = (150, 140)
 
 ALL = {
     "max_param_grad_norm": 2.0,
@@ -35,9 +35,9 @@ CASES = {
     "muon als 50": (LoRAPreMuon, "als", {"steps": 50}),
     "muon newton 50": (LoRAPreMuon, "newton", {"steps": 50}),
     "adamw als 5": (LoRAPreAdamW, "als", {"options": ALL, "large": True}),
-    "adamw newton 5": (LoRAPreAdamW, "newton", {"options": ALL, "large": True}),
+    "adamw newton 5": (LoRAPreAdamW, "newton", {"options": ALL}),
     "muon als 5": (LoRAPreMuon, "als", {"options": ALL | MUON, "large": True}),
-    "muon newton 5": (LoRAPreMuon, "newton", {"options": ALL | MUON, "large": True}),
+    "muon newton 5": (LoRAPreMuon, "newton", {"options": ALL | MUON}),
     "adamw faults": (LoRAPreAdamW, "als", {"faults": True}),
     "adamw faults masked": (LoRAPreAdamW, "als", {"faults": True, "masked": True}),
     "newton faults masked": (LoRAPreAdamW, "newton", {"faults": True, "masked": True}),
@@ -65,6 +65,13 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def products(state):
+    """A state with B A in the place of each pair of factors."""
+    moments = [name[0] for name in state if name.endswith("_B")]
+    rest = {name: value for name, value in state.items() if name[2:] not in ("A", "B")}
+    return rest | {moment: state[f"{moment}_B"] @ state[f"{moment}_A"] for moment in moments}
+
+
 def gradients(shapes, steps, faults):
     """A list of gradients for each parameter; with ``faults`` also what a step must get over on every process alike."""
     streams = [stream(shape, steps, seed=i) for i, shape in enumerate(shapes)]
@@ -79,7 +86,17 @@ def gradients(shapes, steps, faults):
 
 
 def train(
-    cls, rule, world, mesh=None, *, steps=5, options=None, large=False, faults=False, absent=False, masked=False,
+    cls,
+    rule,
+    world,
+    mesh=None,
+    *,
+    steps=5,
+    options=None,
+    large=False,
+    faults=False,
+    absent=False,
+    masked=False,
     dtype=torch.float32,
 ):
     """Steps over fixed gradient streams, and everything that has to agree between one process and many, whole.
@@ -108,7 +125,7 @@ def train(
         states = [optimizer.state[param] for param in params]
         return {
             "params": [whole(param) for param in params],
-            "state": [{name: whole(state[name]) for name in sorted(state)} for state in states],
+            "state": [products({name: whole(value) for name, value in state.items()}) for state in states],
             "copies": [local(state[name]).clone() for state in states for name in sorted(state) if name.endswith("_A")],
             "metrics": optimizer.metrics(),
             "skipped": optimizer.skipped_updates,
@@ -141,7 +158,7 @@ def runs(request, tmp_path_factory):
     indirect=["runs"],
 )
 def test_steps_are_those_of_one_process(runs, world, name):
-    """Parameters within 1e-5 after steps of 0.01; state within 1e-4 of its norm; what is replicated is bit-identical."""
+    """Parameters within 1e-5 after steps of 0.01; state, as products B A, within 1e-4 of its norm; what is replicated is bit-identical."""
     cls, rule, how = CASES[name]
     ranks = [rank[name] for rank in runs]
     expected = train(cls, rule, world, **how)
