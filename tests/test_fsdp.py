@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run
 from stepping import stream, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lorapre_peft.optimizer
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
@@ -171,3 +172,59 @@ def test_steps_are_those_of_one_process(runs, world, name):
         assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
         assert found["skipped"] == expected["skipped"] == (3 if how.get("faults") else 0)
         assert all(map(torch.equal, found["copies"], ranks[0]["copies"]))
+
+
+def counted(world):
+    """Collectives of one step, by number of entries: of AdamW and of Muon."""
+    mesh = init_device_mesh("cpu", (world,))
+    results = []
+    for cls in (LoRAPreAdamW, LoRAPreMuon):
+        params = [nn.Parameter(shard(weights(20, 12, seed=i), mesh)) for i in range(3)]
+        optimizer = cls(params, momentum_rank=2)
+        calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_reduce", "all_gather_into_tensor"):
+                plain = getattr(dist, name)
+
+                def counting(tensor, *args, plain=plain, calls=calls, **kwargs):
+                    calls.append(tensor.numel())
+                    return plain(tensor, *args, **kwargs)
+
+                patch.setattr(dist, name, counting)
+            for _ in range(2):
+                calls.clear()
+                for i, param in enumerate(params):
+                    param.grad = shard(weights(20, 12, seed=i), mesh)
+                optimizer.step()
+        results.append(list(calls))
+    return results
+
+
+def test_collectives_of_a_step(tmp_path):
+    """A bucket: the norms, kq projections and 2k² Gram entries of each moment and matrix; of Muon also its whole momentum."""
+    n, p, q, k = 3, 20, 12, 2
+    norms = n + n  # and whether there is a gradient at all
+    adamw, muon = run(2, tmp_path / "run", counted, 2)[0]
+    assert adamw == [norms, 2 * n * k * q, 2 * n * 2 * k * k]
+    assert muon == [norms, n * k * q, n * 2 * k * k, n * p * q]
+
+
+def other_layouts():
+    """What a tensor-parallel plan and other sharding make of a parameter."""
+    mesh, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    value = torch.ones(8, 6)
+    errors = []
+    for placed in (distribute_tensor(value, mesh, [Shard(1)]), distribute_tensor(value, grid, [Shard(0), Shard(0)])):
+        try:
+            LoRAPreAdamW([nn.Parameter(placed)])
+        except NotImplementedError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_other_dtensors_are_refused(tmp_path):
+    errors = run(2, tmp_path / "run", other_layouts)[0]
+    assert len(errors) == 2
+    for error in errors:
+        assert "shape (8, 6) that is a DTensor with placements" in error
+        assert "Use FSDP2 alone, DDP or one process" in error
