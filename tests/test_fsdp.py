@@ -169,7 +169,8 @@ def test_steps_are_those_of_one_process(runs, world, name):
             assert a.keys() == b.keys()
             for key in a:
                 assert (a[key] - b[key]).norm() <= 1e-4 * b[key].norm(), key
-        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+        # The largest update is one entry over a v near zero, before the clamp: it shows round-off most.
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-3)
         assert found["skipped"] == expected["skipped"] == (3 if how.get("faults") else 0)
         assert all(map(torch.equal, found["copies"], ranks[0]["copies"]))
 
