@@ -183,25 +183,31 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
     """Peak of the first two steps without the state: `als` starts its factors in the first and follows from then on."""
     peak = 0
     for located in _distinct_updates(optimizer, in_backward):
-        for group, param, position in located:
+        for _, param, _ in located:
             param.grad = torch.empty_like(param)
-            optimizer._init_state(param, group, position)  # outside the tracker
-            if compressed_rank(param.shape, group["momentum_rank"]) == 0:
-                optimizer.state[param]["step"] = torch.zeros(())  # torch's AdamW reads it
         # Norms above the clipping threshold, if there is one: clipped gradients take a temporary more.
         known = [2 * (group["max_param_grad_norm"] or 0.5) for group, _, _ in located]
         norms = torch.empty(len(known), dtype=torch.float64, device="meta")
-        for _ in range(2):
+        for step in range(2):
             with torch.no_grad(), AllocationTracker() as tracker:
+                if step == 0:
+                    _init_states(optimizer, located)
                 optimizer._apply_normed(located, [param.grad for _, param, _ in located], norms, known)
             for _, param, _ in located:
                 for value in optimizer.state[param].values():
-                    tracker.leave_out(value)  # the first step lays equal matrices' state side by side
+                    tracker.leave_out(value)
             peak = max(peak, tracker.peak_bytes)
         for _, param, _ in located:
             param.grad = None
             del optimizer.state[param]
     return peak
+
+
+def _init_states(optimizer: LoRAPreOptimizer, located: list[Located]) -> None:
+    for group, param, position in located:
+        optimizer._init_state(param, group, position)
+        if compressed_rank(param.shape, group["momentum_rank"]) == 0:
+            optimizer.state[param]["step"] = torch.zeros(())  # torch's AdamW reads it
 
 
 def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[list[Located]]:

@@ -105,7 +105,7 @@ def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item,
     for (item, index), target, value in zip(batch, targets, wide):
         if rounds_stochastically(target, group):
             start = item.offset + (index.start * item.param.shape[1:].numel() if isinstance(index, slice) else 0)
-            keys = random_keys(group["seed"], [item.position], item.state["step"][None] + 1)
+            keys = random_keys(group["seed"], [item.position], item.state["step"][None].to(target.device) + 1)
             write_stochastic([target], value[None], keys, start)
         elif value is not target:
             target.copy_(value)

@@ -69,7 +69,7 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
             f"deepspeed={args.deepspeed!r}: LoRA-Pre needs rows and columns, and DeepSpeed hands the optimizer flattened shards. Use "
             "FSDP2, DDP or one process"
         )
-    plugin = args.fsdp_plugin_args or {}
+    plugin = getattr(args, "fsdp_plugin_args", None) or {}  # missing in older versions of transformers
     if plugin.get("fsdp_version", 2) != 2:
         raise ValueError(
             f"fsdp_config version {plugin['fsdp_version']}: LoRA-Pre needs rows and columns, and FSDP1 hands the optimizer flattened "

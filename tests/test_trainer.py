@@ -68,13 +68,13 @@ BACKWARD = {"update_in_backward": True}
 @pytest.mark.parametrize(
     ("changed", "overrides", "message"),
     [
-        ({"fsdp": "full_shard"}, {}, "fsdp='full_shard': LoRA-Pre needs whole matrices"),
-        ({"deepspeed": "zero2.json"}, {}, "deepspeed='zero2.json': LoRA-Pre needs whole matrices"),
+        ({"fsdp_plugin_args": {"fsdp_version": 1}}, {}, "version 1: .* FSDP1 .* flattened shards. Use FSDP2"),
+        ({"deepspeed": "zero2.json"}, {}, "deepspeed='zero2.json': .* flattened shards. Use FSDP2, DDP"),
         ({"gradient_accumulation_steps": 2}, BACKWARD, "gradient_accumulation_steps=2 with update_in_backward=True"),
         ({"max_grad_norm": 1.0}, BACKWARD, "max_grad_norm=1.0 with update_in_backward=True"),
         ({"max_grad_norm": 0.0, "fp16": True}, BACKWARD, "fp16=True with update_in_backward=True"),
     ],
-    ids=["fsdp", "deepspeed", "accumulation", "clipping", "fp16"],
+    ids=["fsdp1", "deepspeed", "accumulation", "clipping", "fp16"],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, changed, overrides, message):
     args = arguments(tmp_path)
