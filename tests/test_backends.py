@@ -278,7 +278,6 @@ def test_ranks_beyond_the_kernels_are_eager(monkeypatch, fresh):
 
 
 @triton_
-@pytest.mark.xfail(strict=True, reason="not refused yet: the backend is chosen at the second step")
 def test_muon_has_no_kernels():
     with pytest.raises(ValueError, match="backend='triton'"):
         LoRAPreMuon(parameters((19, 17)), backend="triton")

@@ -1,6 +1,7 @@
 """Trainer under DDP and FSDP2, as `accelerate launch` starts it: checkpoints, resuming, and the launch configs."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch

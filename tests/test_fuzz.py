@@ -25,9 +25,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 ENTRIES = 6000  # of one parameter: what keeps an example to milliseconds
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# A gradient is a pattern times a scale. The largest is below the norm of 1.8e19 beyond which updates are skipped; both kinds of scale in one
-# run are what `test_a_jump_of_33_orders_of_magnitude` is about.
-SMALL, LARGE = [1.0, 1e-30, 1e-12, 1e-6, 1e6], [1.0, 1e3, 1e6, 1e15]
+# A gradient is a pattern times a scale. The largest is below the norm of 1.8e19 beyond which updates are skipped.
+SCALES = [1.0, 1e-30, 1e-12, 1e-6, 1e3, 1e6, 1e15]
 PATTERNS = ["normal", "zeros", "single", "alternating", "constant", "low rank", "one row", "none", "nan", "inf"]
 
 
@@ -49,12 +48,8 @@ LAYOUTS = st.lists(st.tuples(RANKS, PARAMETERS), min_size=1, max_size=3)
 
 def gradients(patterns: list[str]):
     """The gradient of each step of a run: (pattern, scale, seed)."""
-
-    def of(scales: list[float]):
-        one = st.tuples(st.sampled_from(patterns), st.sampled_from(scales), st.integers(0, 3))
-        return st.lists(one, min_size=1, max_size=8)
-
-    return of(SMALL) | of(LARGE)
+    one = st.tuples(st.sampled_from(patterns), st.sampled_from(SCALES), st.integers(0, 3))
+    return st.lists(one, min_size=1, max_size=8)
 
 
 def gradient(param: nn.Parameter, pattern: str, scale: float, seed: int, step: int) -> torch.Tensor | None:
@@ -173,11 +168,8 @@ def test_state_dict_round_trip(cls, rule, layout, drawn, cut):
 
 
 @both_optimizers
-@pytest.mark.xfail(
-    strict=True, reason="B'ᵀx overflows float32: it grows as the square of the new gradient over √ of the old one"
-)
 def test_a_jump_of_33_orders_of_magnitude(cls):
-    """Each of these gradients is one that the optimizer takes; the second one's factors are NaN, and with them every later step."""
+    """B'ᵀx grows as the square of the new gradient over √ of the old one: without `unit` it would overflow float32."""
     optimizer = build(cls, [(1, [((20, 12), torch.float32)])], "als")
     for number, scale in enumerate((1e-18, 1e15)):
         step(optimizer, ("normal", scale, 0), number)

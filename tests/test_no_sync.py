@@ -150,7 +150,6 @@ def test_skipped_in_every_bit_and_counted(as_on_a_gpu, cls, rule):
         assert optimizer.skipped_updates == len(BAD)
 
 
-@pytest.mark.xfail(strict=True, reason="Bucket.set_norms picks a bucket's norms by a list of indices")
 @both_optimizers
 def test_nothing_is_copied_from_the_host(as_on_a_gpu, cls):
     grads = streams()
