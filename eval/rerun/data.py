@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from eval.exact_match import accuracy
+from eval.exact_match import ExactMatch
+from recipes.data import ALPACA_PROMPT, load_data
 from recipes.problems import problems
 
 # Of the held-out sets, the same ones for every run; runs' own seeds are small numbers.
@@ -17,11 +18,16 @@ _VALIDATION_SEED, _TEST_SEED = 1_000_001, 1_000_002
 
 @dataclass(frozen=True)
 class Problems:
-    """Rows with ``prompt`` and ``answer``, what scores completions against answers (share right), and how long they may be."""
+    """Rows with ``prompt`` and ``answer``, how answers are judged (`eval.answers.JUDGES`), and how long they may be."""
 
     rows: Dataset
-    score: Callable[[Sequence[str], Sequence[str]], float]
+    judge: str
     max_new_tokens: int
+
+    def score(self, completions: Sequence[str], answers: Sequence[str]) -> float:
+        """The share that is right."""
+        found = ExactMatch(self.judge).compute(predictions=list(completions), references=list(answers))
+        return found["exact_match"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def _generated(rows: int, seed: int, validation: int, test: int) -> Splits:
     held_out = problems(validation, _VALIDATION_SEED)
     tested = problems(test, _TEST_SEED, exclude=held_out)
     train = problems(rows, seed, exclude=concatenate_datasets([held_out, tested]))
-    return Splits(train, held_out, tested, {"accuracy": Problems(tested, accuracy, max_new_tokens=160)})
+    return Splits(train, held_out, tested, {"accuracy": Problems(tested, "number", max_new_tokens=160)})
 
 
 def _metamath(
@@ -61,17 +67,11 @@ def _metamath(
     math500: str = "HuggingFaceH4/MATH-500",
 ) -> Splits:
     """The paper's fine-tuning data: the same rows for every seed, which shuffles them; hub ids or local folders."""
-    from eval.answers import judge_expression, judge_number
-    from recipes.data import ALPACA_PROMPT, load_data
 
-    def asked(dataset: Dataset, question: str, judge: Callable[[str, str], Any]) -> Problems:
+    def asked(dataset: Dataset, question: str, judge: str) -> Problems:
         prompts = [ALPACA_PROMPT.format(instruction=text) for text in dataset[question]]
         kept = Dataset.from_dict({"prompt": prompts, "answer": dataset["answer"]})
-
-        def score(completions: Sequence[str], answers: Sequence[str]) -> float:
-            return sum(judge(text, answer).correct for text, answer in zip(completions, answers)) / len(answers)
-
-        return Problems(kept, score, max_new_tokens=512)
+        return Problems(kept, judge, max_new_tokens=512)
 
     data = load_data(metamath, {"train": rows, "validation": validation, "test": test})
     return Splits(
@@ -79,8 +79,8 @@ def _metamath(
         data["validation"],
         data["test"],
         {
-            "gsm8k": asked(load_dataset(gsm8k, "main", split="test"), "question", judge_number),
-            "math500": asked(load_dataset(math500, split="test"), "problem", judge_expression),
+            "gsm8k": asked(load_dataset(gsm8k, "main", split="test"), "question", "number"),
+            "math500": asked(load_dataset(math500, split="test"), "problem", "expression"),
         },
     )
 
