@@ -359,6 +359,11 @@ class Metrics:
         largest = torch.stack(self.largest).amax() if self.largest else entries.new_zeros((), dtype=torch.float32)
         self.largest = [placement.largest(largest)] if self.entries else []
 
+    def merge(self, other: Metrics) -> None:
+        """Add what another one holds."""
+        for name in ("energy", "captured", "largest", "clamped", "entries"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def read(self) -> dict[str, float]:
         values: dict[str, float] = {}
         energy = sum(t.item() for t in self.energy)

@@ -272,7 +272,11 @@ class LoRAPreOptimizer(Optimizer):
             norms = gradient_norms(grads, [param.grad is None for _, param, _ in some], placement)
             waiting = self._waiting(some)
             known = norms.tolist() if waiting or reads_are_free(norms.device) else None
+            recorded, self._metrics = self._metrics, Metrics()
             self._apply_normed(some, grads, norms, known, placement)
+            self._metrics.reduce(placement)
+            recorded.merge(self._metrics)
+            self._metrics = recorded
 
     def _apply_normed(
         self,
@@ -337,8 +341,6 @@ class LoRAPreOptimizer(Optimizer):
         for _, param, _ in todo:  # `stack` may have put the counters side by side
             if id(param) in starting:
                 self._started[id(param)] = self.state[param]["step"]
-        if self.record_metrics:
-            self._metrics.reduce(placement)
 
     def _waiting(self, todo: list[Located]) -> bool:
         """Whether a matrix of `als` among these has not started, as far as the host knows; it reads those counters."""

@@ -6,7 +6,6 @@ are sharded as their matrix is, A factors are whole on every process.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,17 +63,15 @@ class Placement:
 WHOLE = Placement()
 
 
-@functools.lru_cache(maxsize=64)
-def _sharded(mesh: Any, dimension: int) -> Placement:
-    return Placement(mesh.get_group(dimension), mesh.get_local_rank(dimension), mesh.size(dimension))
-
-
 def placement_of(param: Tensor) -> Placement:
     """Of a parameter that `checks.check_parameter` has let through."""
     if not isinstance(param, DTensor):
         return WHOLE
     dimensions = [i for i, placement in enumerate(param.placements) if placement.is_shard()]
-    return _sharded(param.device_mesh, dimensions[0]) if dimensions else WHOLE
+    if not dimensions:
+        return WHOLE
+    mesh, dimension = param.device_mesh, dimensions[0]
+    return Placement(mesh.get_group(dimension), mesh.get_local_rank(dimension), mesh.size(dimension))
 
 
 def is_supported(param: DTensor) -> bool:
