@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
+from lorapre_peft.backends import available
 
 GALORE_GAP = 200  # steps from one projection to the next in GaLore's published runs (scripts/benchmark_c4)
 # LoRA-Pro's "vec" solver, its default, solves r² equations of r² unknowns per pair: 17 GB each at r = 256.
@@ -149,24 +150,19 @@ PEERS = (
 
 def lorapre_methods(device: torch.device) -> list[Method]:
     """LoRA-Pre AdamW and Muon, once per backend that runs on this device."""
-    try:
-        from lorapre_peft.backends import available
-    except ImportError:
-        options: dict[str, dict[str, str]] = {"eager": {}}
-    else:
-        options = {backend: {"backend": backend} for backend in available(device)}
     return [
         Method(
             f"LoRA-Pre {'Muon' if muon else 'AdamW'}, {backend}",
             "lorapre-peft",
-            _lorapre(LoRAPreMuon if muon else LoRAPreAdamW, chosen),
+            _lorapre(cls, {"backend": backend}),
             muon=muon,
             gradient_reads=2,
             # The first steps start all factors and compile; Muon on large weights is slow at every step.
             patience=(1 if backend == "eager" else 4) if muon else 10,
         )
-        for muon in (False, True)
-        for backend, chosen in options.items()
+        for muon, cls in ((False, LoRAPreAdamW), (True, LoRAPreMuon))
+        for backend in available(device)
+        if backend in cls.backend_names
     ]
 
 
