@@ -102,9 +102,7 @@ class LoRAPreOptimizer(Optimizer):
         backend: str = "auto",
     ):
         if backend not in self.backend_names:
-            raise ValueError(
-                f"backend={backend!r}: {type(self).__name__} has {', '.join(map(repr, self.backend_names))}"
-            )
+            raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, self.backend_names))}")
         if update_in_backward and world_size() > 1:
             raise NotImplementedError(
                 f"update_in_backward=True in a run of {world_size()} processes: gradients would be used before they are "

@@ -311,24 +311,25 @@ def test_no_recompile_as_numbers_change(graphs, cls, rule):
     decay = "betas" if cls is LoRAPreAdamW else "momentum"
     changes = [{}, {}, {"lr": 0.5}, {"lr": torch.tensor(0.1)}, {"weight_decay": 0.3}, {"max_param_grad_norm": 1.0}]
     changes += [{decay: (0.5, 0.9) if decay == "betas" else 0.5}, {"update_scale": 0.1}]
+    functions = 4 if cls is LoRAPreAdamW else 3  # what is done before, in and after the tiles, and Adam's scalars
     for t, change in enumerate(changes):
         group.update(change)
         take_steps(optimizer, params, *([g[t]] for g in grads))
-        assert len(graphs) == (0 if t == 0 and rule == "als" else 1)
+        assert len(graphs) == (0 if t == 0 and rule == "als" else functions)
 
 
 def test_few_graphs_for_many_shapes(graphs):
-    """One for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower rank."""
+    """A set for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower rank."""
     for n, shape, k in (2, (19, 17), 5), (3, (33, 31), 7), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
         run("compiled", shape, k, 2, n=n)
-        assert len(graphs) == 1
-    run("compiled", (19, 17), 5, n=1)
-    run("compiled", (48, 40), 17, n=1)
-    assert len(graphs) == 2
-    for count, k in enumerate((1, backends.UNROLLED), start=3):
-        run("compiled", (19, 17), k, 2)
-        run("compiled", (48, 40), k, 2, n=3)
-        assert len(graphs) == count
+        assert len(graphs) == 4
+    for n, k in (1, 5), (2, 1), (2, backends.UNROLLED):
+        before = len(graphs)
+        run("compiled", (19, 17), k, n=n)
+        first = len(graphs)
+        assert before < first <= before + 4
+        run("compiled", (48, 40), k, n=n)
+        assert len(graphs) == first
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def test_compiled_needs_a_compiler(monkeypatch, fresh):
 
 @both_optimizers
 def test_unknown_backend(cls):
-    with pytest.raises(ValueError, match="backend='cuda': expected one of 'auto', 'triton', 'eager', 'compiled'"):
+    with pytest.raises(ValueError, match="backend='cuda': expected one of 'auto', .*'eager', 'compiled'"):
         cls(parameters((19, 17)), backend="cuda")
 
 
