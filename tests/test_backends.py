@@ -377,7 +377,7 @@ def test_compiled_needs_a_compiler(monkeypatch, fresh):
 
 @both_optimizers
 def test_unknown_backend(cls):
-    with pytest.raises(ValueError, match="backend='cuda': expected one of 'auto', .*'eager', 'compiled'"):
+    with pytest.raises(ValueError, match=r"backend='cuda': expected one of 'auto', .*'eager', 'compiled'"):
         cls(parameters((19, 17)), backend="cuda")
 
 
