@@ -50,11 +50,11 @@ class Bucket:
     indices: list[int] = field(default_factory=list)  # of the parameters among those of this step
     norms: Tensor | None = None  # [n] float64, ‖g‖_F after clipping
     scale: Tensor | None = None  # [n] what each gradient is multiplied by: clipping, −1 to maximize; None: 1
+    finite: Tensor | None = (
+        None  # [n] bool, false where the update is skipped; None: the host has seen that all are true
+    )
     _stacks: dict[str, Tensor] = field(default_factory=dict)
     _copies: set[str] = field(default_factory=set)  # of those, the ones that are no views
-    finite: Tensor | None = (
-        None  # [n] bool, false where the update is to be skipped; None: the host has seen that all are true
-    )
 
     @property
     def rows(self) -> slice:
@@ -217,7 +217,6 @@ def _side_by_side(tensors: list[Tensor]) -> Tensor | None:
     first = tensors[0]
     if len(tensors) == 1:
         return first[None]
-
     size = first.nbytes
     if size == 0:
         return None

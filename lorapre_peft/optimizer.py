@@ -296,7 +296,7 @@ class LoRAPreOptimizer(Optimizer):
             self._skips.add_unread(finite, norms)
             each_finite = finite.unbind()
 
-        starting: set[int] = set()
+        starting: list[Tensor] = []
         buckets: dict[tuple, Bucket] = {}
         plain: dict[int, tuple[dict[str, Any], list[Item]]] = {}
         for i, (group, param, position) in enumerate(todo):
@@ -323,7 +323,7 @@ class LoRAPreOptimizer(Optimizer):
                 buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), placement, fresh)
             buckets[key].add(here, grads[i], state, position, i)
             if fresh:
-                starting.add(id(param))
+                starting.append(param)
         for group, items in plain.values():
             adamw_path(group, self._adamw_options(group), items)
         before: Iterator[None] = iter(())
@@ -336,9 +336,8 @@ class LoRAPreOptimizer(Optimizer):
                 next(before, None)
                 before = update
         next(before, None)
-        for _, param, _ in todo:  # `stack` may have put the counters side by side
-            if id(param) in starting:
-                self._started[id(param)] = self.state[param]["step"]
+        for param in starting:  # only now: `stack` may have put the counters side by side
+            self._started[id(param)] = self.state[param]["step"]
 
     def _waiting(self, todo: list[Located]) -> bool:
         """Whether a matrix of `als` among these has not started, as far as the host knows; it reads those counters."""
