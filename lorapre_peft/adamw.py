@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .backends import adam_scalars
-from .bucket import Bucket, Moment, finish_moments
+from .backends import adam_scalars, adam_table
+from .bucket import Wave
 from .checks import check_betas, in_range
+from .moments import Moments
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
 from .rules import Average
@@ -87,41 +88,47 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
         return AdamWOptions(group["lr"], group["betas"], group["eps"])
 
-    def _update(self, bucket: Bucket) -> Iterator[None]:
-        self._check_betas(bucket.group)  # a scheduler that cycles momentum may have moved them
-        t = bucket.advance().double()
-        squared_norm = self._start(bucket) if bucket.fresh else (yield from self._follow(bucket, t))
-        if bucket.rule.tracked:
+    def _update(self, wave: Wave) -> Iterator[None]:
+        beta1, beta2 = wave.group["betas"]
+        self._check_betas(wave.group)  # a scheduler that cycles momentum may have moved them
+        t = wave.advance().double()
+        squared_norm = (
+            self._start(wave, beta1, beta2) if wave.fresh else (yield from self._follow(wave, t, beta1, beta2))
+        )
+        if wave.rule.tracked:
             # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
-            beta2 = bucket.group["betas"][1]
-            energy = beta2 * bucket.stack("v_energy").double() + (1 - beta2) * bucket.norms.square()
-            bucket.store("v_energy", energy.float())
+            energy = beta2 * wave.read("v_energy").double() + (1 - beta2) * wave.norms.square()
+            wave.write("v_energy", energy)
             scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
-            bucket.store("v_scale", scale.clamp_max(torch.finfo(torch.float32).max).float())
+            wave.write("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))
 
-    def _start(self, bucket: Bucket) -> Tensor:
-        """The first gradient: m̂ = g and v̂ = g∘g, whose ratio is the sign; then the factors of both moments."""
-        beta1, beta2 = bucket.group["betas"]
-        for matrices, rows in bucket.tiles():
-            g = bucket.gradients(matrices, rows)
-            bucket.write(matrices, rows, g / g.abs().add_(_positive(bucket.group["eps"])))
-        bucket.start("m", 1 - beta1)
-        return bucket.start("v", (1 - beta2) ** 0.5, absolute=True)
+    def _start(self, wave: Wave, beta1: float, beta2: float) -> Tensor:
+        """The first gradient: m̂ = g and v̂ = g∘g, whose ratio is the sign; then the factors of both moments. ‖v_B v_A‖²_F: [N]."""
+        squared_norms = []
+        for bucket in wave.buckets:
+            for matrices, rows in bucket.tiles():
+                g = bucket.gradients(matrices, rows)
+                bucket.write(matrices, rows, g / g.abs().add_(_positive(wave.group["eps"])))
+            bucket.start(0, 1 - beta1)
+            squared_norms.append(bucket.start(1, (1 - beta2) ** 0.5, absolute=True))
+        return torch.cat(squared_norms)
 
-    def _follow(self, bucket: Bucket, t: Tensor) -> Generator[None, None, Tensor]:
-        group, rule = bucket.group, bucket.rule
-        beta1, beta2 = group["betas"]
-        backend = self._backend(bucket)
-        m = Moment(backend, bucket, "m", Average(beta1, 1 - beta1), group["residual_weight"])
-        v = Moment(backend, bucket, "v", Average(beta2**0.5, 1 - beta2**0.5))
-        energy = bucket.stack("v_scale").double() if rule.tracked else torch.ones_like(t)
-        scalars = backend.run(adam_scalars, m.rows, t, energy, beta1, beta2, _positive(group["eps"]))
-        bound = update_bound(beta1, beta2) if rule.tracked else None
+    def _follow(self, wave: Wave, t: Tensor, beta1: float, beta2: float) -> Generator[None, None, Tensor]:
+        backend = self._backend(t.device)
+        averages = [Average(beta1, 1 - beta1), Average(beta2**0.5, 1 - beta2**0.5)]
+        moments = Moments(backend, wave, averages, wave.group["residual_weight"])
+        energy = wave.read("v_scale").double() if wave.rule.tracked else torch.ones_like(t)
+        scalars = backend.run(adam_scalars, moments.rows, t, energy, beta1, beta2, _positive(wave.group["eps"]))
+        bound = update_bound(beta1, beta2) if wave.rule.tracked else None
         metrics = self._metrics if self.record_metrics else None
-        backend.adam(bucket, m, v, scalars, bound, metrics)
+        table = adam_table(wave, moments.keep, moments.gain, scalars)
+        for factors in moments:
+            backend.adam(factors, table[:, factors.bucket.part], bound, metrics)
+            if metrics is not None:
+                metrics.add_captured(factors.captured())
         if metrics is not None:
-            metrics.add_energy(bucket.norms, m.captured())
-        return (yield from finish_moments(bucket, [m, v]))[1]
+            metrics.add_energy(wave.norms)
+        return (yield from moments.finish())[1]
 
 
 def _positive(eps: float) -> float:

@@ -1,7 +1,7 @@
 """How the row part of a step is computed: one interface, several backends, the same results to float32 round-off.
 
-A backend reads a bucket's gradients and its moments' old factors (`bucket.Moment`), writes the parameters, and leaves in each
-moment what the rule's column part needs: B_new and projected. It knows neither the rule nor where rows live.
+A backend does what is larger than k×k. It reads a bucket's gradients and old factors (`moments.Factors`), writes the parameters, and
+leaves what the rule's column part needs: B_new, projected and grams. It knows neither the rule nor where rows live.
 """
 
 from __future__ import annotations
@@ -10,41 +10,66 @@ import functools
 import importlib.util
 import os
 import shutil
-from typing import TYPE_CHECKING, Any, NamedTuple
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Metrics, Moment
-from .rules import Rows
+from .metrics import Metrics
+from .rules import Rows, gram_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from .bucket import Wave
+    from .moments import Factors
 
 # A product of inner size k is bound by memory: up to here the compiler writes it out inside the pass that uses it.
 UNROLLED = 4
 
 
-class AdamScalars(NamedTuple):
-    """The numbers of Adam's row part, each [n, 1, 1] float32 on the device; bias corrections and v's energy are inside.
+# Rows of the table of numbers that Adam's row part takes for each matrix, [len(TABLE), N] float32. Bias corrections and v's energy are
+# inside: m/(√v + ε) becomes ((c_B B_m + c_X X_m) A_m + residual · g) / (√((v_scale v_B v_A)² + g²) + eps).
+TABLE = (
+    "g_scale",
+    "m_keep",
+    "m_gain",
+    "v_keep",
+    "v_gain",
+    "c_B",
+    "c_X",
+    "residual",
+    "v_scale",
+    "eps",
+    "step",
+    "decay",
+    "updates",
+)
 
-    m/(√v + ε) becomes ((c_B B_m + c_X X_m) A_m + residual · g) / (√((s v_B v_A)² + g²) + eps): s is v_scale.
+
+def adam_scalars(m: Rows, t: Tensor, c: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+    """Five rows of the table, c_B to eps, [5, N] float32.
+
+    From the row part of m, the counts t and what (v_B v_A)² is multiplied by: both [N] float64.
     """
-
-    c_B: Tensor
-    c_X: Tensor
-    residual: Tensor
-    v_scale: Tensor
-    eps: Tensor
-
-
-def adam_scalars(m: Rows, t: Tensor, c: Tensor, beta1: float, beta2: float, eps: float) -> AdamScalars:
-    """From the row part of m, the counts t and what (v_B v_A)² is multiplied by: both [n] float64."""
     # √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²): what is common is divided out of the momentum and of ε.
     root = ((1 - beta2) / (1 - beta2**t)).sqrt()
     scale = 1 / ((1 - beta1**t) * root)
     numbers = m.m_keep * scale, m.m_gain * scale, m.residual * scale, (c * (beta2 / (1 - beta2))).sqrt(), eps / root
-    return AdamScalars(*(number.float()[:, None, None] for number in numbers))
+    return torch.stack(numbers).float()
+
+
+def adam_table(wave: Wave, keep: Tensor, gain: Tensor, scalars: Tensor) -> Tensor:
+    """The whole table. keep, gain: [2, N, 1, 1]; scalars: of `adam_scalars`."""
+    group, one = wave.group, torch.ones_like(scalars[0])
+    lr = group["lr"].to(one.device).reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+    coefficients = torch.stack([keep, gain], 1).flatten(0, 1)[..., 0, 0]  # of m, then of v
+    scale = one if wave.scale is None else wave.scale
+    updates = one if wave.finite is None else wave.finite.float()
+    rest = [one * lr * group["update_scale"], one * lr * group["weight_decay"], updates]
+    return torch.cat([scale[None], coefficients, scalars, torch.stack(rest)])
 
 
 # ---- tiles, eager or compiled ---------------------------------------------------------------------------------------
@@ -88,14 +113,14 @@ def adam_rows(
     g: Tensor,
     m: tuple[Tensor, ...],
     v: tuple[Tensor, ...],
-    scalars: tuple[Tensor, ...],
+    scalars: Tensor,
     projects_new: bool,
 ) -> tuple[Tensor, ...]:
     """The normalised update of a tile before any clamp, then B_new and projected of m and of v.
 
-    g: [n, rows, q] float32. m, v: what `follow_rows` takes after x. scalars: `AdamScalars`.
+    g: [n, rows, q] float32. m, v: what `follow_rows` takes after x. scalars: as `adam_scalars` gives them, [5, n].
     """
-    c_B, c_X, residual, v_scale, eps = scalars
+    c_B, c_X, residual, v_scale, eps = scalars[..., None, None].unbind()
     size = g.abs()
     _, v_B_new, v_projected = follow_rows(size, *v, projects_new)
     X, m_B_new, m_projected = follow_rows(g, *m, projects_new)
@@ -113,6 +138,21 @@ def momentum_rows(
     return _outer(c_B * m[0] + c_X * X, m[1]).addcmul_(g, residual), B_new, projected
 
 
+def gram_columns(B: Tensor, B_new: Tensor, projects_new: bool) -> Tensor:
+    """B'ᵀ[B' | B] or BᵀB in float64; [..., p, k]."""
+    B = B.double()
+    if not projects_new:
+        return B.mT @ B
+    B_new = B_new.double()
+    return torch.cat([B_new.mT @ B_new, B_new.mT @ B], -1)
+
+
+def new_columns(W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+    """A' = W [A; projected] and A' A'ᵀ, both float64. W: [..., k, 2k] float64."""
+    A_new = W @ torch.cat([A, projected], -2).double()
+    return A_new, A_new @ A_new.mT
+
+
 class Eager:
     """Batched tensor operations, tile by tile."""
 
@@ -120,51 +160,68 @@ class Eager:
         """A function of tensors, computed the way of this backend."""
         return function(*args)
 
-    @staticmethod
-    def _operands(moment: Moment, matrices: slice, rows: slice) -> tuple[Tensor, ...]:
-        return (
-            moment.B[matrices, rows],
-            moment.A[matrices],
-            moment.R[matrices],
-            moment.keep[matrices],
-            moment.gain[matrices],
-        )
+    def norms(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """‖x‖_F of tensors of one dtype, accumulated in ``dtype``: [n] float64."""
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype)).double()
+
+    def gram(self, A: Tensor) -> Tensor:
+        """A Aᵀ of [s, n, k, q] in float64."""
+        return self.run(gram_rows, A)
+
+    def columns(self, W: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+        """A' = W [A; projected] and A' A'ᵀ [s, n, k, k] float64. W: [s, n, k, 2k] float64."""
+        return self.run(new_columns, W, factors.A, factors.projected)
 
     @staticmethod
-    def _take(moment: Moment, matrices: slice, rows: slice, B_new: Tensor, projected: Tensor) -> None:
-        moment.B_new[matrices, rows] = B_new
-        moment.projected[matrices] += projected
+    def _operands(factors: Factors, moment: int, matrices: slice, rows: slice) -> tuple[Tensor, ...]:
+        narrow = (factors.A, factors.R, factors.keep, factors.gain)
+        return (factors.B[moment, matrices, rows], *(value[moment, matrices] for value in narrow))
 
-    def adam(
-        self, bucket: Bucket, m: Moment, v: Moment, scalars: AdamScalars, bound: float | None, metrics: Metrics | None
-    ) -> None:
-        """Adam's row part: writes the parameters, fills both moments. bound: the clamp of the normalised update."""
+    @staticmethod
+    def _take(factors: Factors, moment: int, matrices: slice, rows: slice, B_new: Tensor, projected: Tensor) -> None:
+        factors.B_new[moment, matrices, rows] = B_new
+        factors.projected[moment, matrices] += projected
+
+    def _finish_rows(self, factors: Factors) -> None:
+        projects_new = factors.bucket.wave.rule.projects_new
+        factors.grams = self.run(gram_columns, factors.B, factors.B_new, projects_new)
+
+    def adam(self, factors: Factors, table: Tensor, bound: float | None, metrics: Metrics | None) -> None:
+        """Adam's row part: writes a bucket's parameters, fills its factors. bound: the clamp of the normalised update.
+
+        table: [len(TABLE), n].
+        """
+        bucket = factors.bucket
+        scalars = table[TABLE.index("c_B") : TABLE.index("eps") + 1]
         for matrices, rows in bucket.tiles():
             update, m_B, m_projected, v_B, v_projected = self.run(
                 adam_rows,
                 bucket.gradients(matrices, rows),
-                self._operands(m, matrices, rows),
-                self._operands(v, matrices, rows),
-                tuple(scalar[matrices] for scalar in scalars),
-                bucket.rule.projects_new,
+                self._operands(factors, 0, matrices, rows),
+                self._operands(factors, 1, matrices, rows),
+                scalars[:, matrices],
+                bucket.wave.rule.projects_new,
             )
-            self._take(m, matrices, rows, m_B, m_projected)
-            self._take(v, matrices, rows, v_B, v_projected)
+            self._take(factors, 0, matrices, rows, m_B, m_projected)
+            self._take(factors, 1, matrices, rows, v_B, v_projected)
             bucket.mask(matrices, update)
             if metrics is not None:
                 metrics.add_update(update, bound)
             if bound is not None:
                 update.clamp_(-bound, bound)
             bucket.write(matrices, rows, update)
+        self._finish_rows(factors)
 
-    def momentum(self, bucket: Bucket, g: Tensor, m: Moment) -> Tensor:
-        """Muon's row part on whole matrices g [n, p, q]: the momentum, and m filled."""
-        everything = slice(0, len(bucket.params)), slice(0, bucket.shape[0])
-        row = tuple(torch.full((1, 1, 1), c, device=g.device) for c in m.rows[2:])
+    def momentum(self, factors: Factors, g: Tensor, m: Rows) -> Tensor:
+        """Muon's row part on whole matrices g [n, p, q]: the momentum, and the factors filled."""
+        everything = slice(0, len(factors.bucket.params)), slice(0, factors.bucket.shape[0])
+        row = tuple(torch.full((1, 1, 1), c, device=g.device) for c in m[2:])
+        projects_new = factors.bucket.wave.rule.projects_new
         update, B_new, projected = self.run(
-            momentum_rows, g, self._operands(m, *everything), row, bucket.rule.projects_new
+            momentum_rows, g, self._operands(factors, 0, *everything), row, projects_new
         )
-        self._take(m, *everything, B_new, projected)
+        self._take(factors, 0, *everything, B_new, projected)
+        self._finish_rows(factors)
         return update
 
 
@@ -198,6 +255,18 @@ def _compiled_needs(device: torch.device) -> str | None:
     return None
 
 
+def _cpp_needs(device: torch.device) -> str | None:
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return f"a CPU under Linux, found {device} under {sys.platform}"
+    return _compiled_needs(device)
+
+
+def _load_cpp() -> Any:
+    from .cpp_backend import Cpp
+
+    return Cpp()
+
+
 def _triton_needs(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton: pip install 'lorapre-peft[triton]'"
@@ -212,8 +281,9 @@ def _load_triton() -> Any:
     return Triton()
 
 
-# name → (what it lacks on a device, or None; what makes it). The first that lacks nothing is "auto" on a GPU.
+# name → (what it lacks on a device, or None; what makes it). The first that lacks nothing is "auto".
 _BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Any]]] = {
+    "cpp": (_cpp_needs, _load_cpp),
     "triton": (_triton_needs, _load_triton),
     "eager": (lambda device: None, Eager),
     "compiled": (_compiled_needs, Compiled),
@@ -232,13 +302,24 @@ def _made(name: str) -> Any:
     return _BACKENDS[name][1]()
 
 
+@functools.cache
+def _automatic(device: torch.device, names: tuple[str, ...]) -> Any:
+    for name in available(device):
+        if name in names and (name != "triton" or device.type == "cuda"):  # not its interpreter
+            try:
+                return _made(name)
+            except RuntimeError as error:
+                warnings.warn(f"backend {name!r} does not start, so a slower one is used: {error}", stacklevel=2)
+    raise AssertionError("the eager backend runs everywhere")
+
+
 def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Any:
-    """The backend for tensors on a device. "auto": on a GPU the first of `available` that is in ``names``, else eager.
+    """The backend for tensors on a device. "auto": the first of `available` that is in ``names``.
 
     Raises ValueError if ``name`` cannot run there.
     """
     if name == "auto":
-        name = next(other for other in available(device) if other in names) if device.type == "cuda" else "eager"
+        return _automatic(device, names)
     missing = _BACKENDS[name][0](device)
     if missing is not None:
         raise ValueError(f"backend={name!r} needs {missing}. Use backend='auto', or one of {available(device)}")

@@ -12,7 +12,8 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from .adamw import LoRAPreAdamW
 from .muon import LoRAPreMuon
-from .optimizer import LoRAPreOptimizer, compressed_rank
+from .optimizer import LoRAPreOptimizer
+from .plan import compressed_rank
 from .table import state_table
 from .targets import adapter_targets, embedding_parameters, has_adapter, weight_targets
 

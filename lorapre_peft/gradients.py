@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .placement import WHOLE, Placement, local, placement_of
 from .plain import adamw_dtype
+
+if TYPE_CHECKING:
+    from .backends import Eager
 
 
 def takes_part(param: Tensor) -> bool:
@@ -26,16 +30,20 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement) -> Tensor:
+def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement, backend: Eager) -> Tensor:
     """‖g‖_F of gradients in one place, not read: [N] float64, −1 where no process has a gradient."""
-    norms: list[Tensor] = [torch.empty(())] * len(grads)
     alike: dict[torch.dtype, list[int]] = {}
     for i, grad in enumerate(grads):
-        alike.setdefault(adamw_dtype(grad), []).append(i)
-    for dtype, indices in alike.items():
-        for i, norm in zip(indices, torch._foreach_norm([grads[i] for i in indices], 2, dtype)):
-            norms[i] = norm
-    result = torch.stack(norms).double() if len(alike) == 1 else torch.stack([norm.double() for norm in norms])
+        alike.setdefault(grad.dtype, []).append(i)
+    found = {
+        dtype: backend.norms([grads[i] for i in indices], adamw_dtype(grads[indices[0]]))
+        for dtype, indices in alike.items()
+    }
+    if len(found) == 1:
+        (result,) = found.values()
+    else:
+        parts = {i: norm for dtype, indices in alike.items() for i, norm in zip(indices, found[dtype].unbind())}
+        result = torch.stack([parts[i] for i in range(len(grads))])
     if placement is WHOLE:
         return result
     squares = result.square()

@@ -28,7 +28,8 @@ from transformers import PretrainedConfig
 from .bucket import tile_entries
 from .create import create_lorapre_optimizer
 from .memory_models import meta_model
-from .optimizer import Located, LoRAPreOptimizer, compressed_rank, matrix_shape
+from .optimizer import LoRAPreOptimizer
+from .plan import Located, compressed_rank, matrix_shape
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -192,7 +193,8 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
             with torch.no_grad(), AllocationTracker() as tracker:
                 if step == 0:
                     _init_states(optimizer, located)
-                optimizer._apply_normed(located, [param.grad for _, param, _ in located], norms, known)
+                states = [optimizer.state[param] for _, param, _ in located]
+                optimizer._apply_normed(located, states, [param.grad for _, param, _ in located], norms, known)
             for _, param, _ in located:
                 for value in optimizer.state[param].values():
                     tracker.leave_out(value)
@@ -205,7 +207,7 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
 
 def _init_states(optimizer: LoRAPreOptimizer, located: list[Located]) -> None:
     for group, param, position in located:
-        optimizer._init_state(param, group, position)
+        optimizer._init_state(group, param, position)
         if compressed_rank(param.shape, group["momentum_rank"]) == 0:
             optimizer.state[param]["step"] = torch.zeros(())  # torch's AdamW reads it
 
@@ -221,7 +223,7 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
         if in_backward:
             most = 1
         elif k:
-            most = max(1, tile_entries(group) // (sum(shape) * k))
+            most = max(1, tile_entries(group) // (len(optimizer.moments) * k * sum(shape)))
         else:
             most = sys.maxsize  # the AdamW path packs parameters of all shapes together
         if param.numel() and counts[key] < most:

@@ -14,7 +14,7 @@ from .adamw import LoRAPreAdamW
 from .config import LoRAPreConfig
 from .memory import MemoryEstimate, estimate
 from .memory_models import find_config, meta_model
-from .optimizer import matrix_shape
+from .plan import matrix_shape
 from .rules import RULES
 from .table import adamw_state_bytes, format_bytes
 from .targets import embedding_parameters, weight_targets

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .bucket import Bucket, Moment, finish_moments
+from .bucket import Bucket, Wave
 from .checks import check_betas, in_range
+from .moments import Moments
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
 from .rules import MIN_FACTOR_NORM, Average
@@ -77,7 +78,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
     """
 
     moments = ("m",)
-    backend_names = ("auto", "eager", "compiled")
+    backend_names = ("auto", "cpp", "eager", "compiled")
 
     def __init__(
         self,
@@ -133,27 +134,35 @@ class LoRAPreMuon(LoRAPreOptimizer):
         lr = group["lr"] * group.get("adamw_lr_ratio", 1.0)
         return AdamWOptions(lr, group["adamw_betas"], group["adamw_eps"])
 
-    def _update(self, bucket: Bucket) -> Iterator[None]:
-        group, placement, p = bucket.group, bucket.placement, bucket.shape[0]
-        average = Average(group["momentum"], 1.0)
-        # Orthogonalization needs whole matrices: no tiles of rows here.
-        matrices, rows = slice(0, len(bucket.params)), slice(0, bucket.rows.stop - bucket.rows.start)
-        g = bucket.gradients(matrices, rows)
-        bucket.advance()
-        if bucket.fresh:
-            m = g
-            bucket.start("m", average.weight)
-        else:
-            backend = self._backend(bucket)
-            moment = Moment(backend, bucket, "m", average, group["residual_weight"])
-            m = backend.momentum(bucket, g, moment)
+    def _update(self, wave: Wave) -> Iterator[None]:
+        average = Average(wave.group["momentum"], 1.0)
+        wave.advance()
+        if wave.fresh:
+            for bucket in wave.buckets:
+                g = bucket.gradients(*bucket.whole)
+                bucket.start(0, average.weight)
+                self._write(bucket, g, g)
+            return
+        backend = self._backend(wave.norms.device)
+        moments = Moments(backend, wave, [average], wave.group["residual_weight"])
+        for factors in moments:
+            g = factors.bucket.gradients(*factors.bucket.whole)
+            m = backend.momentum(factors, g, moments.rows)
             if self.record_metrics:
-                self._metrics.add_energy(bucket.norms, moment.captured())
-            yield from finish_moments(bucket, [moment])
+                self._metrics.add_captured(factors.captured())
+            self._write(factors.bucket, g, m)
+        if self.record_metrics:
+            self._metrics.add_energy(wave.norms)
+        yield from moments.finish()
+
+    @staticmethod
+    def _write(bucket: Bucket, g: Tensor, m: Tensor) -> None:
+        """The update of whole matrices, from this process's rows of gradient and momentum: [n, rows, q]."""
+        group = bucket.group
         if group["nesterov"]:
             m = torch.add(g, m, alpha=group["momentum"])
-        m = placement.gather(m, p)
+        m = bucket.wave.placement.gather(m, bucket.shape[0])
         # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
         m = m * (m.abs().amax((-2, -1), keepdim=True) > 10 * MIN_FACTOR_NORM**2)
         m = orthogonalize(m, group["ns_steps"])[:, bucket.rows]
-        bucket.write(matrices, rows, m.mul(shape_scale(bucket.shape, group["adjust_lr_fn"])).contiguous())
+        bucket.write(*bucket.whole, m.mul(shape_scale(bucket.shape, group["adjust_lr_fn"])).contiguous())

@@ -1,7 +1,7 @@
 """What both optimizers share: groups and their checks, state, the gradient checks, the AdamW path, and the order of a step.
 
 A subclass says what is done with the moments of the compressed matrices (`_update`). How factors follow a gradient is in
-``rules.py``; how a step walks through stacked matrices and row tiles is in ``bucket.py``.
+``rules.py``, which matrices are stepped together in ``plan.py``.
 """
 
 from __future__ import annotations
@@ -13,38 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from . import backends
-from .bucket import MAX_NORM, Bucket, Metrics, usable
+from .bucket import MAX_NORM, Wave, usable
 from .checks import above_zero, check_flattened_shards, check_gradient, check_parameter, in_range
 from .gradients import Skips, gradient_norms, local_gradient, reads_are_free, takes_part
+from .metrics import Metrics
 from .placement import WHOLE, Placement, local, place, placement_of
-from .plain import AdamWOptions, Item, adamw_path
+from .plain import AdamWOptions, adamw_path, make_item
+from .plan import Located, Plan, compressed_rank, make_plan, matrix_shape, plan_key
 from .rules import RULES
 from .state import check_loaded_state, restore_state, state_dtype
-
-Located = tuple[dict[str, Any], Tensor, int]  # group, parameter, position of the parameter in the optimizer
-
-
-@functools.lru_cache(maxsize=4096)
-def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """The p×q under which a tensor of two or more dimensions is compressed: trailing dimensions are flattened."""
-    return shape[0], math.prod(shape[1:])
-
-
-@functools.lru_cache(maxsize=4096)
-def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
-    """The k at which a parameter of this shape is compressed; 0 if it takes the AdamW path.
-
-    None stands for a quarter of the smaller side, at least 1. A matrix is compressed when k < min(p, q) and the factors,
-    k(p+q) numbers, are smaller than the p·q that they replace.
-    """
-    if len(shape) < 2 or math.prod(shape) == 0:
-        return 0
-    p, q = matrix_shape(shape)
-    k = max(1, min(p, q) // 4) if momentum_rank is None else momentum_rank
-    return k if 0 < k < min(p, q) and k * (p + q) < p * q else 0
 
 
 def world_size() -> int:
@@ -71,9 +52,10 @@ class LoRAPreOptimizer(Optimizer):
             outside it: it needs the matrix whole.
         maximize: maximize the objective.
         seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global generator.
-        backend: how the step of compressed matrices is computed: ``"eager"``, ``"compiled"`` (`torch.compile`; the first step takes
-            seconds), ``"triton"`` (CUDA, package triton), or ``"auto"``: Triton where it runs, else eager. The results are the
-            same to float32 round-off. Not saved in checkpoints.
+        backend: how the step of compressed matrices is computed: ``"cpp"`` (CPUs under Linux with a C++ compiler, which runs once for a few
+            seconds), ``"triton"`` (CUDA, package triton), ``"compiled"`` (`torch.compile`; the first step takes seconds),
+            ``"eager"``, or ``"auto"``: C++ or Triton where they run, else eager. The results are the same to float32 round-off.
+            Not saved in checkpoints.
 
     Attributes:
         skipped_updates: how many updates of single parameters were skipped since construction, for a gradient that is not
@@ -131,6 +113,7 @@ class LoRAPreOptimizer(Optimizer):
         # Compressed matrices whose factors the host knows to have started: parameter's id → its step counter, whose identity
         # says that the entry still holds. Until then each step reads norms and counters, afterwards nothing.
         self._started: dict[int, Tensor] = {}
+        self._plans: dict[int, Plan] = {}  # by the position of a step's first parameter
         self._skips = Skips()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,8 +185,8 @@ class LoRAPreOptimizer(Optimizer):
         """Of a group, at its learning rate now."""
         raise NotImplementedError
 
-    def _update(self, bucket: Bucket) -> Iterator[None]:
-        """One step of a bucket of compressed matrices: parameters and factors, in place. Stops at most once, for a collective."""
+    def _update(self, wave: Wave) -> Iterator[None]:
+        """One step of a wave of compressed matrices: parameters and factors, in place. Stops at most once, for a collective."""
         raise NotImplementedError
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -255,23 +238,30 @@ class LoRAPreOptimizer(Optimizer):
 
     def _apply(self, todo: list[Located]) -> None:
         """Update these parameters: device by device, and by the processes among which they are sharded."""
-        alike: dict[tuple[torch.device, Placement], list[Located]] = {}
+        alike: dict[Any, list[Located]] = {}
         for located in todo:
-            param = located[1]
+            param, grad = located[1], located[1].grad
+            if grad is not None and (grad.dtype is not param.dtype or grad.layout is not torch.strided):
+                check_gradient(param)
             if param.numel():
-                if param.grad is not None:
-                    check_gradient(param)
-                alike.setdefault((param.device, placement_of(param)), []).append(located)
-        for (_, placement), some in alike.items():
-            for group, param, position in some:
-                if not self.state[param]:
-                    self._init_state(param, group, position)
-            grads = [local_gradient(param) for _, param, _ in some]
-            norms = gradient_norms(grads, [param.grad is None for _, param, _ in some], placement)
-            waiting = self._waiting(some)
-            known = norms.tolist() if waiting or reads_are_free(norms.device) else None
+                sharded = isinstance(param, DTensor)
+                alike.setdefault((param.device, placement_of(param)) if sharded else param.device, []).append(located)
+        for some in alike.values():
+            device, placement = some[0][1].device, placement_of(some[0][1])
+            states = [self.state[param] or self._init_state(group, param, position) for group, param, position in some]
+            grads = [param.grad for _, param, _ in some]
+            if placement is not WHOLE:
+                grads = [local_gradient(param) for _, param, _ in some]
+            absent = [param.grad is None for _, param, _ in some]
+            norms = gradient_norms(grads, absent, placement, self._backend(device))
+            plan = self._plans.get(some[0][2])
+            if plan is not None and not plan.holds(plan_key(some), [state["step"] for state in states]):
+                plan = None
+            waiting = plan is None and self._waiting(some)
+            reads = waiting or reads_are_free(device)
             recorded, self._metrics = self._metrics, Metrics()
-            self._apply_normed(some, grads, norms, known, placement)
+            known = norms.tolist() if reads else None
+            self._apply_normed(some, states, grads, norms, known, placement, plan)
             self._metrics.reduce(placement)
             recorded.merge(self._metrics)
             self._metrics = recorded
@@ -279,81 +269,83 @@ class LoRAPreOptimizer(Optimizer):
     def _apply_normed(
         self,
         todo: list[Located],
+        states: list[dict[str, Tensor]],
         grads: list[Tensor],
         norms: Tensor,
         known: list[float] | None,
         placement: Placement = WHOLE,
+        plan: Plan | None = None,
     ) -> None:
-        """`_apply` of what lives in one place, given its part of each gradient and every ‖g‖_F: [N] float64, −1 for no gradient.
+        """`_apply` of what lives in one place, given its states, its part of each gradient and every ‖g‖_F: [N] float64, −1 for no gradient.
 
-        On a CPU, and as long as a matrix of `als` waits for its first gradient, the host has read the norms (``known``) and leaves
-        out what is to be skipped. After that nothing is read: what is not finite is masked on the device.
+        On a CPU, and as long as a matrix of `als` waits for its first gradient, the host has read the norms (``known``). Otherwise
+        nothing is read: what is not finite is masked on the device.
         """
-        masked = known is None
-        each = norms.unbind()
-        if masked:
+        finite = None
+        if known is None:
             finite = usable(norms)
             self._skips.add_unread(finite, norms)
-            each_finite = finite.unbind()
-
-        starting: list[Tensor] = []
-        buckets: dict[tuple, Bucket] = {}
-        plain: dict[int, tuple[dict[str, Any], list[Item]]] = {}
-        for i, (group, param, position) in enumerate(todo):
-            state, k = self.state[param], compressed_rank(param.shape, group["momentum_rank"])
-            if known and not 0 <= known[i] <= MAX_NORM:  # NaN is not either; −1 is no gradient at all
-                if not known[i] < 0:
-                    self._skips.add(known[i])
-                continue
-            here = local(param)
-            if k == 0:
-                offset = placement.rows(param.shape[0]).start * param.shape[1:].numel() if param.ndim else 0
-                state = {name: local(value) for name, value in state.items()}
-                item = Item(here, grads[i], state, each[i], each_finite[i] if masked else None, position, offset)
-                plain.setdefault(id(group), (group, []))[1].append(item)
-                continue
-            rule = RULES[group["update_rule"]]
-            fresh = rule.tracked and self._started.get(id(param)) is not state["step"]
-            if fresh and known[i] == 0:
-                # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.
-                here.mul_(1 - group["lr"] * group["weight_decay"])
-                continue
-            key = (id(group), matrix_shape(param.shape), param.dtype, fresh)
-            if key not in buckets:
-                buckets[key] = Bucket(group, rule, k, matrix_shape(param.shape), placement, fresh)
-            buckets[key].add(here, grads[i], state, position, i)
-            if fresh:
-                starting.append(param)
-        for group, items in plain.values():
-            adamw_path(group, self._adamw_options(group), items)
+        elif not all(0 <= norm <= MAX_NORM for norm in known):  # NaN is not either; −1 is no gradient at all
+            finite = usable(norms)
+            for norm in known:
+                if not norm < 0 and not norm <= MAX_NORM:
+                    self._skips.add(norm)
+        if plan is None:
+            plan = make_plan(
+                todo, states, placement, len(self.moments), functools.partial(self._first_norm, todo, known)
+            )
+        for i in plan.resting:
+            # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.
+            group, param, _ = todo[i]
+            if known[i] == 0:
+                local(param).mul_(1 - group["lr"] * group["weight_decay"])
+        for group, indices in plan.plain:
+            taken = [i for i in indices if known is None or 0 <= known[i] <= MAX_NORM]
+            parts = [(*todo[i][1:], states[i], grads[i], norms[i]) for i in taken]
+            masks = [finite[i] for i in taken] if known is None else [None] * len(taken)
+            items = [make_item(*part, mask, placement) for part, mask in zip(parts, masks)]
+            if items:
+                adamw_path(group, self._adamw_options(group), items)
         before: Iterator[None] = iter(())
-        for bucket in buckets.values():
-            bucket.set_norms(each, masked)
-            for chunk in bucket.chunks():
-                # The rows of this chunk while the sums of the one before are on their way; without processes, all of it.
-                update = self._update(chunk)
-                next(update, None)
-                next(before, None)
-                before = update
+        for wave in plan.waves:
+            # The rows of this wave while the sums of the one before are on their way; without processes, all of it.
+            update = self._update_wave(wave, grads, norms, finite)
+            next(update, None)
+            next(before, None)
+            before = update
         next(before, None)
-        for param in starting:  # only now: `stack` may have put the counters side by side
-            self._started[id(param)] = self.state[param]["step"]
+        for i in plan.starting:  # only now: the stacks may have put the counters side by side
+            self._started[id(todo[i][1])] = states[i]["step"]
+        if plan.lasts:
+            plan.steps = [state["step"] for state in states]
+            self._plans[todo[0][2]] = plan
+
+    def _update_wave(self, wave: Wave, grads: list[Tensor], norms: Tensor, finite: Tensor | None) -> Iterator[None]:
+        wave.begin(grads, norms, finite, self.moments)
+        yield from self._update(wave)
+        wave.end()
+
+    def _first_norm(self, todo: list[Located], known: list[float] | None, i: int) -> float | None:
+        """For `make_plan`: of a matrix of `als` without a first gradient, ‖g‖_F, or 0 if it cannot be used; else None."""
+        group, param, _ = todo[i]
+        if not RULES[group["update_rule"]].tracked or self._started.get(id(param)) is self.state[param]["step"]:
+            return None
+        return known[i] if 0 <= known[i] <= MAX_NORM else 0.0
 
     def _waiting(self, todo: list[Located]) -> bool:
         """Whether a matrix of `als` among these has not started, as far as the host knows; it reads those counters."""
-        waiting = False
-        for group, param, _ in todo:
-            step = self.state[param]["step"]
-            tracked = RULES[group["update_rule"]].tracked and compressed_rank(param.shape, group["momentum_rank"])
-            if tracked and self._started.get(id(param)) is not step:
-                if float(step) == 0:
-                    waiting = True
-                else:
-                    self._started[id(param)] = step
-        return waiting
+        unknown = [
+            (param, step)
+            for group, param, _ in todo
+            if RULES[group["update_rule"]].tracked and compressed_rank(param.shape, group["momentum_rank"])
+            if self._started.get(id(param)) is not (step := self.state[param]["step"])
+        ]
+        counts = torch.stack([step for _, step in unknown]).tolist() if unknown else []
+        self._started |= {id(param): step for (param, step), count in zip(unknown, counts) if count}
+        return not all(counts)
 
-    def _backend(self, bucket: Bucket) -> Any:
-        return backends.choose(self.backend, bucket.params[0].device, self.backend_names)
+    def _backend(self, device: torch.device) -> Any:
+        return backends.choose(self.backend, device, self.backend_names)
 
     def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a parameter's state; they depend on its shape and its group's options alone."""
@@ -368,7 +360,7 @@ class LoRAPreOptimizer(Optimizer):
             shapes |= {"v_energy": (), "v_scale": ()}
         return shapes
 
-    def _init_state(self, param: Tensor, group: dict[str, Any], position: int) -> None:
+    def _init_state(self, group: dict[str, Any], param: Tensor, position: int) -> dict[str, Tensor]:
         """Zeros, whatever the gradient; `newton` draws its A factors from a generator of this parameter's own."""
         check_parameter(param)  # an engine may have replaced what the group was built with
         state = self.state[param]
@@ -379,6 +371,7 @@ class LoRAPreOptimizer(Optimizer):
             if name.endswith("_A") and not rule.tracked:
                 value.copy_(rule.init_columns(shape, generator))
             state[name] = place(value, param, name)
+        return state
 
     @property
     def skipped_updates(self) -> int:

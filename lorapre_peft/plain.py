@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .bucket import gradient_scale, rounds_stochastically, tile_entries
+from .placement import Placement, local
 from .rounding import random_keys, write_stochastic
 
 
@@ -31,6 +32,21 @@ class Item(NamedTuple):
     finite: Tensor | None  # [] bool, false if the update is to be skipped; None: the host knows that it is not
     position: int
     offset: int  # entries of the whole parameter before this part
+
+
+def make_item(
+    param: Tensor,
+    position: int,
+    state: dict[str, Tensor],
+    grad: Tensor,
+    norm: Tensor,
+    finite: Tensor | None,
+    placement: Placement,
+) -> Item:
+    """Of a parameter that may be sharded, and this process's part of its gradient."""
+    offset = placement.rows(param.shape[0]).start * param.shape[1:].numel() if param.ndim else 0
+    here = {name: local(value) for name, value in state.items()}
+    return Item(local(param), grad, here, norm, finite, position, offset)
 
 
 def adamw_dtype(param: Tensor) -> torch.dtype:

@@ -20,6 +20,11 @@ def _mix(value: int | Tensor) -> int | Tensor:
     return value ^ value >> 16
 
 
+def filled(values: list[int], device: torch.device) -> Tensor:
+    """int64 [n], filled one by one: a copy from the host could not be captured in a CUDA graph."""
+    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+
+
 def _signed(value: int | Tensor) -> int | Tensor:
     """The int32 with the same 32 bits."""
     return ((value & _MASK) ^ 0x80000000) - 0x80000000
@@ -27,11 +32,7 @@ def _signed(value: int | Tensor) -> int | Tensor:
 
 def random_keys(seed: int, positions: list[int], steps: Tensor) -> Tensor:
     """32 bits that name each parameter at its step of one run: int64 [n]; steps: [n], on any device, not read by the host."""
-    # Filled one by one: a copy from the host could not be captured in a CUDA graph.
-    bases = [
-        torch.full((), _mix(_mix(seed) + position), dtype=torch.int64, device=steps.device) for position in positions
-    ]
-    return _mix(torch.stack(bases) + steps.long())
+    return _mix(filled([_mix(_mix(seed) + position) for position in positions], steps.device) + steps.long())
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:

@@ -4,12 +4,13 @@ A running average ``M ← decay · M + weight · x`` of p×q matrices is held as
 says how ``B`` and ``A`` change when ``x`` arrives. Both rules are written as a *row part* and a *column part*:
 
 * the row part (`Rows`: five numbers) needs nothing but some rows of ``B`` and ``x``, and all of ``A``;
-* the column part (``columns``) needs only sums over the rows: ``grams``, k×k or k×2k, and ``projected``, k×q.
+* the column part (``columns``) needs only sums over the rows: Gram matrices, k×k or k×2k, and ``Bᵀx``, k×q.
 
-So a step can work through a matrix in tiles of rows, or in shards of rows on several devices, with the same result, and a
-backend computes the row part without knowing the rule. Every tensor may have leading batch dimensions. The k×k Gram matrices
-are formed and inverted in float64: they cost nothing beside the p×q products, and a Cholesky factorisation of a
-positive matrix plus a relative 1e-6 of its diagonal then does not fail.
+So a step can work through a matrix in tiles of rows, or in shards of rows on several devices, with the same result. What is here
+is k×k: matrices of all shapes go through it together, [..., k, k], and what is p×k, k×q or p×q is a backend's. The Gram
+matrices are formed and inverted in float64: they cost nothing beside the p×q products, a Cholesky factorisation of a
+positive matrix plus a relative 1e-6 of its diagonal then does not fail, and an inverse whose entries reach 1/δ would turn
+float32's round-off in ``Bᵀx`` into momentum.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Up to this rank a Gram matrix is inverted by a few operations on all matrices at once: LAPACK takes 2 µs for each matrix of a batch.
+ELIMINATED = 4
 # Below this side length the start takes an exact SVD; above it, subspace iteration (`top_factors`).
 EXACT_SVD_SIZE = 128
 # Extra directions and power steps of the subspace iteration: Halko, Martinsson and Tropp (2011), section 4.4 and 4.5.
@@ -43,17 +46,41 @@ class Average(NamedTuple):
 def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
     """(gram + ridge·I)⁻¹ in float64; gram: [..., k, k] float64, symmetric and not negative. ridge: [...] or a number, ≥ 0.
 
-    By Cholesky. Where that fails, and on a GPU nobody looks, the diagonal alone is inverted: a shorter step, and no NaN.
+    By Cholesky, or for small k by elimination. Where that fails, and on a GPU nobody looks, the diagonal alone is inverted: a
+    shorter step, and no NaN.
     """
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    k = gram.shape[-1]
+    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     # float64 round-off in a Gram matrix is relative to its trace: an absolute ridge below that would not keep it positive.
     floor = 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny
     ridge = floor.clamp_min(ridge) if isinstance(ridge, float) else torch.maximum(ridge, floor)
-    factor, info = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * identity)
-    factor = torch.where((info > 0)[..., None, None], torch.diag_embed((diagonal + ridge[..., None]).sqrt()), factor)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse.mT @ inverse
+    damped = gram + ridge[..., None, None] * identity
+    if k <= ELIMINATED:
+        inverse, failed = _eliminated(damped)
+    else:
+        factor, info = torch.linalg.cholesky_ex(damped)
+        failed = info > 0
+        factor = torch.where(failed[..., None, None], identity, factor)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        inverse = inverse.mT @ inverse
+    return torch.where(failed[..., None, None], torch.diag_embed(1 / (diagonal + ridge[..., None])), inverse)
+
+
+def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse by symmetric Gauss–Jordan elimination along the diagonal, and where a pivot was not positive: [...] bool.
+
+    A positive matrix needs no other pivots (Higham, Accuracy and Stability of Numerical Algorithms, section 14.4).
+    """
+    swept, pivots = matrix.clone(), []
+    for j in range(matrix.shape[-1]):
+        column = swept[..., j].clone()
+        pivots.append(column[..., j])
+        row = column / pivots[-1][..., None]
+        swept -= column[..., :, None] * row[..., None, :]
+        swept[..., j] = swept[..., j, :] = row
+        swept[..., j, j] = -1 / pivots[-1]
+    return -swept, ~(torch.stack(pivots, -1) > 0).all(-1)
 
 
 def gram_rows(A: Tensor) -> Tensor:
@@ -118,7 +145,7 @@ class Newton:
 
     name = "newton"
     tracked = False  # no energy correction of v, no clamp, no residual weight
-    projects_new = False  # the step is simultaneous: A's new rows come from the old B
+    projects_new = False  # the step is simultaneous: A's new rows come from the old B, and from BᵀB
 
     def __init__(self, damping: float = 1e-6, init_std: float = 0.02):
         self.damping = damping
@@ -134,28 +161,24 @@ class Newton:
 
     def rows(self, average: Average, residual_weight: float | None = None) -> Rows:
         """The row part; the residual is always ``average.weight``."""
-        return Rows(average.decay**0.5, self._gain(average), average.decay, 0.0, average.weight)
+        gain = average.weight * (1 - average.decay**0.5) / (1 - average.decay)
+        return Rows(average.decay**0.5, gain, average.decay, 0.0, average.weight)
 
-    def unit(self, gram: Tensor, norm: Tensor, rows: Rows) -> Tensor:
+    def unit(self, gram: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
         """What B' is multiplied by: 1, as nothing rescales it afterwards."""
-        return torch.ones_like(norm, dtype=torch.float64)
+        return torch.ones_like(norm, dtype=torch.float64).expand(gram.shape[:-2])
 
-    def _gain(self, average: Average) -> float:
-        return average.weight * (1 - average.decay**0.5) / (1 - average.decay)
+    def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> Tensor:
+        """W with A' = W [A; Bᵀx], from BᵀB over all rows: [..., k, 2k]. decay, weight: the average's, [..., 1, 1]. All float64."""
+        root = decay.sqrt()
+        identity = torch.eye(grams.shape[-2], dtype=grams.dtype, device=grams.device)
+        step = (weight * (1 - root) / (1 - decay)) * self.inverse(grams)
+        return torch.cat([(root * identity).expand_as(step), step], dim=-1)
 
-    def grams(self, B: Tensor, B_new: Tensor) -> Tensor:
-        """BᵀB in float64, to be added up over the rows: [..., k, k]."""
-        return gram_rows(B.mT)
-
-    def columns(self, A: Tensor, grams: Tensor, projected: Tensor, average: Average) -> tuple[Tensor, Tensor, Tensor]:
-        """The new A from the sums over all rows: ``grams`` and projected = Bᵀx.
-
-        Also what B' is to be multiplied by, [..., 1, 1], and ‖B'A'‖²_F, which this rule does not know: 1 and NaN.
-        """
-        step = (self._gain(average) * self.inverse(grams)).to(A.dtype)
-        # A product, no add(alpha=…): torch.compile (2.13) keeps the first alpha it sees.
-        A_new = step @ projected + average.decay**0.5 * A
-        return A_new, A.new_ones(()), grams.new_full(grams.shape[:-2], float("nan"))
+    def balance(self, grams: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What B' and A' are multiplied by, and ‖B'A'‖²_F, which this rule does not know: 1, 1 and NaN, [...] float64."""
+        one = grams.new_ones(grams.shape[:-2])
+        return one, one, torch.full_like(one, float("nan"))
 
 
 class Als:
@@ -167,7 +190,7 @@ class Als:
 
     name = "als"
     tracked = True  # v keeps Adam's energy, the normalised update is clamped, the start is the first gradient
-    projects_new = True  # A is solved given the new B
+    projects_new = True  # A is solved given the new B: from B'ᵀ [B' | B] and B'ᵀx
 
     def __init__(self, damping: float = 1e-6):
         self.damping = damping
@@ -186,36 +209,35 @@ class Als:
         residual = rho * weight / (1 - beta)
         return Rows(beta, weight, beta, weight - residual, residual)
 
-    def unit(self, gram: Tensor, norm: Tensor, rows: Rows) -> Tensor:
-        """What B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows float32: [...].
+    def unit(self, gram: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
+        """What B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows float32: [...] float64.
 
-        gram: A Aᵀ [..., k, k]; norm: ‖x‖_F [...]. ‖B‖ = ‖A‖ =: a and ‖X‖ ≈ ‖x‖/a; `columns` rescales B' in the end.
+        gram: A Aᵀ [..., k, k]; norm: ‖x‖_F, and keep and gain, [...]. ‖B‖ = ‖A‖ =: a and ‖X‖ ≈ ‖x‖/a; `balance` rescales B'.
         """
         square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        size = torch.maximum(rows.keep * square, rows.gain * norm.double())
+        size = torch.maximum(keep * square, gain * norm.double())
         return square.sqrt() / size.clamp_min(MIN_FACTOR_NORM**2)
 
-    def grams(self, B: Tensor, B_new: Tensor) -> Tensor:
-        """B'ᵀ [B' | B] in float64, to be added up over the rows: [..., k, 2k]."""
-        B_new = B_new.double()
-        return torch.cat([B_new.mT @ B_new, B_new.mT @ B.double()], dim=-1)
+    def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> Tensor:
+        """W with A' = W [A; B'ᵀx], from B'ᵀ [B' | B] over all rows: [..., k, 2k]. decay, weight: the average's, [..., 1, 1].
 
-    def columns(self, A: Tensor, grams: Tensor, projected: Tensor, average: Average) -> tuple[Tensor, Tensor, Tensor]:
-        """The new A from the sums over all rows: ``grams`` and projected = B'ᵀx.
-
-        Also what B' is to be multiplied by for equal Frobenius norms, [..., 1, 1], and ‖B'A'‖²_F [...] float64.
+        All float64.
         """
-        gram, cross = grams.split(A.shape[-2], dim=-1)
+        gram, cross = grams.chunk(2, dim=-1)
         inverse = self.inverse(gram)
-        A_new = (average.decay * inverse @ cross).to(A.dtype) @ A
-        A_new += (average.weight * inverse).to(A.dtype) @ projected
-        gram_A = gram_rows(A_new)
+        return torch.cat([decay * (inverse @ cross), weight * inverse], dim=-1)
+
+    def balance(self, grams: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What B' and A' are multiplied by for equal Frobenius norms, and ‖B'A'‖²_F then: [...] float64.
+
+        grams: as in `columns`; gram_A: A' A'ᵀ.
+        """
+        gram = grams[..., : gram_A.shape[-1]]
         norm_B, norm_A = (g.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() for g in (gram, gram_A))
         common = (norm_B.sqrt() * norm_A.sqrt()).clamp_min(MIN_FACTOR_NORM)
         tiny = torch.finfo(torch.float32).tiny
         scale_B, scale_A = common / norm_B.clamp_min(tiny), common / norm_A.clamp_min(tiny)
-        squared_norm = (gram * gram_A).sum((-2, -1)) * (scale_B * scale_A).square()
-        return A_new * scale_A.to(A.dtype)[..., None, None], scale_B.to(A.dtype)[..., None, None], squared_norm
+        return scale_B, scale_A, (gram * gram_A).sum((-2, -1)) * (scale_B * scale_A).square()
 
 
 RULES = {rule.name: rule for rule in (Als(), Newton())}

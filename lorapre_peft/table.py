@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from .optimizer import LoRAPreOptimizer, compressed_rank
+from .optimizer import LoRAPreOptimizer
+from .plan import compressed_rank
 
 
 def state_table(optimizer: LoRAPreOptimizer, frozen: dict[str, list[Tensor]]) -> str:

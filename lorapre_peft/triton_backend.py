@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backends import AdamScalars, Eager
-from .bucket import Bucket, Metrics, Moment, rounds_stochastically, tile_entries
-from .rounding import SALT, _mix, random_keys
+from .backends import Eager
+from .bucket import rounds_stochastically, tile_entries
+from .metrics import Metrics
+from .moments import Factors
+from .rounding import SALT, _mix
 
 # Above this rank a block of a factor no longer fits the registers of a program.
 MAX_RANK = 128
@@ -163,61 +165,45 @@ class Triton(Eager):
     def __init__(self):
         self._told = False
 
-    def adam(
-        self, bucket: Bucket, m: Moment, v: Moment, scalars: AdamScalars, bound: float | None, metrics: Metrics | None
-    ) -> None:
-        if bucket.k > MAX_RANK:
+    def adam(self, factors: Factors, table: Tensor, bound: float | None, metrics: Metrics | None) -> None:
+        bucket = factors.bucket
+        if bucket.wave.k > MAX_RANK:
             if not self._told:
                 warnings.warn(
-                    f"momentum rank {bucket.k} is above the Triton kernels' {MAX_RANK}: eager step", stacklevel=2
+                    f"momentum rank {bucket.wave.k} is above the Triton kernels' {MAX_RANK}: eager step", stacklevel=2
                 )
                 self._told = True
-            return super().adam(bucket, m, v, scalars, bound, metrics)
+            return super().adam(factors, table, bound, metrics)
         p, q = bucket.rows.stop - bucket.rows.start, bucket.shape[1]
-        if p == 0:  # an empty shard
-            return
-        size = max(1, tile_entries(bucket.group) // (p * q))
-        for i in range(0, len(bucket.params), size):
-            self._step(bucket, slice(i, min(i + size, len(bucket.params))), m, v, scalars, bound, metrics)
+        if p:  # else an empty shard
+            size = max(1, tile_entries(bucket.group) // (p * q))
+            for i in range(0, len(bucket.params), size):
+                self._step(factors, slice(i, min(i + size, len(bucket.params))), table, bound, metrics)
+        self._finish_rows(factors)
 
     def _step(
         self,
-        bucket: Bucket,
+        factors: Factors,
         matrices: slice,
-        m: Moment,
-        v: Moment,
-        scalars: AdamScalars,
+        table: Tensor,
         bound: float | None,
         metrics: Metrics | None,
     ) -> None:
-        group, params, k = bucket.group, bucket.params[matrices], bucket.k
+        bucket, group = factors.bucket, factors.bucket.group
+        params, k = bucket.params[matrices], bucket.wave.k
         p, q = bucket.rows.stop - bucket.rows.start, bucket.shape[1]
         n, device = len(params), params[0].device
         grads = _stacked(bucket.grads[matrices], p)
         theta = _stacked(params, p)
-        m_operands, v_operands = (
-            (moment.B[matrices].contiguous(), moment.A[matrices].contiguous(), moment.R[matrices].contiguous())
-            for moment in (m, v)
+        (m_B, v_B), (m_A, v_A), (m_R, v_R) = (
+            value[:, matrices].contiguous() for value in (factors.B, factors.A, factors.R)
         )
-        m_new, v_new = m.B_new[matrices], v.B_new[matrices]
-        C = torch.empty_like(m_new)
-
-        one = torch.ones(n, device=device)
-        lr = group["lr"].to(device).reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        table = torch.stack(
-            [
-                one if bucket.scale is None else bucket.scale[matrices],
-                *(value[matrices].view(n) for value in (m.keep, m.gain, v.keep, v.gain, scalars.c_B, scalars.c_X)),
-                *(value[matrices].view(n) for value in (scalars.residual, scalars.v_scale, scalars.eps)),
-                one * lr * group["update_scale"],
-                one * lr * group["weight_decay"],
-                one if bucket.finite is None else bucket.finite[matrices].float(),
-            ]
-        )
+        m_new, v_new = factors.B_new[:, matrices]  # each contiguous
+        C, table = torch.empty_like(m_new), table[:, matrices].contiguous()
         stochastic = rounds_stochastically(params[0], group)
         keys = table
         if stochastic:
-            keys = random_keys(group["seed"], bucket.positions[matrices], bucket.stack("step")[matrices])
+            keys = bucket.keys(matrices)
             keys = torch.stack([keys, _mix(keys + SALT)])
 
         K, BP, BQ = block_sizes(p, q, k)
@@ -229,22 +215,23 @@ class Triton(Eager):
         programs = splits * n * column_blocks if metrics is not None else 1
         largest = torch.empty(programs, device=device)
         clamped = torch.empty(programs, dtype=torch.int32, device=device)
-        projecting = (m_new, v_new) if bucket.rule.projects_new else (m_operands[0], v_operands[0])
+        projecting = (m_new, v_new) if bucket.wave.rule.projects_new else (m_B, v_B)
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
             _fit_rows[(n, row_blocks)](
-                grads, *grads.stride(), *m_operands, m_new, *v_operands, v_new, C, table, n, p, q, k, K=K, BP=BP, BQ=BQ
-            )
+                grads, *grads.stride(),
+                m_B, m_A, m_R, m_new, v_B, v_A, v_R, v_new, C,
+                table, n, p, q, k, K=K, BP=BP, BQ=BQ,
+            )  # fmt: skip
             _update_block[(n, column_blocks, splits)](
                 grads, *grads.stride(), theta, *theta.stride(),
-                C, v_operands[0], m_operands[1], v_operands[1], *projecting, partial[0], partial[1],
+                C, v_B, m_A, v_A, *projecting, partial[0], partial[1],
                 table, keys, largest, clamped, n, p, q, k, float("inf") if bound is None else bound, rows_per_split,
                 bucket.rows.start,
                 K=K, BP=BP, BQ=BQ,
                 CLAMP=bound is not None, STOCHASTIC=stochastic,
                 WIDE=theta.dtype == torch.float64, METRICS=metrics is not None,
             )  # fmt: skip
-        m.projected[matrices] = partial[0].sum(0)
-        v.projected[matrices] = partial[1].sum(0)
+        factors.projected[:, matrices] = partial.sum(1)
         if metrics is not None:
             metrics.add_sizes(largest.amax(), clamped.sum(), n * p * q)
         if theta.data_ptr() != params[0].data_ptr():

@@ -92,7 +92,7 @@ def soak(
     del straight
 
     figures = {"saves": 0, "crashes": 0, "steps done twice": 0}
-    resident, tensors = [], []
+    resident, tensors, loaded = [], [], 0
     with tempfile.TemporaryDirectory() as folder, tqdm(total=steps, desc="with crashes") as bar:
         path = Path(folder) / "checkpoint.pt"
         run = Run(steps, 1, optimizer, dtype, **options)
@@ -110,9 +110,13 @@ def soak(
                 run.load(path)
                 figures["crashes"] += 1
                 figures["steps done twice"] += lost - run.step
+                loaded = run.step
             if event < saves + crashes and run.step > WARMUP * steps:
                 resident.append(process.memory_info().rss)
-                tensors.append(live_tensors())
+                if (
+                    run.step > loaded + 1
+                ):  # a step stacks the state that was loaded; the one after it has forgotten the loaded
+                    tensors.append(live_tensors())
             bar.update(run.step - bar.n)
     found = run.result()
     assert found.keys() == expected.keys()

@@ -25,9 +25,11 @@ BACKENDS = [
     pytest.param(
         name, marks=pytest.mark.skipif(name not in backends.available(DEVICE), reason=f"{name} cannot run here")
     )
-    for name in ("eager", "compiled", "triton")
+    for name in ("eager", "compiled", "triton", "cpp")
 ]
-compiled_, triton_ = (pytest.mark.skipif(*mark.args, **mark.kwargs) for mark in (b.marks[0] for b in BACKENDS[1:]))
+compiled_, triton_, cpp_ = (
+    pytest.mark.skipif(*mark.args, **mark.kwargs) for mark in (b.marks[0] for b in BACKENDS[1:])
+)
 # Float32 sums in another order, on steps of 0.01: 2e-7 (als) and 5e-6 (newton, whose updates have no bound), measured.
 LIKE_EAGER = {"als": {"rtol": 0, "atol": 1e-6}, "newton": {"rtol": 0, "atol": 2e-5}}
 # No power of two divides these, and the first two are the smallest that are compressed. Few ranks, for each below 5 is a
@@ -63,7 +65,8 @@ def assert_like_eager(found, expected, rule="als", state_rtol=1e-4):
 @pytest.fixture
 def fresh(monkeypatch):
     """Backends are made once in a process; not for this test."""
-    monkeypatch.setattr(backends, "_made", functools.cache(backends._made.__wrapped__))
+    for name in ("_made", "_automatic"):
+        monkeypatch.setattr(backends, name, functools.cache(getattr(backends, name).__wrapped__))
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_options(backend, options):
-    """All three backends read them in places of their own."""
+    """Each backend reads them in places of their own."""
     shape, k = (19, 17), 5
     assert_like_eager(run(backend, shape, k, **options), run("eager", shape, k, **options))
     assert (
@@ -283,6 +286,66 @@ def test_muon_has_no_kernels():
         LoRAPreMuon(parameters((19, 17)), backend="triton")
 
 
+# ---- C++ ------------------------------------------------------------------------------------------------------------
+
+
+@cpp_
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "k"), [((11, 300), 7), ((300, 12), 7), ((530, 9), 1)], ids=str)
+def test_matrices_longer_than_a_block(shape, k, dtype):
+    for options in {}, {"bf16_rounding": "stochastic", "maximize": True}:
+        found, expected = (run(name, shape, k, dtype=dtype, **options) for name in ("cpp", "eager"))
+        if dtype == torch.float32:
+            assert_like_eager(found, expected)
+        for a, b in zip(found[0], expected[0]):
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+            assert (a != b).float().mean() < 0.01 or dtype == torch.float32
+
+
+@cpp_
+@pytest.mark.parametrize(("shape", "k"), [((70, 40), 3), ((600, 12), 2)], ids=str)
+def test_rows_split_among_threads(monkeypatch, shape, k):
+    """The parts are cut by shape alone, so that the number of threads does not show in a single bit; LAPACK's may."""
+    from lorapre_peft import cpp_backend
+
+    options = {"n": 3, "update_rule": "newton"}  # no SVD at the start, and for k < 5 no Cholesky
+    expected, whole = (run(name, shape, k, 3, **options) for name in ("eager", "cpp"))
+    monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)
+    for size in (
+        64_000_000,
+        2 * 4 * TEMPORARIES * shape[0] * shape[1],
+    ):  # the sums of all matrices at once, and of fewer
+        parts = []
+        for threads in (1, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            parts.append(run("cpp", shape, k, 3, temporary_bytes=size, **options))
+            torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(parts[0][0], parts[1][0]))
+        assert not all(torch.equal(a, b) for a, b in zip(parts[0][0], whole[0]))
+        assert_like_eager(parts[0], expected, "newton")
+
+
+@cpp_
+def test_kernels_that_do_not_compile_are_named(monkeypatch, fresh, tmp_path):
+    """A compiler that fails: an error where the backend was asked for, a warning and the eager one where it was not."""
+    from lorapre_peft import cpp_backend
+
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho no such instruction >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpp_backend, "library", functools.cache(cpp_backend.library.__wrapped__))
+    with pytest.raises(RuntimeError, match=r"could not be compiled with .*g\+\+ .*no such instruction"):
+        run("cpp", (19, 17), 5)
+    with pytest.warns(
+        UserWarning, match=r"backend 'cpp' does not start, so a slower one is used.*no such instruction"
+    ):
+        found, _ = run("auto", (19, 17), 5)
+    assert all(torch.equal(a, b) for a, b in zip(found, run("eager", (19, 17), 5)[0]))
+
+
 # ---- compilation ----------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +374,7 @@ def test_no_recompile_as_numbers_change(graphs, cls, rule):
     decay = "betas" if cls is LoRAPreAdamW else "momentum"
     changes = [{}, {}, {"lr": 0.5}, {"lr": torch.tensor(0.1)}, {"weight_decay": 0.3}, {"max_param_grad_norm": 1.0}]
     changes += [{decay: (0.5, 0.9) if decay == "betas" else 0.5}, {"update_scale": 0.1}]
-    functions = 4 if cls is LoRAPreAdamW else 3  # what is done before, in and after the tiles, and Adam's scalars
+    functions = 8 if cls is LoRAPreAdamW else 7  # of `moments` and `backends`; Adam's scalars are the eighth
     for t, change in enumerate(changes):
         group.update(change)
         take_steps(optimizer, params, *([g[t]] for g in grads))
@@ -320,14 +383,15 @@ def test_no_recompile_as_numbers_change(graphs, cls, rule):
 
 def test_few_graphs_for_many_shapes(graphs):
     """A set for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower rank."""
-    for n, shape, k in (2, (19, 17), 5), (3, (33, 31), 7), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
+    # Not two matrices first: their number would be taken for that of the moments.
+    for n, shape, k in (3, (33, 31), 7), (2, (19, 17), 5), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
         run("compiled", shape, k, 2, n=n)
-        assert len(graphs) == 4
+        assert len(graphs) == 8
     for n, k in (1, 5), (2, 1), (2, backends.UNROLLED):
         before = len(graphs)
         run("compiled", (19, 17), k, n=n)
         first = len(graphs)
-        assert before < first <= before + 4
+        assert before < first <= before + 8
         run("compiled", (48, 40), k, n=n)
         assert len(graphs) == first
 
@@ -343,11 +407,19 @@ def without_triton(monkeypatch):
     )
 
 
-def test_auto_is_eager_on_a_cpu_and_triton_on_a_gpu(monkeypatch, fresh):
-    assert type(backends.choose("auto", torch.device("cpu"))) is backends.Eager
+@cpp_
+def test_auto_is_the_fastest(monkeypatch, fresh):
+    assert backends.choose("auto", torch.device("cpu")) is backends.choose("cpp", torch.device("cpu"))
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    backends._automatic.cache_clear()
     assert backends.choose("auto", torch.device("cpu")) is backends.choose("eager", torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
     assert backends.available("cuda") == ["triton", "eager", "compiled"]
+
+
+def test_cpp_needs_a_cpu():
+    with pytest.raises(ValueError, match=r"backend='cpp' needs a CPU under Linux, found cuda"):
+        backends.choose("cpp", torch.device("cuda"))
 
 
 def test_without_triton_auto_is_eager(without_triton, fresh):

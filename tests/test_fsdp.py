@@ -200,7 +200,7 @@ def test_collectives_of_a_step(tmp_path):
     norms = n + n  # and whether there is a gradient at all
     adamw, muon = run(2, tmp_path / "run", counted, 2)[0]
     assert adamw == [norms, 2 * n * k * q, 2 * n * 2 * k * k]
-    assert muon == [norms, n * k * q, n * 2 * k * k, n * p * q]
+    assert muon == [norms, n * p * q, n * k * q, n * 2 * k * k]
 
 
 def other_layouts():

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreCallback, create_lorapre_optimizer, lorapre_optimizer
 from lorapre_peft.create import WEIGHT_LR
-from lorapre_peft.optimizer import compressed_rank
+from lorapre_peft.plan import compressed_rank
 from lorapre_peft.rounding import random_bits, random_keys, write_stochastic
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -147,8 +147,9 @@ def test_total_bounds_a_whole_training_step(make_llama, optimizer, in_backward):
             model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
             built.step()
             built.zero_grad()
+    # The first step, which has the largest temporaries, makes the state as it goes; the second has all of it.
     in_step = estimated.temporaries + (0 if in_backward else estimated.gradients)
-    least = estimated.state + max(estimated.activations, in_step)
+    least = max(estimated.state + estimated.activations, in_step)
     assert least <= tracker.peak_bytes <= estimated.total - estimated.weights
 
 

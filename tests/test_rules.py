@@ -10,6 +10,7 @@ import torch
 from lorapre_peft import LoRAPreAdamW
 from lorapre_peft import reference as ref
 from lorapre_peft.adamw import update_bound
+from lorapre_peft.backends import gram_columns, new_columns
 from lorapre_peft.rules import EXACT_SVD_SIZE, RULES, Als, Average, Newton, best_factors, gram_rows, top_factors
 
 BETAS = (0.9, 0.95)
@@ -94,21 +95,23 @@ def sweep(rule, B, A, x, average, cuts, rho=None):
     edges = [0, *cuts, x.shape[-2]]
     part, gram = rule.rows(average, rho), gram_rows(A)
     inverse = rule.inverse(gram).to(x.dtype)
-    unit = rule.unit(gram, torch.linalg.matrix_norm(x), part).to(x.dtype)[..., None, None]
+    decay, weight, keep, gain = (torch.tensor(c, dtype=torch.float64) for c in (*average, part.keep, part.gain))
+    unit = rule.unit(gram, torch.linalg.matrix_norm(x), keep, gain).to(x.dtype)[..., None, None]
     momentum, rows, grams, projected = [], [], 0.0, 0.0
     for tile in (slice(a, b) for a, b in itertools.pairwise(edges)):
         x_tile, B_tile = x[..., tile, :], B[..., tile, :]
         X = x_tile @ A.mT @ inverse
         momentum.append((part.m_keep * B_tile + part.m_gain * X) @ A + part.residual * x_tile)
         rows.append((part.keep * B_tile + part.gain * X) * unit)
-        grams = grams + rule.grams(B_tile, rows[-1])
+        grams = grams + gram_columns(B_tile, rows[-1], rule.projects_new)
         projected = projected + (rows[-1] if rule.projects_new else B_tile).mT @ x_tile
-    A_new, scale, squared_norm = rule.columns(A, grams, projected, average)
-    B_new = torch.cat(rows, -2) * scale
+    A_new, gram_A = new_columns(rule.columns(grams, decay, weight), A, projected)
+    scale_B, scale_A, squared_norm = rule.balance(grams, gram_A)
+    B_new, A_new = (f * s[..., None, None] for f, s in ((torch.cat(rows, -2), scale_B), (A_new, scale_A)))
     if rule.projects_new:  # `newton` does not know it
         product = B_new.double() @ A_new.double()
         torch.testing.assert_close(squared_norm, product.square().sum((-2, -1)), rtol=1e-5, atol=0.0)
-    return torch.cat(momentum, -2), B_new, A_new
+    return torch.cat(momentum, -2), B_new.to(x.dtype), A_new.to(x.dtype)
 
 
 @pytest.mark.parametrize("cuts", [[], [5], [1, 2, 10]], ids=["whole", "uneven halves", "four tiles"])

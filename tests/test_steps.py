@@ -7,10 +7,10 @@ import torch
 from stepping import CLOSE, LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of, weights
 from torch import nn
 
-from lorapre_peft import LoRAPreAdamW, LoRAPreMuon, bucket
+from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.bucket import TEMPORARIES, Bucket
 from lorapre_peft.muon import orthogonalize
-from lorapre_peft.optimizer import compressed_rank
+from lorapre_peft.plan import compressed_rank
 
 needs_torch_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is new in torch 2.9")
 
@@ -68,7 +68,9 @@ def test_maximize_is_minimize_of_negative(cls, rule):
 def test_half_precision_rounds_once(cls, rule, dtype, shape):
     """State stays float32, the new weight is rounded once: bit for bit the rounded float32 step."""
     param, wide, grads = weights(*shape, dtype=dtype), weights(*shape), stream((20, 12), 20)
-    optimizers = [cls([p], lr=LR, weight_decay=0.1, momentum_rank=2, update_rule=rule) for p in (param, wide)]
+    options = dict(lr=LR, weight_decay=0.1, momentum_rank=2, update_rule=rule)
+    options["backend"] = "eager" if dtype == torch.float16 else "auto"  # the C++ kernels know float32 and bfloat16
+    optimizers = [cls([p], **options) for p in (param, wide)]
     for g in grads:
         g = (g if len(shape) == 2 else g[0]).to(dtype)
         wide.data.copy_(param)
@@ -150,8 +152,8 @@ def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
     grads, results = [stream(shape, 15, seed=i) for i in range(2)], []
     for temporary_bytes in (64_000_000, bytes_for_tiles_of(q * rows)):
         params = [weights(*shape, seed=i) for i in range(2)]
-        optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=2, update_rule=rule, temporary_bytes=temporary_bytes)
-        take_steps(optimizer, params, *grads)
+        options = dict(momentum_rank=2, update_rule=rule, temporary_bytes=temporary_bytes)
+        take_steps(LoRAPreAdamW(params, lr=LR, backend="eager", **options), params, *grads)
         results.append(params)
     for whole, tiled in zip(*results):
         torch.testing.assert_close(tiled, whole, **CLOSE)
@@ -159,48 +161,23 @@ def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
     assert {tile for _, tile in seen} == {(0, p)} | {(i, min(i + step, p)) for i in range(0, p, step)}
 
 
-@pytest.mark.parametrize(
-    ("entries", "expected"),
-    [
-        (2 * 12 * 10, {((i, min(i + 2, 5)), (0, 12)) for i in (0, 2, 4)}),
-        (10 * 7, {((i, i + 1), rows) for i in range(5) for rows in ((0, 7), (7, 12))}),
-    ],
-    ids=["matrices", "rows"],
-)
-def test_tiles_on_a_cpu_fit_its_cache(monkeypatch, entries, expected):
-    """However large the bound: pairs of matrices are bit for bit the whole bucket, rows up to the order of float32 sums."""
-    seen, results = watch_tiles(monkeypatch), []
-    grads = [stream((12, 10), 10, seed=i) for i in range(5)]
-    for limit in (bucket.CPU_TILE_ENTRIES, entries):
-        monkeypatch.setattr(bucket, "CPU_TILE_ENTRIES", limit)
-        seen.clear()
-        params = [weights(12, 10, seed=i) for i in range(5)]
-        take_steps(LoRAPreAdamW(params, lr=LR, momentum_rank=2), params, *grads)
-        results.append(params)
-    assert seen == expected | {((0, 5), (0, 12))}  # the start reads a bucket whole
-    for whole, tiled in zip(*results):
-        if entries >= 12 * 10:
-            assert torch.equal(whole, tiled)
-        torch.testing.assert_close(tiled, whole, **CLOSE)
+def test_waves_equal_whole(monkeypatch):
+    """Matrices too many for the bound are stepped in waves, of several shapes where they fit: bit for bit the same."""
+    shapes, results, sizes, update = [(12, 10)] * 3 + [(8, 14)] * 2, [], [], LoRAPreAdamW._update
 
+    def spy(optimizer, wave):
+        sizes.append([len(bucket.params) for bucket in wave.buckets])
+        return update(optimizer, wave)
 
-def test_chunks_equal_whole(monkeypatch):
-    """A bucket too large for the bound is stepped in parts, each of whole matrices: bit for bit the same."""
-    shape, results, sizes, chunks = (12, 10), [], [], Bucket.chunks
-
-    def spy(bucket):
-        for chunk in chunks(bucket):
-            sizes.append(len(chunk.params))
-            yield chunk
-
-    monkeypatch.setattr(Bucket, "chunks", spy)
-    grads = [stream(shape, 10, seed=i) for i in range(5)]
-    for temporary_bytes in (64_000_000, bytes_for_tiles_of(120)):
-        params = [weights(*shape, seed=i) for i in range(5)]
+    monkeypatch.setattr(LoRAPreAdamW, "_update", spy)
+    grads = [stream(shape, 10, seed=i) for i, shape in enumerate(shapes)]
+    factors = 2 * 2 * 22  # entries: two moments of k(p+q), the same for both shapes
+    for temporary_bytes in (64_000_000, bytes_for_tiles_of(2 * factors)):
+        params = [weights(*shape, seed=i) for i, shape in enumerate(shapes)]
         take_steps(LoRAPreAdamW(params, lr=LR, momentum_rank=2, temporary_bytes=temporary_bytes), params, *grads)
         results.append(params)
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    assert sizes == [5] * 10 + [2, 2, 1] * 10
+    assert sizes == [[3, 2]] * 10 + [[2], [1, 1], [1]] * 10
 
 
 @both_optimizers

@@ -1,0 +1,130 @@
+"""Which matrices are stepped together: worked out once, and kept as long as the same parameters take part."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bucket import Bucket, Wave, tile_entries
+from .placement import Placement, local
+from .rules import RULES
+
+Located = tuple[dict[str, Any], Tensor, int]  # group, parameter, position of the parameter in the optimizer
+# What of a group's options decides how its matrices are stepped together.
+_OPTIONS = ("momentum_rank", "update_rule", "temporary_bytes")
+
+
+@functools.lru_cache(maxsize=4096)
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """The p×q under which a tensor of two or more dimensions is compressed: trailing dimensions are flattened."""
+    return shape[0], math.prod(shape[1:])
+
+
+@functools.lru_cache(maxsize=4096)
+def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
+    """The k at which a parameter of this shape is compressed; 0 if it takes the AdamW path.
+
+    None stands for a quarter of the smaller side, at least 1. A matrix is compressed when k < min(p, q) and the factors,
+    k(p+q) numbers, are smaller than the p·q that they replace.
+    """
+    if len(shape) < 2 or math.prod(shape) == 0:
+        return 0
+    p, q = matrix_shape(shape)
+    k = max(1, min(p, q) // 4) if momentum_rank is None else momentum_rank
+    return k if 0 < k < min(p, q) and k * (p + q) < p * q else 0
+
+
+@dataclass
+class Plan:
+    """Of the parameters of a step that live in one place: the compressed ones in waves, and what takes the AdamW path.
+
+    Numbers are indices of the step's parameters. resting: matrices of ``als`` that wait for a first gradient and have none now.
+    starting: those that have it now. A plan with either is for one step; others hold until `key` or a state changes.
+    """
+
+    key: tuple
+    waves: list[Wave] = field(default_factory=list)
+    plain: list[tuple[dict[str, Any], list[int]]] = field(default_factory=list)
+    resting: list[int] = field(default_factory=list)
+    starting: list[int] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)  # the counters of the states that it was made with
+
+    @property
+    def lasts(self) -> bool:
+        return not self.resting and not self.starting
+
+    def holds(self, key: tuple, steps: list[Tensor]) -> bool:
+        """Whether it is the plan of these parameters with these counters."""
+        return self.key == key and all(map(operator.is_, self.steps, steps))
+
+
+def plan_key(todo: list[Located]) -> tuple:
+    """All that a plan depends on but the state."""
+    groups = {id(group): group for group, _, _ in todo}
+    options = tuple(tuple(map(group.__getitem__, _OPTIONS)) for group in groups.values())
+    return options, [(id(group), id(param), param.shape, param.dtype) for group, param, _ in todo]
+
+
+def make_plan(
+    todo: list[Located],
+    states: list[dict[str, Tensor]],
+    placement: Placement,
+    moments: int,
+    first_norm: Callable[[int], float | None],
+) -> Plan:
+    """moments: how many a matrix has. first_norm: ‖g‖_F of one that waits for its first gradient, if it can be used; else 0; None: it does not wait."""
+    plan = Plan(plan_key(todo))
+    plain: dict[int, tuple[dict[str, Any], list[int]]] = {}
+    # By what one wave has in common, then by what one bucket has.
+    alike: dict[tuple, dict[tuple, list[int]]] = {}
+    for i, (group, param, _) in enumerate(todo):
+        k = compressed_rank(param.shape, group["momentum_rank"])
+        if k == 0:
+            plain.setdefault(id(group), (group, []))[1].append(i)
+            continue
+        norm = first_norm(i)
+        if norm == 0:
+            plan.resting.append(i)
+            continue
+        if norm is not None:
+            plan.starting.append(i)
+        buckets = alike.setdefault((id(group), k, norm is not None), {})
+        buckets.setdefault((matrix_shape(param.shape), param.dtype), []).append(i)
+    plan.plain = list(plain.values())
+    for (_, k, fresh), buckets in alike.items():
+        group = todo[next(iter(buckets.values()))[0]][0]
+        plan.waves += _waves(
+            Wave(group, RULES[group["update_rule"]], k, placement, fresh), buckets, todo, states, moments
+        )
+    return plan
+
+
+def _waves(
+    empty: Wave, buckets: dict[tuple, list[int]], todo: list[Located], states: list[dict[str, Tensor]], moments: int
+) -> Iterable[Wave]:
+    """Waves whose factors have at most `tile_entries` entries, or of a single matrix."""
+    limit, filled = tile_entries(empty.group), 0
+    wave: Wave | None = None
+    for (shape, _), members in buckets.items():
+        size = moments * empty.k * sum(shape)
+        bucket: Bucket | None = None
+        for i in members:
+            if wave is None or filled + size > limit:
+                wave = Wave(empty.group, empty.rule, empty.k, empty.placement, empty.fresh)
+                bucket, filled = None, 0
+                yield wave
+            if bucket is None:
+                bucket = Bucket(wave, shape, len(wave))
+                wave.buckets.append(bucket)
+            bucket.params.append(local(todo[i][1]))
+            bucket.states.append(states[i])
+            bucket.positions.append(todo[i][2])
+            bucket.indices.append(i)
+            filled += size
