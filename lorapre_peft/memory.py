@@ -135,8 +135,8 @@ def estimate(
 ) -> MemoryEstimate:
     """Peak memory of training a model with LoRA-Pre, by running `create_lorapre_optimizer`'s optimizer on the meta device.
 
-    Nothing of the model's size is allocated. Weights, gradients, state and temporaries are what the code makes on a CPU; on
-    CUDA, torch's AdamW for many tensors at once may take up to ``temporary_bytes``/8 more on the AdamW path. Not counted:
+    Nothing of the model's size is allocated. Weights, gradients, state and temporaries are what the eager backend makes on a
+    CPU, and kernels make less; on CUDA, torch's AdamW for many tensors at once may take up to ``temporary_bytes``/8 more on the AdamW path. Not counted:
     workspaces of kernels, CUDA's context and the fragmentation of its allocator. Activations are those of text without
     padding, with logits at every position, as transformers' own loss makes them; ``scaled_dot_product_attention`` counts as
     a fused kernel (flash or memory-efficient), which keeps no matrix of scores, with grouped keys and values repeated.
