@@ -31,6 +31,14 @@ def tiny(tmp_path) -> str:
 
 
 @pytest.fixture
+def uncompiled(monkeypatch):
+    """Without torch.compile, whose graphs take minutes to make; test_backends.py and one test here have it."""
+    methods = [method for method in lorapre_methods(CPU) if "compiled" not in method.name]
+    monkeypatch.setattr(speed, "lorapre_methods", lambda device: methods)
+    return methods
+
+
+@pytest.fixture
 def brief(monkeypatch):
     """Races of few rounds."""
     monkeypatch.setattr(speed_measure, "MAX_ROUNDS", 5)
@@ -198,11 +206,11 @@ def test_the_watchdog_stops_before_memory_runs_out(monkeypatch):
 
 
 @pytest.mark.parametrize("lora_r", [8, None])
-def test_every_peer_steps_on_a_model_and_leaves_it_as_it_was(tiny, lora_r):
+def test_every_peer_steps_on_a_model_and_leaves_it_as_it_was(tiny, uncompiled, lora_r):
     problem = build(Case("tiny", 2, tiny, lora_r=lora_r, layers=1), CPU)
     count = len(problem.params)
     gradients = [param.grad.clone() for param in problem.params]
-    for method in [REFERENCE, *lorapre_methods(CPU), *PEERS]:
+    for method in [REFERENCE, *uncompiled, *PEERS]:
         if problem.case.kind not in method.kinds or method.package_version is None:
             continue
         before = [param.detach().clone() for param in problem.params]
@@ -215,7 +223,7 @@ def test_every_peer_steps_on_a_model_and_leaves_it_as_it_was(tiny, lora_r):
         assert runner.result.state_bytes > 0
 
 
-def test_command_line_writes_json_tables_and_plots(tmp_path, monkeypatch, capsys, tiny, brief):
+def test_command_line_writes_json_tables_and_plots(tmp_path, monkeypatch, capsys, tiny, uncompiled, brief):
     cases = [Case("tiny adapters", 2, tiny, lora_r=8, layers=1)]
     cases += [Case(f"rank {k}", k, shapes=((16, 16, 2),), sweep="rank", value=k) for k in (1, 2)]
     monkeypatch.setattr(speed, "QUICK", cases)
