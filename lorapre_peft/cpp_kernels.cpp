@@ -76,18 +76,53 @@ void write(void* x, Type type, int64_t at, int count, const float* values) {
   }
 }
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index8){__VA_ARGS__})
+#endif
+typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Index8 __attribute__((vector_size(32)));
+
+// to[c][r] = from[r][c] for 8 × 8 entries: pairs of rows interleaved, then pairs of pairs, then halves exchanged.
+inline void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Vec8 row[8], pair[8], four[8];
+  for (int r = 0; r < 8; ++r) row[r] = *reinterpret_cast<const Vec8*>(from + r * from_stride);
+  for (int r = 0; r < 8; r += 2) {
+    pair[r] = SHUFFLE(row[r], row[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pair[r + 1] = SHUFFLE(row[r], row[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int r = 0; r < 8; r += 4)
+    for (int half = 0; half < 2; ++half) {
+      four[r + 2 * half] = SHUFFLE(pair[r + half], pair[r + 2 + half], 0, 1, 8, 9, 4, 5, 12, 13);
+      four[r + 2 * half + 1] = SHUFFLE(pair[r + half], pair[r + 2 + half], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int c = 0; c < 4; ++c) {
+    *reinterpret_cast<Vec8*>(to + c * to_stride) = SHUFFLE(four[c], four[c + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    *reinterpret_cast<Vec8*>(to + (c + 4) * to_stride) = SHUFFLE(four[c], four[c + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// to[c][r] = from[r][c].
+void transpose(const float* from, int64_t from_stride, int rows, int columns, float* to, int64_t to_stride) {
+  const int whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+  for (int r = 0; r < whole_rows; r += 8)
+    for (int c = 0; c < whole_columns; c += 8)
+      transpose8(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+  for (int c = 0; c < columns; ++c)
+    for (int r = c < whole_columns ? whole_rows : 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
 // Some rows of x from `at` on, as columns × rows, and back. flat: room for them.
 void read_transposed(const void* x, Type type, int64_t at, int rows, int columns, float* flat, float (*out)[CHUNK]) {
   const float* from = type == FLOAT32 ? static_cast<const float*>(x) + at : flat;
   if (type != FLOAT32) read(x, type, at, rows * columns, flat);
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < columns; ++c) out[c][r] = from[r * columns + c];
+  transpose(from, columns, rows, columns, *out, CHUNK);
 }
 
 void write_transposed(void* x, Type type, int64_t at, int rows, int columns, float* flat, const float (*values)[CHUNK]) {
   float* to = type == FLOAT32 ? static_cast<float*>(x) + at : flat;
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < columns; ++c) to[r * columns + c] = values[c][r];
+  transpose(*values, CHUNK, columns, rows, to, columns);
   if (type != FLOAT32) write(x, type, at, rows * columns, flat);
 }
 
@@ -319,8 +354,7 @@ struct Task {
       for (int s = 0; s < 2; ++s) {
         const int64_t at = ((s * n + i) * p + first) * k;
         float *here = B + s * k * CHUNK, *now = B_new + s * k * CHUNK, *dots = C + s * k * CHUNK;
-        for (int r = 0; r < count; ++r)
-          for (int j = 0; j < k; ++j) here[j * CHUNK + r] = all.B[at + r * k + j];
+        transpose(all.B + at, k, count, k, here, CHUNK);
         for (int j = 0; j < k; ++j) {
           float* fit = now + j * CHUNK;
           std::fill_n(here + j * CHUNK + count, whole - count, 0.f);
@@ -329,13 +363,14 @@ struct Task {
             for (int r = 0; r < whole; ++r) fit[r] = (l ? fit[r] : 0.f) + weight * dots[l * CHUNK + r];
           }
         }
-        for (int at = 0; at < k * CHUNK; ++at) {
-          const float fit = now[at];
-          now[at] = keep[s] * here[at] + gain[s] * fit;
-          dots[at] = s == 0 ? c_B * here[at] + c_X * fit : v_scale * here[at];
-        }
-        for (int r = 0; r < count; ++r)
-          for (int j = 0; j < k; ++j) all.B_new[at + r * k + j] = now[j * CHUNK + r];
+        const float by_B = s == 0 ? c_B : v_scale, by_X = s == 0 ? c_X : 0;
+        for (int j = 0; j < k; ++j)
+          for (int at = j * CHUNK; at < j * CHUNK + whole; ++at) {
+            const float fit = now[at];
+            now[at] = keep[s] * here[at] + gain[s] * fit;
+            dots[at] = by_B * here[at] + by_X * fit;
+          }
+        transpose(now, CHUNK, k, count, all.B_new + at, k);
         const float* left = all.projects_new ? now : here;
         for (int j = 0; j < k; ++j)
           for (int l = 0; l < gram_columns; ++l) {
