@@ -199,7 +199,7 @@ def _apollo(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
 
 
 def _mlorc(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
-    from MLorc_optim import MLorc_AdamW
+    from eval.mlorc import MLorc_AdamW
 
     return MLorc_AdamW(trained(model), use_bias_correction=True, **options, **adam_options(args))
 
@@ -284,7 +284,7 @@ METHODS: dict[str, Method] = {
         module="apollo_torch",
         rate_shift=2,
     ),
-    "mlorc": Method("MLorc", "weights", _mlorc, {"rank": 8}, package="mlorc-optim", module="MLorc_optim"),
+    "mlorc": Method("MLorc", "weights", _mlorc, {"rank": 8}, package="mlorc-optim", module="eval.mlorc"),
     "lorapre-adam-weights": Method("LoRA-Pre Adam", "weights", _lorapre, _LORAPRE | {"momentum_rank": 8}),
     "lorapre-muon-weights": Method("LoRA-Pre Muon", "weights", _lorapre, _LORAPRE_MUON | {"momentum_rank": 8}),
 }

@@ -5,12 +5,9 @@ A peer comes from its published package, with the package's own options unless i
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -115,15 +112,7 @@ def _project_galore(optimizer: Optimizer) -> None:
 
 
 def _mlorc(model: nn.Module, lr: float, rank: int) -> Optimizer:
-    if "MLorc_optim" not in sys.modules:
-        # No published version can be imported: 0.1.8 says `..utilX` where its files are `util/X.py`.
-        (folder,) = importlib.util.find_spec("MLorc_optim").submodule_search_locations
-        for file in Path(folder, "util").glob("[A-Z]*.py"):
-            name = f"MLorc_optim.util{file.stem}"
-            spec = importlib.util.spec_from_file_location(name, file)
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
-    from MLorc_optim import MLorc_AdamW
+    from eval.mlorc import MLorc_AdamW
 
     return MLorc_AdamW(trained(model), lr=lr, rank=rank)
 
@@ -157,8 +146,8 @@ def lorapre_methods(device: torch.device) -> list[Method]:
             _lorapre(cls, {"backend": backend}),
             muon=muon,
             gradient_reads=2,
-            # The first steps start all factors and compile; Muon on large weights is slow at every step.
-            patience=(1 if backend == "eager" else 4) if muon else 10,
+            # The first steps start all factors and compile some twenty graphs; Muon on large weights is slow at every step.
+            patience=40 if backend == "compiled" else 1 if muon else 10,
         )
         for muon, cls in ((False, LoRAPreAdamW), (True, LoRAPreMuon))
         for backend in available(device)
@@ -197,5 +186,10 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
     return list(found.values())
 
 
+def held_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the storages of `state_tensors`."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in state_tensors(optimizer))
+
+
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage()._cdata  # of meta tensors too, whose addresses are all 0

@@ -24,7 +24,7 @@ from eval.peers import PEERS, REFERENCE, Method, lorapre_methods
 from eval.speed_cases import PRESETS, QUICK, Case, build
 from eval.speed_measure import copy_bandwidth, release, run
 from eval.speed_report import markdown, plot_cases, plot_sweeps, sweep_markdown, sweeps
-from recipes.training import environment
+from recipes.training import environment, write_atomically
 
 
 def measure_case(case: Case, device: torch.device, seconds: float, patience: float) -> dict[str, Any]:
@@ -118,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in tqdm(cases, desc="cases"):
         done = args.output / f"{case.name.replace(' ', '_').replace('/', '_')}.json"
         if not (args.resume and done.exists()):
-            partial = done.with_suffix(".partial")
-            partial.write_text(json.dumps(measure_case(case, device, args.seconds, args.patience), indent=2))
-            partial.rename(done)
+            write_atomically(done, json.dumps(measure_case(case, device, args.seconds, args.patience), indent=2))
             release(device)
         summary["cases"].append(json.loads(done.read_text()))
     (args.output / "results.json").write_text(json.dumps(summary, indent=2))

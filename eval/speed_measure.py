@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from eval.peers import Method, state_tensors
+from eval.peers import Method, held_bytes
 from eval.speed_cases import Problem
 
 LR = 1e-6  # no figure depends on it
@@ -137,12 +137,15 @@ def watchdog(seconds: float) -> Iterator[None]:
     Raises TimeoutError or MemoryError in the block. Nothing is watched outside the main thread.
     """
     deadline = time.perf_counter() + seconds
+    raised: list[Exception] = []
 
     def check(*_: Any) -> None:
         if time.perf_counter() > deadline:
-            raise TimeoutError(f"building it and three steps took more than {seconds:g} s")
-        if psutil.virtual_memory().available < FREE_BYTES:
-            raise MemoryError(f"less than {FREE_BYTES / 1e9:g} GB of memory would be left")
+            raised.append(TimeoutError(f"building it and three steps took more than {seconds:g} s"))
+        elif psutil.virtual_memory().available < FREE_BYTES:
+            raised.append(MemoryError(f"less than {FREE_BYTES / 1e9:g} GB of memory would be left"))
+        if raised:
+            raise raised[0]
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -151,6 +154,10 @@ def watchdog(seconds: float) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
     try:
         yield
+    except Exception as error:
+        if raised and error is not raised[0]:  # torch.compile wraps what is raised while it traces
+            raise raised[0] from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -175,7 +182,7 @@ def prepare(method: Method, problem: Problem, patience: float) -> Runner:
     finally:
         if method.overwrites_gradients:
             problem.restore_gradients()
-    result.state_bytes = sum(tensor.untyped_storage().nbytes() for tensor in state_tensors(optimizer))
+    result.state_bytes = held_bytes(optimizer)
     result.traffic_bytes = traffic(method, problem, result.state_bytes)
     return runner
 

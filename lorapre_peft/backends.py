@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .bucket import TEMPORARIES, Wave
 from .metrics import Metrics
 from .rules import Rows, gram_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .bucket import Wave
     from .moments import Factors
 
 # A product of inner size k is bound by memory: up to here the compiler writes it out inside the pass that uses it.
@@ -155,6 +155,9 @@ def new_columns(W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor
 
 class Eager:
     """Batched tensor operations, tile by tile."""
+
+    # Float32 temporaries of the size of a wave's factors that a step holds at once, at most.
+    factor_temporaries = TEMPORARIES
 
     def run(self, function: Callable, *args: Any) -> Any:
         """A function of tensors, computed the way of this backend."""

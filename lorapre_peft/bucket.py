@@ -14,15 +14,15 @@ from .rounding import filled, random_keys, write_stochastic
 from .rules import EXACT_SVD_SIZE, START_FLOOR, Als, Newton, best_factors, gram_rows, top_factors
 from .stack import StateStack
 
-# A step holds at most this many float32 temporaries of a tile at once, and of the factors of a wave; a test counts them.
+# The eager backend holds at most this many float32 temporaries of a tile at once, and of the factors of a wave; a test counts them.
 TEMPORARIES = 8
 # The largest gradient norm whose square float32 holds; second moments beyond it would be infinite.
 MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 
 
-def tile_entries(group: dict[str, Any]) -> int:
+def tile_entries(group: dict[str, Any], temporaries: int = TEMPORARIES) -> int:
     """Entries of one float32 temporary: all of them together stay within half of the group's ``temporary_bytes``."""
-    return max(1, group["temporary_bytes"] // (2 * 4 * TEMPORARIES))
+    return max(1, group["temporary_bytes"] // (2 * 4 * temporaries))
 
 
 @dataclass

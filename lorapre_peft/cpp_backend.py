@@ -93,6 +93,8 @@ class Adam(ctypes.Structure):
 class Cpp(Eager):
     """The kernels' calls. Weights or gradients that are neither float32 nor bfloat16 take the eager path."""
 
+    factor_temporaries = 4
+
     def __init__(self):
         made, size, whole = library(), ctypes.c_int64, ctypes.c_int32
         self._adam, self._norms, self._gram, self._columns = made.adam, made.norms, made.gram, made.columns

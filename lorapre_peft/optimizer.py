@@ -292,7 +292,12 @@ class LoRAPreOptimizer(Optimizer):
                     self._skips.add(norm)
         if plan is None:
             plan = make_plan(
-                todo, states, placement, len(self.moments), functools.partial(self._first_norm, todo, known)
+                todo,
+                states,
+                placement,
+                len(self.moments),
+                self._backend(norms.device).factor_temporaries,
+                functools.partial(self._first_norm, todo, known),
             )
         for i in plan.resting:
             # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.

@@ -77,9 +77,10 @@ def make_plan(
     states: list[dict[str, Tensor]],
     placement: Placement,
     moments: int,
+    temporaries: int,
     first_norm: Callable[[int], float | None],
 ) -> Plan:
-    """moments: how many a matrix has. first_norm: ‖g‖_F of one that waits for its first gradient, if it can be used; else 0; None: it does not wait."""
+    """moments: how many a matrix has. temporaries: the backend's `factor_temporaries`. first_norm: ‖g‖_F of one that waits for its first gradient, if it can be used; else 0; None: it does not wait."""
     plan = Plan(plan_key(todo))
     plain: dict[int, tuple[dict[str, Any], list[int]]] = {}
     # By what one wave has in common, then by what one bucket has.
@@ -101,16 +102,26 @@ def make_plan(
     for (_, k, fresh), buckets in alike.items():
         group = todo[next(iter(buckets.values()))[0]][0]
         plan.waves += _waves(
-            Wave(group, RULES[group["update_rule"]], k, placement, fresh), buckets, todo, states, moments
+            Wave(group, RULES[group["update_rule"]], k, placement, fresh),
+            buckets,
+            todo,
+            states,
+            moments,
+            tile_entries(group, temporaries),
         )
     return plan
 
 
 def _waves(
-    empty: Wave, buckets: dict[tuple, list[int]], todo: list[Located], states: list[dict[str, Tensor]], moments: int
+    empty: Wave,
+    buckets: dict[tuple, list[int]],
+    todo: list[Located],
+    states: list[dict[str, Tensor]],
+    moments: int,
+    limit: int,
 ) -> Iterable[Wave]:
-    """Waves whose factors have at most `tile_entries` entries, or of a single matrix."""
-    limit, filled = tile_entries(empty.group), 0
+    """Waves whose factors have at most ``limit`` entries, or of a single matrix."""
+    filled = 0
     wave: Wave | None = None
     for (shape, _), members in buckets.items():
         size = moments * empty.k * sum(shape)

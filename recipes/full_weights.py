@@ -17,7 +17,7 @@ from typing import Any
 from lorapre_peft.table import format_bytes
 from lorapre_peft.targets import weight_targets
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse
-from recipes.training import environment, start_run, state_bytes
+from recipes.training import environment, start_run, state_bytes, write_atomically
 
 
 @dataclass
@@ -87,9 +87,7 @@ def main() -> None:
             own = ["--optimizer", "trainer"] if method == "adamw" else ["--momentum_rank", str(k)]
             one, _ = arguments(*own, "--learning_rate", str(lr), "--seed", str(seed))
             result = {"method": method, "lr": lr, "seed": seed, "momentum_rank": k, **train(one)}
-            partial = done.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=2))
-            partial.rename(done)
+            write_atomically(done, json.dumps(result, indent=2))
             gc.collect()
         results.append(json.loads(done.read_text()))
     summary = {"options": recipe.config, "environment": environment(), "results": results}

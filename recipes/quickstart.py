@@ -21,7 +21,7 @@ from lorapre_peft import LoRAPreConfig
 from lorapre_peft.table import format_bytes
 from recipes.data import write_manifest
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse, train
-from recipes.training import OptimizerTimer, environment, start_run, state_bytes
+from recipes.training import OptimizerTimer, environment, start_run, state_bytes, write_atomically
 
 
 @dataclass
@@ -51,7 +51,7 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict) -> dict
     base = recipe.folder.parent / "base.json"
     if not base.exists():  # a new adapter adds nothing: this is the base model
         measured = answers(trainer, data["eval"], options.max_new_tokens, "accuracy before")
-        base.write_text(json.dumps({"loss": trainer.evaluate()["eval_loss"], **measured}, indent=2))
+        write_atomically(base, json.dumps({"loss": trainer.evaluate()["eval_loss"], **measured}, indent=2))
     metrics = train(trainer, recipe)
     result = {
         "loss": metrics["eval_loss"],
@@ -61,7 +61,7 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict) -> dict
         "train_seconds": metrics["train_runtime"],  # since the last resume
         "log": trainer.state.log_history,
     }
-    done.write_text(json.dumps(result, indent=2))
+    write_atomically(done, json.dumps(result, indent=2))
     return result
 
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,19 @@ class OptimizerTimer(TrainerCallback):
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all state tensors that an optimizer holds now."""
     return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that readers find the old one or the new one, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed: int, **overrides: Any) -> SFTConfig:

@@ -19,6 +19,7 @@ from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon, backends
 from lorapre_peft.bucket import TEMPORARIES
+from lorapre_peft.memory import AllocationTracker
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [
@@ -199,6 +200,22 @@ def test_stochastic_rounding_of_real_updates(backend):
     for a, b in zip(found, expected):
         assert (a != b).float().mean() < 0.01
         torch.testing.assert_close(a, b, rtol=2**-6, atol=1e-3)
+
+
+@both_rules
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=cpp_)])
+def test_many_small_matrices_stay_within_the_bound(backend, rule):
+    """Their factors are most of what a step holds; the bound is of several waves."""
+    bound, shapes = 200_000, [(8, 300), (300, 8)] * 12
+    params = [nn.Parameter(0.02 * torch.randn(shape, device=DEVICE)) for shape in shapes]
+    optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=2, update_rule=rule, backend=backend, temporary_bytes=bound)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with AllocationTracker() as tracker:
+            optimizer.step()
+    assert len(optimizer._plans[0].waves) > 1
+    assert tracker.peak_bytes <= bound
 
 
 @both_rules

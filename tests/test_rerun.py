@@ -19,6 +19,7 @@ from scipy import stats
 
 from eval import methods
 from eval.methods import METHODS, Method
+from eval.peers import held_bytes
 from eval.rerun.dry_run import memory_estimate, plan_table
 from eval.rerun.intervals import Interval, interval, ranks
 from eval.rerun.models import load_base
@@ -27,7 +28,7 @@ from eval.rerun.plan import cells
 from eval.rerun.report import summary, write_report
 from eval.rerun.store import Store
 from eval.rerun.suite import SUITES, Run, Training, load_suite, shifted
-from eval.rerun.training import Runner, held_bytes
+from eval.rerun.training import Runner
 from eval.rerun.work import train
 from lorapre_peft import LoRAPreConfig
 
@@ -240,9 +241,12 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_killed_and_started_again(tmp_path):
-    """SIGKILL in the middle of the smoke suite; the second start repeats nothing that was finished."""
+    """SIGKILL in the middle of the smoke suite; the second start repeats nothing that was finished, and names a broken package."""
+    broken = tmp_path / "packages" / "MLorc_optim"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('broken')")
     command = [sys.executable, "-m", "eval.rerun", "smoke", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(broken.parent)}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = tmp_path / "records"
     while len(list(records.glob("*.json"))) < 2:
@@ -351,7 +355,7 @@ def test_held_bytes_finds_state_wherever_it_is():
     optimizer.step()
     # An SVD's rows are views of the whole factor, which stays alive: Vᵀ or U of min × min.
     expected = sum(4 * (2 * 4 * max(p.shape) + min(p.shape) ** 2) for p in params)
-    assert held_bytes(optimizer, model) == expected
+    assert held_bytes(optimizer) == expected
 
 
 # ---- the report -------------------------------------------------------------------------------------------------------

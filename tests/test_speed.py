@@ -202,6 +202,17 @@ def test_the_watchdog_stops_before_memory_runs_out(monkeypatch):
         timed(lambda: time.sleep(5), CPU)
 
 
+def test_the_watchdog_names_what_others_wrap():
+    def trace():
+        try:
+            time.sleep(5)
+        except TimeoutError:
+            raise RuntimeError("while tracing") from None
+
+    with pytest.raises(TimeoutError, match=r"took more than 0\.1 s"), watchdog(0.1):
+        trace()
+
+
 # ---- everything together ----------------------------------------------------------------------------------------------
 
 

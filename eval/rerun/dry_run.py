@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from eval.peers import held_bytes
 from lorapre_peft.memory import AllocationTracker, MemoryEstimate, estimate
 from lorapre_peft.memory_models import meta_model
 from lorapre_peft.table import format_bytes
@@ -18,7 +19,6 @@ from recipes.training import sft_config
 
 from .models import base_config
 from .plan import Cell, Records
-from .training import held_bytes
 
 
 def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) -> str:
@@ -97,7 +97,7 @@ def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tupl
                 param.grad = torch.empty_like(param)
             with torch.no_grad(), AllocationTracker() as tracker:
                 optimizer.step()
-            state = held_bytes(optimizer, model)
+            state = held_bytes(optimizer)
             temporaries = max(0, tracker.peak_bytes - state)
     except Exception:  # packages read values, which are not there
         return None

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.methods import METHODS
+from recipes.training import write_atomically
 
 from .plan import Cell, Records
-from .store import write_atomically
 
 # PEFT's names of what it can build itself; anything else needs its `get_optimizer_and_scheduler` extended.
 _OPTIMIZERS = {"lora+": "lora+", "lora-fa": "lora-fa"}

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lorapre_peft.table import format_bytes
+from recipes.training import write_atomically
 
 from .intervals import interval, ranks
 from .plan import Cell, Records
 from .plots import PLOTS
-from .store import write_atomically
 from .suite import Suite, higher_is_better
 
 

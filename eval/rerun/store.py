@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recipes.training import write_atomically
+
 from .suite import Run
 
 HEARTBEAT_SECONDS = 30
@@ -99,19 +101,6 @@ class Store:
             return False
         grave.unlink()
         return True
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers find the old one or the new one, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(partial, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

@@ -17,13 +17,14 @@ import psutil
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from eval.exact_match import generate
 from eval.methods import METHODS
+from eval.peers import held_bytes
 from lorapre_peft.memory import measure
 from recipes.training import OptimizerTimer, sft_config
 
@@ -129,7 +130,7 @@ class Runner:
             "optimizer": type(trainer.optimizer.optimizer).__name__,
             "weights_bytes": sum(param.nbytes for param in model.parameters()),
             "gradient_bytes": sum(param.nbytes for param in params),
-            "state_bytes": held_bytes(trainer.optimizer.optimizer, model),
+            "state_bytes": held_bytes(trainer.optimizer.optimizer),
             "peak_bytes": memory.peak_bytes,
             "peak_of": memory.what,
             "memory": memory_log.summary(),
@@ -220,34 +221,6 @@ class SecondOrderTrainer(SFTTrainer):
         self.accelerator.backward = functools.partial(self.accelerator.backward, create_graph=True)
         with sdpa_kernel(SDPBackend.MATH):
             return super().train(*args, **kwargs)
-
-
-def held_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
-    """Bytes of all tensors that an optimizer holds beside parameters and gradients, wherever it keeps them.
-
-    Some keep projectors as objects in their state, or their state outside ``optimizer.state``.
-    """
-    known = {id(param) for param in model.parameters()} | {id(param.grad) for param in model.parameters()}
-    sizes: dict[int, int] = {}
-    seen: set[int] = set()
-    left: list[Any] = [vars(optimizer)]
-    while left:
-        item = left.pop()
-        if id(item) in seen or id(item) in known or isinstance(item, (nn.Module, type)):
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            sizes[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
-        elif isinstance(item, dict):
-            left += item.values()
-        elif isinstance(item, (list, tuple, set)):
-            left += item
-        elif isinstance(item, torch.optim.Optimizer) or type(item).__module__.partition(".")[0] not in (
-            "builtins",
-            "torch",
-        ):
-            left += vars(item).values() if hasattr(item, "__dict__") and not callable(item) else []
-    return sum(sizes.values())
 
 
 def _finite(value: Any) -> Any:
