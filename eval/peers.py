@@ -147,7 +147,7 @@ def lorapre_methods(device: torch.device) -> list[Method]:
             muon=muon,
             gradient_reads=2,
             # The first steps start all factors and compile some twenty graphs; Muon on large weights is slow at every step.
-            patience=40 if backend == "compiled" else 1 if muon else 10,
+            patience=4 if backend == "compiled" else 1 if muon else 10,
         )
         for muon, cls in ((False, LoRAPreAdamW), (True, LoRAPreMuon))
         for backend in available(device)

@@ -178,9 +178,7 @@ class Wave:
     finite: Tensor | None = (
         None  # [N] bool, false where the update is skipped; None: the host has seen that all are true
     )
-    stacks: dict[str, StateStack] = field(
-        default_factory=dict
-    )  # of this step, of the state that is one number a matrix
+    stacks: dict[str, StateStack] = field(default_factory=dict)  # of the state that is one number a matrix
     _order: Tensor | None = None
 
     def __len__(self) -> int:

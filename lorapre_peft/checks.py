@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .placement import is_supported, local
+from .rules import RULES
 
 
 def above_zero(name: str, value: Any) -> None:
@@ -37,6 +38,39 @@ def check_betas(name: str, betas: Any) -> None:
         raise ValueError(f"{name}={betas!r}: expected a pair of numbers in [0, 1), such as (0.9, 0.95)")
     for i, beta in enumerate(betas):
         in_range(f"{name}[{i}]", beta, 0, 1)
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError for an option that both optimizers have and that is out of its range."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; expected a number or a tensor with one element")
+    in_range("lr", lr, 0)
+    in_range("weight_decay", group["weight_decay"], 0)
+    if group["update_rule"] not in RULES:
+        raise ValueError(f"update_rule={group['update_rule']!r}: expected one of {', '.join(map(repr, RULES))}")
+    k = group["momentum_rank"]
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
+        raise ValueError(
+            f"momentum_rank={k!r}: expected a whole number of at least 1, None (a quarter of the smaller side of each "
+            "matrix), or 0 (the whole group takes the AdamW path)"
+        )
+    rho = group["residual_weight"]
+    if rho is not None:
+        in_range("residual_weight", rho, 0, 1, closed=True)
+        if group["update_rule"] != "als":
+            raise ValueError(
+                f"residual_weight={rho} is an option of update_rule='als', found update_rule={group['update_rule']!r}: "
+                "leave it out, or use 'als'"
+            )
+    if not isinstance(group["seed"], int) or group["seed"] < 0:
+        raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
+    above_zero("update_scale", group["update_scale"])
+    if group["max_param_grad_norm"] is not None:
+        above_zero("max_param_grad_norm", group["max_param_grad_norm"])
+    if group["bf16_rounding"] not in ("nearest", "stochastic"):
+        raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
+    in_range("temporary_bytes", group["temporary_bytes"], 1)
 
 
 def check_parameter(param: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Adam's row part in C++ for CPUs, for all matrices of a bucket in one call: `cpp_kernels.cpp`, compiled on first use.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/lorapre_peft`` (default ``~/.cache/lorapre_peft``), under a name that source, compiler,
-flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's.
+flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. Beside the tensors that the other backends
+have too, each thread holds about 4k(q + 4) float32 numbers of its own, outside ``temporary_bytes``.
 """
 
 from __future__ import annotations

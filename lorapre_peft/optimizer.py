@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import backends
 from .bucket import MAX_NORM, Wave, usable
-from .checks import above_zero, check_flattened_shards, check_gradient, check_parameter, in_range
+from .checks import check_flattened_shards, check_gradient, check_options, check_parameter
 from .gradients import Skips, gradient_norms, local_gradient, reads_are_free, takes_part
 from .metrics import Metrics
 from .placement import WHOLE, Placement, local, place, placement_of
@@ -122,9 +122,8 @@ class LoRAPreOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         backend = state.pop("backend", None)
         super().__setstate__(state)
-        if (
-            "record_metrics" not in self.__dict__
-        ):  # after unpickling and deepcopy: only groups, state and backend travel
+        # After unpickling and deepcopy only groups, state and backend are there.
+        if "record_metrics" not in self.__dict__:
             self._reset(backend)
             for group in self.param_groups:
                 self._register_hooks(group)
@@ -147,39 +146,9 @@ class LoRAPreOptimizer(Optimizer):
         group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(
-                f"lr is a tensor of shape {tuple(lr.shape)}; expected a number or a tensor with one element"
-            )
-        in_range("lr", lr, 0)
-        in_range("weight_decay", group["weight_decay"], 0)
-        if group["update_rule"] not in RULES:
-            raise ValueError(f"update_rule={group['update_rule']!r}: expected one of {', '.join(map(repr, RULES))}")
-        k = group["momentum_rank"]
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
-            raise ValueError(
-                f"momentum_rank={k!r}: expected a whole number of at least 1, None (a quarter of the smaller side of each "
-                "matrix), or 0 (the whole group takes the AdamW path)"
-            )
-        rho = group["residual_weight"]
-        if rho is not None:
-            in_range("residual_weight", rho, 0, 1, closed=True)
-            if group["update_rule"] != "als":
-                raise ValueError(
-                    f"residual_weight={rho} is an option of update_rule='als', found update_rule={group['update_rule']!r}: "
-                    "leave it out, or use 'als'"
-                )
-        if not isinstance(group["seed"], int) or group["seed"] < 0:
-            raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
-        above_zero("update_scale", group["update_scale"])
-        if group["max_param_grad_norm"] is not None:
-            above_zero("max_param_grad_norm", group["max_param_grad_norm"])
-        if group["bf16_rounding"] not in ("nearest", "stochastic"):
-            raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
+        check_options(group)
         if group["update_in_backward"] != self.defaults["update_in_backward"]:
             raise ValueError("update_in_backward is an option of the whole optimizer: give it to the constructor")
-        in_range("temporary_bytes", group["temporary_bytes"], 1)
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
         """Of a group, at its learning rate now."""
