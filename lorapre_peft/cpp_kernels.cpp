@@ -20,17 +20,34 @@ constexpr int NARROW = 32;   // up to this many columns, rows are what a registe
 #define LANES 8
 #endif
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Index8 __attribute__((vector_size(32)));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index8){__VA_ARGS__})
+#endif
 
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
 inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
-inline float sum(Vec v) {
-  float part[LANES];
-  store(part, v);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+
+// The sums of four registers' lanes.
+inline void sum4(const Vec* v, int stride, float* out) {
+  Vec8 half[4], pair[2];
+  for (int i = 0; i < 4; ++i) {
+    float lanes[LANES];
+    store(lanes, v[i * stride]);
+    half[i] = *reinterpret_cast<const Vec8*>(lanes);
+    if (LANES == 16) half[i] += *reinterpret_cast<const Vec8*>(lanes + LANES - 8);
+  }
+  for (int i = 0; i < 2; ++i)
+    pair[i] = SHUFFLE(half[2 * i], half[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
+              SHUFFLE(half[2 * i], half[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const Vec8 four = SHUFFLE(pair[0], pair[1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                    SHUFFLE(pair[0], pair[1], 2, 3, 10, 11, 6, 7, 14, 15);
+  for (int i = 0; i < 4; ++i) out[i] = four[i] + four[i + 4];
 }
 
 inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
@@ -75,14 +92,6 @@ void write(void* x, Type type, int64_t at, int count, const float* values) {
     for (int c = 0; c < count; ++c) to[c] = to_bits(values[c]) >> 16;
   }
 }
-
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index8){__VA_ARGS__})
-#endif
-typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t Index8 __attribute__((vector_size(32)));
 
 // to[c][r] = from[r][c] for 8 × 8 entries: pairs of rows interleaved, then pairs of pairs, then halves exchanged.
 inline void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -138,8 +147,12 @@ void dot_block(const float (*x)[CHUNK], const float* A, int64_t stride, int colu
       for (int j = 0; j < J; ++j) total[r][j] += value * a[j];
     }
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int j = 0; j < J; ++j) dots[r * k + j] += sum(total[r][j]);
+  static_assert(ROWS == 4);
+  for (int j = 0; j < J; ++j) {
+    float sums[ROWS];
+    sum4(&total[0][j], J, sums);
+    for (int r = 0; r < ROWS; ++r) dots[r * k + j] += sums[r];
+  }
 }
 
 // out[r] (+)= Σ_j B[r][j] A[j] over some columns.
@@ -254,6 +267,8 @@ struct Task {
       }
       A[s] = to;
     }
+    std::vector<double> left_and_old(ROWS * gram_columns);
+    double* both = left_and_old.data();  // B' and B, or B alone, of these rows
     float *dots = rows.data(), *B = dots + 2 * ROWS * k, *B_new = B + 2 * ROWS * k, *C = B_new + 2 * ROWS * k;
 
     for (int64_t first = begin; first < end; first += ROWS) {
@@ -279,26 +294,33 @@ struct Task {
 
       // B' = keep · B + gain · X with X = dots R, and what the update's two products take for B.
       for (int s = 0; s < 2; ++s) {
-        const float* R = all.R + (s * n + i) * k * k;
+        const float *R = all.R + (s * n + i) * k * k;
+        const float by_B = s == 0 ? c_B : v_scale, by_X = s == 0 ? c_X : 0;
+        std::fill_n(both, ROWS * gram_columns, 0.0);
         for (int r = 0; r < count; ++r) {
           const int64_t at = ((s * n + i) * p + first + r) * k;
           const float *dot = dots + (s * ROWS + r) * k, *old = all.B + at;
           float *here = B + (s * ROWS + r) * k, *now = B_new + (s * ROWS + r) * k, *c = C + (s * ROWS + r) * k;
+          float* fit = c;
+          for (int l = 0; l < k; ++l)
+            for (int j = 0; j < k; ++j) fit[j] += dot[l] * R[l * k + j];
           for (int j = 0; j < k; ++j) {
-            float fit = 0;
-            for (int l = 0; l < k; ++l) fit += dot[l] * R[l * k + j];
             here[j] = old[j];
-            now[j] = keep[s] * old[j] + gain[s] * fit;
-            c[j] = s == 0 ? c_B * old[j] + c_X * fit : v_scale * old[j];
+            now[j] = keep[s] * old[j] + gain[s] * fit[j];
+            c[j] = by_B * old[j] + by_X * fit[j];
           }
           std::memcpy(all.B_new + at, now, k * sizeof(float));
           const float* left = all.projects_new ? now : here;
-          double* gram = grams + s * k * gram_columns;
-          for (int j = 0; j < k; ++j) {
-            for (int l = 0; l < k; ++l) gram[j * gram_columns + l] += double(left[j]) * left[l];
-            for (int l = k; l < gram_columns; ++l) gram[j * gram_columns + l] += double(left[j]) * here[l - k];
-          }
+          std::copy_n(left, k, both + r * gram_columns);
+          if (all.projects_new) std::copy_n(here, k, both + r * gram_columns + k);
         }
+        double* gram = grams + s * k * gram_columns;
+        for (int j = 0; j < k; ++j)
+          for (int l = 0; l < gram_columns; ++l) {
+            double total = 0;
+            for (int r = 0; r < ROWS; ++r) total += both[r * gram_columns + j] * both[r * gram_columns + l];
+            gram[j * gram_columns + l] += total;
+          }
       }
 
       const float* left = all.projects_new ? B_new : B;
