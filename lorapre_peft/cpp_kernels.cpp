@@ -15,11 +15,13 @@ namespace {
 constexpr int ROWS = 4;      // that share each load of A
 constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
 constexpr int RANKS = 4;     // of a factor that are in registers at once
+constexpr int BLOCK = 32;    // rows that go through a chunk together; a multiple of ROWS
 constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
 #ifndef LANES                // of a vector register, float32
 #define LANES 8
 #endif
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef double DoubleVec __attribute__((vector_size(4 * LANES), aligned(8), may_alias));  // half as many
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Index8 __attribute__((vector_size(32)));
 #ifdef __clang__
@@ -183,6 +185,21 @@ void project_block(const float* B, int k, const float (*x)[CHUNK], int columns, 
   }
 }
 
+// gram[j] += Σ_r left[r][j] all[r], both with rows of ``stride`` numbers, a multiple of LANES.
+template <int J>
+void gram_block(const double* left, const double* all, int64_t stride, int rows, double* gram) {
+  for (int64_t c = 0; c < stride; c += LANES) {
+    DoubleVec total[J][2] = {};
+    for (int r = 0; r < rows; ++r) {
+      const DoubleVec* row = reinterpret_cast<const DoubleVec*>(all + r * stride + c);
+      for (int j = 0; j < J; ++j)
+        for (int half = 0; half < 2; ++half) total[j][half] += left[r * stride + j] * row[half];
+    }
+    for (int j = 0; j < J; ++j)
+      for (int half = 0; half < 2; ++half) reinterpret_cast<DoubleVec*>(gram + j * stride + c)[half] += total[j][half];
+  }
+}
+
 #define BY_RANKS(k, call)                                                          \
   for (int j0 = 0; j0 < k; j0 += RANKS) switch (std::min(RANKS, int(k) - j0)) {    \
     case 1: { constexpr int J = 1; call; break; }                                  \
@@ -267,41 +284,41 @@ struct Task {
       }
       A[s] = to;
     }
-    std::vector<double> left_and_old(ROWS * gram_columns);
-    double* both = left_and_old.data();  // B' and B, or B alone, of these rows
-    float *dots = rows.data(), *B = dots + 2 * ROWS * k, *B_new = B + 2 * ROWS * k, *C = B_new + 2 * ROWS * k;
+    // Of both moments: B' and B, or B alone, of a block [BLOCK, gram_stride], and the sums of their products [k, gram_stride].
+    const int64_t gram_stride = padded(gram_columns);
+    std::vector<double> held(2 * BLOCK * gram_stride), gram_sums(2 * k * gram_stride);
+    float *dots = rows.data(), *B = dots + 2 * BLOCK * k, *B_new = B + 2 * BLOCK * k, *C = B_new + 2 * BLOCK * k;
 
-    for (int64_t first = begin; first < end; first += ROWS) {
-      const int count = int(std::min<int64_t>(ROWS, end - first));
+    for (int64_t first = begin; first < end; first += BLOCK) {
+      const int count = int(std::min<int64_t>(BLOCK, end - first));
       std::fill(rows.begin(), rows.end(), 0.f);
-      auto read_block = [&](int64_t c0) {
+      auto read_block = [&](int r0, int64_t c0) {
         const int here = int(std::min<int64_t>(CHUNK, q - c0)), whole = int(padded(here));
         for (int r = 0; r < ROWS; ++r) {
-          if (r < count) read(all.grads[i], grad_type, (first + r) * q + c0, here, x[r]);
-          std::fill(x[r] + (r < count ? here : 0), x[r] + whole, 0.f);
+          const bool inside = r0 + r < count;
+          if (inside) read(all.grads[i], grad_type, (first + r0 + r) * q + c0, here, x[r]);
+          std::fill(x[r] + (inside ? here : 0), x[r] + whole, 0.f);
           for (int c = 0; c < whole; ++c) x[r][c] *= g_scale;
           for (int c = 0; c < whole; ++c) size[r][c] = std::fabs(x[r][c]);
         }
         return whole;
       };
 
-      int whole = 0;
-      for (int64_t c0 = 0; c0 < q; c0 += CHUNK) {
-        whole = read_block(c0);
-        BY_RANKS(k, dot_block<J>(x, A[0] + j0 * stride + c0, stride, whole, dots + j0, k))
-        BY_RANKS(k, dot_block<J>(size, A[1] + j0 * stride + c0, stride, whole, dots + ROWS * k + j0, k))
-      }
+      for (int64_t c0 = 0; c0 < q; c0 += CHUNK)
+        for (int r0 = 0; r0 < count; r0 += ROWS) {
+          const int whole = read_block(r0, c0);
+          BY_RANKS(k, dot_block<J>(x, A[0] + j0 * stride + c0, stride, whole, dots + r0 * k + j0, k))
+          BY_RANKS(k, dot_block<J>(size, A[1] + j0 * stride + c0, stride, whole, dots + (BLOCK + r0) * k + j0, k))
+        }
 
       // B' = keep · B + gain · X with X = dots R, and what the update's two products take for B.
       for (int s = 0; s < 2; ++s) {
-        const float *R = all.R + (s * n + i) * k * k;
+        const float* R = all.R + (s * n + i) * k * k;
         const float by_B = s == 0 ? c_B : v_scale, by_X = s == 0 ? c_X : 0;
-        std::fill_n(both, ROWS * gram_columns, 0.0);
         for (int r = 0; r < count; ++r) {
-          const int64_t at = ((s * n + i) * p + first + r) * k;
-          const float *dot = dots + (s * ROWS + r) * k, *old = all.B + at;
-          float *here = B + (s * ROWS + r) * k, *now = B_new + (s * ROWS + r) * k, *c = C + (s * ROWS + r) * k;
-          float* fit = c;
+          const int64_t at = ((s * n + i) * p + first + r) * k, own = (s * BLOCK + r) * k;
+          const float *dot = dots + own, *old = all.B + at;
+          float *here = B + own, *now = B_new + own, *c = C + own, *fit = c;
           for (int l = 0; l < k; ++l)
             for (int j = 0; j < k; ++j) fit[j] += dot[l] * R[l * k + j];
           for (int j = 0; j < k; ++j) {
@@ -310,35 +327,33 @@ struct Task {
             c[j] = by_B * old[j] + by_X * fit[j];
           }
           std::memcpy(all.B_new + at, now, k * sizeof(float));
-          const float* left = all.projects_new ? now : here;
-          std::copy_n(left, k, both + r * gram_columns);
-          if (all.projects_new) std::copy_n(here, k, both + r * gram_columns + k);
+          double* both = held.data() + (s * BLOCK + r) * gram_stride;
+          std::copy_n(all.projects_new ? now : here, k, both);
+          if (all.projects_new) std::copy_n(here, k, both + k);
         }
-        double* gram = grams + s * k * gram_columns;
-        for (int j = 0; j < k; ++j)
-          for (int l = 0; l < gram_columns; ++l) {
-            double total = 0;
-            for (int r = 0; r < ROWS; ++r) total += both[r * gram_columns + j] * both[r * gram_columns + l];
-            gram[j * gram_columns + l] += total;
-          }
+        const double* both = held.data() + s * BLOCK * gram_stride;
+        double* to = gram_sums.data() + s * k * gram_stride;
+        BY_RANKS(k, gram_block<J>(both + j0, both, gram_stride, count, to + j0 * gram_stride))
       }
 
       const float* left = all.projects_new ? B_new : B;
-      for (int64_t c0 = 0; c0 < q; c0 += CHUNK) {
-        const int here = int(std::min<int64_t>(CHUNK, q - c0));
-        if (q > CHUNK) whole = read_block(c0);
-        BY_RANKS(k, outer_block<J>(C + j0, k, A[0] + j0 * stride + c0, stride, whole, m, j0 > 0))
-        BY_RANKS(k, outer_block<J>(C + ROWS * k + j0, k, A[1] + j0 * stride + c0, stride, whole, root, j0 > 0))
-        BY_RANKS(k, project_block<J>(left + j0, k, x, whole, sums + j0 * stride + c0, stride))
-        BY_RANKS(k, project_block<J>(left + ROWS * k + j0, k, size, whole, sums + (k + j0) * stride + c0, stride))
-        for (int r = 0; updates && r < count; ++r) {
-          const int64_t at = (first + r) * q + c0;
-          read(all.params[i], param_type, at, here, size[r]);  // it is used up
-          update(m[r], root[r], x[r], size[r], here, at, 1);
-          write(all.params[i], param_type, at, here, m[r]);
+      for (int64_t c0 = 0; c0 < q; c0 += CHUNK)
+        for (int r0 = 0; r0 < count; r0 += ROWS) {
+          const int here = int(std::min<int64_t>(CHUNK, q - c0)), whole = read_block(r0, c0);
+          const float *left_m = left + r0 * k, *left_v = left + (BLOCK + r0) * k;
+          BY_RANKS(k, outer_block<J>(C + r0 * k + j0, k, A[0] + j0 * stride + c0, stride, whole, m, j0 > 0))
+          BY_RANKS(k, outer_block<J>(C + (BLOCK + r0) * k + j0, k, A[1] + j0 * stride + c0, stride, whole, root, j0 > 0))
+          BY_RANKS(k, project_block<J>(left_m + j0, k, x, whole, sums + j0 * stride + c0, stride))
+          BY_RANKS(k, project_block<J>(left_v + j0, k, size, whole, sums + (k + j0) * stride + c0, stride))
+          for (int r = 0; updates && r < std::min(ROWS, count - r0); ++r) {
+            const int64_t at = (first + r0 + r) * q + c0;
+            read(all.params[i], param_type, at, here, size[r]);  // it is used up
+            update(m[r], root[r], x[r], size[r], here, at, 1);
+            write(all.params[i], param_type, at, here, m[r]);
+          }
         }
-      }
     }
+    for (int j = 0; j < 2 * k; ++j) std::copy_n(gram_sums.data() + j * gram_stride, gram_columns, grams + j * gram_columns);
     for (int s = 0; s < 2; ++s)
       for (int j = 0; j < k; ++j)
         std::memcpy(projected(s) + j * q, sums + (s * k + j) * stride, q * sizeof(float));
@@ -442,7 +457,7 @@ void adam(const Adam* args) {
 
 #pragma omp parallel num_threads(a.threads)
   {
-    std::vector<float> columns(2 * k * stride), sums(2 * k * stride), rows(narrow ? 6 * k * CHUNK : 8 * ROWS * k);
+    std::vector<float> columns(2 * k * stride), sums(2 * k * stride), rows(narrow ? 6 * k * CHUNK : 8 * BLOCK * k);
     std::vector<double> grams(2 * k * gram_columns);
 #pragma omp for schedule(dynamic)
     for (int64_t index = 0; index < a.n * a.splits; ++index) {
