@@ -112,7 +112,7 @@ def _bars(axis: plt.Axes, case: dict[str, Any]) -> None:
     smallest = min(result["ratio"] or 1 for result in results)
     axis.set_xlim(min(0.5, 0.8 * smallest), 2 * max(widest, 1.5) ** 1.15)  # room for the number beside the longest bar
     axis.set_yticks(range(len(results)), [result["name"] for result in results], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(results) - 0.4, -0.6)  # downwards, with room for rows that have no bar
     axis.set_title(
         f"{case['name']}, k = {case['momentum_rank']}\n{case['extent']}, {case['parameters'] / 1e6:.3g} M parameters",
         fontsize=9,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .backends import adam_scalars, adam_table
 from .bucket import Wave
 from .checks import check_betas, in_range
+from .eager import adam_scalars, adam_table
 from .moments import Moments
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions

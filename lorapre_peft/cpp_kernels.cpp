@@ -218,7 +218,7 @@ struct Adam {
   const float *B, *A, *R;    // [2, n, p, k], [2, n, k, q], [2, n, k, k]
   float *B_new, *projected;  // [2, n, p, k]; [splits, 2, n, k, q]
   double* grams;             // [splits, 2, n, k, 2k] if projects_new, else [splits, 2, n, k, k]
-  const float* table;        // [13, n], the rows of backends.TABLE
+  const float* table;        // [13, n], the rows of eager.TABLE
   const int64_t* keys;       // [2, n] for stochastic rounding, or null
   float* largest;            // [splits, n] for metrics, or null
   int64_t* clamped;

@@ -12,7 +12,7 @@ from .placement import WHOLE, Placement, local, placement_of
 from .plain import adamw_dtype
 
 if TYPE_CHECKING:
-    from .backends import Eager
+    from .eager import Eager
 
 
 def takes_part(param: Tensor) -> bool:

@@ -17,7 +17,7 @@ from .placement import WHOLE
 from .rules import Als, Average, Newton, Rows
 
 if TYPE_CHECKING:
-    from .backends import Eager
+    from .eager import Eager
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backends import Eager
 from .bucket import rounds_stochastically, tile_entries
+from .eager import Eager
 from .metrics import Metrics
 from .moments import Factors
 from .rounding import SALT, _mix

@@ -19,6 +19,7 @@ from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon, backends
 from lorapre_peft.bucket import TEMPORARIES
+from lorapre_peft.eager import UNROLLED
 from lorapre_peft.memory import AllocationTracker
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -391,7 +392,7 @@ def test_no_recompile_as_numbers_change(graphs, cls, rule):
     decay = "betas" if cls is LoRAPreAdamW else "momentum"
     changes = [{}, {}, {"lr": 0.5}, {"lr": torch.tensor(0.1)}, {"weight_decay": 0.3}, {"max_param_grad_norm": 1.0}]
     changes += [{decay: (0.5, 0.9) if decay == "betas" else 0.5}, {"update_scale": 0.1}]
-    functions = 8 if cls is LoRAPreAdamW else 7  # of `moments` and `backends`; Adam's scalars are the eighth
+    functions = 8 if cls is LoRAPreAdamW else 7  # of `moments` and `eager`; Adam's scalars are the eighth
     for t, change in enumerate(changes):
         group.update(change)
         take_steps(optimizer, params, *([g[t]] for g in grads))
@@ -404,7 +405,7 @@ def test_few_graphs_for_many_shapes(graphs):
     for n, shape, k in (3, (33, 31), 7), (2, (19, 17), 5), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
         run("compiled", shape, k, 2, n=n)
         assert len(graphs) == 8
-    for n, k in (1, 5), (2, 1), (2, backends.UNROLLED):
+    for n, k in (1, 5), (2, 1), (2, UNROLLED):
         before = len(graphs)
         run("compiled", (19, 17), k, n=n)
         first = len(graphs)

@@ -10,7 +10,7 @@ import torch
 from lorapre_peft import LoRAPreAdamW
 from lorapre_peft import reference as ref
 from lorapre_peft.adamw import update_bound
-from lorapre_peft.backends import gram_columns, new_columns
+from lorapre_peft.eager import gram_columns, new_columns
 from lorapre_peft.rules import EXACT_SVD_SIZE, RULES, Als, Average, Newton, best_factors, gram_rows, top_factors
 
 BETAS = (0.9, 0.95)
