@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
 
 import torch
 
+from .cpp_backend import Cpp, compiler
 from .eager import Compiled, Eager
 
 
 def _compiled_needs(device: torch.device) -> str | None:
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+    if device.type == "cpu" and compiler() is None:
         return "a C++ compiler (g++ or clang++) on the PATH"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
@@ -27,12 +27,6 @@ def _cpp_needs(device: torch.device) -> str | None:
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return f"a CPU under Linux, found {device} under {sys.platform}"
     return _compiled_needs(device)
-
-
-def _load_cpp() -> Eager:
-    from .cpp_backend import Cpp
-
-    return Cpp()
 
 
 def _triton_needs(device: torch.device) -> str | None:
@@ -51,7 +45,7 @@ def _load_triton() -> Eager:
 
 # name → (what it lacks on a device, or None; what makes it). The first that lacks nothing is "auto".
 _BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Eager]]] = {
-    "cpp": (_cpp_needs, _load_cpp),
+    "cpp": (_cpp_needs, Cpp),
     "triton": (_triton_needs, _load_triton),
     "eager": (lambda device: None, Eager),
     "compiled": (_compiled_needs, Compiled),

@@ -233,8 +233,8 @@ class Wave:
         return self.read("step")
 
 
-def usable(norms: Tensor) -> Tensor:
-    """Of gradients' norms: whether there is a gradient, all of it finite and its squares within float32."""
+def usable(norms: Any) -> Any:
+    """Of a gradient's norm, or a tensor of them: whether there is a gradient, all of it finite and its squares within float32."""
     return (norms >= 0) & (norms <= MAX_NORM)  # NaN is neither
 
 

@@ -24,7 +24,7 @@ from .bucket import rounds_stochastically, tile_entries
 from .eager import Eager
 from .metrics import Metrics
 from .moments import Factors
-from .rounding import SALT, _mix
+from .rounding import round_keys
 
 SOURCE = Path(__file__).with_name("cpp_kernels.cpp")
 # Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are written in.
@@ -164,8 +164,7 @@ class Cpp(Eager):
         grams = factors.grams if direct else factors.grams.new_empty(splits, 2, n, k, width)
         keys = None
         if rounds_stochastically(params[0], bucket.group):
-            keys = bucket.keys(matrices)
-            keys = torch.stack([keys, _mix(keys + SALT)])
+            keys = round_keys(bucket.keys(matrices))
         largest = clamped = None
         if metrics is not None:
             largest, clamped = torch.empty(splits, n), torch.empty(splits, n, dtype=torch.int64)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from . import backends
-from .bucket import MAX_NORM, Wave, usable
+from .bucket import Wave, usable
 from .checks import check_flattened_shards, check_gradient, check_options, check_parameter
 from .gradients import Skips, gradient_norms, local_gradient, reads_are_free, takes_part
 from .metrics import Metrics
@@ -227,9 +227,8 @@ class LoRAPreOptimizer(Optimizer):
             if plan is not None and not plan.holds(plan_key(some), [state["step"] for state in states]):
                 plan = None
             waiting = plan is None and self._waiting(some)
-            reads = waiting or reads_are_free(device)
+            known = norms.tolist() if waiting or reads_are_free(device) else None
             recorded, self._metrics = self._metrics, Metrics()
-            known = norms.tolist() if reads else None
             self._apply_normed(some, states, grads, norms, known, placement, plan)
             self._metrics.reduce(placement)
             recorded.merge(self._metrics)
@@ -254,10 +253,10 @@ class LoRAPreOptimizer(Optimizer):
         if known is None:
             finite = usable(norms)
             self._skips.add_unread(finite, norms)
-        elif not all(0 <= norm <= MAX_NORM for norm in known):  # NaN is not either; −1 is no gradient at all
+        elif not all(map(usable, known)):
             finite = usable(norms)
             for norm in known:
-                if not norm < 0 and not norm <= MAX_NORM:
+                if not usable(norm) and not norm < 0:  # −1 is no gradient at all
                     self._skips.add(norm)
         if plan is None:
             plan = make_plan(
@@ -274,7 +273,7 @@ class LoRAPreOptimizer(Optimizer):
             if known[i] == 0:
                 local(param).mul_(1 - group["lr"] * group["weight_decay"])
         for group, indices in plan.plain:
-            taken = [i for i in indices if known is None or 0 <= known[i] <= MAX_NORM]
+            taken = [i for i in indices if known is None or usable(known[i])]
             parts = [(*todo[i][1:], states[i], grads[i], norms[i]) for i in taken]
             masks = [finite[i] for i in taken] if known is None else [None] * len(taken)
             items = [make_item(*part, mask, placement) for part, mask in zip(parts, masks)]
@@ -304,7 +303,7 @@ class LoRAPreOptimizer(Optimizer):
         group, param, _ = todo[i]
         if not RULES[group["update_rule"]].tracked or self._started.get(id(param)) is self.state[param]["step"]:
             return None
-        return known[i] if 0 <= known[i] <= MAX_NORM else 0.0
+        return known[i] if usable(known[i]) else 0.0
 
     def _waiting(self, todo: list[Located]) -> bool:
         """Whether a matrix of `als` among these has not started, as far as the host knows; it reads those counters."""

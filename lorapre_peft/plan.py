@@ -80,7 +80,11 @@ def make_plan(
     temporaries: int,
     first_norm: Callable[[int], float | None],
 ) -> Plan:
-    """moments: how many a matrix has. temporaries: the backend's `factor_temporaries`. first_norm: ‖g‖_F of one that waits for its first gradient, if it can be used; else 0; None: it does not wait."""
+    """The plan of a step's parameters and their states.
+
+    moments: how many a matrix has. temporaries: the backend's `factor_temporaries`. first_norm: ‖g‖_F of one that waits for its first
+    gradient, if it can be used; else 0; None: it does not wait.
+    """
     plan = Plan(plan_key(todo))
     plain: dict[int, tuple[dict[str, Any], list[int]]] = {}
     # By what one wave has in common, then by what one bucket has.

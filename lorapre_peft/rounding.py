@@ -9,7 +9,7 @@ _MASK = 0xFFFFFFFF
 # The two multipliers of "lowbias32", an integer hash whose output bits are nearly unbiased (C. Wellons, hash-prospector).
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
 # Added to a key for the second round of the hash; 2³² over the golden ratio.
-SALT = 0x9E3779B9
+_SALT = 0x9E3779B9
 
 
 def _mix(value: int | Tensor) -> int | Tensor:
@@ -35,6 +35,11 @@ def random_keys(seed: int, positions: list[int], steps: Tensor) -> Tensor:
     return _mix(filled([_mix(_mix(seed) + position) for position in positions], steps.device) + steps.long())
 
 
+def round_keys(keys: Tensor) -> Tensor:
+    """Of the two rounds of the hash: int64 [2, n]."""
+    return torch.stack([keys, _mix(keys + _SALT)])
+
+
 def _shift_right(bits: Tensor, count: int) -> Tensor:
     """Logical shift of int32 bits."""
     return (bits >> count).bitwise_and_((1 << 32 - count) - 1)
@@ -49,7 +54,7 @@ def random_bits(shape: torch.Size, keys: Tensor, offset: int) -> Tensor:
     counters = torch.arange(offset, offset + count, dtype=torch.int64, device=keys.device).to(torch.int32)
     bits = counters.expand(shape[0], count).clone()
     # Two rounds: consecutive counters and related keys come out unrelated.
-    for salt in (keys, _mix(keys + SALT)):
+    for salt in round_keys(keys):
         bits.bitwise_xor_(_signed(salt).to(torch.int32)[:, None])
         bits.bitwise_xor_(_shift_right(bits, 16)).mul_(_signed(_M1))
         bits.bitwise_xor_(_shift_right(bits, 15)).mul_(_signed(_M2))

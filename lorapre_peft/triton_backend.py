@@ -19,7 +19,7 @@ from .bucket import rounds_stochastically, tile_entries
 from .eager import Eager
 from .metrics import Metrics
 from .moments import Factors
-from .rounding import SALT, _mix
+from .rounding import round_keys
 
 # Above this rank a block of a factor no longer fits the registers of a program.
 MAX_RANK = 128
@@ -203,8 +203,7 @@ class Triton(Eager):
         stochastic = rounds_stochastically(params[0], group)
         keys = table
         if stochastic:
-            keys = bucket.keys(matrices)
-            keys = torch.stack([keys, _mix(keys + SALT)])
+            keys = round_keys(bucket.keys(matrices))
 
         K, BP, BQ = block_sizes(p, q, k)
         row_blocks, column_blocks = triton.cdiv(p, BP), triton.cdiv(q, BQ)

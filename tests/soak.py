@@ -113,9 +113,8 @@ def soak(
                 loaded = run.step
             if event < saves + crashes and run.step > WARMUP * steps:
                 resident.append(process.memory_info().rss)
-                if (
-                    run.step > loaded + 1
-                ):  # a step stacks the state that was loaded; the one after it has forgotten the loaded
+                # A step stacks the state that was loaded; the one after it has forgotten the loaded.
+                if run.step > loaded + 1:
                     tensors.append(live_tensors())
             bar.update(run.step - bar.n)
     found = run.result()
