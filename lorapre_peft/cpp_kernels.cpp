@@ -185,19 +185,31 @@ void project_block(const float* B, int k, const float (*x)[CHUNK], int columns, 
   }
 }
 
-// gram[j] += Σ_r left[r][j] all[r], both with rows of ``stride`` numbers, a multiple of LANES.
+// out[j] += Σ_r left[r][j] x[r], of rows of ``stride`` numbers, a multiple of LANES; left[r][j] lies at r · by_row + j · by_rank.
 template <int J>
-void gram_block(const double* left, const double* all, int64_t stride, int rows, double* gram) {
+void combine_block(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride, int rows, double* out) {
   for (int64_t c = 0; c < stride; c += LANES) {
     DoubleVec total[J][2] = {};
     for (int r = 0; r < rows; ++r) {
-      const DoubleVec* row = reinterpret_cast<const DoubleVec*>(all + r * stride + c);
+      const DoubleVec* row = reinterpret_cast<const DoubleVec*>(x + r * stride + c);
       for (int j = 0; j < J; ++j)
-        for (int half = 0; half < 2; ++half) total[j][half] += left[r * stride + j] * row[half];
+        for (int half = 0; half < 2; ++half) total[j][half] += left[r * by_row + j * by_rank] * row[half];
     }
     for (int j = 0; j < J; ++j)
-      for (int half = 0; half < 2; ++half) reinterpret_cast<DoubleVec*>(gram + j * stride + c)[half] += total[j][half];
+      for (int half = 0; half < 2; ++half) reinterpret_cast<DoubleVec*>(out + j * stride + c)[half] += total[j][half];
   }
+}
+
+// gram[j] += x · y[j], of rows of ``stride`` numbers, a multiple of LANES.
+template <int J>
+void gram_block(const double* x, const double* y, int64_t stride, double* gram) {
+  DoubleVec total[J] = {};
+  for (int64_t c = 0; c < stride; c += LANES / 2) {
+    const DoubleVec value = *reinterpret_cast<const DoubleVec*>(x + c);
+    for (int j = 0; j < J; ++j) total[j] += value * *reinterpret_cast<const DoubleVec*>(y + j * stride + c);
+  }
+  for (int j = 0; j < J; ++j)
+    for (int lane = 0; lane < LANES / 2; ++lane) gram[j] += total[j][lane];
 }
 
 #define BY_RANKS(k, call)                                                          \
@@ -209,6 +221,26 @@ void gram_block(const double* left, const double* all, int64_t stride, int rows,
   }
 
 int64_t padded(int64_t q) { return (q + LANES - 1) / LANES * LANES; }
+
+// From column c0 on ``stride`` columns of A [k, q] as float64, zeros beyond q.
+void read_rows(const float* A, int64_t k, int64_t q, int64_t c0, int64_t stride, double* out) {
+  const int64_t here = std::min(stride, q - c0);
+  for (int64_t j = 0; j < k; ++j, out += stride) {
+    std::copy_n(A + j * q + c0, here, out);
+    std::fill(out + here, out + stride, 0.0);
+  }
+}
+
+// The lower triangle of x xᵀ, of k rows of ``stride`` numbers, added to gram; and the upper one from the lower.
+void add_gram(const double* x, int64_t k, int64_t stride, double* gram) {
+  for (int64_t i = 0; i < k; ++i)
+    BY_RANKS(i + 1, gram_block<J>(x + i * stride, x + j0 * stride, stride, gram + i * k + j0))
+}
+
+void mirror(double* gram, int64_t k) {
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < i; ++j) gram[j * k + i] = gram[i * k + j];
+}
 
 // The fields of cpp_backend.Adam, one for one.
 struct Adam {
@@ -333,7 +365,7 @@ struct Task {
         }
         const double* both = held.data() + s * BLOCK * gram_stride;
         double* to = gram_sums.data() + s * k * gram_stride;
-        BY_RANKS(k, gram_block<J>(both + j0, both, gram_stride, count, to + j0 * gram_stride))
+        BY_RANKS(k, combine_block<J>(both + j0, gram_stride, 1, both, gram_stride, count, to + j0 * gram_stride))
       }
 
       const float* left = all.projects_new ? B_new : B;
@@ -480,47 +512,43 @@ void adam(const Adam* args) {
 
 // A Aᵀ of n matrices A [k, q], float64 [k, k].
 void gram(const float* A, int64_t n, int64_t k, int64_t q, double* out, int32_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t a = 0; a < k; ++a)
-      for (int64_t b = 0; b <= a; ++b) {
-        const float *left = A + (i * k + a) * q, *right = A + (i * k + b) * q;
-        double total = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t c = 0; c < q; ++c) total += double(left[c]) * right[c];
-        out[(i * k + a) * k + b] = out[(i * k + b) * k + a] = total;
+  const int64_t stride = std::min<int64_t>(CHUNK, padded(q));
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<double> part(k * stride);
+#pragma omp for
+    for (int64_t i = 0; i < n; ++i) {
+      std::fill_n(out + i * k * k, k * k, 0.0);
+      for (int64_t c0 = 0; c0 < q; c0 += stride) {
+        read_rows(A + i * k * q, k, q, c0, stride, part.data());
+        add_gram(part.data(), k, stride, out + i * k * k);
       }
+      mirror(out + i * k * k, k);
+    }
   }
 }
 
 // A' = W [A; P] in float64, written as float32, and A' A'ᵀ; of n matrices, W [k, 2k], A and P [k, q].
 void columns(const double* W, const float* A, const float* P, int64_t n, int64_t k, int64_t q, float* out, double* gram,
              int32_t threads) {
-  constexpr int64_t SOME = 64;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < n; ++i) {
-    std::vector<double> made(k * SOME);
-    double* sums = gram + i * k * k;
-    std::fill(sums, sums + k * k, 0.0);
-    for (int64_t c0 = 0; c0 < q; c0 += SOME) {
-      const int64_t some = std::min(SOME, q - c0);
-      for (int64_t a = 0; a < k; ++a) {
-        double* row = made.data() + a * SOME;
-        std::fill(row, row + SOME, 0.0);
-        for (int64_t j = 0; j < 2 * k; ++j) {
-          const double weight = W[(i * k + a) * 2 * k + j];
-          const float* from = (j < k ? A + (i * k + j) * q : P + (i * k + j - k) * q) + c0;
-          for (int64_t c = 0; c < some; ++c) row[c] += weight * from[c];
-        }
-        for (int64_t c = 0; c < some; ++c) out[(i * k + a) * q + c0 + c] = float(row[c]);
+  const int64_t stride = std::min<int64_t>(CHUNK, padded(q));
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<double> both(2 * k * stride), made(k * stride);
+#pragma omp for
+    for (int64_t i = 0; i < n; ++i) {
+      const double* weights = W + i * 2 * k * k;
+      std::fill_n(gram + i * k * k, k * k, 0.0);
+      for (int64_t c0 = 0; c0 < q; c0 += stride) {
+        read_rows(A + i * k * q, k, q, c0, stride, both.data());
+        read_rows(P + i * k * q, k, q, c0, stride, both.data() + k * stride);
+        std::fill(made.begin(), made.end(), 0.0);
+        BY_RANKS(k, combine_block<J>(weights + j0 * 2 * k, 1, 2 * k, both.data(), stride, 2 * k, made.data() + j0 * stride))
+        for (int64_t j = 0; j < k; ++j)
+          std::copy_n(made.data() + j * stride, std::min(stride, q - c0), out + (i * k + j) * q + c0);
+        add_gram(made.data(), k, stride, gram + i * k * k);
       }
-      for (int64_t a = 0; a < k; ++a)
-        for (int64_t b = 0; b < k; ++b) {
-          double total = 0;
-#pragma omp simd reduction(+ : total)
-          for (int64_t c = 0; c < SOME; ++c) total += made[a * SOME + c] * made[b * SOME + c];
-          sums[a * k + b] += total;
-        }
+      mirror(gram + i * k * k, k);
     }
   }
 }
