@@ -24,7 +24,7 @@ from eval.peers import PEERS, REFERENCE, Method, lorapre_methods
 from eval.speed_cases import PRESETS, QUICK, Case, build
 from eval.speed_measure import copy_bandwidth, release, run
 from eval.speed_report import markdown, plot_cases, plot_sweeps, sweep_markdown, sweeps
-from recipes.training import environment, write_atomically
+from recipes.training import commit, environment, write_atomically
 
 
 def measure_case(case: Case, device: torch.device, seconds: float, patience: float) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def measure_case(case: Case, device: torch.device, seconds: float, patience: flo
     problem = build(case, device)
     results = run(problem, REFERENCE, applicable, seconds, patience)
     return asdict(case) | {
+        "commit": commit(),
         "kind": case.kind,
         "extent": problem.extent,
         "matrices": len(problem.params),
@@ -74,8 +75,9 @@ def report(summary: dict[str, Any], folder: Path) -> str:
     if around["device"] != "cpu":
         machine = f"{around['device']}, {machine}"
     models = [case for case in cases if not case["sweep"]]
+    commits = dict.fromkeys(str(case["commit"])[:12] for case in cases)  # a resumed folder may have several
     parts = [
-        f"{machine}; a copy on the device: {around['copy_bytes_per_second'] / 1e9:.1f} GB/s\n",
+        f"{machine}; a copy on the device: {around['copy_bytes_per_second'] / 1e9:.1f} GB/s; commit {', '.join(commits)}\n",
         *(markdown(case, around["copy_bytes_per_second"]) for case in models),
         *(sweep_markdown(group) for group in sweeps(cases)),
     ]

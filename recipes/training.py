@@ -114,17 +114,21 @@ def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
 
 def environment() -> dict[str, Any]:
     """What it takes to repeat the run: command, versions, commit, machine."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
     spec = sys.modules["__main__"].__spec__
     return {
         "command": " ".join([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]]),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }
+
+
+def commit() -> str | None:
+    """The repository's commit, with "-dirty" if files differ from it; None outside a repository."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
 
 
 def _version(package: str) -> str | None:
