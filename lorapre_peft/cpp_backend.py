@@ -136,9 +136,10 @@ class Cpp(Eager):
         factors.grams = torch.zeros(2, n, k, width, dtype=torch.float64)
         if p == 0:  # an empty shard
             return
-        splits = max(1, min(MAX_SPLITS, p * q // SPLIT_ENTRIES))
-        # The sums of splits stay within the bound too.
-        size = n if splits == 1 else max(1, tile_entries(bucket.group) // (splits * 2 * k * (q + 2 * width)))
+        # The sums of splits, and their total, take the place of a tile's temporaries.
+        sums, limit = 2 * k * (q + 2 * width), tile_entries(bucket.group, 2)
+        splits = max(1, min(MAX_SPLITS, p * q // SPLIT_ENTRIES, limit // sums))
+        size = n if splits == 1 else max(1, limit // (splits * sums))
         for i in range(0, n, size):
             self._step(factors, slice(i, min(i + size, n)), (p, q, k, width, splits), table, bound, metrics)
 

@@ -333,7 +333,7 @@ def test_rows_split_among_threads(monkeypatch, shape, k):
     monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)
     for size in (
         64_000_000,
-        2 * 4 * TEMPORARIES * shape[0] * shape[1],
+        2 * 4 * 2 * shape[0] * shape[1],
     ):  # the sums of all matrices at once, and of fewer
         parts = []
         for threads in (1, 3):
@@ -344,6 +344,21 @@ def test_rows_split_among_threads(monkeypatch, shape, k):
         assert all(torch.equal(a, b) for a, b in zip(parts[0][0], parts[1][0]))
         assert not all(torch.equal(a, b) for a, b in zip(parts[0][0], whole[0]))
         assert_like_eager(parts[0], expected, "newton")
+
+
+@cpp_
+def test_sums_of_split_rows_stay_within_the_bound(monkeypatch):
+    from lorapre_peft import cpp_backend
+
+    monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)  # as many parts as there may be: 270 kB of sums a matrix
+    bound, params = 200_000, [nn.Parameter(0.02 * torch.randn(64, 512)) for _ in range(2)]
+    optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=4, backend="cpp", temporary_bytes=bound)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with AllocationTracker() as tracker:
+            optimizer.step()
+    assert tracker.peak_bytes <= bound
 
 
 @cpp_
