@@ -10,7 +10,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import ScalarFormatter
 
 from lorapre_peft.table import format_bytes
 
@@ -129,14 +128,15 @@ def plot_sweeps(cases: Sequence[dict[str, Any]], path: Path, machine: str) -> No
                 (case["value"], case["results"][index]) for case in group if not case["results"][index]["reason"]
             ]
             if points:
-                values, results = zip(*points)
-                (line,) = axis.plot(values, [1e3 * r["median"] for r in results], marker="o", markersize=4, label=name)
+                at, results = zip(*points)
+                (line,) = axis.plot(at, [1e3 * r["median"] for r in results], marker="o", markersize=4, label=name)
                 low, high = zip(*(r["quartiles"] for r in results))
                 axis.fill_between(
-                    values, [1e3 * t for t in low], [1e3 * t for t in high], color=line.get_color(), alpha=0.2
+                    at, [1e3 * t for t in low], [1e3 * t for t in high], color=line.get_color(), alpha=0.2
                 )
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(ScalarFormatter())
+        values = [case["value"] for case in group]
+        axis.set_xticks(values, values)
         axis.set_yscale("log")
         axis.set_xlabel(group[0]["sweep"])
         axis.set_ylabel("ms per step")
