@@ -27,6 +27,7 @@ from .moments import Factors
 from .rounding import round_keys
 
 SOURCE = Path(__file__).with_name("cpp_kernels.cpp")
+HEADER = SOURCE.with_name("cpp_blocks.h")
 # Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are written in.
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # By what PyTorch calls the CPU's capability; any other one gets the compiler's own default.
@@ -49,7 +50,7 @@ def compiler() -> str | None:
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises RuntimeError with the compiler's output if it fails."""
     command = [str(compiler()), *_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    name = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre_peft"
     path = cache / f"kernels-{name}.so"
     if not path.exists():
