@@ -68,9 +68,15 @@ class Bucket:
         return None if self.wave.finite is None else self.wave.finite[self.part]
 
     @property
-    def whole(self) -> tuple[slice, slice]:
-        """(matrices, rows): all of them, as one tile."""
-        return slice(0, len(self.params)), slice(0, self.rows.stop - self.rows.start)
+    def all_rows(self) -> slice:
+        """`rows`, counted from the first one that is here."""
+        return slice(0, self.rows.stop - self.rows.start)
+
+    def chunks(self) -> Iterator[slice]:
+        """Matrices whose p×q entries are at most `tile_entries` together, or one; the same on every process."""
+        size = max(1, tile_entries(self.group) // (self.shape[0] * self.shape[1]))
+        for i in range(0, len(self.params), size):
+            yield slice(i, min(i + size, len(self.params)))
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """(matrices, rows) of at most `tile_entries` entries: whole matrices together, or rows of one."""
@@ -123,9 +129,7 @@ class Bucket:
 
     def start(self, moment: int, scale: float, *, absolute: bool = False) -> Tensor:
         """Set a moment's factors to the best rank-k approximation of scale · g, or of scale · |g|; their ‖B A‖²_F, [n] float64."""
-        size = max(1, tile_entries(self.group) // (self.shape[0] * self.shape[1]))
-        n = len(self.params)
-        parts = [self._start_factors(slice(i, min(i + size, n)), absolute) for i in range(0, n, size)]
+        n, parts = len(self.params), [self._start_factors(matrices, absolute) for matrices in self.chunks()]
         B, A = (torch.cat(factors) * scale**0.5 for factors in zip(*parts))
         own = slice(moment * n, (moment + 1) * n)
         self.B.write(B[:, self.rows], self.finite, own)
@@ -142,8 +146,7 @@ class Bucket:
 
         limit = tile_entries(self.group)
         if min(p, q) <= EXACT_SVD_SIZE and p * q <= limit:
-            whole = x(slice(0, here.stop - here.start))
-            return best_factors(self.wave.placement.gather(whole, p), self.wave.k, START_FLOOR)
+            return best_factors(self.wave.placement.gather(x(self.all_rows), p), self.wave.k, START_FLOOR)
         step = max(1, limit // q)
         tiles = [slice(i, min(i + step, here.stop)) for i in range(here.start, here.stop, step)]
         own = [slice(tile.start - here.start, tile.stop - here.start) for tile in tiles]

@@ -180,7 +180,8 @@ class Eager:
         factors.B_new[moment, matrices, rows] = B_new
         factors.projected[moment, matrices] += projected
 
-    def _finish_rows(self, factors: Factors) -> None:
+    def finish_rows(self, factors: Factors) -> None:
+        """The Gram matrices of a bucket's rows, old and new."""
         projects_new = factors.bucket.wave.rule.projects_new
         factors.grams = self.run(gram_columns, factors.B, factors.B_new, projects_new)
 
@@ -208,18 +209,16 @@ class Eager:
             if bound is not None:
                 update.clamp_(-bound, bound)
             bucket.write(matrices, rows, update)
-        self._finish_rows(factors)
+        self.finish_rows(factors)
 
-    def momentum(self, factors: Factors, g: Tensor, m: Rows) -> Tensor:
-        """Muon's row part on whole matrices g [n, p, q]: the momentum, and the factors filled."""
-        everything = slice(0, len(factors.bucket.params)), slice(0, factors.bucket.shape[0])
-        row = tuple(torch.full((1, 1, 1), c, device=g.device) for c in m[2:])
+    def momentum(self, factors: Factors, matrices: slice, g: Tensor, m: Rows) -> Tensor:
+        """Muon's row part of some matrices, g [n, rows, q]: their momenta; fills their factors, up to `finish_rows`."""
+        rows = factors.bucket.all_rows
+        scalars = tuple(torch.full((1, 1, 1), c, device=g.device) for c in m[2:])
         projects_new = factors.bucket.wave.rule.projects_new
-        update, B_new, projected = self.run(
-            momentum_rows, g, self._operands(factors, 0, *everything), row, projects_new
-        )
-        self._take(factors, 0, *everything, B_new, projected)
-        self._finish_rows(factors)
+        operands = self._operands(factors, 0, matrices, rows)
+        update, B_new, projected = self.run(momentum_rows, g, operands, scalars, projects_new)
+        self._take(factors, 0, matrices, rows, B_new, projected)
         return update
 
 

@@ -139,25 +139,28 @@ class LoRAPreMuon(LoRAPreOptimizer):
         wave.advance()
         if wave.fresh:
             for bucket in wave.buckets:
-                g = bucket.gradients(*bucket.whole)
                 bucket.start(0, average.weight)
-                self._write(bucket, g, g)
+                for matrices in bucket.chunks():
+                    g = bucket.gradients(matrices, bucket.all_rows)
+                    self._write(bucket, matrices, g, g)
             return
         backend = self._backend(wave.norms.device)
         moments = Moments(backend, wave, [average], wave.group["residual_weight"])
         for factors in moments:
-            g = factors.bucket.gradients(*factors.bucket.whole)
-            m = backend.momentum(factors, g, moments.rows)
+            bucket = factors.bucket
+            for matrices in bucket.chunks():
+                g = bucket.gradients(matrices, bucket.all_rows)
+                self._write(bucket, matrices, g, backend.momentum(factors, matrices, g, moments.rows))
+            backend.finish_rows(factors)
             if self.record_metrics:
                 self._metrics.add_captured(factors.captured())
-            self._write(factors.bucket, g, m)
         if self.record_metrics:
             self._metrics.add_energy(wave.norms)
         yield from moments.finish()
 
     @staticmethod
-    def _write(bucket: Bucket, g: Tensor, m: Tensor) -> None:
-        """The update of whole matrices, from this process's rows of gradient and momentum: [n, rows, q]."""
+    def _write(bucket: Bucket, matrices: slice, g: Tensor, m: Tensor) -> None:
+        """The update of some matrices, from this process's rows of their gradients and momenta: [n, rows, q]."""
         group = bucket.group
         if group["nesterov"]:
             m = torch.add(g, m, alpha=group["momentum"])
@@ -165,4 +168,5 @@ class LoRAPreMuon(LoRAPreOptimizer):
         # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
         m = m * (m.abs().amax((-2, -1), keepdim=True) > 10 * MIN_FACTOR_NORM**2)
         m = orthogonalize(m, group["ns_steps"])[:, bucket.rows]
-        bucket.write(*bucket.whole, m.mul(shape_scale(bucket.shape, group["adjust_lr_fn"])).contiguous())
+        update = m.mul(shape_scale(bucket.shape, group["adjust_lr_fn"])).contiguous()
+        bucket.write(matrices, bucket.all_rows, update)

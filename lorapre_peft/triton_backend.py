@@ -179,7 +179,7 @@ class Triton(Eager):
             size = max(1, tile_entries(bucket.group) // (p * q))
             for i in range(0, len(bucket.params), size):
                 self._step(factors, slice(i, min(i + size, len(bucket.params))), table, bound, metrics)
-        self._finish_rows(factors)
+        self.finish_rows(factors)
 
     def _step(
         self,

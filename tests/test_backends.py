@@ -206,18 +206,32 @@ def test_stochastic_rounding_of_real_updates(backend):
 
 
 @both_rules
+@both_optimizers
 @pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=cpp_)])
-def test_many_small_matrices_stay_within_the_bound(backend, rule):
+def test_many_small_matrices_stay_within_the_bound(backend, cls, rule):
     """Their factors are most of what a step holds; the bound is of several waves."""
     bound, shapes = 200_000, [(8, 300), (300, 8)] * 12
     params = [nn.Parameter(0.02 * torch.randn(shape, device=DEVICE)) for shape in shapes]
-    optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=2, update_rule=rule, backend=backend, temporary_bytes=bound)
+    optimizer = cls(params, lr=LR, momentum_rank=2, update_rule=rule, backend=backend, temporary_bytes=bound)
     for _ in range(3):
         for param in params:
             param.grad = torch.randn_like(param)
         with AllocationTracker() as tracker:
             optimizer.step()
     assert len(optimizer._plans[0].waves) > 1
+    assert tracker.peak_bytes <= bound
+
+
+@both_rules
+def test_muon_takes_whole_matrices_a_few_at_a_time(rule):
+    bound, params = 200_000, [nn.Parameter(0.02 * torch.randn(40, 40, device=DEVICE)) for _ in range(24)]
+    optimizer = LoRAPreMuon(params, lr=LR, momentum_rank=1, update_rule=rule, temporary_bytes=bound)
+    for _ in range(3):  # all of them in one bucket, with 154 kB for each temporary
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with AllocationTracker() as tracker:
+            optimizer.step()
+    assert len(optimizer._plans[0].waves) == 1
     assert tracker.peak_bytes <= bound
 
 
