@@ -25,6 +25,12 @@ def tile_entries(group: dict[str, Any], temporaries: int = TEMPORARIES) -> int:
     return max(1, group["temporary_bytes"] // (2 * 4 * temporaries))
 
 
+def slices(count: int, size: int) -> Iterator[slice]:
+    """0 to ``count`` in order, at most ``size`` at a time."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
 @dataclass
 class Bucket:
     """Matrices of one shape p×q in a `Wave`. Stacked tensors are [n, rows, columns], float32.
@@ -74,19 +80,15 @@ class Bucket:
 
     def chunks(self) -> Iterator[slice]:
         """Matrices whose p×q entries are at most `tile_entries` together, or one; the same on every process."""
-        size = max(1, tile_entries(self.group) // (self.shape[0] * self.shape[1]))
-        for i in range(0, len(self.params), size):
-            yield slice(i, min(i + size, len(self.params)))
+        return slices(len(self.params), max(1, tile_entries(self.group) // (self.shape[0] * self.shape[1])))
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """(matrices, rows) of at most `tile_entries` entries: whole matrices together, or rows of one."""
         limit = tile_entries(self.group)
-        here, q = self.rows.stop - self.rows.start, self.shape[1]
-        matrices = max(1, limit // max(1, here * q))
-        rows = max(1, min(here, limit // q))
-        for i in range(0, len(self.params), matrices):
-            for j in range(0, here, rows):
-                yield slice(i, min(i + matrices, len(self.params))), slice(j, min(j + rows, here))
+        here, q = self.all_rows.stop, self.shape[1]
+        for matrices in slices(len(self.params), max(1, limit // max(1, here * q))):
+            for rows in slices(here, max(1, limit // q)):
+                yield matrices, rows
 
     def gradients(self, matrices: slice, rows: slice) -> Tensor:
         """A tile of the gradients, clipped, and negated to maximize: [n, rows, q] float32, not to be written to."""
@@ -147,9 +149,8 @@ class Bucket:
         limit = tile_entries(self.group)
         if min(p, q) <= EXACT_SVD_SIZE and p * q <= limit:
             return best_factors(self.wave.placement.gather(x(self.all_rows), p), self.wave.k, START_FLOOR)
-        step = max(1, limit // q)
-        tiles = [slice(i, min(i + step, here.stop)) for i in range(here.start, here.stop, step)]
-        own = [slice(tile.start - here.start, tile.stop - here.start) for tile in tiles]
+        own = list(slices(self.all_rows.stop, max(1, limit // q)))
+        tiles = [slice(here.start + rows.start, here.start + rows.stop) for rows in own]
         like = self.A.values[matrices]
 
         def times(Q: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .bucket import rounds_stochastically, tile_entries
+from .bucket import rounds_stochastically, slices, tile_entries
 from .eager import Eager
 from .metrics import Metrics
 from .moments import Factors
@@ -132,7 +132,7 @@ class Cpp(Eager):
         bucket = factors.bucket
         if bucket.params[0].dtype not in _TYPES or bucket.grads[0].dtype not in _TYPES:
             return super().adam(factors, table, bound, metrics)
-        n, (p, q), k = len(bucket.params), (bucket.rows.stop - bucket.rows.start, bucket.shape[1]), bucket.wave.k
+        n, (p, q), k = len(bucket.params), (bucket.all_rows.stop, bucket.shape[1]), bucket.wave.k
         width = 2 * k if bucket.wave.rule.projects_new else k
         factors.grams = torch.zeros(2, n, k, width, dtype=torch.float64)
         if p == 0:  # an empty shard
@@ -141,8 +141,8 @@ class Cpp(Eager):
         sums, limit = 2 * k * (q + 2 * width), tile_entries(bucket.group, 2)
         splits = max(1, min(MAX_SPLITS, p * q // SPLIT_ENTRIES, limit // sums))
         size = n if splits == 1 else max(1, limit // (splits * sums))
-        for i in range(0, n, size):
-            self._step(factors, slice(i, min(i + size, n)), (p, q, k, width, splits), table, bound, metrics)
+        for matrices in slices(n, size):
+            self._step(factors, matrices, (p, q, k, width, splits), table, bound, metrics)
 
     def _step(
         self,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bucket import rounds_stochastically, tile_entries
+from .bucket import rounds_stochastically, slices, tile_entries
 from .eager import Eager
 from .metrics import Metrics
 from .moments import Factors
@@ -174,11 +174,10 @@ class Triton(Eager):
                 )
                 self._told = True
             return super().adam(factors, table, bound, metrics)
-        p, q = bucket.rows.stop - bucket.rows.start, bucket.shape[1]
+        p, q = bucket.all_rows.stop, bucket.shape[1]
         if p:  # else an empty shard
-            size = max(1, tile_entries(bucket.group) // (p * q))
-            for i in range(0, len(bucket.params), size):
-                self._step(factors, slice(i, min(i + size, len(bucket.params))), table, bound, metrics)
+            for matrices in slices(len(bucket.params), max(1, tile_entries(bucket.group) // (p * q))):
+                self._step(factors, matrices, table, bound, metrics)
         self.finish_rows(factors)
 
     def _step(
@@ -191,7 +190,7 @@ class Triton(Eager):
     ) -> None:
         bucket, group = factors.bucket, factors.bucket.group
         params, k = bucket.params[matrices], bucket.wave.k
-        p, q = bucket.rows.stop - bucket.rows.start, bucket.shape[1]
+        p, q = bucket.all_rows.stop, bucket.shape[1]
         n, device = len(params), params[0].device
         grads = _stacked(bucket.grads[matrices], p)
         theta = _stacked(params, p)

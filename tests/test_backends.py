@@ -64,6 +64,16 @@ def assert_like_eager(found, expected, rule="als", state_rtol=1e-4):
         assert found[1].state[a]["step"] == expected[1].state[b]["step"]
 
 
+def peak_of_a_step(optimizer, params):
+    """Bytes of the temporaries of the third step."""
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with AllocationTracker() as tracker:
+            optimizer.step()
+    return tracker.peak_bytes
+
+
 @pytest.fixture
 def fresh(monkeypatch):
     """Backends are made once in a process; not for this test."""
@@ -213,26 +223,16 @@ def test_many_small_matrices_stay_within_the_bound(backend, cls, rule):
     bound, shapes = 200_000, [(8, 300), (300, 8)] * 12
     params = [nn.Parameter(0.02 * torch.randn(shape, device=DEVICE)) for shape in shapes]
     optimizer = cls(params, lr=LR, momentum_rank=2, update_rule=rule, backend=backend, temporary_bytes=bound)
-    for _ in range(3):
-        for param in params:
-            param.grad = torch.randn_like(param)
-        with AllocationTracker() as tracker:
-            optimizer.step()
+    assert peak_of_a_step(optimizer, params) <= bound
     assert len(optimizer._plans[0].waves) > 1
-    assert tracker.peak_bytes <= bound
 
 
 @both_rules
 def test_muon_takes_whole_matrices_a_few_at_a_time(rule):
     bound, params = 200_000, [nn.Parameter(0.02 * torch.randn(40, 40, device=DEVICE)) for _ in range(24)]
     optimizer = LoRAPreMuon(params, lr=LR, momentum_rank=1, update_rule=rule, temporary_bytes=bound)
-    for _ in range(3):  # all of them in one bucket, with 154 kB for each temporary
-        for param in params:
-            param.grad = torch.randn_like(param)
-        with AllocationTracker() as tracker:
-            optimizer.step()
-    assert len(optimizer._plans[0].waves) == 1
-    assert tracker.peak_bytes <= bound
+    assert peak_of_a_step(optimizer, params) <= bound
+    assert len(optimizer._plans[0].waves) == 1  # all of them in one bucket, with 154 kB for each temporary
 
 
 @both_rules
@@ -345,10 +345,8 @@ def test_rows_split_among_threads(monkeypatch, shape, k):
     options = {"n": 3, "update_rule": "newton"}  # no SVD at the start, and for k < 5 no Cholesky
     expected, whole = (run(name, shape, k, 3, **options) for name in ("eager", "cpp"))
     monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)
-    for size in (
-        64_000_000,
-        2 * 4 * 2 * shape[0] * shape[1],
-    ):  # the sums of all matrices at once, and of fewer
+    # The sums of all matrices at once, and of fewer.
+    for size in (64_000_000, 2 * 4 * 2 * shape[0] * shape[1]):
         parts = []
         for threads in (1, 3):
             before = torch.get_num_threads()
@@ -367,12 +365,7 @@ def test_sums_of_split_rows_stay_within_the_bound(monkeypatch):
     monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)  # as many parts as there may be: 270 kB of sums a matrix
     bound, params = 200_000, [nn.Parameter(0.02 * torch.randn(64, 512)) for _ in range(2)]
     optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=4, backend="cpp", temporary_bytes=bound)
-    for _ in range(3):
-        for param in params:
-            param.grad = torch.randn_like(param)
-        with AllocationTracker() as tracker:
-            optimizer.step()
-    assert tracker.peak_bytes <= bound
+    assert peak_of_a_step(optimizer, params) <= bound
 
 
 @cpp_
