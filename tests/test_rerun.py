@@ -1,4 +1,4 @@
-"""The rerun: suites and plans as functions, results on disk under kills, intervals against scipy, and the smoke suite as a user runs it."""
+"""The rerun: suites and plans as functions, results on disk under kills, and the smoke suite as a user runs it."""
 
 import dataclasses
 import json
@@ -15,69 +15,24 @@ import pytest
 import torch
 from datasets import disable_progress_bars
 from peft import LoraConfig
-from scipy import stats
+from suites import finish, make_run, write_suite
 
 from eval import methods
 from eval.methods import METHODS, Method
 from eval.peers import held_bytes
 from eval.rerun.dry_run import memory_estimate, plan_table
-from eval.rerun.intervals import Interval, interval, ranks
 from eval.rerun.models import load_base
 from eval.rerun.peft_format import write_peft_results
 from eval.rerun.plan import cells
 from eval.rerun.report import summary, write_report
 from eval.rerun.store import Store
-from eval.rerun.suite import SUITES, Run, Training, load_suite, shifted
+from eval.rerun.suite import SUITES, load_suite, shifted
 from eval.rerun.training import Runner
 from eval.rerun.work import train
 from lorapre_peft import LoRAPreConfig
 
 ROOT = Path(__file__).parents[1]
-DATA = {"source": "generated", "validation": 4, "test": 4}
-TRAINING = Training(steps=2, batch_size=2, micro_batch=1, bf16=False, adapter_dtype="float32")
 RUNNING = [name for name, method in METHODS.items() if not method.unavailable()]
-
-
-def make_run(method="lora", lr=1e-3, seed=0, answers=0, **options) -> Run:
-    return Run("random", DATA, TRAINING, method, METHODS[method].merged(options), lr, seed, answers)
-
-
-def write_suite(folder, **changes):
-    """A suite of two methods and a grid of three rates; ``changes`` win."""
-    said = {
-        "description": "a test",
-        "models": ["random"],
-        "data": DATA,
-        "training": {"steps": 2, "batch_size": 2, "micro_batch": 1, "bf16": False, "adapter_dtype": "float32"},
-        "protocols": {
-            "tuned": {"rates": {"adapter": [1e-3, 2e-3, 5e-3]}, "tuning_seeds": [0], "seeds": [0, 1, 2], "extend": 2}
-        },
-        "methods": ["lora", "lorapre-adam"],
-    }
-    path = folder / "suite.yaml"
-    path.write_text(json.dumps(said | changes))  # JSON is YAML
-    return load_suite(str(path))
-
-
-def record(run, loss=1.0, **more):
-    """A record as `Runner` writes them, without training."""
-    return {
-        "run": run.declaration,
-        "status": "finished" if math.isfinite(loss) else "diverged",
-        "metrics": {"validation_loss": loss if math.isfinite(loss) else None, "test_loss": loss + 0.5},
-        "package": None,
-        "optimizer": "AdamW",
-        "weights_bytes": 100,
-        "gradient_bytes": 10,
-        "state_bytes": 20,
-        "peak_bytes": 1000,
-        "peak_of": "resident memory of the process",
-        "train_seconds": 1.0,
-        "total_seconds": 2.0,
-        "optimizer_seconds_per_step": 0.1,
-        "log": {"step": [1, 2], "loss": [3.0, 2.0]},
-        "environment": {"command": "python -m eval.rerun x"},
-    } | more
 
 
 # ---- suites -----------------------------------------------------------------------------------------------------------
@@ -146,16 +101,6 @@ def test_run_names_depend_on_the_whole_declaration():
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------------
-
-
-def finish(cell, loss_at):
-    """Run a cell's plan to its end with given losses; all records, and the order of the runs."""
-    records, order = {}, []
-    while pending := cell.pending(records):
-        run = pending[0]
-        order.append((run.lr, run.seed))
-        records[run.name] = record(run, loss_at(run.lr))
-    return records, order
 
 
 def test_best_rate_inside_the_grid_then_its_other_seeds(tmp_path):
@@ -358,36 +303,7 @@ def test_held_bytes_finds_state_wherever_it_is():
     assert held_bytes(optimizer) == expected
 
 
-# ---- the report -------------------------------------------------------------------------------------------------------
-
-
-def test_intervals_are_student_t():
-    values = [0.61, 0.58, 0.66, 0.6]
-    found = interval(values)
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((low, high))
-    assert interval([1.0]) == Interval(1.0, math.inf, 1)
-
-
-def test_order_is_claimed_only_between_intervals_that_do_not_touch():
-    found = [Interval(1.0, 0.1, 3), Interval(1.15, 0.1, 3), Interval(2.0, 0.1, 3)]
-    assert ranks(found, higher_is_better=False) == [(1, 2), (1, 2), (3, 3)]
-    assert ranks(found, higher_is_better=True) == [(2, 3), (2, 3), (1, 1)]
-    assert ranks([*found, Interval(1.5, math.inf, 1)], higher_is_better=False)[2] == (3, 4)
-
-
-def test_report_says_what_is_published_what_is_at_an_edge_and_what_is_missing(tmp_path):
-    suite = write_suite(tmp_path, published={"random": {"LoRA": {"test_loss": 44.62}}}, published_source="Table 2")
-    first, second = cells(suite)
-    records, _ = finish(first, lambda lr: lr)
-    text = write_report(suite, [first, second], records, {}, tmp_path)
-    row = next(line for line in text.splitlines() if line.startswith("| LoRA |"))
-    assert "0.0002 (edge)" in row
-    assert "44.62 %" in row
-    assert "0.5002 ± 0.0000 (n=3)" in row
-    assert "| LoRA-Pre Adam | adapter | pending |" in text
-    assert "**Not complete**: at least 3 runs" in text
-    assert "Table 2" in text
+# ---- the plan in words, other formats, packages -----------------------------------------------------------------------
 
 
 def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):

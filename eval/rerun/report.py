@@ -13,6 +13,7 @@ from typing import Any
 from lorapre_peft.table import format_bytes
 from recipes.training import write_atomically
 
+from .comparisons import add_differences, averages
 from .intervals import interval, ranks
 from .plan import Cell, Records
 from .plots import PLOTS
@@ -22,11 +23,16 @@ from .suite import Suite, higher_is_better
 def write_report(suite: Suite, cells: list[Cell], records: Records, skipped: Mapping[str, str], folder: Path) -> str:
     """``report.json``, ``report.md`` and the plots, in the suite's folder; returns the Markdown."""
     rows = [summary(cell, records, skipped) for cell in cells]
+    found = []
     for group in _groups(rows):
         _rank(group, suite.primary)
+        add_differences(group, suite.primary)
+        where = {name: group[0][name] for name in ("model", "protocol")}
+        found += [where | table for table in averages(group, suite.factors, suite.primary)]
     plots = [name for name, plot in PLOTS.items() if plot(suite, rows, folder / name)]
-    text = markdown(suite, rows, _surroundings(cells, records), plots)
-    write_atomically(folder / "report.json", json.dumps({"suite": asdict(suite), "rows": rows}, indent=1))
+    text = markdown(suite, rows, found, _surroundings(cells, records), plots)
+    report = {"suite": asdict(suite), "rows": rows, "averages": found}
+    write_atomically(folder / "report.json", json.dumps(report, indent=1))
     write_atomically(folder / "report.md", text)
     return text
 
@@ -55,11 +61,12 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
         "metrics": {},
     }
     for metric in cell.suite.metrics:
-        values = [r["metrics"][metric] for r in good if r["metrics"].get(metric) is not None]
-        if values:
+        measured = {r["run"]["seed"]: r["metrics"][metric] for r in good if r["metrics"].get(metric) is not None}
+        if measured:
+            seeds, values = list(measured), list(measured.values())
             found = interval(values)
             half_width = found.half_width if math.isfinite(found.half_width) else None
-            row["metrics"][metric] = {"mean": found.mean, "half_width": half_width, "values": values}
+            row["metrics"][metric] = {"mean": found.mean, "half_width": half_width, "values": values, "seeds": seeds}
     if good:
         row |= {
             name: good[0][name] for name in ("optimizer", "weights_bytes", "gradient_bytes", "state_bytes", "peak_of")
@@ -102,7 +109,11 @@ def _surroundings(cells: list[Cell], records: Records) -> list[dict[str, Any]]:
 
 
 def markdown(
-    suite: Suite, rows: Sequence[dict[str, Any]], surroundings: Sequence[dict[str, Any]], plots: Sequence[str]
+    suite: Suite,
+    rows: Sequence[dict[str, Any]],
+    averaged: Sequence[dict[str, Any]],
+    surroundings: Sequence[dict[str, Any]],
+    plots: Sequence[str],
 ) -> str:
     training = suite.training
     lines = [
@@ -112,11 +123,15 @@ def markdown(
         "",
         "Cells: mean over seeds ± half the width of the 95 % t interval. *Place*: among the rows of a table, by "
         f"{_title(suite.primary)}; a range, because one row counts as before another only where their intervals do not touch. "
-        "Each interval holds for itself: of twenty, one may miss.",
+        "*Difference*: to the first row of the suite that trains the same, seed by seed, because runs of one seed share their "
+        "training rows. Each interval holds for itself: of twenty, one may miss.",
     ]
     for group in _groups(rows):
         lines += ["", f"## {group[0]['model']}, protocol `{group[0]['protocol']}`", "", *_table(suite, group)]
         lines += _claims(suite, group)
+        for table in averaged:
+            if (table["model"], table["protocol"]) == (group[0]["model"], group[0]["protocol"]):
+                lines += _averages(suite, table)
     pending = sum(row["pending"] for row in rows)
     if pending:
         lines += ["", f"**Not complete**: at least {pending} runs are missing."]
@@ -146,7 +161,15 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
     heads = ["method", "trains", "lr"]
     for metric in suite.metrics:
         heads += [_title(metric)] + ([f"{_title(metric)}, paper"] if metric in published else [])
-    heads += ["place", "state", "weights + gradients + state", "peak", "optimizer, ms/step", "training, s"]
+    heads += [
+        "difference",
+        "place",
+        "state",
+        "weights + gradients + state",
+        "peak",
+        "optimizer, ms/step",
+        "training, s",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in sorted(rows, key=lambda row: _order(row, suite.primary)):
         cells = [row["label"], row["trains"], _rate(row)]
@@ -154,6 +177,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
             cells.append(_cell(row["metrics"].get(metric), metric))
             if metric in published:
                 cells.append(f"{row['published'][metric]:.2f} %" if metric in row["published"] else "–")
+        cells.append(_difference(row.get("difference"), suite.primary))
         places = row.get("places")
         cells.append(
             "–" if places is None else f"{places[0]}" if places[0] == places[1] else f"{places[0]}–{places[1]}"
@@ -177,6 +201,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
 def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which rows are before all others of their kind, and which cannot be told from the first."""
     lines = []
+    sign = -1 if higher_is_better(suite.primary) else 1
     for kind in ("adapter", "weights"):
         ranked = [row for row in rows if row["trains"] == kind and "places" in row]
         if len(ranked) < 2:
@@ -192,10 +217,32 @@ def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
             + (
                 f"{tied[0]} is first."
                 if len(tied) == 1
-                else f"the intervals of {', '.join(tied)} do not tell which is first."
+                else f"the intervals of {'; '.join(tied)} do not tell which is first."
             )
             + (f" {behind} of {len(ranked)} are behind at least one of the others." if behind else ""),
         ]
+        differing = [row for row in ranked if row.get("difference")]
+        differing = [row for row in differing if abs(row["difference"]["mean"]) > row["difference"]["half_width"]]
+        for side, word in ((-1, "better"), (1, "worse")):
+            named = [row["label"] for row in differing if side * sign * row["difference"]["mean"] > 0]
+            if named:
+                lines[-1] += f" Seed by seed {word} than {differing[0]['difference']['to']}: {'; '.join(named)}."
+    return lines
+
+
+def _averages(suite: Suite, table: dict[str, Any]) -> list[str]:
+    """What one factor does on average."""
+    scale, digits, unit = _scale(suite.primary)
+    lines = [
+        "",
+        f"Trains {table['trains']}, averaged over {table['settings']} settings of the other options:",
+        "",
+        f"| {', '.join(table['factor'])} | {_title(suite.primary)} | difference to the best |",
+        "|---|---|---|",
+    ]
+    for level in table["levels"]:
+        difference = _difference(level["difference"], suite.primary)
+        lines.append(f"| {level['level']} | {scale * level['mean']:.{digits}f}{unit} | {difference} |")
     return lines
 
 
@@ -212,10 +259,22 @@ def _rate(row: dict[str, Any]) -> str:
     return f"{row['lr']:g}" + (" (edge)" if row["at_edge"] else "")
 
 
+def _scale(metric: str) -> tuple[int, int, str]:
+    """Factor, digits and unit that a metric is shown with."""
+    return (100, 2, " %") if higher_is_better(metric) else (1, 4, "")
+
+
+def _difference(found: dict[str, float] | None, metric: str) -> str:
+    if found is None:
+        return "–"
+    scale, digits, unit = _scale(metric)
+    return f"{scale * found['mean']:+.{digits}f} ± {scale * found['half_width']:.{digits}f}{unit}"
+
+
 def _cell(found: dict[str, Any] | None, metric: str) -> str:
     if found is None:
         return "–"
-    scale, digits, unit = (100, 2, " %") if higher_is_better(metric) else (1, 4, "")
+    scale, digits, unit = _scale(metric)
     spread = "?" if found["half_width"] is None else f"{scale * found['half_width']:.{digits}f}"
     n = len(found["values"])
     return f"{scale * found['mean']:.{digits}f} ± {spread}{unit} (n={n})"

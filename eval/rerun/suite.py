@@ -99,6 +99,7 @@ class Entry:
 class Suite:
     """A suite file. primary: the metric of rankings and plots. published: the paper's numbers, by model, label and metric.
 
+    factors: lists of options that change together; the report averages the primary metric over all factors but one.
     step_seconds: of a training step per kind, measured on the named machine, for the plan before anything has run.
     """
 
@@ -112,6 +113,7 @@ class Suite:
     primary: str = "test_loss"
     metrics: list[str] = field(default_factory=lambda: ["test_loss"])
     answers: int = 0
+    factors: list[list[str]] = field(default_factory=list)
     step_seconds: dict[str, float] = field(default_factory=dict)
     published: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     published_source: str = ""
@@ -153,6 +155,9 @@ def load_suite(name: str) -> Suite:
         for tuned in suite.protocols.values():
             for entry in suite.entries if isinstance(tuned, Tuned) else []:
                 suite.grid(entry, tuned)
+        for option in (option for factor in suite.factors for option in factor):
+            if not any(option in entry.options for entry in suite.entries):
+                raise ValueError(f"factor {option!r}: none of the methods has that option")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     labels = [entry.label for entry in suite.entries]

@@ -1,0 +1,86 @@
+"""Comparisons seed by seed: runs of one seed share their training rows, and much of the spread between seeds with them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .intervals import Interval, interval
+from .suite import higher_is_better
+
+Row = dict[str, Any]
+BySeed = Mapping[int, float]
+
+
+def paired(a: BySeed, b: BySeed) -> Interval | None:
+    """Of the differences a − b over the seeds that both have; None for fewer than two."""
+    seeds = a.keys() & b.keys()
+    return interval([a[seed] - b[seed] for seed in sorted(seeds)]) if len(seeds) > 1 else None
+
+
+def by_seed(row: Row, metric: str) -> dict[int, float]:
+    found = row["metrics"].get(metric, {"seeds": [], "values": []})
+    return dict(zip(found["seeds"], found["values"]))
+
+
+def add_differences(rows: Sequence[Row], metric: str) -> None:
+    """Add each row's difference to the baseline of its kind, which is the first row that trains the same."""
+    baselines: dict[str, Row] = {}
+    for row in rows:
+        baseline = baselines.setdefault(row["trains"], row)
+        if row is not baseline:
+            found = paired(by_seed(row, metric), by_seed(baseline, metric))
+            row["difference"] = found and {"to": baseline["label"]} | _as_dict(found)
+
+
+def averages(rows: Sequence[Row], factors: Sequence[Sequence[str]], metric: str) -> list[dict[str, Any]]:
+    """What one factor does, averaged over the others: a table per kind and factor, its levels from best to worst.
+
+    A factor is one or more options that change together; a level is a combination of their values that occurs. Only settings
+    of the other factors for which every level is measured count, so that each level is averaged over the same ones. Seeds
+    are what is independent: the average over settings is taken first, the interval over seeds.
+    """
+    tables = []
+    for kind in dict.fromkeys(row["trains"] for row in rows):
+        for factor in factors:
+            others = [option for other in factors if other != factor for option in other]
+            chosen = [row for row in rows if row["trains"] == kind and {*factor, *others} <= row["options"].keys()]
+            levels, settings = _by_level(chosen, factor, others, metric)
+            if len(levels) > 1 and all(levels.values()):
+                shown = {"trains": kind, "factor": list(factor), "settings": settings}
+                tables.append(shown | {"levels": _ordered(levels, higher_is_better(metric))})
+    return tables
+
+
+def _by_level(
+    rows: Sequence[Row], factor: Sequence[str], others: Sequence[str], metric: str
+) -> tuple[dict[str, dict[int, float]], int]:
+    """By level and seed, the mean over the settings in which every level is measured; and how many settings those are."""
+    measured: dict[tuple, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        level = ", ".join(str(row["options"][name]) for name in factor if row["options"][name] is not None)
+        measured.setdefault(tuple(row["options"][name] for name in others), {})[level] = by_seed(row, metric)
+    levels = dict.fromkeys(level for setting in measured.values() for level in setting)
+    complete = [setting for setting in measured.values() if all(setting.get(level) for level in levels)]
+    return {level: _mean_by_seed([setting[level] for setting in complete]) for level in levels}, len(complete)
+
+
+def _mean_by_seed(settings: Sequence[BySeed]) -> dict[int, float]:
+    seeds = set.intersection(*(set(setting) for setting in settings)) if settings else ()
+    return {seed: statistics.fmean(setting[seed] for setting in settings) for seed in sorted(seeds)}
+
+
+def _ordered(levels: Mapping[str, BySeed], higher_is_better: bool) -> list[dict[str, Any]]:
+    """Best first, each with its difference to the best."""
+    means = {level: statistics.fmean(values.values()) for level, values in levels.items()}
+    best, *rest = sorted(means, key=means.__getitem__, reverse=higher_is_better)
+    ordered = [{"level": best, "mean": means[best], "difference": None}]
+    for level in rest:
+        found = paired(levels[level], levels[best])
+        ordered.append({"level": level, "mean": means[level], "difference": found and _as_dict(found)})
+    return ordered
+
+
+def _as_dict(found: Interval) -> dict[str, float]:
+    return {"mean": found.mean, "half_width": found.half_width}
