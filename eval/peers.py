@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
@@ -160,36 +159,3 @@ def _lorapre(cls: type[Optimizer], options: dict[str, str]) -> Callable[[nn.Modu
     return lambda model, lr, rank: cls(
         trained(model), lr=lr, momentum_rank=rank, bf16_rounding="stochastic", **options
     )
-
-
-def state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Every tensor that an optimizer holds apart from parameters and gradients, wherever it keeps them; each storage once."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    theirs = {_storage(tensor) for param in params for tensor in (param, param.grad) if tensor is not None}
-    found: dict[int, Tensor] = {}
-    seen: set[int] = set()
-    queue: list[Any] = [vars(optimizer)]
-    while queue:
-        value = queue.pop()
-        if id(value) in seen or isinstance(value, (nn.Parameter, nn.Module, ModuleType, type)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            if _storage(value) not in theirs:
-                found.setdefault(_storage(value), value)
-        elif isinstance(value, dict):
-            queue += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            queue += value
-        elif hasattr(value, "__dict__") and not callable(value):
-            queue.append(vars(value))
-    return list(found.values())
-
-
-def held_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the storages of `state_tensors`."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in state_tensors(optimizer))
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # of meta tensors too, whose addresses are all 0

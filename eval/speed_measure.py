@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from eval.peers import Method, held_bytes
+from eval.peers import Method
 from eval.speed_cases import Problem
+from recipes.training import held_bytes
 
 LR = 1e-6  # no figure depends on it
 MIN_ROUNDS, MAX_ROUNDS = 5, 40

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .bucket import gradient_scale, rounds_stochastically, tile_entries
+from .bucket import gradient_scale, rounds_stochastically, slices, tile_entries
 from .placement import Placement, local
 from .rounding import random_keys, write_stochastic
 
@@ -77,7 +77,7 @@ def _pieces(items: list[Item], limit: int) -> Iterator[tuple[Item, Any]]:
     for item in items:
         shape = item.param.shape
         rows = max(1, limit // max(1, shape[1:].numel())) if shape else 1
-        yield from ((item, slice(i, i + rows)) for i in range(0, shape[0], rows)) if shape else [(item, ...)]
+        yield from ((item, index) for index in slices(shape[0], rows)) if shape else [(item, ...)]
 
 
 def _step(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]]) -> None:

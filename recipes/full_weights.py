@@ -17,7 +17,7 @@ from typing import Any
 from lorapre_peft.table import format_bytes
 from lorapre_peft.targets import weight_targets
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse
-from recipes.training import environment, start_run, state_bytes, write_atomically
+from recipes.training import environment, held_bytes, start_run, write_atomically
 
 
 @dataclass
@@ -50,7 +50,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     trainer.train()
     return {
         "loss": trainer.evaluate()["eval_loss"],
-        "optimizer_state_bytes": state_bytes(trainer.optimizer),
+        "optimizer_state_bytes": held_bytes(trainer.optimizer.optimizer),
         "log": trainer.state.log_history,
     }
 

@@ -21,7 +21,7 @@ from lorapre_peft import LoRAPreConfig
 from lorapre_peft.table import format_bytes
 from recipes.data import write_manifest
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse, train
-from recipes.training import OptimizerTimer, environment, start_run, state_bytes, write_atomically
+from recipes.training import OptimizerTimer, environment, held_bytes, start_run, write_atomically
 
 
 @dataclass
@@ -56,7 +56,7 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict) -> dict
     result = {
         "loss": metrics["eval_loss"],
         **answers(trainer, data["eval"], options.max_new_tokens, f"accuracy after {recipe.folder.name}"),
-        "optimizer_state_bytes": state_bytes(trainer.optimizer),
+        "optimizer_state_bytes": held_bytes(trainer.optimizer.optimizer),
         "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds) if timer.seconds else None,
         "train_seconds": metrics["train_runtime"],  # since the last resume
         "log": trainer.state.log_history,

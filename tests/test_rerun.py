@@ -19,7 +19,6 @@ from suites import finish, make_run, write_suite
 
 from eval import methods
 from eval.methods import METHODS, Method
-from eval.peers import held_bytes
 from eval.rerun.dry_run import memory_estimate, plan_table
 from eval.rerun.models import load_base
 from eval.rerun.peft_format import write_peft_results
@@ -30,6 +29,7 @@ from eval.rerun.suite import SUITES, load_suite, shifted
 from eval.rerun.training import Runner
 from eval.rerun.work import train
 from lorapre_peft import LoRAPreConfig
+from recipes.training import held_bytes, sft_config
 
 ROOT = Path(__file__).parents[1]
 RUNNING = [name for name, method in METHODS.items() if not method.unavailable()]
@@ -290,8 +290,6 @@ def test_held_bytes_finds_state_wherever_it_is():
     model, _ = load_base("random")
     method = METHODS["galore"]
     model = method.attach(model, None)
-    from recipes.training import sft_config
-
     args = sft_config(Path("unused"), lr=1e-3, steps=1, batch_size=1, seed=0, bf16=False)
     optimizer = method.build(model, args, method.merged({"rank": 4}))
     params = [param for param in model.parameters() if param.requires_grad]

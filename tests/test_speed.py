@@ -11,11 +11,12 @@ import torch
 from transformers import LlamaConfig
 
 from eval import speed, speed_measure
-from eval.peers import PEERS, REFERENCE, Method, lorapre_methods, state_tensors, trained
+from eval.peers import PEERS, REFERENCE, Method, lorapre_methods, trained
 from eval.speed_cases import GRADIENT_SCALE, PRESETS, Case, build, gradient
 from eval.speed_measure import prepare, run, temporary_bytes, timed, traffic, watchdog
 from eval.speed_report import markdown
 from lorapre_peft.memory_models import SHAPES
+from recipes.training import state_tensors
 
 CPU = torch.device("cpu")
 MATRICES = Case("two matrices", 2, shapes=((32, 48, 2),))

@@ -11,11 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from eval.peers import held_bytes
 from lorapre_peft.memory import AllocationTracker, MemoryEstimate, estimate
 from lorapre_peft.memory_models import meta_model
 from lorapre_peft.table import format_bytes
-from recipes.training import sft_config
+from recipes.training import held_bytes, sft_config
 
 from .models import base_config
 from .plan import Cell, Records

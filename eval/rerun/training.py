@@ -24,9 +24,8 @@ from trl import SFTTrainer
 
 from eval.exact_match import generate
 from eval.methods import METHODS
-from eval.peers import held_bytes
 from lorapre_peft.memory import measure
-from recipes.training import OptimizerTimer, sft_config
+from recipes.training import OptimizerTimer, held_bytes, sft_config
 
 from .data import Splits, load_splits
 from .models import load_base
