@@ -227,6 +227,7 @@ def _sophia(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
 
 _LORAPRE = dict(optimizer="adamw", momentum_rank=2, update_rule="als", residual_weight=None)
 _LORAPRE_MUON = _LORAPRE | dict(optimizer="muon", adjust_lr_fn="match_rms_adamw")
+_ON_WEIGHTS = dict(momentum_rank=8, bf16_rounding="stochastic")
 _PROJECTION = dict(rank=8, update_proj_gap=200, proj_type="std")
 _PYTORCH_OPTIMIZER = dict(package="pytorch-optimizer", module="pytorch_optimizer")
 
@@ -285,6 +286,6 @@ METHODS: dict[str, Method] = {
         rate_shift=2,
     ),
     "mlorc": Method("MLorc", "weights", _mlorc, {"rank": 8}, package="mlorc-optim", module="eval.mlorc"),
-    "lorapre-adam-weights": Method("LoRA-Pre Adam", "weights", _lorapre, _LORAPRE | {"momentum_rank": 8}),
-    "lorapre-muon-weights": Method("LoRA-Pre Muon", "weights", _lorapre, _LORAPRE_MUON | {"momentum_rank": 8}),
+    "lorapre-adam-weights": Method("LoRA-Pre Adam", "weights", _lorapre, _LORAPRE | _ON_WEIGHTS),
+    "lorapre-muon-weights": Method("LoRA-Pre Muon", "weights", _lorapre, _LORAPRE_MUON | _ON_WEIGHTS),
 }

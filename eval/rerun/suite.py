@@ -19,7 +19,7 @@ _STEPS = (1, 2, 5)
 
 @dataclass(frozen=True)
 class Training:
-    """How every run of a suite trains, whatever its method.
+    """How every run of a suite trains, whatever its method: a cosine schedule after a warmup, which is a share of the steps.
 
     batch_size: sequences per optimizer step, in forward passes of micro_batch. adapter_dtype: of the frozen base under an
     adapter, whose own weights are float32. weights_dtype: of trained weights. bf16: products in bfloat16.
@@ -29,6 +29,7 @@ class Training:
     batch_size: int = 4
     micro_batch: int = 4
     max_length: int = 512
+    warmup: float = 0.05
     rank: int = 8
     adapter_dtype: str = "bfloat16"
     weights_dtype: str = "float32"
