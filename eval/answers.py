@@ -17,6 +17,7 @@ from decimal import Decimal
 from functools import cache
 from typing import NamedTuple
 
+import psutil
 from pebble import ProcessExpired, ProcessPool
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,9 @@ def _worker() -> ProcessPool:
 def _prepare_worker() -> None:
     import math_verify  # noqa: F401 -- sympy takes seconds to import, which would count as time to compare
 
-    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_BYTES, _WORKER_BYTES))
+    # On top of what is mapped already: the script that this process belongs to may have imported CUDA's libraries.
+    limit = psutil.Process().memory_info().vms + _WORKER_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
 
 

@@ -1,6 +1,6 @@
 """Evaluate a model, with or without an adapter, on lm-eval tasks: prints a table with standard errors and writes JSON.
 
-    python -m eval.run smollm2 runs/quickstart/lorapre/adapter --tasks generated_problems --limit 48
+    python -m eval.run smollm2 runs/quickstart/lorapre --tasks generated_problems --limit 48
 
 Completions are kept in the output folder as they come: the same command, started again, repeats none of them.
 """
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.models import SMOLLM2
+from recipes.sources import SMOLLM2
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -61,13 +61,14 @@ def evaluate(
     source = model_source(model) | {"dtype": dtype} | ({"peft": adapter} if adapter else {})
     try:
         lm = HFLM(**source, device=device, batch_size=batch_size)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # PEFT raises the latter for an adapter that is nowhere
+        named = f"model {model!r}" + (f" with adapter {adapter!r}" if adapter else "")
         raise SystemExit(
-            f"model {model!r} cannot be had: {error}\nTo work offline, give local folders, or the model {SMOLLM2!r}"
+            f"{named} cannot be had: {error}\nTo work offline, give local folders, or the model {SMOLLM2!r}"
         ) from error
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    completions = folder / f"completions_{fingerprint(source)}"
+    completions = folder / f"completions_{fingerprint(source, folder)}"
     results = simple_evaluate(lm, tasks=loaded, limit=limit, use_cache=str(completions), task_manager=manager)
     if results is not None:
         write(results, folder, model=model, adapter=adapter, data=data, limit=limit, dtype=dtype)
@@ -125,14 +126,17 @@ def model_source(model: str) -> dict[str, str]:
     return {"pretrained": smollm2_folder(), "gguf_file": SMOLLM2_FILE}
 
 
-def fingerprint(source: dict[str, str]) -> str:
-    """Changes with the model's arguments and, for local folders, with the files in them, so that no stale completion is reused."""
+def fingerprint(source: dict[str, str], output: Path) -> str:
+    """Changes with the model's arguments and, for local folders, with the files in them, so that no stale completion is reused.
+
+    Except those in ``output``, which may lie in the model's folder and changes with every evaluation.
+    """
     files = [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for folder in source.values()
         if Path(folder).is_dir()
         for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and path.suffix != ".pyc"
+        if path.is_file() and path.suffix != ".pyc" and output.resolve() not in path.resolve().parents
     ]
     return hashlib.sha256(json.dumps([source, files]).encode()).hexdigest()[:12]
 
@@ -158,7 +162,10 @@ def write(results: dict[str, Any], folder: Path, **options: Any) -> None:
                     "reference": sample["target"],
                     "filter": sample["filter"],
                 }
-                verdicts = {metric: float(sample[metric]) for metric in sample["metrics"]}
+                # Perplexities are pairs there, which are put together only over all samples.
+                verdicts = {
+                    name: float(sample[name]) for name in sample["metrics"] if not isinstance(sample[name], tuple)
+                }
                 file.write(json.dumps(record | verdicts) + "\n")
     record = {"options": options, "environment": surroundings, "tasks": tasks}
     (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")

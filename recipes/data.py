@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoTokenizer
 
-from recipes.sources import reading
+from recipes.sources import read_split, reading
 
 GENERATED = "gsm_symbolic"  # problems from the package reasoning-gym, no network needed
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
@@ -122,11 +122,7 @@ def _metamath(
     source: str, sizes: dict[str, int], length_tokenizer: str, manifest: dict[str, Any] | None
 ) -> DatasetDict:
     offline = f"give a file or folder with MetaMathQA's columns (MetaMathQA-395K.json), or {GENERATED!r}"
-    with reading(source, offline=offline):
-        if Path(source).is_file():
-            dataset = load_dataset("json", data_files=source, split="train")
-        else:
-            dataset = load_dataset(source, split="train")
+    dataset = read_split(source, "train", offline=offline)
     missing = {"query", "response", "type"} - set(dataset.column_names)
     if missing:
         raise ValueError(

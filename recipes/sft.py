@@ -19,10 +19,9 @@ import yaml
 from datasets import DatasetDict
 from peft import PeftConfig
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
+from lorapre_peft import LoRAPreCallback, LoRAPreConfig, last_complete_checkpoint, lorapre_optimizer
 from recipes.data import DataArguments, write_manifest
 from recipes.models import load_model
 from recipes.training import start_run
@@ -171,7 +170,7 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> dict[str, float]:
     """Train (or go on), evaluate, and leave model, metrics and log in the run's folder; returns the metrics."""
     checkpoint = recipe.sft.resume_from_checkpoint
     if checkpoint is None and recipe.lorapre.resume:
-        checkpoint = get_last_checkpoint(str(recipe.folder))
+        checkpoint = last_complete_checkpoint(recipe.folder)
         trainer.accelerator.print(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
@@ -196,6 +195,8 @@ def main() -> None:
     if is_main:
         write_manifest(data, recipe.data.dataset_name, recipe.folder / "manifest.json")
     trainer = build_trainer(recipe, data)
+    rows = recipe.sft.train_batch_size * recipe.sft.gradient_accumulation_steps * recipe.sft.world_size
+    trainer.accelerator.print(f"{rows} rows per optimizer step on {recipe.sft.world_size} process(es)")
     metrics = train(trainer, recipe)
     trainer.log_metrics("run", metrics)
     if is_main:

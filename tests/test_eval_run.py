@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval import run
 from recipes.problems import problems
 
+ROOT = Path(__file__).parents[1]
 GSM8K = [
     {"question": "What is 500 + 500?", "answer": "500 + 500 = 1000\n#### 1,000"},
     {"question": "What is 3 - 5?", "answer": "3 - 5 = -2\n#### -2"},
@@ -52,11 +54,11 @@ def model(llama_path, tmp_path):
 def command(monkeypatch, tmp_path):
     """command(*arguments): run the command line; returns its results.json."""
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["eval.run", *map(str, arguments), "--output_dir", str(tmp_path / "out")])
+    def call(*arguments, folder=tmp_path / "out"):
+        monkeypatch.setattr(sys, "argv", ["eval.run", *map(str, arguments), "--output_dir", str(folder)])
         monkeypatch.setattr(sys.modules["__main__"], "__spec__", run.__spec__)
         run.main()
-        return json.loads((tmp_path / "out" / "results.json").read_text())
+        return json.loads((folder / "results.json").read_text())
 
     return call
 
@@ -153,6 +155,21 @@ def test_started_again_it_repeats_no_completion_unless_the_model_changed(command
     assert len(asked) == 4
 
 
+def test_results_in_the_models_own_folder_are_no_change_of_the_model(command, model, monkeypatch, jsonl):
+    asked = say(monkeypatch, COMPLETIONS)
+    arguments = [model, "--tasks", "gsm8k_metamath", "--data", f"gsm8k_metamath={jsonl(GSM8K)}"]
+    for _ in range(2):
+        command(*arguments, folder=model / "eval")
+    assert len(asked) == 2
+
+
+def test_importing_the_command_is_light(tmp_path):
+    """The process that judges expressions imports it too, under a limit on its memory."""
+    code = "import sys, eval.run, eval.answers; print({'torch', 'transformers', 'datasets', 'lm_eval'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.strip() == "set()"
+
+
 def test_the_generated_problems_are_the_quickstarts_held_out_ones():
     (task,) = run.load_tasks(["generated_problems"], {}, own())
     train = problems(240, seed=0)
@@ -214,3 +231,8 @@ def test_a_model_that_cannot_be_had_is_named(tmp_path):
         SystemExit, match=r"model 'nobody/nothing' cannot be had(.|\n)*give local folders, or the model 'smollm2'"
     ):
         run.evaluate("nobody/nothing", tasks=["generated_problems"], output_dir=Path(tmp_path))
+
+
+def test_an_adapter_that_cannot_be_had_is_named(model, tmp_path):
+    with pytest.raises(SystemExit, match=r"with adapter '.*/nowhere' cannot be had(.|\n)*give local folders"):
+        run.evaluate(str(model), str(tmp_path / "nowhere"), tasks=["generated_problems"], output_dir=tmp_path / "out")

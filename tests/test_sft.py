@@ -16,6 +16,7 @@ from lorapre_peft.create import OPTIMIZERS
 from recipes import sft
 from recipes.data import ALPACA_PROMPT, load_data, write_manifest
 from recipes.models import load_model
+from recipes.training import commit
 
 PROMPT_LENGTH = len(ALPACA_PROMPT.format(instruction=""))  # of tokens too: the tests' tokenizer has one per character
 CONFIGS = sorted(sft.CONFIGS.glob("*.yaml"))
@@ -248,6 +249,31 @@ def test_a_stopped_run_goes_on_exactly(run, kind, saved):
     assert (folder / saved).read_bytes() == finished
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
     assert len(json.loads((folder / "environment.json").read_text())) == 2
+
+
+def test_a_start_that_failed_is_not_a_run(run, tmp_path):
+    """A wrong name is corrected and the same command given again, without --resume."""
+    path = config("llama2_7b_lora_adamw")
+    with pytest.raises(FileNotFoundError, match=r"no file or folder '\./nowhere'"):
+        run(path, "--model_name_or_path", "./nowhere")
+    assert (tmp_path / "out" / "config.yaml").exists()
+    assert (run(path, "--max_steps", "1") / "adapter_model.safetensors").exists()
+
+
+def test_a_checkpoint_cut_off_by_a_crash_is_passed_over(run, capsys):
+    path, options = config("llama2_7b_lora_adamw"), ["--save_steps", "2", "--learning_rate", "1e-2"]
+    folder = run(path, *options)
+    finished = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()
+    with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):
+        run(path, *options, "--resume")
+    assert f"going on from {folder / 'checkpoint-2'}" in capsys.readouterr().out
+    assert (folder / "adapter_model.safetensors").read_bytes() == finished
+
+
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() is None
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

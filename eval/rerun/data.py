@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets
 
 from eval.exact_match import ExactMatch
 from recipes.data import ALPACA_PROMPT, load_data
 from recipes.problems import problems
+from recipes.sources import read_split
 
 # Of the held-out sets, the same ones for every run; runs' own seeds are small numbers.
 _VALIDATION_SEED, _TEST_SEED = 1_000_001, 1_000_002
@@ -18,21 +19,21 @@ _VALIDATION_SEED, _TEST_SEED = 1_000_001, 1_000_002
 
 @dataclass(frozen=True)
 class Problems:
-    """Rows with ``prompt`` and ``answer``, how answers are judged (`eval.answers.JUDGES`), and how long they may be."""
+    """Rows with ``prompt`` and ``answer``, how long answers may be, and by metric how they are judged (`eval.answers.JUDGES`)."""
 
     rows: Dataset
-    judge: str
     max_new_tokens: int
+    judges: dict[str, str]
 
-    def score(self, completions: Sequence[str], answers: Sequence[str]) -> float:
-        """The share that is right."""
-        found = ExactMatch(self.judge).compute(predictions=list(completions), references=list(answers))
-        return found["exact_match"]
+    def score(self, completions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+        """By metric, the share that is right."""
+        given = {"predictions": list(completions), "references": list(answers)}
+        return {metric: ExactMatch(judge).compute(**given)["exact_match"] for metric, judge in self.judges.items()}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """train: the rows of one run. validation, test: for losses. problems: sets to answer, by the name of their metric."""
+    """train: the rows of one run. validation, test: for losses. problems: sets to answer, by name."""
 
     train: Dataset
     validation: Dataset
@@ -54,7 +55,7 @@ def _generated(rows: int, seed: int, validation: int, test: int) -> Splits:
     held_out = problems(validation, _VALIDATION_SEED)
     tested = problems(test, _TEST_SEED, exclude=held_out)
     train = problems(rows, seed, exclude=concatenate_datasets([held_out, tested]))
-    return Splits(train, held_out, tested, {"accuracy": Problems(tested, "number", max_new_tokens=160)})
+    return Splits(train, held_out, tested, {"generated": Problems(tested, 160, {"accuracy": "number"})})
 
 
 def _metamath(
@@ -65,22 +66,29 @@ def _metamath(
     metamath: str = "meta-math/MetaMathQA",
     gsm8k: str = "openai/gsm8k",
     math500: str = "HuggingFaceH4/MATH-500",
+    **options: Any,
 ) -> Splits:
-    """The paper's fine-tuning data: the same rows for every seed, which shuffles them; hub ids or local folders."""
+    """The paper's fine-tuning data: the same rows for every seed, which shuffles them.
 
-    def asked(dataset: Dataset, question: str, judge: str) -> Problems:
+    metamath, gsm8k, math500: hub ids, files or folders. options: ``length_tokenizer`` and ``manifest`` of `load_data`.
+    """
+
+    def asked(source: str, question: str, config: str | None, judges: dict[str, str]) -> Problems:
+        dataset = read_split(
+            source, "test", config=config, offline="give its test set as a JSONL file in the suite's data"
+        )
         prompts = [ALPACA_PROMPT.format(instruction=text) for text in dataset[question]]
         kept = Dataset.from_dict({"prompt": prompts, "answer": dataset["answer"]})
-        return Problems(kept, judge, max_new_tokens=512)
+        return Problems(kept, 512, judges)
 
-    data = load_data(metamath, {"train": rows, "validation": validation, "test": test})
+    data = load_data(metamath, {"train": rows, "validation": validation, "test": test}, **options)
     return Splits(
         data["train"],
         data["validation"],
         data["test"],
         {
-            "gsm8k": asked(load_dataset(gsm8k, "main", split="test"), "question", "number"),
-            "math500": asked(load_dataset(math500, split="test"), "problem", "expression"),
+            "gsm8k": asked(gsm8k, "question", "main", {"gsm8k": "number", "gsm8k_paper": "paper"}),
+            "math500": asked(math500, "problem", None, {"math500": "expression"}),
         },
     )
 

@@ -52,8 +52,10 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
 
 
 def seconds_per_run(cell: Cell, records: Records) -> float | None:
-    """Median of the cell's finished runs, else the steps times what the suite expects of one, by method or by kind."""
+    """Median of the cell's finished runs, those that answered problems if any has, else the steps times what the suite expects
+    of one, by method or by kind."""
     own = cell.finished(records)
+    own = [record for record in own if record["run"]["answers"]] or own
     if own:
         return statistics.median(record["total_seconds"] for record in own)
     step = cell.suite.step_seconds.get(cell.entry.method, cell.suite.step_seconds.get(cell.method.trains))

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from lorapre_peft.memory_models import find_config
-from recipes.models import SMOLLM2, load_model
+from recipes.models import load_model
+from recipes.sources import SMOLLM2
 
 RANDOM = "random"
 _RANDOM_CONFIG = LlamaConfig(

@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eval.methods import METHODS
-from recipes.training import write_atomically
+from eval.methods import METHODS, adam_options
+from recipes.training import sft_config, write_atomically
 
 from .plan import Cell, Records
 
@@ -106,11 +106,23 @@ def _train_config(run: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str
         "seed": run["seed"],
         "grad_norm_clip": 1.0,
         "optimizer_type": _OPTIMIZERS.get(run["method"], record["optimizer"]),
-        "optimizer_kwargs": {"lr": run["lr"], **{k: v for k, v in run["options"].items() if v is not None}},
+        "optimizer_kwargs": _optimizer_kwargs(run),
         "lr_scheduler": "cosine",
         "use_amp": training["bf16"],
         "autocast_adapter_dtype": True,
     }
+
+
+def _optimizer_kwargs(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What PEFT's ``get_optimizer_and_scheduler`` passes on: with what it builds itself, every argument that it needs."""
+    options = {name: value for name, value in run["options"].items() if value is not None}
+    rank, steps, batch_size = (run["training"][name] for name in ("rank", "steps", "batch_size"))
+    adam = adam_options(sft_config(Path("unused"), lr=run["lr"], steps=steps, batch_size=batch_size, seed=run["seed"]))
+    if run["method"] == "lora-fa":  # its factory takes no betas: the run's were set afterwards
+        return {"lr": run["lr"], "r": rank, "lora_alpha": 2 * rank}
+    if run["method"] == "lora+":
+        return adam | {"loraplus_lr_ratio": options["lr_ratio"]}
+    return (adam if METHODS[run["method"]].build is METHODS["lora"].build else {"lr": run["lr"]}) | options
 
 
 def _version(package: str, record: Mapping[str, Any]) -> str:

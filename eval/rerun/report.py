@@ -69,7 +69,8 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
             row["metrics"][metric] = {"mean": found.mean, "half_width": half_width, "values": values, "seeds": seeds}
     if good:
         row |= {
-            name: good[0][name] for name in ("optimizer", "weights_bytes", "gradient_bytes", "state_bytes", "peak_of")
+            name: good[0][name]
+            for name in ("package", "optimizer", "weights_bytes", "gradient_bytes", "state_bytes", "peak_of")
         }
         row |= {
             name: statistics.median(r[name] for r in good)
@@ -281,4 +282,5 @@ def _cell(found: dict[str, Any] | None, metric: str) -> str:
 
 
 def _title(metric: str) -> str:
-    return {"gsm8k": "GSM8K", "math500": "MATH-500"}.get(metric, metric.replace("_", " "))
+    names = {"gsm8k": "GSM8K", "gsm8k_paper": "GSM8K by the paper's extractor", "math500": "MATH-500"}
+    return names.get(metric, metric.replace("_", " "))

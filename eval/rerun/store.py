@@ -25,8 +25,8 @@ class Store:
 
     ``records/NAME.json`` are the finished runs, failed ones included: whoever finds one there does not repeat it, so that
     files from another machine or from git can be put there. ``claims/`` holds a file per run in progress. It counts as
-    abandoned when its process is gone (same host) or has not touched it for ten minutes (another host, by the file
-    system's own clock).
+    abandoned when its process is gone, if that was on this host, and when nobody has touched it for ten minutes by the file
+    system's own clock: a container that starts again gives old process numbers to new processes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,9 +76,8 @@ class Store:
             age = self._now() - path.stat().st_mtime
         except FileNotFoundError:
             return False  # its owner has just finished
-        if host == socket.gethostname() and pid.isdigit():
-            return not _alive(int(pid))
-        return age > STALE_SECONDS
+        gone = host == socket.gethostname() and pid.isdigit() and not _alive(int(pid))
+        return gone or age > STALE_SECONDS
 
     def _now(self) -> float:
         """The file system's time, which clocks of several machines need not agree with."""

@@ -124,7 +124,8 @@ class Suite:
 
     def grid(self, entry: Entry, tuned: Tuned) -> list[float]:
         method = METHODS[entry.method]
-        return sorted(entry.rates or [shifted(rate, method.rate_shift) for rate in tuned.rates[method.trains]])
+        own = [shifted(rate, 0) for rate in entry.rates or ()]
+        return sorted(own or [shifted(rate, method.rate_shift) for rate in tuned.rates[method.trains]])
 
 
 def higher_is_better(metric: str) -> bool:

@@ -157,9 +157,9 @@ class Runner:
         """Shares of right answers, per set of problems that the data has, over the first ``run.answers`` of each."""
         if not run.answers:
             return {}
-        # As in the quickstart: merged and in float32, generation is several times faster on a CPU.
-        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        model = model.float() if model.device.type == "cpu" else model
+        if model.device.type == "cpu":  # as in the quickstart: in float32 and merged, several times faster
+            model = model.float()
+            model = model.merge_and_unload() if isinstance(model, PeftModel) else model
         found = {}
         for name, problems in splits.problems.items():
             asked = problems.rows.select(range(min(run.answers, len(problems.rows))))
@@ -171,7 +171,7 @@ class Runner:
                 batch_size=64,
                 progress=f"answers, {name}",
             )
-            found[name] = problems.score(completions, asked["answer"])
+            found |= problems.score(completions, asked["answer"])
         return found
 
 
