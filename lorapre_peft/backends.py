@@ -15,7 +15,13 @@ from .cpp_backend import Cpp, compiler
 from .eager import Compiled, Eager
 
 
+def _eager_needs(device: torch.device) -> str | None:
+    return "float64, which Apple's MPS does not have" if device.type == "mps" else None
+
+
 def _compiled_needs(device: torch.device) -> str | None:
+    if _eager_needs(device):
+        return _eager_needs(device)
     if device.type == "cpu" and compiler() is None:
         return "a C++ compiler (g++ or clang++) on the PATH"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -32,6 +38,8 @@ def _cpp_needs(device: torch.device) -> str | None:
 def _triton_needs(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton: pip install 'lorapre-peft[triton]'"
+    if torch.version.hip:
+        return "CUDA: Triton has no tf32x3 products on AMD GPUs"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"a CUDA device, found {device} (TRITON_INTERPRET=1 runs its kernels on a CPU, for tests)"
     return None
@@ -47,7 +55,7 @@ def _load_triton() -> Eager:
 _BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Eager]]] = {
     "cpp": (_cpp_needs, Cpp),
     "triton": (_triton_needs, _load_triton),
-    "eager": (lambda device: None, Eager),
+    "eager": (_eager_needs, Eager),
     "compiled": (_compiled_needs, Compiled),
 }
 NAMES = ("auto", *_BACKENDS)
@@ -72,7 +80,9 @@ def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
                 return _made(name)
             except RuntimeError as error:
                 warnings.warn(f"backend {name!r} does not start, so a slower one is used: {error}", stacklevel=2)
-    raise AssertionError("the eager backend runs everywhere")
+    raise NotImplementedError(
+        f"no backend runs on {device}: eager needs {_eager_needs(device)}. Train on a CPU (use_cpu=True in TrainingArguments) or on CUDA"
+    )
 
 
 def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Eager:

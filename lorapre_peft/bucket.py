@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .placement import Placement
+from .placement import Placement, local
 from .rounding import filled, random_keys, write_stochastic
 from .rules import EXACT_SVD_SIZE, START_FLOOR, Als, Newton, best_factors, gram_rows, top_factors
 from .stack import StateStack
@@ -182,14 +182,22 @@ class Wave:
     finite: Tensor | None = (
         None  # [N] bool, false where the update is skipped; None: the host has seen that all are true
     )
+    keeps: bool = False  # whether stacks of the state replace it, rather than being copies (`StateStack`)
     stacks: dict[str, StateStack] = field(default_factory=dict)  # of the state that is one number a matrix
     _order: Tensor | None = None
 
     def __len__(self) -> int:
         return self.buckets[-1].part.stop if self.buckets else 0
 
-    def begin(self, grads: list[Tensor], norms: Tensor, finite: Tensor | None, moments: tuple[str, ...]) -> None:
-        """A step: all gradients of it, their ‖g‖_F [M] float64 and which are usable, as the buckets' ``indices`` name them."""
+    def begin(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        norms: Tensor,
+        finite: Tensor | None,
+        moments: tuple[str, ...],
+    ) -> None:
+        """A step: all parameters and gradients of it, ‖g‖_F [M] float64 and which are usable, as the buckets' ``indices`` name them."""
         if self._order is None:
             order = [i for bucket in self.buckets for i in bucket.indices]
             self._order = filled(order, norms.device)
@@ -203,14 +211,16 @@ class Wave:
         if not self.stacks:
             states = [state for bucket in self.buckets for state in bucket.states]
             numbers = [name for name, value in states[0].items() if value.ndim == 0]
-            self.stacks = {name: StateStack(states, [name], self.placement) for name in numbers}
+            self.stacks = {name: StateStack(states, [name], self.placement, self.keeps) for name in numbers}
             for bucket in self.buckets:
                 names = ([f"{moment}_{side}" for moment in moments] for side in ("B", "A"))
-                bucket.B, bucket.A = (StateStack(bucket.states, both, self.placement) for both in names)
+                bucket.B, bucket.A = (StateStack(bucket.states, both, self.placement, self.keeps) for both in names)
         for stack in self._all_stacks():
             stack.refresh()
         for bucket in self.buckets:
             bucket.grads = [grads[i] for i in bucket.indices]
+            # What is local of a sharded parameter is another tensor once its module has been moved to the CPU and back.
+            bucket.params = [local(params[i]) for i in bucket.indices]
 
     def end(self) -> None:
         """Let go of what belongs to the step."""

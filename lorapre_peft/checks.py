@@ -88,7 +88,7 @@ def check_parameter(param: Tensor) -> None:
     if isinstance(param, DTensor) and not is_supported(param):
         raise NotImplementedError(
             f"{where} that is a DTensor with placements {param.placements}: LoRA-Pre follows FSDP2 (fully_shard), which "
-            "shards rows (Shard(0)), and no tensor parallelism. Use FSDP2 alone, DDP or one process"
+            "shards rows (Shard(0)) over one dimension of its mesh, and no tensor parallelism. Use FSDP2, DDP or one process"
         )
 
 

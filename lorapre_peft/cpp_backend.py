@@ -48,24 +48,24 @@ def compiler() -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels. Raises RuntimeError with the compiler's output if it fails."""
+    """The compiled kernels. Raises RuntimeError with the compiler's output, or the loader's, if it fails."""
     command = [str(compiler()), *_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
     name = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre_peft"
     path = cache / f"kernels-{name}.so"
-    if not path.exists():
-        try:
+    try:
+        if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when whole: others may compile it too
                 made = Path(folder) / path.name
                 subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
                 made.replace(path)
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", "") or str(error)
-            raise RuntimeError(
-                f"the C++ kernels could not be compiled with {' '.join(command)}: {said[-2000:]}"
-            ) from error
-    return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        raise RuntimeError(
+            f"the C++ kernels could not be compiled to {path} and loaded, with {' '.join(command)}: {said[-2000:]}"
+        ) from error
 
 
 class Adam(ctypes.Structure):
@@ -93,7 +93,7 @@ class Adam(ctypes.Structure):
 
 
 class Cpp(Eager):
-    """The kernels' calls. Weights or gradients that are neither float32 nor bfloat16 take the eager path."""
+    """The kernels' calls. Weights or gradients that are neither float32 nor bfloat16, and mixed gradients, take the eager path."""
 
     factor_temporaries = 4
 
@@ -110,7 +110,7 @@ class Cpp(Eager):
             return super().norms(grads, dtype)
         grads = _contiguous(grads)
         pointers, sizes = _pointers(grads), array("q", map(Tensor.numel, grads))
-        out, kind = torch.empty(len(grads), dtype=torch.float64), _TYPES[grads[0].dtype]
+        out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), _TYPES[grads[0].dtype]
         self._norms(_at(pointers), _at(sizes), len(grads), kind, _at(out), torch.get_num_threads())
         return out
 
@@ -130,11 +130,12 @@ class Cpp(Eager):
 
     def adam(self, factors: Factors, table: Tensor, bound: float | None, metrics: Metrics | None) -> None:
         bucket = factors.bucket
-        if bucket.params[0].dtype not in _TYPES or bucket.grads[0].dtype not in _TYPES:
+        kinds = {grad.dtype for grad in bucket.grads}  # the kernel reads one
+        if bucket.params[0].dtype not in _TYPES or len(kinds) > 1 or not kinds <= _TYPES.keys():
             return super().adam(factors, table, bound, metrics)
         n, (p, q), k = len(bucket.params), (bucket.all_rows.stop, bucket.shape[1]), bucket.wave.k
         width = 2 * k if bucket.wave.rule.projects_new else k
-        factors.grams = torch.zeros(2, n, k, width, dtype=torch.float64)
+        factors.grams = table.new_zeros(2, n, k, width, dtype=torch.float64)
         if p == 0:  # an empty shard
             return
         # The sums of splits, and their total, take the place of a tile's temporaries.
@@ -162,14 +163,14 @@ class Cpp(Eager):
         B, A, R, table = B.contiguous(), A.contiguous(), R.contiguous(), table[:, matrices].contiguous()
         B_new = factors.B_new if everything else torch.empty_like(B)
         direct = everything and splits == 1
-        projected = factors.projected if direct else torch.empty(splits, 2, n, k, q)
+        projected = factors.projected if direct else factors.projected.new_empty(splits, 2, n, k, q)
         grams = factors.grams if direct else factors.grams.new_empty(splits, 2, n, k, width)
         keys = None
         if rounds_stochastically(params[0], bucket.group):
             keys = round_keys(bucket.keys(matrices))
         largest = clamped = None
         if metrics is not None:
-            largest, clamped = torch.empty(splits, n), torch.empty(splits, n, dtype=torch.int64)
+            largest, clamped = table.new_empty(splits, n), table.new_empty(splits, n, dtype=torch.int64)
         grad_pointers, param_pointers = _pointers(grads), _pointers(written)
         arguments = Adam(
             *(n, p, q, k, splits, bucket.rows.start),

@@ -214,7 +214,7 @@ class Eager:
     def momentum(self, factors: Factors, matrices: slice, g: Tensor, m: Rows) -> Tensor:
         """Muon's row part of some matrices, g [n, rows, q]: their momenta; fills their factors, up to `finish_rows`."""
         rows = factors.bucket.all_rows
-        scalars = tuple(torch.full((1, 1, 1), c, device=g.device) for c in m[2:])
+        scalars = tuple(g.new_full((1, 1, 1), c) for c in m[2:])
         projects_new = factors.bucket.wave.rule.projects_new
         operands = self._operands(factors, 0, matrices, rows)
         update, B_new, projected = self.run(momentum_rows, g, operands, scalars, projects_new)

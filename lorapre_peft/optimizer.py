@@ -20,6 +20,7 @@ from . import backends
 from .bucket import Wave, usable
 from .checks import check_flattened_shards, check_gradient, check_options, check_parameter
 from .gradients import Skips, gradient_norms, local_gradient, reads_are_free, takes_part
+from .in_backward import register_hooks
 from .metrics import Metrics
 from .placement import WHOLE, Placement, local, place, placement_of
 from .plain import AdamWOptions, adamw_path, make_item
@@ -178,6 +179,11 @@ class LoRAPreOptimizer(Optimizer):
         self._updated.clear()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in `torch.optim.Optimizer`; a backward pass that broke off under ``update_in_backward`` may be repeated after it."""
+        super().zero_grad(set_to_none)
+        self._updated.clear()
+
     def _located(self) -> list[Located]:
         """Every parameter, from the groups as they are now."""
         check_flattened_shards(self.param_groups)
@@ -186,12 +192,11 @@ class LoRAPreOptimizer(Optimizer):
 
     def _register_hooks(self, group: dict[str, Any]) -> None:
         if self.defaults["update_in_backward"]:
-            for param in group["params"]:
-                if param.requires_grad:
-                    param.register_post_accumulate_grad_hook(self._update_in_backward)
+            register_hooks(self, (param for param in group["params"] if param.requires_grad))
 
     @torch.no_grad()
-    def _update_in_backward(self, param: Tensor) -> None:
+    def update_in_backward(self, param: Tensor) -> None:
+        """What the parameter's hook calls, with its gradient just made."""
         if param in self._updated:
             raise RuntimeError(
                 f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): gradients "
@@ -280,9 +285,10 @@ class LoRAPreOptimizer(Optimizer):
             if items:
                 adamw_path(group, self._adamw_options(group), items)
         before: Iterator[None] = iter(())
+        params = [param for _, param, _ in todo]
         for wave in plan.waves:
             # The rows of this wave while the sums of the one before are on their way; without processes, all of it.
-            update = self._update_wave(wave, grads, norms, finite)
+            update = self._update_wave(wave, params, grads, norms, finite)
             next(update, None)
             next(before, None)
             before = update
@@ -293,8 +299,10 @@ class LoRAPreOptimizer(Optimizer):
             plan.steps = [state["step"] for state in states]
             self._plans[todo[0][2]] = plan
 
-    def _update_wave(self, wave: Wave, grads: list[Tensor], norms: Tensor, finite: Tensor | None) -> Iterator[None]:
-        wave.begin(grads, norms, finite, self.moments)
+    def _update_wave(
+        self, wave: Wave, params: list[Tensor], grads: list[Tensor], norms: Tensor, finite: Tensor | None
+    ) -> Iterator[None]:
+        wave.begin(params, grads, norms, finite, self.moments)
         yield from self._update(wave)
         wave.end()
 

@@ -67,17 +67,15 @@ def placement_of(param: Tensor) -> Placement:
     """Of a parameter that `checks.check_parameter` has let through."""
     if not isinstance(param, DTensor):
         return WHOLE
-    dimensions = [i for i, placement in enumerate(param.placements) if placement.is_shard()]
-    if not dimensions:
-        return WHOLE
-    mesh, dimension = param.device_mesh, dimensions[0]
+    mesh = param.device_mesh
+    dimension = next(i for i, placement in enumerate(param.placements) if placement.is_shard())
     return Placement(mesh.get_group(dimension), mesh.get_local_rank(dimension), mesh.size(dimension))
 
 
 def is_supported(param: DTensor) -> bool:
-    """Whether a DTensor is sharded by rows over at most one dimension of its mesh and replicated over the others."""
+    """Whether a DTensor is sharded by rows over one dimension of its mesh and replicated over the others."""
     shards = [placement for placement in param.placements if not isinstance(placement, Replicate)]
-    return len(shards) <= 1 and all(type(placement) is Shard and placement.dim == 0 for placement in shards)
+    return len(shards) == 1 and type(shards[0]) is Shard and shards[0].dim == 0
 
 
 def local(tensor: Tensor) -> Tensor:

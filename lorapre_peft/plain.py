@@ -90,8 +90,9 @@ def _step(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, 
 
 def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]], finite: Tensor | None) -> None:
     targets = [item.param[index] for item, index in batch]
-    wide = [target.to(adamw_dtype(target)) for target in targets]
-    grads = [item.grad[index].to(adamw_dtype(item.param)) for item, index in batch]
+    # Contiguous like the moments: the fused kernel takes tensors of equal strides only.
+    wide = [target.to(adamw_dtype(target)).contiguous() for target in targets]
+    grads = [item.grad[index].to(adamw_dtype(item.param)).contiguous() for item, index in batch]
     if group["max_param_grad_norm"] is not None:
         norms = torch.stack([item.norm for item, _ in batch])
         scales = gradient_scale(norms, {**group, "maximize": False})

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Wave, tile_entries
-from .placement import Placement, local
+from .placement import WHOLE, Placement, local
 from .rules import RULES
+from .stack import fill_their_storages
 
 Located = tuple[dict[str, Any], Tensor, int]  # group, parameter, position of the parameter in the optimizer
 # What of a group's options decides how its matrices are stepped together.
@@ -113,6 +114,18 @@ def make_plan(
             moments,
             tile_entries(group, temporaries),
         )
+    if plan.lasts and placement is WHOLE:
+        # LoRA's B factors start a step before its A factors, in stacks of their own: those are taken apart and made anew.
+        held = (
+            value
+            for wave in plan.waves
+            for bucket in wave.buckets
+            for state in bucket.states
+            for value in state.values()
+        )
+        keeps = fill_their_storages(held)
+        for wave in plan.waves:
+            wave.keeps = keeps
     return plan
 
 

@@ -105,7 +105,7 @@ def top_factors(
     p, q = shape
     width = min(rank + OVERSAMPLING, p, q)
     generator = torch.Generator().manual_seed(0)
-    test = torch.randn(q, width, generator=generator, dtype=torch.float64).to(like)
+    test = torch.randn(q, width, generator=generator, dtype=torch.float64, device="cpu").to(like)
     basis = torch.linalg.qr(times(test.expand(*like.shape[:-2], q, width)))[0]
     for _ in range(POWER_STEPS):
         basis = torch.linalg.qr(times(torch.linalg.qr(transposed_times(basis))[0]))[0]
@@ -153,7 +153,7 @@ class Newton:
 
     def init_columns(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         """A ~ N(0, 0.02²), float32 on the CPU; shape: (k, q)."""
-        return torch.randn(shape, generator=generator, dtype=torch.float32) * self.init_std
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
 
     def inverse(self, gram: Tensor) -> Tensor:
         """(gram + δI)⁻¹, float64."""

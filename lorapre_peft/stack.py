@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from .placement import WHOLE, Placement, local
 class StateStack:
     """Equal state tensors of several matrices, name after name, as one tensor ``values`` [len(names) · n, ...].
 
-    A view of them if they lie side by side in one storage. They do from the first step on, unless the matrices that take part
-    change: tensors that own their storage are replaced by views of a common one, others are copied, and written back.
+    A view of them if they lie side by side in one storage. Others are replaced by views of a common one if ``keeps``, or if each
+    owns its storage; else, as for a step in which only some of those take part that share a storage, they are copied, and written back.
     """
 
-    def __init__(self, states: list[dict[str, Tensor]], names: list[str], placement: Placement):
-        self._states, self._names, self._placement = states, names, placement
+    def __init__(self, states: list[dict[str, Tensor]], names: list[str], placement: Placement, keeps: bool):
+        self._states, self._names, self._placement, self._keeps = states, names, placement, keeps
         self._tensors: list[Tensor] = []
         self._copied: list[Tensor] = []
         self._address = 0
@@ -36,7 +37,7 @@ class StateStack:
         values = _side_by_side(tensors)
         if values is None:
             values = torch.stack(tensors)
-            if self._placement is WHOLE and all(t.untyped_storage().nbytes() == t.nbytes for t in tensors):
+            if self._placement is WHOLE and (self._keeps or fill_their_storages(tensors)):
                 found = list(values.unbind())
                 pairs = [(state, name) for name in self._names for state in self._states]
                 for (state, name), value in zip(pairs, found):
@@ -65,6 +66,15 @@ class StateStack:
             torch.mul(values, scale, out=target.view(values.shape))
         if self._copied:
             torch._foreach_copy_(self._copied[part], list(self.values[part].unbind()))
+
+
+def fill_their_storages(tensors: Iterable[Tensor]) -> bool:
+    """Whether the storages of these tensors, none of which overlap, hold nothing else: letting go of them all frees the memory."""
+    left: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        left[storage._cdata] = left.get(storage._cdata, storage.nbytes()) - tensor.nbytes
+    return not any(left.values())
 
 
 def _side_by_side(tensors: list[Tensor]) -> Tensor | None:

@@ -136,6 +136,7 @@ class LoRAPreCallback(TrainerCallback):
     ) -> None:
         self._optimizer = _checked_optimizer(model, optimizer)
         _check_arguments(args, self._optimizer.defaults["update_in_backward"])
+        self._optimizer.zero_grad()  # of a run that broke off in a backward pass, as auto_find_batch_size's attempts do
         if state.global_step and not self._optimizer.state:
             warnings.warn(
                 f"the run resumes at step {state.global_step} without optimizer state: the momenta start anew, and so does the "
@@ -175,6 +176,11 @@ class LoRAPreCallback(TrainerCallback):
     ) -> None:
         if not self.stop_on_nan_loss:
             return
+        if not self._losses:
+            raise RuntimeError(
+                "stop_on_nan_loss=True found no loss of this step: the trainer does not compute its losses through compute_loss. "
+                "Use stop_on_nan_loss=False with it"
+            )
         bad = torch.stack([~loss.isfinite().all() for loss in self._losses]).any().int()
         self._losses.clear()
         if world_size() > 1:  # all ranks stop, or those that go on wait for the others for ever

@@ -68,7 +68,7 @@ def _fit_rows(
     matrix = tl.program_id(0)
     rows = tl.program_id(1) * BP + tl.arange(0, BP)
     ranks = tl.arange(0, K)
-    p, q, k = p.to(tl.int32), q.to(tl.int32), k.to(tl.int32)
+    p, q, k = tl.cast(p, tl.int32), tl.cast(q, tl.int32), tl.cast(k, tl.int32)  # 1 comes as a constant, without `.to`
     g_scale = tl.load(scalars + matrix)
     m_fit = tl.zeros((BP, K), dtype=tl.float32)
     v_fit = tl.zeros((BP, K), dtype=tl.float32)
@@ -106,7 +106,7 @@ def _update_block(
     matrix, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = block * BQ + tl.arange(0, BQ)
     ranks = tl.arange(0, K)
-    p, q, k = p.to(tl.int32), q.to(tl.int32), k.to(tl.int32)
+    p, q, k = tl.cast(p, tl.int32), tl.cast(q, tl.int32), tl.cast(k, tl.int32)  # 1 comes as a constant, without `.to`
     g_scale = tl.load(scalars + matrix)
     residual = tl.load(scalars + 7 * n + matrix)
     v_scale = tl.load(scalars + 8 * n + matrix)
@@ -137,7 +137,7 @@ def _update_block(
         at = matrix.to(tl.int64) * t_n + rows[:, None].to(tl.int64) * t_r + columns[None, :] * t_c
         theta = tl.load(theta_ptr + at, mask=inside, other=0)
         if WIDE:
-            new = theta.to(tl.float64) * (1 - decay) - step * u
+            new = theta.to(tl.float64) - (step * u + decay * theta.to(tl.float64))
         else:
             new = theta.to(tl.float32) - (step * u + decay * theta.to(tl.float32))
         if STOCHASTIC:
@@ -209,9 +209,9 @@ class Triton(Eager):
         splits = min(row_blocks, max(1, PROGRAMS // (n * column_blocks)))
         rows_per_split = triton.cdiv(row_blocks, splits) * BP
         splits = triton.cdiv(p, rows_per_split)
-        partial = torch.empty(2, splits, n, k, q, device=device)
+        partial = torch.empty(2, splits, n, k, q, dtype=torch.float32, device=device)
         programs = splits * n * column_blocks if metrics is not None else 1
-        largest = torch.empty(programs, device=device)
+        largest = torch.empty(programs, dtype=torch.float32, device=device)
         clamped = torch.empty(programs, dtype=torch.int32, device=device)
         projecting = (m_new, v_new) if bucket.wave.rule.projects_new else (m_B, v_B)
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():

@@ -379,7 +379,7 @@ def test_kernels_that_do_not_compile_are_named(monkeypatch, fresh, tmp_path):
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpp_backend, "library", functools.cache(cpp_backend.library.__wrapped__))
-    with pytest.raises(RuntimeError, match=r"could not be compiled with .*g\+\+ .*no such instruction"):
+    with pytest.raises(RuntimeError, match=r"could not be compiled to .* with .*g\+\+ .*no such instruction"):
         run("cpp", (19, 17), 5)
     with pytest.warns(
         UserWarning, match=r"backend 'cpp' does not start, so a slower one is used.*no such instruction"

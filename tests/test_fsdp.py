@@ -221,4 +221,4 @@ def test_other_dtensors_are_refused(tmp_path):
     assert len(errors) == 2
     for error in errors:
         assert "shape (8, 6) that is a DTensor with placements" in error
-        assert "Use FSDP2 alone, DDP or one process" in error
+        assert "Use FSDP2, DDP or one process" in error
