@@ -388,6 +388,66 @@ def test_kernels_that_do_not_compile_are_named(monkeypatch, fresh, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(found, run("eager", (19, 17), 5)[0]))
 
 
+@cpp_
+def test_kernels_that_do_not_load_are_named(monkeypatch, fresh):
+    """A cache where nothing may be executed, a library that is missing: what the compiler does not see."""
+    from lorapre_peft import cpp_backend
+
+    def refuse(path):
+        raise OSError("failed to map segment from shared object")
+
+    monkeypatch.setattr(cpp_backend.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(cpp_backend, "library", functools.cache(cpp_backend.library.__wrapped__))
+    with pytest.warns(UserWarning, match=r"backend 'cpp' does not start.*failed to map segment"):
+        run("auto", (19, 17), 5)
+
+
+@pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon], ids=["adamw", "muon"])
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+def test_torchs_default_dtype_changes_nothing(cls, backend):
+    """Large enough that the C++ kernels split a matrix's rows, whose partial sums have tensors of their own."""
+
+    def trained():
+        param = nn.Parameter(torch.zeros(1024, 520, dtype=torch.float32))
+        optimizer = cls([param], lr=0.1, momentum_rank=2, backend=backend)
+        for step in range(3):
+            param.grad = torch.randn(1024, 520, generator=torch.Generator().manual_seed(step), dtype=torch.float32)
+            optimizer.step()
+        return param
+
+    expected = trained()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = trained()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+def test_gradients_of_two_dtypes_in_one_bucket(backend):
+    """torch lets one of two equal float32 matrices have a bfloat16 gradient (`grad_dtype`)."""
+
+    def trained(dtypes):
+        params = [nn.Parameter(torch.zeros(24, 16)) for _ in dtypes]
+        optimizer = LoRAPreAdamW(params, lr=0.1, momentum_rank=2, backend=backend)
+        for step in range(3):
+            for i, (param, dtype) in enumerate(zip(params, dtypes)):
+                param.grad_dtype = dtype
+                grad = torch.randn(24, 16, generator=torch.Generator().manual_seed(10 * step + i))
+                param.grad = grad.bfloat16().to(dtype)
+            optimizer.step()
+        return params
+
+    for found, expected in zip(trained([torch.float32, torch.bfloat16]), trained([torch.float32] * 2)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_device_without_float64_is_refused():
+    with pytest.raises(NotImplementedError, match=r"no backend runs on mps: eager needs float64.*Train on a CPU"):
+        backends.choose("auto", torch.device("mps"))
+
+
 # ---- compilation ----------------------------------------------------------------------------------------------------
 
 

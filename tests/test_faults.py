@@ -226,6 +226,13 @@ def test_a_nan_loss_goes_on_unless_asked(tmp_path, peft_model, tokens):
 # ---- fp16, spikes ---------------------------------------------------------------------------------------------------
 
 
+def test_stop_on_nan_loss_says_so_where_it_sees_no_loss(tmp_path):
+    """Trainers whose training_step computes its own loss, such as TRL's OnlineDPOTrainer."""
+    callback = LoRAPreCallback(stop_on_nan_loss=True)
+    with pytest.raises(RuntimeError, match="does not compute its losses through compute_loss"):
+        callback.on_pre_optimizer_step(None, None, None)
+
+
 def regression(cls, steps, spike=(), dtype=None, scaler=None, lr=0.02, freeze=(), **options):
     """A small net taught x → sin x: its losses, net and optimizer. ``spike``: steps whose gradient is a million times as large."""
     torch.manual_seed(0)

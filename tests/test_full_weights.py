@@ -1,6 +1,7 @@
 """Training the weights themselves: targets, updates in the backward pass, stochastic rounding, clipping one by one."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -137,10 +138,27 @@ def test_in_backward_never_holds_all_gradients(make_llama, batch):
 
 def test_in_backward_refuses_accumulation(make_llama, batch):
     model = make_llama()
-    create_lorapre_optimizer(model, lr=1e-2, update_in_backward=True)
+    optimizer = create_lorapre_optimizer(model, lr=1e-2, update_in_backward=True)
     model(**batch).loss.backward()
     with pytest.raises(RuntimeError, match=r"second backward pass reached .* before optimizer\.step\(\)"):
         model(**batch).loss.backward()
+    optimizer.zero_grad()  # as after a pass that broke off, for want of memory say
+    model(**batch).loss.backward()
+
+
+def test_in_backward_a_later_optimizer_takes_over(make_llama, batch):
+    """Of two on the same parameters the later one updates them; and one that is gone leaves gradients to others."""
+    model = make_llama()
+    earlier = create_lorapre_optimizer(model, lr=1e-2, update_in_backward=True)
+    later = create_lorapre_optimizer(model, lr=1e-2, update_in_backward=True)
+    model(**batch).loss.backward()
+    assert later.state
+    assert not earlier.state
+    later.step()
+    del later
+    gc.collect()
+    model(**batch).loss.backward()
+    assert all(param.grad is not None for param in model.parameters() if param.requires_grad)
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["loaded", "copied"])

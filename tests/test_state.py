@@ -251,6 +251,45 @@ def accelerator():
 
 
 @both_optimizers
+@pytest.mark.parametrize("temporary_bytes", [64_000_000, 3_000], ids=["one wave", "waves"])
+def test_stacks_of_a_lora_run_are_views_from_its_third_step_on(cls, temporary_bytes):
+    """B's factors start a step before A's, in stacks that the third step would otherwise copy, and every step after it."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.zeros(shape)) for _ in range(6) for shape in ((8, 40), (40, 8))]
+    apart = [nn.Parameter(param.detach().clone()) for param in params]
+    optimizer = cls(params, lr=LR, momentum_rank=2, temporary_bytes=temporary_bytes)
+    alone = [cls([param], lr=LR, momentum_rank=2, temporary_bytes=temporary_bytes) for param in apart]
+    for step in range(5):
+        for i, (param, twin) in enumerate(zip(params, apart)):
+            param.grad = torch.randn(param.shape, generator=generator) * (step > 0 or i % 2)
+            twin.grad = param.grad.clone()
+        for one in (optimizer, *alone):
+            one.step()
+    (plan,) = optimizer._plans.values()
+    assert (len(plan.waves) > 1) == (temporary_bytes < 64_000_000)
+    stacks = [stack for wave in plan.waves for stack in wave._all_stacks()]
+    assert all(stack.values.numel() for stack in stacks)  # a copy is let go of
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for s in optimizer.state.values()
+        for value in s.values()
+    }
+    assert sum(storages.values()) == sum(value.nbytes for s in optimizer.state.values() for value in s.values())
+    for param, twin in zip(params, apart):
+        torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-7)
+
+
+def test_muon_loads_a_state_saved_at_lr_0(accelerator):
+    """accelerate's prepare does, as soon as a scheduler with a warmup exists; adamw_lr keeps its ratio to lr."""
+    model = small_model()
+    optimizer = LoRAPreMuon(model.parameters(), lr=0.1, adamw_lr=0.01, momentum_rank=2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2)
+    wrapped = accelerator.prepare(optimizer)
+    scheduler.step()
+    assert wrapped.optimizer._adamw_options(wrapped.optimizer.param_groups[0]).lr == pytest.approx(0.005)
+
+
+@both_optimizers
 def test_accelerate_round_trip(cls, accelerator):
     """What `Trainer` and `Accelerator` do: the wrapper loads an empty state as it prepares, the real one later."""
 
