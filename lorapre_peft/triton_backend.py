@@ -218,14 +218,14 @@ class Triton(Eager):
             _fit_rows[(n, row_blocks)](
                 grads, *grads.stride(),
                 m_B, m_A, m_R, m_new, v_B, v_A, v_R, v_new, C,
-                table, n, p, q, k, K=K, BP=BP, BQ=BQ,
+                table, n, p, q, k, K=K, BP=BP, BQ=BQ, num_stages=1,
             )  # fmt: skip
             _update_block[(n, column_blocks, splits)](
                 grads, *grads.stride(), theta, *theta.stride(),
                 C, v_B, m_A, v_A, *projecting, partial[0], partial[1],
                 table, keys, largest, clamped, n, p, q, k, float("inf") if bound is None else bound, rows_per_split,
                 bucket.rows.start,
-                K=K, BP=BP, BQ=BQ,
+                K=K, BP=BP, BQ=BQ, num_stages=1,
                 CLAMP=bound is not None, STOCHASTIC=stochastic,
                 WIDE=theta.dtype == torch.float64, METRICS=metrics is not None,
             )  # fmt: skip
@@ -237,10 +237,13 @@ class Triton(Eager):
 
 
 def block_sizes(p: int, q: int, k: int) -> tuple[int, int, int]:
-    """(K, BP, BQ): rank, rows and columns of a block; powers of two, at least the 16 that a product needs."""
+    """(K, BP, BQ): rank, rows and columns of a block; powers of two, at least the 16 that a product needs.
+
+    At most what fits the 99 kB of shared memory of a consumer GPU, without a second stage of loads in flight.
+    """
     K = max(16, triton.next_power_of_2(k))
-    columns = 128 if K <= 32 else 64
-    return K, min(32, max(16, triton.next_power_of_2(p))), min(columns, max(16, triton.next_power_of_2(q)))
+    rows, columns = (32, 128) if K <= 32 else (32, 64) if K <= 64 else (16, 32)
+    return K, min(rows, max(16, triton.next_power_of_2(p))), min(columns, max(16, triton.next_power_of_2(q)))
 
 
 def _stacked(tensors: list[Tensor], p: int) -> Tensor:

@@ -6,9 +6,14 @@ Where there is a CUDA device the tests run there; else Triton's kernels run in i
 import copy
 import functools
 import importlib.util
+import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -446,6 +451,21 @@ def test_gradients_of_two_dtypes_in_one_bucket(backend):
 def test_a_device_without_float64_is_refused():
     with pytest.raises(NotImplementedError, match=r"no backend runs on mps: eager needs float64.*Train on a CPU"):
         backends.choose("auto", torch.device("mps"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("k", [1, 100])
+def test_triton_kernels_compile_for_a_gpu(k, tmp_path):
+    """For compute capability 8.9, without one: in a process without the interpreter. k = 1 comes as a constant there."""
+    code = Path(__file__).with_name("compile_triton.py")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    found = subprocess.run([sys.executable, code, str(k)], capture_output=True, text=True, env=env, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+    sizes = json.loads(found.stdout.splitlines()[-1])
+    assert len(sizes) == 2
+    assert max(sizes) <= 99 * 1024
 
 
 # ---- compilation ----------------------------------------------------------------------------------------------------
