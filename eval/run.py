@@ -131,12 +131,13 @@ def fingerprint(source: dict[str, str], output: Path) -> str:
 
     Except those in ``output``, which may lie in the model's folder and changes with every evaluation.
     """
+    own = output.resolve()
     files = [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for folder in source.values()
         if Path(folder).is_dir()
         for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and path.suffix != ".pyc" and output.resolve() not in path.resolve().parents
+        if path.is_file() and path.suffix != ".pyc" and own not in path.resolve().parents
     ]
     return hashlib.sha256(json.dumps([source, files]).encode()).hexdigest()[:12]
 

@@ -20,13 +20,11 @@ def _eager_needs(device: torch.device) -> str | None:
 
 
 def _compiled_needs(device: torch.device) -> str | None:
-    if _eager_needs(device):
-        return _eager_needs(device)
     if device.type == "cpu" and compiler() is None:
         return "a C++ compiler (g++ or clang++) on the PATH"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
-    return None
+    return _eager_needs(device)
 
 
 def _cpp_needs(device: torch.device) -> str | None:

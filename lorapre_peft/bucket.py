@@ -41,11 +41,11 @@ class Bucket:
     wave: Wave
     shape: tuple[int, int]
     first: int  # of its matrices among the wave's
-    params: list[Tensor] = field(default_factory=list)
     states: list[dict[str, Tensor]] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)  # of the parameters in the optimizer
     indices: list[int] = field(default_factory=list)  # of the parameters among those of this step
-    grads: list[Tensor] = field(default_factory=list)  # of this step
+    params: list[Tensor] = field(default_factory=list)  # of this step, as are
+    grads: list[Tensor] = field(default_factory=list)
     B: StateStack | None = None  # [s·n, p, k], moment after moment
     A: StateStack | None = None  # [s·n, k, q]
 
@@ -56,7 +56,7 @@ class Bucket:
     @property
     def part(self) -> slice:
         """Of the wave's matrices."""
-        return slice(self.first, self.first + len(self.params))
+        return slice(self.first, self.first + len(self.indices))
 
     @property
     def rows(self) -> slice:
@@ -226,7 +226,7 @@ class Wave:
         """Let go of what belongs to the step."""
         self.norms = self.scale = self.finite = None
         for bucket in self.buckets:
-            bucket.grads = []
+            bucket.params, bucket.grads = [], []
         for stack in self._all_stacks():
             stack.release()
 

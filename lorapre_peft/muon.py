@@ -123,12 +123,12 @@ class LoRAPreMuon(LoRAPreOptimizer):
             raise ValueError(f"ns_steps={group['ns_steps']!r}: expected a whole number of at least 1")
         if group["adamw_lr"] is not None:
             in_range("adamw_lr", group["adamw_lr"], 0)
-            if "adamw_lr_ratio" not in group and not float(group["lr"]):
-                raise ValueError(
-                    "adamw_lr follows the schedule of lr in proportion and cannot follow lr=0: give an lr above 0"
-                )
-            # Schedulers write `lr` only, so the AdamW path keeps its ratio to it.
+            # Schedulers write `lr` only, so the AdamW path keeps its ratio to it; a saved group has one already.
             if "adamw_lr_ratio" not in group:
+                if not float(group["lr"]):
+                    raise ValueError(
+                        "adamw_lr follows the schedule of lr in proportion and cannot follow lr=0: give an lr above 0"
+                    )
                 group["adamw_lr_ratio"] = group["adamw_lr"] / float(group["lr"])
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Wave, tile_entries
-from .placement import WHOLE, Placement, local
+from .placement import WHOLE, Placement
 from .rules import RULES
 from .stack import fill_their_storages
 
@@ -151,7 +151,6 @@ def _waves(
             if bucket is None:
                 bucket = Bucket(wave, shape, len(wave))
                 wave.buckets.append(bucket)
-            bucket.params.append(local(todo[i][1]))
             bucket.states.append(states[i])
             bucket.positions.append(todo[i][2])
             bucket.indices.append(i)
