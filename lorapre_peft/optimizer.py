@@ -22,17 +22,11 @@ from .checks import check_flattened_shards, check_gradient, check_options, check
 from .gradients import Skips, gradient_norms, local_gradient, reads_are_free, takes_part
 from .in_backward import register_hooks
 from .metrics import Metrics
-from .placement import WHOLE, Placement, local, place, placement_of
+from .placement import WHOLE, Placement, local, place, placement_of, world_size
 from .plain import AdamWOptions, adamw_path, make_item
 from .plan import Located, Plan, compressed_rank, make_plan, matrix_shape, plan_key
 from .rules import RULES
 from .state import check_loaded_state, restore_state, state_dtype
-
-
-def world_size() -> int:
-    """Processes of the running distributed job; 1 without one."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class LoRAPreOptimizer(Optimizer):

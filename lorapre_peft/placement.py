@@ -15,6 +15,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
+def world_size() -> int:
+    """Processes of the running distributed job; 1 without one."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 @dataclass(frozen=True)
 class Placement:
     """The processes that share a matrix's rows; ``group`` is None where all rows are here."""

@@ -15,7 +15,8 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .create import OPTIMIZERS, create_lorapre_optimizer
-from .optimizer import LoRAPreOptimizer, world_size
+from .optimizer import LoRAPreOptimizer
+from .placement import world_size
 from .table import adamw_state_bytes
 
 

@@ -12,9 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import functools
 import string
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorapre_peft import LoRAPreConfig
+from lorapre_peft import LoRAPreConfig, backends
 
 VOCAB_SIZE = 64
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -96,7 +96,7 @@ def peft_model(make_llama):
         config = LoRAPreConfig(**({"r": 8, "target_modules": "all-linear"} | options))
         model = get_peft_model(make_llama(dtype=dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
         # Trainer resumes with PEFT's default, which would turn a bf16 adapter into a float32 one.
-        model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=autocast_adapter_dtype)
+        model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=autocast_adapter_dtype)
         return model
 
     return build
@@ -108,3 +108,28 @@ def two_adapters(make_llama) -> PeftModel:
     model = adapted(make_llama(), momentum_rank=2)
     model.add_adapter("second", LoRAPreConfig(r=16, target_modules=["q_proj", "v_proj"], momentum_rank=5))
     return model
+
+
+@pytest.fixture
+def checkpoint_pair(tmp_path, make_llama):
+    """checkpoint_pair(change, **config): a tiny Llama in tmp_path/base, and in tmp_path/tuned with every change(name, parameter, generator)."""
+
+    def save(change, model=None, *, dtype=torch.float32, max_shard_size="5GB", **config) -> tuple[str, str]:
+        model = model or make_llama(dtype=dtype, **config)
+        model.save_pretrained(tmp_path / "base", max_shard_size=max_shard_size)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            delta = change(name, parameter, generator)
+            if delta is not None:
+                parameter.data = (parameter.data.float() + delta).to(dtype)
+        model.save_pretrained(tmp_path / "tuned", max_shard_size=max_shard_size)
+        return str(tmp_path / "base"), str(tmp_path / "tuned")
+
+    return save
+
+
+@pytest.fixture
+def fresh_backends(monkeypatch):
+    """Backends are made once in a process; not for this test."""
+    for name in ("_made", "_automatic"):
+        monkeypatch.setattr(backends, name, functools.cache(getattr(backends, name).__wrapped__))

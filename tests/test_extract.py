@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import shutil
 import subprocess
 import sys
 import warnings
@@ -14,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from extraction import LINEAR, damage, decaying, everything, full, merged, rank_4, true_errors, weights
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -27,87 +26,14 @@ from transformers import (
 
 from lorapre_peft import extract
 from lorapre_peft.checkpoint import Checkpoint
-from lorapre_peft.extract import ExtractionReport, extract_lora, main
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture
-def pair(tmp_path, make_llama):
-    """pair(change, **config): a tiny Llama in tmp_path/base, and in tmp_path/tuned with every change(name, parameter, generator)."""
-
-    def save(change, model=None, *, dtype=torch.float32, max_shard_size="5GB", **config) -> tuple[str, str]:
-        model = model or make_llama(dtype=dtype, **config)
-        model.save_pretrained(tmp_path / "base", max_shard_size=max_shard_size)
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in model.named_parameters():
-            delta = change(name, parameter, generator)
-            if delta is not None:
-                parameter.data = (parameter.data.float() + delta).to(dtype)
-        model.save_pretrained(tmp_path / "tuned", max_shard_size=max_shard_size)
-        return str(tmp_path / "base"), str(tmp_path / "tuned")
-
-    return save
-
-
-def is_linear(name: str) -> bool:
-    return name.split(".")[-2] in LINEAR
-
-
-def decaying(parameter, generator, factor=0.9):
-    """A change of full rank whose spectrum decays."""
-    U, S, Vh = torch.linalg.svd(torch.randn(parameter.shape, generator=generator), full_matrices=False)
-    return 1e-2 * (U * S * factor ** torch.arange(len(S))) @ Vh
-
-
-def full(name, parameter, generator):
-    return decaying(parameter, generator, 0.8 if "mlp" in name else 0.9) if is_linear(name) else None
-
-
-def rank_4(name, parameter, generator):
-    if is_linear(name):
-        p, q = parameter.shape
-        return 1e-2 * torch.randn(p, 4, generator=generator) @ torch.randn(4, q, generator=generator)
-
-
-def everything(name, parameter, generator):
-    return 1e-2 * torch.randn(parameter.shape, generator=generator)
-
-
-def merged(base: str, adapter: Path, **options) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(base, **options)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
-
-
-def weights(folder: str) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def true_errors(base: str, tuned: str, adapter: Path, report: ExtractionReport) -> dict[str, float]:
-    """‖merged − tuned‖ / ‖tuned − base‖ of each module, from whole models."""
-    before, after, got = weights(base), weights(tuned), merged(base, adapter)
-    return {
-        m.name: float(
-            torch.linalg.matrix_norm(got[f"{m.name}.weight"].double() - after[f"{m.name}.weight"].double())
-            / torch.linalg.matrix_norm(after[f"{m.name}.weight"].double() - before[f"{m.name}.weight"].double())
-        )
-        for m in report.modules
-    }
-
-
-def damage(folder: str, edit) -> None:
-    """Edit the tensors of a checkpoint in one file."""
-    path = Path(folder, "model.safetensors")
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+from lorapre_peft.extract import extract_lora
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard", ["5GB", "8KB"])
-def test_low_rank_change_merges_back(tmp_path, pair, tied, shard):
+def test_low_rank_change_merges_back(tmp_path, checkpoint_pair, tied, shard):
     """A change of rank 4 comes back whole: the adapter is the tuned model, to float32 round-off."""
-    base, tuned = pair(rank_4, tie_word_embeddings=tied, max_shard_size=shard)
+    base, tuned = checkpoint_pair(rank_4, tie_word_embeddings=tied, max_shard_size=shard)
     assert (len(list(Path(base).glob("*.safetensors"))) > 1) == (shard != "5GB")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is left out, so nothing is warned about
@@ -126,9 +52,9 @@ def test_low_rank_change_merges_back(tmp_path, pair, tied, shard):
     assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", base)
 
 
-def test_reported_error_is_the_merge_error(tmp_path, pair):
+def test_reported_error_is_the_merge_error(tmp_path, checkpoint_pair):
     """A change of full rank, cut: the stated error of every module is the one that a merge by PEFT has, and the optimum."""
-    base, tuned = pair(full)
+    base, tuned = checkpoint_pair(full)
     report = extract_lora(base, tuned, tmp_path / "lora", rank=5)
     true = true_errors(base, tuned, tmp_path / "lora", report)
     before, after = weights(base), weights(tuned)
@@ -142,8 +68,8 @@ def test_reported_error_is_the_merge_error(tmp_path, pair):
 
 
 @pytest.mark.parametrize("hidden", [32, 320])  # an exact SVD, and subspace iteration
-def test_energy_takes_the_smallest_rank(tmp_path, pair, hidden):
-    base, tuned = pair(full, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1)
+def test_energy_takes_the_smallest_rank(tmp_path, checkpoint_pair, hidden):
+    base, tuned = checkpoint_pair(full, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1)
     report = extract_lora(base, tuned, tmp_path / "lora", energy=0.9)
     before, after = weights(base), weights(tuned)
     ranks = {}
@@ -184,16 +110,16 @@ def test_energy_search_doubles(monkeypatch):
     assert (B.shape, A.shape) == ((400, 15), (15, 500))
 
 
-def test_all_energy_keeps_the_whole_change(tmp_path, pair):
-    base, tuned = pair(full)
+def test_all_energy_keeps_the_whole_change(tmp_path, checkpoint_pair):
+    base, tuned = checkpoint_pair(full)
     report = extract_lora(base, tuned, tmp_path / "lora", energy=1.0)
     assert all(m.rank == min(m.shape) for m in report.modules)
     assert report.relative_error < 1e-5
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_cannot_be_expressed_is_reported(tmp_path, pair, tied):
-    base, tuned = pair(everything, tie_word_embeddings=tied, attention_bias=True)
+def test_what_cannot_be_expressed_is_reported(tmp_path, checkpoint_pair, tied):
+    base, tuned = checkpoint_pair(everything, tie_word_embeddings=tied, attention_bias=True)
     with pytest.warns(UserWarning, match=r"of the change ‖tuned − base‖² is not in the adapter") as caught:
         report = extract_lora(base, tuned, tmp_path / "lora", rank=8, target_modules=["q_proj", "up_proj"])
     assert len(caught) == 1
@@ -228,13 +154,13 @@ def test_what_cannot_be_expressed_is_reported(tmp_path, pair, tied):
     assert "model.layers.1.mlp.up_proj" in table
 
 
-def test_only_some_modules_changed(tmp_path, pair):
+def test_only_some_modules_changed(tmp_path, checkpoint_pair):
     """Layers that did not change get no adapter: then the config names the modules in full."""
 
     def one_layer(name, parameter, generator):
         return rank_4(name, parameter, generator) if name.startswith("model.layers.1.self_attn") else None
 
-    base, tuned = pair(one_layer)
+    base, tuned = checkpoint_pair(one_layer)
     report = extract_lora(base, tuned, tmp_path / "lora", rank=4)
     assert len(report.modules) == 4
     assert report.unchanged == 21 - 4
@@ -245,8 +171,8 @@ def test_only_some_modules_changed(tmp_path, pair):
         torch.testing.assert_close(got, want[name], rtol=0, atol=2e-7)
 
 
-def test_target_modules_of_every_form(tmp_path, pair):
-    base, tuned = pair(everything)
+def test_target_modules_of_every_form(tmp_path, checkpoint_pair):
+    base, tuned = checkpoint_pair(everything)
 
     def extracted(target_modules) -> set[str]:
         with pytest.warns(UserWarning, match="is not in the adapter"):
@@ -264,9 +190,9 @@ def test_target_modules_of_every_form(tmp_path, pair):
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
-def test_bfloat16_checkpoints(tmp_path, pair, dtype):
+def test_bfloat16_checkpoints(tmp_path, checkpoint_pair, dtype):
     """The stated errors are those of the factors as stored, and of a merge into bfloat16 weights."""
-    base, tuned = pair(full, dtype=torch.bfloat16)
+    base, tuned = checkpoint_pair(full, dtype=torch.bfloat16)
     report = extract_lora(base, tuned, tmp_path / "lora", rank=30, dtype=dtype)
     factors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert {f.dtype for f in factors.values()} == {torch.float32 if dtype else torch.bfloat16}
@@ -286,7 +212,7 @@ def test_bfloat16_checkpoints(tmp_path, pair, dtype):
         assert 1e-4 < rounded.relative_error < 1e-2
 
 
-def test_gpt2_transposed_weights_and_hub_names(tmp_path, pair):
+def test_gpt2_transposed_weights_and_hub_names(tmp_path, checkpoint_pair):
     """GPT-2's layers hold [in, out] matrices, and its published checkpoint lacks the prefix of the model's names."""
 
     def matrices(name, parameter, generator):
@@ -294,7 +220,7 @@ def test_gpt2_transposed_weights_and_hub_names(tmp_path, pair):
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=24, n_layer=1, n_head=2))
-    base, tuned = pair(matrices, model)
+    base, tuned = checkpoint_pair(matrices, model)
 
     def strip(tensors):
         for name in list(tensors):
@@ -316,14 +242,14 @@ def test_gpt2_transposed_weights_and_hub_names(tmp_path, pair):
         assert m.relative_error == pytest.approx(true[m.name], rel=1e-4)
 
 
-def test_fused_experts_are_left_out(tmp_path, pair):
+def test_fused_experts_are_left_out(tmp_path, checkpoint_pair):
     """Mixtral's files hold a matrix for each expert, its model one tensor for all: no LoRA of a linear module fits there."""
     torch.manual_seed(0)
     sizes = dict(
         hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
     )
     model = MixtralForCausalLM(MixtralConfig(vocab_size=40, num_hidden_layers=1, **sizes))
-    base, tuned = pair(everything, model)
+    base, tuned = checkpoint_pair(everything, model)
     with pytest.warns(UserWarning, match="not a module of MixtralForCausalLM ×6"):
         report = extract_lora(base, tuned, tmp_path / "lora", rank=16)
     assert {m.name.rpartition(".")[2] for m in report.modules} == set(LINEAR[:4])
@@ -331,9 +257,9 @@ def test_fused_experts_are_left_out(tmp_path, pair):
     assert max(true.values()) < 1e-5
 
 
-def test_tied_weights_under_other_names(tmp_path, pair):
+def test_tied_weights_under_other_names(tmp_path, checkpoint_pair):
     """A head that tuning untied, and a tied pair that is stored under the head's name."""
-    base, tuned = pair(rank_4, tie_word_embeddings=True)
+    base, tuned = checkpoint_pair(rank_4, tie_word_embeddings=True)
 
     def untie(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.1
@@ -347,8 +273,8 @@ def test_tied_weights_under_other_names(tmp_path, pair):
     assert extract_lora(base, tuned, tmp_path / "lora", rank=4).left_out == []
 
 
-def test_tensors_that_models_pass_over(tmp_path, pair):
-    base, tuned = pair(rank_4)
+def test_tensors_that_models_pass_over(tmp_path, checkpoint_pair):
+    base, tuned = checkpoint_pair(rank_4)
     damage(base, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     assert extract_lora(base, tuned, tmp_path / "lora", rank=4).left_out == []
 
@@ -371,8 +297,8 @@ for model in (PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bas
 """
 
 
-def test_opens_where_this_package_is_not(tmp_path, pair):
-    base, tuned = pair(full)
+def test_opens_where_this_package_is_not(tmp_path, checkpoint_pair):
+    base, tuned = checkpoint_pair(full)
     extract_lora(base, tuned, tmp_path / "one", rank=32)
     report = extract_lora(base, tuned, tmp_path / "many", energy=1 - 1e-9)
     assert len({m.rank for m in report.modules}) > 1
@@ -382,9 +308,9 @@ def test_opens_where_this_package_is_not(tmp_path, pair):
 
 
 @pytest.mark.parametrize("shard", ["5GB", "8KB"])
-def test_holds_one_layer_at_a_time(tmp_path, pair, monkeypatch, shard):
+def test_holds_one_layer_at_a_time(tmp_path, checkpoint_pair, monkeypatch, shard):
     """No more than the two tensors of one name are alive whenever one is read."""
-    base, tuned = pair(full, max_shard_size=shard)
+    base, tuned = checkpoint_pair(full, max_shard_size=shard)
     alive = weakref.WeakSet()
     counts = []
     read = Checkpoint.tensor
@@ -399,142 +325,3 @@ def test_holds_one_layer_at_a_time(tmp_path, pair, monkeypatch, shard):
     extract_lora(base, tuned, tmp_path / "lora", rank=4)
     assert len(counts) == 2 * 21
     assert max(counts) == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(), "rank=None, energy=None: give exactly one of the two"),
-        (dict(rank=4, energy=0.9), "rank=4, energy=0.9: give exactly one of the two"),
-        (dict(rank=0), "rank=0: expected a whole number of at least 1"),
-        (dict(rank=True), "rank=True: expected a whole number of at least 1"),
-        (dict(rank=2.5), "rank=2.5: expected a whole number of at least 1"),
-        (dict(energy=0.0), "energy=0.0: expected a share above 0 and up to 1"),
-        (dict(energy=1.5), "energy=1.5: expected a share above 0 and up to 1"),
-        (dict(energy=float("nan")), "energy=nan: expected a share above 0 and up to 1"),
-        (dict(energy=0.9, max_rank=0), "max_rank=0: expected a whole number of at least 1"),
-        (dict(rank=4, max_rank=8), "max_rank=8 bounds the ranks that energy chooses: leave it out beside rank=4"),
-        (dict(rank=4, dtype="int8"), "dtype='int8': expected float32, bfloat16, float16, or None"),
-        (dict(rank=4, dtype="nonsense"), "dtype='nonsense': expected float32, bfloat16, float16, or None"),
-    ],
-)
-def test_invalid_options(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        extract_lora(tmp_path, tmp_path, tmp_path / "lora", **options)
-
-
-def test_unsuitable_checkpoints(tmp_path, pair):
-    base, tuned = pair(rank_4)
-    lora = tmp_path / "lora"
-
-    def fails(message, *, base=base, output_dir=lora, edit=None, edited="model.safetensors", **options):
-        """The error that comes of an edited copy of ``tuned``; nothing is written then."""
-        bad = tmp_path / "bad"
-        shutil.rmtree(bad, ignore_errors=True)
-        shutil.copytree(tuned, bad)
-        if edit and edited.endswith("json"):
-            config = json.loads((bad / edited).read_text())
-            edit(config)
-            (bad / edited).write_text(json.dumps(config))
-        elif edit:
-            damage(bad, edit)
-        with pytest.raises(ValueError, match=message):
-            extract_lora(bad if base is None else base, bad, output_dir, **(dict(rank=4) | options))
-        assert not lora.exists()
-
-    q_proj = "model.layers.1.self_attn.q_proj.weight"
-    fails("hold the same weights: there is no change to extract", base=None)
-    fails(
-        "bad lacks 1 tensors of the other checkpoint, such as model.layers.1.self_attn.q_proj",
-        edit=lambda t: t.pop(q_proj),
-    )
-    fails(
-        "base lacks 1 tensors of the other checkpoint, such as extra.bias",
-        edit=lambda t: t.update({"extra.bias": torch.ones(3)}),
-    )
-    fails(
-        r"q_proj.weight is \[32, 32\] in .*base and \[32, 31\] in .*bad",
-        edit=lambda t: t.update({q_proj: t[q_proj][:, 1:].clone()}),
-    )
-    fails("q_proj.weight has values that are not finite", edit=lambda t: t[q_proj].fill_(math.nan))
-    fails(
-        r"target_modules=\['nothing'\] selects no linear module: the model has down_proj, gate_proj",
-        target_modules=["nothing"],
-    )
-    fails(
-        "nothing that changed can be put into the adapter .not in target_modules ×14: 100.00%",
-        target_modules=["lm_head"],
-    )
-    fails("is one of the checkpoints: give the adapter a folder of its own", output_dir=base)
-    fails("nowhere/at-all is neither a folder nor a model in the local hub cache", base="nowhere/at-all")
-    fails("neither a folder nor a model in the local hub cache", base=tmp_path / "no" / "such" / "folder")
-    fails("has neither model.safetensors nor model.safetensors.index.json", base=tmp_path)
-    quantised = dict(
-        edit=lambda c: c.update(quantization_config={"quant_method": "fp8"}), edited="config.json", base=None
-    )
-    fails("is quantised, and its codes cannot be compared", **quantised)
-    fails(
-        "is of the architecture 'Own'", base=None, edit=lambda c: c.update(architectures=["Own"]), edited="config.json"
-    )
-    Path(base, "config.json").unlink()
-    fails("base has no config.json")
-
-
-def test_missing_shard(tmp_path, pair):
-    base, tuned = pair(rank_4, max_shard_size="8KB")
-    shard = sorted(Path(tuned).glob("*.safetensors"))[3]
-    shard.unlink()
-    with pytest.raises(ValueError, match=f"tuned lacks {shard.name}, which its index names"):
-        extract_lora(base, tuned, tmp_path / "lora", rank=4)
-
-
-def test_cached_hub_model(tmp_path, pair, monkeypatch):
-    """A hub id is looked up in the cache alone."""
-    base, tuned = pair(rank_4)
-    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("0" * 40)
-    shutil.copytree(base, snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    report = extract_lora("org/name", tuned, tmp_path / "lora", rank=4)
-    assert report.relative_error < 1e-6
-    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
-
-
-def test_same_files_twice(tmp_path, pair):
-    """Two runs write the same bytes."""
-    base, tuned = pair(full)
-    for name in ("one", "two"):
-        extract_lora(base, tuned, tmp_path / name, energy=0.8)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-
-
-def test_command_line(tmp_path, pair, capsys, monkeypatch):
-    base, tuned = pair(rank_4)
-    with monkeypatch.context() as patch:  # as python -m does it, without the seconds that a fresh interpreter takes
-        patch.delitem(sys.modules, "lorapre_peft.extract")
-        patch.setattr(sys, "argv", ["extract", base, tuned, str(tmp_path / "lora"), "--rank", "4"])
-        runpy.run_module("lorapre_peft.extract", run_name="__main__")
-    assert "left out: nothing; unchanged: 7 tensors" in capsys.readouterr().out
-    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
-    with pytest.warns(UserWarning, match="not in target_modules ×12"):
-        main([base, tuned, str(tmp_path / "one"), "--energy", "0.99", "--max-rank", "9", "--target-modules", "q_proj"])
-    with pytest.warns(UserWarning, match="not in target_modules ×13"):
-        main(
-            [
-                base,
-                tuned,
-                str(tmp_path / "one"),
-                "--rank",
-                "4",
-                "--target-modules",
-                r".*0.*q_proj",
-                "--dtype",
-                "float16",
-            ]
-        )
-    assert capsys.readouterr().out.count("model.layers.0.self_attn.q_proj") == 2
-    with pytest.raises(SystemExit):
-        main([base, tuned, str(tmp_path / "one")])
-    assert "give exactly one of the two" in capsys.readouterr().err

@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
+from backend_runs import triton_
 from stepping import LR, both_optimizers, both_rules, stream, take_steps, weights
-from test_backends import triton_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapre_peft import LoRAPreAdamW

@@ -31,7 +31,7 @@ def add_differences(rows: Sequence[Row], metric: str) -> None:
         baseline = baselines.setdefault(row["trains"], row)
         if row is not baseline:
             found = paired(by_seed(row, metric), by_seed(baseline, metric))
-            row["difference"] = found and {"to": baseline["label"]} | _as_dict(found)
+            row["difference"] = found and {"to": baseline["label"]} | found.as_dict()
 
 
 def averages(rows: Sequence[Row], factors: Sequence[Sequence[str]], metric: str) -> list[dict[str, Any]]:
@@ -78,9 +78,5 @@ def _ordered(levels: Mapping[str, BySeed], higher_is_better: bool) -> list[dict[
     ordered = [{"level": best, "mean": means[best], "difference": None}]
     for level in rest:
         found = paired(levels[level], levels[best])
-        ordered.append({"level": level, "mean": means[level], "difference": found and _as_dict(found)})
+        ordered.append({"level": level, "mean": means[level], "difference": found and found.as_dict()})
     return ordered
-
-
-def _as_dict(found: Interval) -> dict[str, float]:
-    return {"mean": found.mean, "half_width": found.half_width}

@@ -28,6 +28,10 @@ class Interval:
     def high(self) -> float:
         return self.mean + self.half_width
 
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no infinity: ``half_width`` is None for a single run."""
+        return {"mean": self.mean, "half_width": self.half_width if self.n > 1 else None}
+
 
 def interval(values: Sequence[float]) -> Interval:
     """Of independent runs, taken as normally distributed: t(n−1) at 95 % times s/√n."""

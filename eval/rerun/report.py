@@ -64,9 +64,7 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
         measured = {r["run"]["seed"]: r["metrics"][metric] for r in good if r["metrics"].get(metric) is not None}
         if measured:
             seeds, values = list(measured), list(measured.values())
-            found = interval(values)
-            half_width = found.half_width if math.isfinite(found.half_width) else None
-            row["metrics"][metric] = {"mean": found.mean, "half_width": half_width, "values": values, "seeds": seeds}
+            row["metrics"][metric] = interval(values).as_dict() | {"values": values, "seeds": seeds}
     if good:
         row |= {
             name: good[0][name]
