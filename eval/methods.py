@@ -7,9 +7,7 @@ missing or broken costs its own rows only (`unavailable`).
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -148,8 +146,7 @@ def _lorapre(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
     _, built = lorapre_optimizer(args=args, **options)
     if not any(hasattr(module, "lora_A") for module in model.modules()):
         built["others"] = "frozen"
-    with contextlib.redirect_stdout(io.StringIO()):  # its table of what is compressed
-        return create_lorapre_optimizer(model, **built)
+    return create_lorapre_optimizer(model, verbose=False, **built)
 
 
 def _loraplus(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:

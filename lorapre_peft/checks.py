@@ -13,11 +13,14 @@ from .placement import is_supported, local
 from .rules import RULES
 
 
-def above_zero(name: str, value: Any) -> None:
-    """Raise ValueError unless value is a finite number above 0."""
-    in_range(name, value, 0)
-    if float(value) == 0:
-        raise ValueError(f"{name}={value!r}: expected a number above 0")
+def above_zero(name: str, value: Any, otherwise: str = "") -> None:
+    """Raise ValueError unless value is a finite number above 0; ``otherwise``: what else the option may be."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name}={value!r}: expected a number above 0{otherwise}")
 
 
 def in_range(name: str, value: Any, low: float, high: float | None = None, *, closed: bool = False) -> None:
@@ -67,7 +70,7 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
     above_zero("update_scale", group["update_scale"])
     if group["max_param_grad_norm"] is not None:
-        above_zero("max_param_grad_norm", group["max_param_grad_norm"])
+        above_zero("max_param_grad_norm", group["max_param_grad_norm"], ", or None for no clipping")
     if group["bf16_rounding"] not in ("nearest", "stochastic"):
         raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
     in_range("temporary_bytes", group["temporary_bytes"], 1)

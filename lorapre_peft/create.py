@@ -33,8 +33,9 @@ def create_lorapre_optimizer(
     momentum_rank: int | None = None,
     update_rule: str | None = None,
     target_modules: str | Iterable[str] | None = None,
-    others: str = "adamw",
-    embeddings: str = "frozen",
+    others: str | None = None,
+    embeddings: str | None = None,
+    verbose: bool = True,
     **kwargs: Any,
 ) -> LoRAPreOptimizer:
     """Build a LoRA-Pre optimizer over a model's trainable parameters, and print what it compresses.
@@ -56,30 +57,33 @@ def create_lorapre_optimizer(
         weight_decay: decoupled, of the parameters that Trainer would decay.
         momentum_rank, update_rule: override what the adapters' configs say, or the defaults 8 and ``"als"`` for weights.
         target_modules: full weights only: names, a regular expression or ``"all-linear"`` (the default), as in PEFT.
-        others: full weights only: ``"adamw"`` or ``"frozen"``, for parameters that are neither targets nor embeddings.
-        embeddings: full weights only: ``"frozen"`` or ``"adamw"``, for embeddings and head.
+        others: full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither targets nor embeddings.
+        embeddings: full weights only: ``"frozen"`` (the default) or ``"adamw"``, for embeddings and head.
+        verbose: print the table of what is compressed, on the first process.
         kwargs: further options of the optimizer class.
 
     Raises:
-        ValueError: nothing trainable, nothing to compress, a momentum rank that is too large for a module, or an invalid option.
+        ValueError: nothing trainable, nothing to compress, adapters other than LoRA, a momentum rank that is too large for a module,
+            an option of full weights with an adapter in the model, or an invalid option.
         TypeError: an option that the optimizer does not have.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
     for name, choice in (("others", others), ("embeddings", embeddings)):
-        if choice not in ("adamw", "frozen"):
+        if choice not in (None, "adamw", "frozen"):
             raise ValueError(f"{name}={choice!r}: expected 'adamw' or 'frozen'")
     if not any(param.requires_grad for param in model.parameters()):
         raise ValueError(
-            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), or load the adapter "
-            "with is_trainable=True"
+            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), or load the adapter with "
+            "PeftModel.from_pretrained(model, path, is_trainable=True, config=LoRAPreConfig.from_pretrained(path))"
         )
     frozen_rows: dict[str, set[Tensor]] = {}
     if has_adapter(model):
-        if target_modules is not None:
-            raise ValueError(
-                "target_modules is for full weights; with an adapter in the model, its LoraConfig names the modules"
-            )
+        for name, given in (("target_modules", target_modules), ("others", others), ("embeddings", embeddings)):
+            if given is not None:
+                raise ValueError(
+                    f"{name}={given!r} is for full weights; with an adapter in the model, its LoraConfig says what is trained"
+                )
         if lr is None:
             raise ValueError("no learning rate: give lr=… (LoRA is usually tuned to 1e-4 or above)")
         targets = adapter_targets(model, momentum_rank, update_rule)
@@ -90,8 +94,8 @@ def create_lorapre_optimizer(
         embedded = embedding_parameters(model) - targets.keys()
         rest = set(model.parameters()) - targets.keys() - embedded
         for label, choice, params in (
-            ("embeddings and head, frozen", embeddings, embedded),
-            ("others, frozen", others, rest),
+            ("embeddings and head, frozen", embeddings or "frozen", embedded),
+            ("others, frozen", others or "adamw", rest),
         ):
             if choice == "frozen" and params:
                 frozen_rows[label] = params
@@ -112,7 +116,8 @@ def create_lorapre_optimizer(
             "rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or target_modules='all-linear', a "
             "smaller momentum_rank, or torch.optim.AdamW for this model"
         )
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
+    later = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    if verbose and not later:
         named = set().union(*frozen_rows.values())
         frozen_rows["frozen"] = {param for param in model.parameters() if not param.requires_grad} - named
         print(state_table(built, {label: list(params) for label, params in frozen_rows.items() if params}))

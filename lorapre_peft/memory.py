@@ -9,7 +9,6 @@ allocation counted: no formula that could drift away from the code. Peers and th
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import sys
 import weakref
@@ -159,16 +158,16 @@ def estimate(
             raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
     model = meta_model(model_or_config, dtype)
     options.setdefault("lr", 1e-4)  # adapters have no default; any number gives the same memory
-    with contextlib.redirect_stdout(io.StringIO()):
-        # Without update_in_backward: its hooks would read gradients' norms, which meta tensors do not have.
-        built = create_lorapre_optimizer(
-            model,
-            optimizer,
-            momentum_rank=momentum_rank,
-            update_rule=update_rule,
-            update_in_backward=False,
-            **options,
-        )
+    # Without update_in_backward: its hooks would read gradients' norms, which meta tensors do not have.
+    built = create_lorapre_optimizer(
+        model,
+        optimizer,
+        momentum_rank=momentum_rank,
+        update_rule=update_rule,
+        update_in_backward=False,
+        verbose=False,
+        **options,
+    )
     trained = [(group, param) for group in built.param_groups for param in group["params"]]
     gradients = [param.nbytes for _, param in trained]
     return MemoryEstimate(

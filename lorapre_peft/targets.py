@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,8 +27,21 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether the model holds LoRA layers."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+    """Whether the model holds LoRA layers. Raises ValueError for one of PEFT's whose adapters are all of other kinds."""
+    modules = list(model.modules())
+    if any(isinstance(module, LoraLayer) for module in modules):
+        return True
+    others = [module for module in modules if isinstance(module, (PeftModel, PeftMixedModel, BaseTunerLayer))]
+    if others:
+        configs = [getattr(module, "peft_config", None) or {} for module in others]
+        kinds = {
+            str(getattr(config.peft_type, "value", config.peft_type)) for held in configs for config in held.values()
+        }
+        raise ValueError(
+            f"found a model of PEFT's without a LoRA layer (its adapters: {', '.join(sorted(kinds)) or type(others[0]).__name__}); "
+            "expected a LoRA adapter, LoRAPreConfig(...), or a plain model. Use torch.optim.AdamW for this one"
+        )
+    return False
 
 
 def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: str | None) -> Targets:

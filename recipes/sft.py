@@ -93,7 +93,7 @@ class RecipeParser(TrlParser):
 def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
     """The `Recipe` that a command line describes, followed by an instance of each of the ``more`` argument classes."""
     parser = RecipeParser([SFTConfig, ModelConfig, LoRAPreArguments, DataArguments, *more])
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # SFTConfig's bf16 asks for one or the other
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())  # SFTConfig's bf16 asks for one or the other
     defaults = vars(parser.parse_known_args([])[0])
     parsed = parser.parse_args_and_config(list(argv))
     if not parsed[1].model_name_or_path:
@@ -155,14 +155,10 @@ def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
     options: dict[str, Any] = {"bf16_rounding": "stochastic"}
     if recipe.lorapre.adjust_lr_fn is not None:
         options["adjust_lr_fn"] = recipe.lorapre.adjust_lr_fn
-    names = ["momentum_rank", "update_rule", "others", "embeddings"]
-    given = {name: value for name in names if (value := getattr(recipe.lorapre, name)) is not None}
-    if recipe.model.use_peft:
-        unused = given.keys() & {"others", "embeddings"}
-        if unused:
-            raise ValueError(f"{' and '.join(sorted(unused))}: for full weights only, and use_peft is true")
-    else:
-        options |= given | {"target_modules": recipe.model.lora_target_modules}
+    options |= {"others": recipe.lorapre.others, "embeddings": recipe.lorapre.embeddings}
+    if not recipe.model.use_peft:
+        options |= {name: getattr(recipe.lorapre, name) for name in ("momentum_rank", "update_rule")}
+        options["target_modules"] = recipe.model.lora_target_modules
     return options | {"update_in_backward": recipe.lorapre.update_in_backward}
 
 
@@ -189,7 +185,7 @@ def main() -> None:
     if is_main:
         start_run(recipe.folder, recipe.config, recipe.lorapre.resume)
         if recipe.sft.use_cpu and "use_cpu" not in recipe.config:
-            print("no accelerator found: training on the CPU")
+            print("no CUDA device found: training on the CPU")
     with recipe.sft.main_process_first(desc="preparing data"):
         data = recipe.data.load(recipe.sft.seed)
     if is_main:

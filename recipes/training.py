@@ -32,16 +32,22 @@ WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json"}
 
 
 class OptimizerTimer(TrainerCallback):
-    """Seconds spent in optimizer.step, which Trainer calls between these two events."""
+    """Seconds spent in optimizer.step, which Trainer calls between these two events; a GPU is waited for at both."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
+        self._start = self._now()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds.append(self._now() - self._start)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:

@@ -74,12 +74,19 @@ class Adam:
     """Factored Adam (Algorithm 1 for `newton`; the tracked rule for `als`). starts: (m_A, v_A) of `newton`."""
 
     def __init__(self, rule, k, *, betas=(0.9, 0.95), eps=1e-8, rho=None, damping=1e-6, starts=(None, None)):
-        self.rule, self.betas, self.eps = rule, betas, eps
-        self.rho = ema_length(betas[0]) if rho is None else rho
-        root2 = np.sqrt(betas[1])
-        self.m = Factors(rule, betas[0], 1 - betas[0], k, starts[0], damping)
-        self.v = Factors(rule, root2, 1 - root2, k, starts[1], damping)
+        self.rule, self.eps, self.given_rho = rule, eps, rho
+        self.m = Factors(rule, None, None, k, starts[0], damping)
+        self.v = Factors(rule, None, None, k, starts[1], damping)
+        self.redecay(betas)
         self.t, self.energy = 0, 0.0
+
+    def redecay(self, betas):
+        """Go on with these decays."""
+        self.betas = betas
+        self.rho = ema_length(betas[0]) if self.given_rho is None else self.given_rho
+        root2 = np.sqrt(betas[1])
+        self.m.decay, self.m.weight = betas[0], 1 - betas[0]
+        self.v.decay, self.v.weight = root2, 1 - root2
 
     def step(self, g):
         g = np.asarray(g, dtype=np.float64)
@@ -122,9 +129,14 @@ class Muon:
     """Factored Muon (Algorithm 2 for `newton`; the same sweep on μ M + g for `als`). start: m_A of `newton`."""
 
     def __init__(self, rule, k, *, momentum=0.95, rho=None, nesterov=False, damping=1e-6, start=None):
-        self.rule, self.mu, self.nesterov = rule, momentum, nesterov
-        self.rho = (ema_length(momentum) if rho is None else rho) / (1 - momentum)
-        self.m = Factors(rule, momentum, 1.0, k, start, damping)
+        self.rule, self.nesterov, self.given_rho = rule, nesterov, rho
+        self.m = Factors(rule, None, 1.0, k, start, damping)
+        self.redecay(momentum)
+
+    def redecay(self, momentum):
+        """Go on with this decay."""
+        self.mu = self.m.decay = momentum
+        self.rho = (ema_length(momentum) if self.given_rho is None else self.given_rho) / (1 - momentum)
 
     def step(self, g):
         g = np.asarray(g, dtype=np.float64)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from adapting import ConvNet, adapted, ranks_by_name, train, trainable
+from peft import IA3Config, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
@@ -172,3 +173,41 @@ def test_residual_weight_without_als_is_an_error(make_llama, use_dora):
 
 def test_adamw_is_the_default(make_llama):
     assert type(create_lorapre_optimizer(adapted(make_llama()), lr=1e-2)) is LoRAPreAdamW
+
+
+@pytest.mark.parametrize(
+    "option", [{"target_modules": "all-linear"}, {"others": "frozen"}, {"embeddings": "adamw"}], ids=str
+)
+def test_options_of_full_weights_are_refused_for_adapters(make_llama, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}=.* is for full weights; with an adapter in the model"):
+        create_lorapre_optimizer(adapted(make_llama()), lr=1e-2, **option)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]), "IA3"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
+        (PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=32), "P_TUNING"),
+    ],
+    ids=["ia3", "prompt tuning", "p-tuning"],
+)
+def test_other_adapters_are_not_taken_for_full_weights(make_llama, config, kind):
+    model = get_peft_model(make_llama(), config)
+    before = {name: param.requires_grad for name, param in model.named_parameters()}
+    with pytest.raises(ValueError, match=rf"without a LoRA layer \(its adapters: {kind}\); expected a LoRA adapter"):
+        create_lorapre_optimizer(model, lr=1e-2)
+    assert {name: param.requires_grad for name, param in model.named_parameters()} == before
+
+
+def test_the_weights_of_a_model_whose_adapter_was_merged(make_llama):
+    """It is a plain model again, even though PEFT leaves traces on it."""
+    model = adapted(make_llama()).merge_and_unload().requires_grad_(True)
+    optimizer = create_lorapre_optimizer(model)
+    assert {group["momentum_rank"] for group in optimizer.param_groups} == {0, 8}
+
+
+def test_the_table_can_be_left_out(make_llama, capsys):
+    create_lorapre_optimizer(adapted(make_llama()), lr=1e-2, verbose=False)
+    assert capsys.readouterr().out == ""

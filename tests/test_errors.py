@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stepping import both_optimizers
 from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.checks import check_gradient
 
-both_optimizers = pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon], ids=["adamw", "muon"])
 NAN, INF = float("nan"), float("inf")
 
 COMMON = [
@@ -34,8 +34,11 @@ COMMON = [
     ),
     ({"seed": 0.5}, r"seed=0\.5: expected a whole number"),
     ({"seed": -1}, r"seed=-1: expected a whole number of at least 0"),
-    ({"update_scale": -1.0}, r"update_scale=-1\.0: expected a number of at least 0"),
-    ({"max_param_grad_norm": -1.0}, r"max_param_grad_norm=-1\.0: expected a number of at least 0"),
+    ({"update_scale": -1.0}, r"update_scale=-1\.0: expected a number above 0"),
+    ({"update_scale": 0}, r"update_scale=0: expected a number above 0"),
+    ({"max_param_grad_norm": 0}, r"max_param_grad_norm=0: expected a number above 0, or None for no clipping"),
+    ({"max_param_grad_norm": "1e3x"}, r"max_param_grad_norm='1e3x': expected a number above 0"),
+    ({"max_param_grad_norm": float("inf")}, r"max_param_grad_norm=inf: expected a number above 0"),
     ({"bf16_rounding": "up"}, r"bf16_rounding='up': expected 'nearest' or 'stochastic'"),
     ({"temporary_bytes": 0}, r"temporary_bytes=0: expected a number of at least 1"),
 ]

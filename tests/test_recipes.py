@@ -62,13 +62,23 @@ def test_quickstart_is_resumed_and_never_overwritten(run):
     assert "torch.optim.AdamW" in after
 
 
-def test_full_weights_repeats_nothing_and_names_the_best_rate(run, capsys):
+def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, capsys):
     options = ["--train_size", "4", "--lrs", "1e-3", "1e-2", "--baseline_lrs", "1e-3"]
     folder = run(full_weights, *options)
     printed = capsys.readouterr().out
     assert printed.count("run ") >= 3
     assert "AT THE GRID'S EDGE" in printed
     assert len(list(folder.glob("*_seed0.json"))) == 3
+    # Both train the matrices of attention and MLP alone: AdamW's two moments, beside factors of rank 8 (and v's scales).
+    shapes = [
+        p.shape for name, p in AutoModelForCausalLM.from_pretrained(llama_path).named_parameters() if "_proj" in name
+    ]
+    state = {p.stem: json.loads(p.read_text())["optimizer_state_bytes"] for p in folder.glob("*_seed0.json")}
+    assert state["adamw_lr0.001_seed0"] == sum(8 * p * q + 4 for p, q in shapes)
+    for lr in ("0.001", "0.01"):
+        assert state[f"lorapre_k8_lr{lr}_seed0"] == pytest.approx(
+            sum(2 * 4 * 8 * (p + q) + 12 for p, q in shapes), rel=0.01
+        )
     run(full_weights, *options)
     assert "run 1 of" not in capsys.readouterr().out
 

@@ -15,11 +15,13 @@ from suites import finish, make_run, write_suite
 
 from eval import methods
 from eval.methods import METHODS, Method
-from eval.rerun.dry_run import plan_table
+from eval.rerun.dry_run import memory_estimate, plan_table
+from eval.rerun.models import base_config
 from eval.rerun.plan import cells
 from eval.rerun.report import summary
 from eval.rerun.store import Store
 from eval.rerun.suite import SUITES, load_suite, shifted
+from lorapre_peft.table import format_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,7 +220,8 @@ def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):
     lora, pre, mlorc, total, _ = text.splitlines()[1:]
     assert "0/1" in lora
     assert "1.0 min" in lora
-    assert "kB" in pre or "MB" in pre
+    row = cells(suite)[1]
+    assert format_bytes(memory_estimate(row, base_config(row.model), {}).total) in pre
     assert "not run: broken" in mlorc
     assert "2.0 min" in total
 

@@ -17,8 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 
-both_optimizers = pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon], ids=["adamw", "muon"])
-both_rules = pytest.mark.parametrize("rule", ["als", "newton"])
 LR = 0.01
 PLAIN_STATE = ["step", "exp_avg", "exp_avg_sq"]
 FACTORED_STATE = {

@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
+import oracle
 import pytest
 import torch
-from stepping import LR, both_optimizers, both_rules, stream, take_steps, weights
+from stepping import CLOSE, LR, both_optimizers, both_rules, stream, take_steps, truth_of, weights
 from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
@@ -150,8 +152,28 @@ def test_lambda_lr(cls, tensor_lr):
 
 
 @both_optimizers
+@both_rules
+def test_decays_that_change_between_steps(cls, rule):
+    """As a schedule changes them: each step follows the oracle at the decays of that step."""
+    shape, k = (19, 17), 5
+    param, grads = weights(*shape), stream(shape, 8)
+    optimizer = cls([param], lr=LR, momentum_rank=k, update_rule=rule)
+    truth, theta = truth_of(optimizer, k, rule), param.detach().double().numpy()
+    for step, g in enumerate(grads):
+        if step == 4 and cls is LoRAPreAdamW:
+            optimizer.param_groups[0]["betas"] = (0.8, 0.9)
+            truth.redecay((0.8, 0.9))
+        elif step == 4:
+            optimizer.param_groups[0]["momentum"] = 0.8
+            truth.redecay(0.8)
+        take_steps(optimizer, [param], [g])
+        theta = oracle.train(truth, theta, [g.numpy()], LR)[-1]
+        np.testing.assert_allclose(param.detach(), theta, **(CLOSE if rule == "als" else {"rtol": 0, "atol": 5e-5}))
+
+
+@both_optimizers
 def test_one_cycle_lr(cls):
-    """It cycles β1 (or μ) as well as the rate: the step must read them anew; 0.95 is within als's range."""
+    """It cycles β1 (or μ) as well as the rate; 0.95 is within als's range."""
     model = small_model()
     optimizer = cls(model.parameters(), lr=LR, momentum_rank=2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
