@@ -133,7 +133,7 @@ def adam_options(args: SFTConfig) -> dict[str, Any]:
 
 
 def _adamw(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
-    return torch.optim.AdamW(trained(model), **adam_options(args))
+    return torch.optim.AdamW(trained(model), fused=True, **adam_options(args))  # as Trainer's default is
 
 
 def _muon(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
@@ -151,7 +151,9 @@ def _lorapre(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
 
 def _loraplus(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
     adam = adam_options(args)
-    return create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=options["lr_ratio"], **adam)
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, loraplus_lr_ratio=options["lr_ratio"], fused=True, **adam
+    )
 
 
 def _lorafa(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
@@ -196,9 +198,9 @@ def _apollo(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
 
 
 def _mlorc(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
-    from eval.mlorc import MLorc_AdamW
+    from eval.mlorc import MLorcAdamW
 
-    return MLorc_AdamW(trained(model), use_bias_correction=True, **options, **adam_options(args))
+    return MLorcAdamW(trained(model), use_bias_correction=True, **options, **adam_options(args))
 
 
 def _shampoo(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:

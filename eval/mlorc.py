@@ -1,10 +1,19 @@
-"""MLorc's optimizer from its published package, whose 0.1.8 cannot be imported: it says `..utilX` where its files are `util/X.py`."""
+"""MLorc's optimizer from its published package, with two mends of 0.1.8.
+
+It cannot be imported: it says `..utilX` where its files are `util/X.py`. And it reshapes every matrix to the sides nearest to its
+square root, by the number of entries alone, which tears rows apart (576×1536 becomes 1024×864); the paper (arXiv 2506.01897)
+compresses matrices as they are, and the package's own text speaks of one-dimensional vectors.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 _found = importlib.util.find_spec("MLorc_optim")
 if _found is None:
@@ -14,4 +23,13 @@ for _file in Path(_found.submodule_search_locations[0], "util").glob("[A-Z]*.py"
     sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules[_spec.name])
 
-from MLorc_optim import MLorc_AdamW  # noqa: E402, F401
+_module = importlib.import_module("MLorc_optim.optim.MLorc_AdamW")
+_near_square = _module._get_effective_shape
+
+
+class MLorcAdamW(_module.MLorc_AdamW):
+    """`MLorc_AdamW` that leaves matrices their shape; tensors of more than two dimensions are flattened to (first, rest)."""
+
+    def step_parameter(self, p: Tensor, group: dict[str, Any], i: int | None = None) -> None:
+        _module._get_effective_shape = _near_square if p.ndim < 2 else lambda numel: (p.shape[0], numel // p.shape[0])
+        super().step_parameter(p, group, i)

@@ -111,9 +111,9 @@ def _project_galore(optimizer: Optimizer) -> None:
 
 
 def _mlorc(model: nn.Module, lr: float, rank: int) -> Optimizer:
-    from eval.mlorc import MLorc_AdamW
+    from eval.mlorc import MLorcAdamW
 
-    return MLorc_AdamW(trained(model), lr=lr, rank=rank)
+    return MLorcAdamW(trained(model), lr=lr, rank=rank)
 
 
 REFERENCE = Method("AdamW, fused", "torch", _adamw(fused=True), gradient_reads=1)
@@ -131,7 +131,7 @@ PEERS = (
         prime=_project_galore,
         note=f"without the full SVD of every matrix that is due each {GALORE_GAP} steps",
     ),
-    Method("MLorc", "mlorc-optim", _mlorc, note="the package's misspelt imports mended"),
+    Method("MLorc", "mlorc-optim", _mlorc, note="the package's misspelt imports and its reshaping of matrices mended"),
     Method("Muon", "torch", _muon, muon=True, gradient_reads=1),
 )
 

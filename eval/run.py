@@ -49,12 +49,15 @@ def evaluate(
         device: None: a GPU if there is one.
         dtype: of the weights; ``"auto"``: as saved.
 
-    Raises SystemExit for an unknown task, and for a model or data that cannot be had.
+    Raises SystemExit for an unknown task, for a model or data that cannot be had, and for a folder with another model's results.
     """
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    folder = Path(output_dir)
+    options = dict(model=model, adapter=adapter, tasks=tasks, data=data or {}, limit=limit, dtype=dtype)
+    check_folder(folder, options)
     manager = task_manager(tasks)
     loaded = load_tasks(tasks, data or {}, manager)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,13 +69,21 @@ def evaluate(
         raise SystemExit(
             f"{named} cannot be had: {error}\nTo work offline, give local folders, or the model {SMOLLM2!r}"
         ) from error
-    folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     completions = folder / f"completions_{fingerprint(source, folder)}"
     results = simple_evaluate(lm, tasks=loaded, limit=limit, use_cache=str(completions), task_manager=manager)
     if results is not None:
-        write(results, folder, model=model, adapter=adapter, data=data, limit=limit, dtype=dtype)
+        write(results, folder, options)
     return results
+
+
+def check_folder(folder: Path, options: dict[str, Any]) -> None:
+    """Raise SystemExit if the folder's results are another model's. Tasks, data and limit may change: completions are kept."""
+    path = folder / "results.json"
+    found = json.loads(path.read_text())["options"] if path.exists() else options
+    changed = [f"{name}={found[name]!r}" for name in ("model", "adapter", "dtype") if found[name] != options[name]]
+    if changed:
+        raise SystemExit(f"{folder} holds the results of {', '.join(changed)}: give another --output_dir")
 
 
 def own_tasks() -> list[str]:
@@ -142,7 +153,7 @@ def fingerprint(source: dict[str, str], output: Path) -> str:
     return hashlib.sha256(json.dumps([source, files]).encode()).hexdigest()[:12]
 
 
-def write(results: dict[str, Any], folder: Path, **options: Any) -> None:
+def write(results: dict[str, Any], folder: Path, options: dict[str, Any]) -> None:
     """``results.json``: options, per task the number of problems and every metric with its standard error, surroundings."""
     from recipes.training import environment
 
@@ -184,8 +195,10 @@ def main() -> None:
     parser.add_argument("--batch_size", default="8", help="problems at a time, or 'auto'")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="auto", help="of the weights; 'auto': as saved")
-    parser.add_argument("--output_dir", default="runs/eval", help="where results and completions go")
+    parser.add_argument("--output_dir", help="where results and completions go; default: runs/eval/MODEL_ADAPTER")
     args = vars(parser.parse_args())
+    names = [Path(name).name for name in (args["model"], args["adapter"]) if name]
+    args["output_dir"] = args["output_dir"] or str(Path("runs/eval", "_".join(names)))
     if wrong := [pair for pair in args["data"] if "=" not in pair]:
         parser.error(f"--data {wrong[0]}: expected TASK=PATH")
     args["data"] = dict(pair.split("=", 1) for pair in args["data"])

@@ -86,7 +86,7 @@ def report(summary: dict[str, Any], folder: Path) -> str:
     if len(models) < len(cases):
         plot_sweeps(cases, folder / "sweeps.png", machine)
     text = "\n".join(parts)
-    (folder / "speed.md").write_text(text)
+    (folder / "speed.md").write_text(text, encoding="utf-8")
     return text
 
 

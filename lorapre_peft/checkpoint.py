@@ -36,7 +36,7 @@ class Checkpoint:
                 ) from error
         index, single = self.folder / SAFE_WEIGHTS_INDEX_NAME, self.folder / SAFE_WEIGHTS_NAME
         if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         elif single.is_file():
             with safe_open(single, "pt") as file:
                 self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)

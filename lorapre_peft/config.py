@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
@@ -68,10 +68,15 @@ class LoRAPreConfig(LoraConfig):
                     + (f"use 1..{largest - 1}, or a larger r" if largest > 1 else "use r=2 or more")
                 )
 
+    def pattern_key(self, module_name: str) -> str | None:
+        """The first key of ``momentum_rank_pattern`` that names this module, by its name in the base model as in PEFT."""
+        key = get_pattern_key(self.momentum_rank_pattern.keys(), module_name)
+        return key if key in self.momentum_rank_pattern else None
+
     def module_momentum_rank(self, module_name: str, r: int) -> int:
         """k of a module of that name, whose adapter has rank r. Raises ValueError if a pattern gives it a k ≥ r."""
-        key = get_pattern_key(self.momentum_rank_pattern.keys(), module_name)
-        if key in self.momentum_rank_pattern:
+        key = self.pattern_key(module_name)
+        if key is not None:
             k = self.momentum_rank_pattern[key]
             if k >= r:
                 raise ValueError(
@@ -130,6 +135,11 @@ class LoRAPreConfig(LoraConfig):
                 return None
             try:
                 file_path = hf_hub_download(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
+            except LocalEntryNotFoundError as error:  # an EntryNotFoundError too, and says nothing about the hub
+                raise OSError(
+                    f"whether {path} has a {CONFIG_NAME} is not known: it is not in the local cache, and the hub did not answer "
+                    f"({error}). Connect once, or read the adapter with peft.LoraConfig"
+                ) from error
             except EntryNotFoundError:
                 return None
         with open(file_path) as file:

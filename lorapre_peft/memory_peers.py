@@ -75,11 +75,12 @@ def adapter_table(model: nn.Module, ranks: Sequence[int]) -> str:
     for r in ranks:
         adapted = get_peft_model(model, LoRAPreConfig(r=r, target_modules="all-linear"))
         params = [param for param in adapted.parameters() if param.requires_grad]
-        sizes = [sum(map(adamw_state_bytes, params))]
+        sizes = [format_bytes(sum(map(adamw_state_bytes, params)))]
         for k in (r // 2, r // 4, r // 8):
             optimizer = LoRAPreAdamW(params, momentum_rank=k)
-            sizes.append(sum(optimizer.param_state_bytes(param, optimizer.param_groups[0]) for param in params))
-        row = "".join(f"{format_bytes(size):>12}" for size in sizes)
+            held = sum(optimizer.param_state_bytes(param, optimizer.param_groups[0]) for param in params)
+            sizes.append(format_bytes(held) if k else "–")
+        row = "".join(f"{size:>12}" for size in sizes)
         lines.append(f"{f'r = {r}':>8}{sum(param.numel() for param in params):>14,}{row}")
         model = adapted.unload()
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def _broken_file(checkpoint: Path) -> str | None:
     for path in sorted(checkpoint.glob("**/*")):
         try:
             if path.suffix == ".json":
-                json.loads(path.read_text())
+                json.loads(path.read_text(encoding="utf-8"))
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
@@ -45,21 +46,22 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: str | None) -> Targets:
-    """The LoRA matrices of every adapter, as the adapters' configs and the overrides say."""
+    """The LoRA matrices of every adapter, as the adapters' configs and the overrides say; warns of patterns that name no module."""
     configs: dict[str, LoraConfig] = {}
     targets: Targets = {}
+    unused: dict[str, set[str]] = {}
     for module_name, module in model.named_modules():
         if isinstance(getattr(module, "peft_config", None), dict):
             configs = module.peft_config  # modules come after the model that holds them
         if not isinstance(module, LoraLayer):
             continue
+        own_name = module_name.rpartition("base_model.model.")[2]  # without what PEFT wraps around the base model
         for adapter, r in module.r.items():
             config = configs.get(adapter)
-            k = momentum_rank
-            if k is None and isinstance(config, LoRAPreConfig):
-                k = config.module_momentum_rank(module_name, r)
-            elif k is None:
-                k = default_momentum_rank(r)
+            k = default_momentum_rank(r) if momentum_rank is None else momentum_rank
+            if momentum_rank is None and isinstance(config, LoRAPreConfig):
+                k = config.module_momentum_rank(own_name, r)
+                unused.setdefault(adapter, {*config.momentum_rank_pattern}).discard(config.pattern_key(own_name))
             if k >= r > 1:
                 raise ValueError(
                     f"momentum_rank={k} is not below r={r} of {module_name}: nothing would be compressed there; use 1..{r - 1}, or "
@@ -71,6 +73,12 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: st
                 if adapter in held:
                     matrices = held[adapter].parameters() if isinstance(held[adapter], nn.Module) else [held[adapter]]
                     targets |= {param: (k, rule) for param in matrices if param.ndim >= 2}
+    for adapter, keys in unused.items():
+        if keys:
+            warnings.warn(
+                f"momentum_rank_pattern of adapter {adapter!r}: {', '.join(map(repr, sorted(keys)))} names no module with an adapter",
+                stacklevel=3,
+            )
     return targets
 
 

@@ -1,4 +1,8 @@
-"""LoRA-Pre in `transformers.Trainer` and TRL's trainers: one argument and one callback."""
+"""LoRA-Pre in `transformers.Trainer` and TRL's trainers: one argument and one callback.
+
+TRL's SFTTrainer and RewardTrainer take the argument; the others, such as DPOTrainer, have Trainer's attribute of the same name to set
+before training.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,10 @@ def lorapre_optimizer(
 ) -> tuple[Callable[[], Callable[..., LoRAPreOptimizer]], dict[str, Any]]:
     """What Trainer's ``optimizer_cls_and_kwargs`` takes, so that it builds a LoRA-Pre optimizer once the model is wrapped.
 
-    Trainer does not pass its learning rate to an optimizer given this way, so it is read from ``args`` here: learning rate,
-    weight decay, epsilon, and each Adam beta that differs from the training arguments' default (0.9 and 0.999; LoRA-Pre's own
-    are 0.9 and 0.95). With ``"muon"`` betas and epsilon are those of the AdamW path.
+    Trainer does not pass its learning rate to an optimizer given this way, so it is read from ``args``, again whenever an
+    optimizer is built (a hyperparameter search changes them): learning rate, weight decay, epsilon, and each Adam beta that differs
+    from the training arguments' default (0.9 and 0.999; LoRA-Pre's own are 0.9 and 0.95, and to train with 0.999 it is given as
+    ``betas``). With ``"muon"`` betas and epsilon are those of the AdamW path.
 
     Args:
         optimizer: ``"adamw"`` or ``"muon"``.
@@ -35,24 +40,12 @@ def lorapre_optimizer(
         overrides: options of `create_lorapre_optimizer`; they win over ``args``.
 
     Raises ValueError if there is no learning rate in either, for an unknown optimizer, and for arguments that cannot work with
-    it: an engine that flattens or shards parameters, or, with ``update_in_backward=True``, gradient accumulation, global-norm
+    it: an engine that flattens parameters, or, with ``update_in_backward=True``, gradient accumulation, global-norm
     clipping (``max_grad_norm`` above 0) and fp16.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
-    options: dict[str, Any] = {"optimizer": optimizer}
-    if args is not None:
-        prefix = "" if optimizer == "adamw" else "adamw_"
-        options |= {"lr": args.learning_rate, "weight_decay": args.weight_decay, f"{prefix}eps": args.adam_epsilon}
-        defaults = {name: type(args).__dataclass_fields__[name].default for name in ("adam_beta1", "adam_beta2")}
-        if any(getattr(args, name) != default for name, default in defaults.items()):
-            own = inspect.signature(OPTIMIZERS[optimizer]).parameters[f"{prefix}betas"].default
-            betas = (
-                getattr(args, name) if getattr(args, name) != defaults[name] else own[i]
-                for i, name in enumerate(defaults)
-            )
-            options[f"{prefix}betas"] = tuple(betas)
-    options |= overrides
+    options = _read(optimizer, args) | overrides
     if options.get("lr") is None:
         raise ValueError(
             "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the trainer's "
@@ -60,7 +53,24 @@ def lorapre_optimizer(
         )
     if args is not None:
         _check_arguments(args, bool(options.get("update_in_backward")))
-    return _factory, options
+    return functools.partial(_factory, optimizer, args, overrides), options
+
+
+def _read(optimizer: str, args: TrainingArguments | None) -> dict[str, Any]:
+    """Options of `create_lorapre_optimizer` from the training arguments as they are now."""
+    options: dict[str, Any] = {"optimizer": optimizer}
+    if args is None:
+        return options
+    prefix = "" if optimizer == "adamw" else "adamw_"
+    options |= {"lr": args.learning_rate, "weight_decay": args.weight_decay, f"{prefix}eps": args.adam_epsilon}
+    defaults = {name: type(args).__dataclass_fields__[name].default for name in ("adam_beta1", "adam_beta2")}
+    if any(getattr(args, name) != default for name, default in defaults.items()):
+        own = inspect.signature(OPTIMIZERS[optimizer]).parameters[f"{prefix}betas"].default
+        betas = (
+            getattr(args, name) if getattr(args, name) != defaults[name] else own[i] for i, name in enumerate(defaults)
+        )
+        options[f"{prefix}betas"] = tuple(betas)
+    return options
 
 
 def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
@@ -96,9 +106,21 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
         )
 
 
-def _factory() -> Callable[..., LoRAPreOptimizer]:
+def _factory(
+    optimizer: str, args: TrainingArguments | None, overrides: dict[str, Any]
+) -> Callable[..., LoRAPreOptimizer]:
     # Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), with the model as it will be trained.
-    return create_lorapre_optimizer
+    return functools.partial(_build, optimizer, args, overrides)
+
+
+def _build(
+    optimizer: str,
+    args: TrainingArguments | None,
+    overrides: dict[str, Any],
+    model: nn.Module,
+    **options: Any,
+) -> LoRAPreOptimizer:
+    return create_lorapre_optimizer(model, **(options | _read(optimizer, args) | overrides))
 
 
 class LoRAPreCallback(TrainerCallback):
@@ -107,7 +129,7 @@ class LoRAPreCallback(TrainerCallback):
     Logged at every logging step, for that step, under ``lorapre/``: ``state_bytes`` and ``adamw_state_bytes`` (float32
     moments of the same parameters), ``captured_energy`` (share of ‖g‖² in the momentum's row space, 0 to 1), ``largest_update``
     (largest entry of the normalised update before the clamp) and ``clamped_share`` (AdamW only), ``skipped_updates`` (so far).
-    Nothing is read from the device at other steps.
+    Nothing is read from the device at other steps, but for the losses with ``stop_on_nan_loss``.
 
     Args:
         stop_on_nan_loss: stop at the first step with a loss that is NaN or infinite. Nothing of that step reaches the weights
@@ -116,7 +138,8 @@ class LoRAPreCallback(TrainerCallback):
             losses in its place. (With ``update_in_backward`` finite gradients of that step have been applied already.)
 
     Raises RuntimeError at the start of training if the optimizer is not LoRA-Pre's or does not hold the model's trainable
-    parameters, and at a logging step if it no longer does: adapters were added or replaced during training. Warns of a run
+    parameters, and at a logging step if it no longer does: adapters were added or replaced during training. Raises ValueError for
+    training arguments that `lorapre_optimizer` would refuse. Warns of a run
     that was resumed from a checkpoint without optimizer state.
     """
 

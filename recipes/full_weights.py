@@ -1,7 +1,7 @@
 """Fine-tune the weights of SmolLM2-135M with LoRA-Pre and with torch.optim.AdamW, each over its own grid of learning rates.
 
-``recipes/configs/smollm2_full.yaml``, trained once per method, rate, rank and seed; every key of `recipes.sft` can be given here
-too. The same matrices (attention and MLP) are trained by both; embeddings and head stay frozen. LoRA-Pre updates in the
+``recipes/configs/smollm2_full.yaml``, trained once per method, rate, rank and seed; every other key of `recipes.sft` can be given
+here too. The same matrices (attention and MLP) are trained by both; embeddings and head stay frozen. LoRA-Pre updates in the
 backward pass, as it would on a 7B model. One run is one JSON file in the output folder: started again, the script
 repeats nothing that is finished.
 """
@@ -34,8 +34,21 @@ class FullWeightArguments:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds, of the data and its order."})
 
 
+# Keys of `recipes.sft` that the comparison sets itself.
+GRID = {
+    "learning_rate": "give --lrs and --baseline_lrs",
+    "momentum_rank": "give --momentum_ranks",
+    "seed": "give --seeds",
+    "optimizer": "LoRA-Pre's AdamW and torch.optim.AdamW are compared",
+    "config": "it is recipes/configs/smollm2_full.yaml; give single keys",
+}
+
+
 def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
-    """The command line on top of the comparison's config, and ``more`` on top of both."""
+    """The command line on top of the comparison's config, and ``more`` on top of both. Raises SystemExit for a key of the grid."""
+    for key, instead in GRID.items():
+        if any(given.partition("=")[0].replace("-", "_") == f"__{key}" for given in sys.argv[1:]):
+            raise SystemExit(f"--{key} differs from run to run here: {instead}")
     defaults = ["--config", str(CONFIGS / "smollm2_full.yaml"), "--output_dir", "runs/full_weights"]
     return parse([*defaults, *sys.argv[1:], *more], FullWeightArguments)
 

@@ -18,7 +18,8 @@ import torch
 import yaml
 from datasets import DatasetDict
 from peft import PeftConfig
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, last_complete_checkpoint, lorapre_optimizer
@@ -86,7 +87,7 @@ class RecipeParser(TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         while "base" in config:
             base = CONFIGS / config.pop("base")
-            config = yaml.safe_load(base.read_text()) | config
+            config = yaml.safe_load(base.read_text(encoding="utf-8")) | config
         return super().set_defaults_with_config(**config)
 
 
@@ -168,9 +169,11 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> dict[str, float]:
     if checkpoint is None and recipe.lorapre.resume:
         checkpoint = last_complete_checkpoint(recipe.folder)
         trainer.accelerator.print(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
+    before = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step if checkpoint else 0
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
-    trainer.save_metrics("train", metrics)
+    if trainer.state.global_step > before:  # of no step Trainer's loss and time are 0
+        trainer.save_metrics("train", metrics)
     trainer.save_state()
     if trainer.eval_dataset is not None:
         evaluated = trainer.evaluate()

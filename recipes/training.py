@@ -87,7 +87,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file so that readers find the old one or the new one, whenever the process is killed."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(partial, "w") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -110,6 +110,7 @@ def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed
         per_device_eval_batch_size=8,
         max_length=512,
         logging_steps=max(1, steps // 20),
+        logging_nan_inf_filter=False,  # or Trainer leaves out the losses that are not finite, of evaluation too
         save_strategy="steps",
         save_steps=20,
         save_total_limit=1,
@@ -159,10 +160,14 @@ def environment() -> dict[str, Any]:
         "command": " ".join([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]]),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
 
 
 def commit() -> str | None:

@@ -211,3 +211,18 @@ def test_the_weights_of_a_model_whose_adapter_was_merged(make_llama):
 def test_the_table_can_be_left_out(make_llama, capsys):
     create_lorapre_optimizer(adapted(make_llama()), lr=1e-2, verbose=False)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("key", ["q_proj", "^model.layers.0.self_attn.q_proj", r"model\.layers\.0\..*q_proj"])
+def test_momentum_rank_pattern_names_modules_as_rank_pattern_does(make_llama, key):
+    model = adapted(make_llama(num_hidden_layers=1), rank_pattern={key: 16}, momentum_rank_pattern={key: 7})
+    optimizer = create_lorapre_optimizer(model, lr=1e-2)
+    found = {name: g["momentum_rank"] for g in optimizer.param_groups for name in g["param_names"]}
+    assert {k for name, k in found.items() if "q_proj" in name} == {7}
+    assert {k for name, k in found.items() if "q_proj" not in name} == {2}
+
+
+def test_a_pattern_that_names_nothing_is_warned_about(make_llama):
+    model = adapted(make_llama(), momentum_rank_pattern={"q_porj": 4, "v_proj": 3})
+    with pytest.warns(UserWarning, match="momentum_rank_pattern of adapter 'default': 'q_porj' names no module"):
+        create_lorapre_optimizer(model, lr=1e-2)

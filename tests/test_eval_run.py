@@ -131,7 +131,10 @@ def test_an_adapter_is_loaded_and_changes_the_answers(command, model, tmp_path, 
     adapted.save_pretrained(tmp_path / "adapter")
     shared = ["--tasks", "generated_problems", "--limit", "3"]
     command(model, *shared)
+    with pytest.raises(SystemExit, match="out holds the results of adapter=None: give another --output_dir"):
+        command(model, tmp_path / "adapter", *shared)
     before = [sample["completion"] for sample in samples(tmp_path, "generated_problems")]
+    shutil.rmtree(tmp_path / "out")
     found = command(model, tmp_path / "adapter", *shared)
     after = [sample["completion"] for sample in samples(tmp_path, "generated_problems")]
     assert found["tasks"]["generated_problems"]["problems"] == 3

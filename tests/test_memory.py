@@ -363,3 +363,16 @@ def test_errors(make_llama):
     with pytest.raises(RuntimeError, match=r"Sequential does not run on the meta device.*Use batch=0"):
         estimate(layers)
     assert estimate(layers, batch=0).weights == 2 * (64 * 64 + 64) * 4
+
+
+def test_adapter_states_as_the_readme_has_them(capsys):
+    """Llama-2-7B: per layer 4 square matrices, gate, up and down; A and B of r = 4 and 8, in two float32 moments."""
+    main(["meta-llama/Llama-2-7b-hf", "--lora-r", "4", "8"])
+    smallest, small = (line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("r ="))
+    sides = 4 * (4096 + 4096) + 3 * (4096 + 11008)
+    assert small[3] == f"{32 * 8 * sides:,}"
+    assert small[4:6] == f"{2 * 4 * 32 * 8 * sides / 1e6:.2f} MB".split()
+    for column, k in (6, 4), (8, 2), (10, 1):
+        factors = 2 * 4 * k * 32 * (sides + 2 * 7 * 8)  # a p×r and an r×q matrix: k (p + r) and k (r + q)
+        assert float(small[column]) == pytest.approx(factors / 1e6, rel=0.01)
+    assert smallest[-1] == "–"  # k = r/8 would be 0

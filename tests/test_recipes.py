@@ -83,6 +83,12 @@ def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, c
     assert "run 1 of" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", ["--learning_rate", "--seed=1", "--momentum-rank", "--config"])
+def test_full_weights_refuses_keys_of_its_grid(run, given):
+    with pytest.raises(SystemExit, match="differs from run to run here: give|it is recipes/configs/smollm2_full"):
+        run(full_weights, given, "1")
+
+
 def test_problems_are_repeatable_disjoint_and_small():
     train, test = problems(30, seed=0), problems(20, seed=1, exclude=problems(30, seed=0))
     assert train["prompt"] == problems(30, seed=0)["prompt"]

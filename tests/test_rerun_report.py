@@ -60,6 +60,7 @@ def factorial(losses, **more):
             "label": f"{rule}, {rank}",
             "options": {"rule": rule, "rank": rank},
             "metrics": {"test_loss": {"values": list(losses[i, j]), "seeds": [0, 1, 2]}},
+            "failed_seeds": 0,
         }
         | more
         for i, rule in enumerate(("newton", "als"))
@@ -86,7 +87,7 @@ def test_averages_leave_out_settings_that_lack_a_level_and_rows_without_the_opti
     losses = numpy.random.default_rng(0).normal(size=(2, 3, 3))
     rows = factorial(losses)
     rows[0]["metrics"] = {}  # newton at rank 1 has not run
-    rows.append({"trains": "adapter", "label": "AdamW", "options": {}, "metrics": {}})
+    rows.append({"trains": "adapter", "label": "AdamW", "options": {}, "metrics": {}, "failed_seeds": 0})
     (rule, rank) = averages(rows, [["rule"], ["rank"]], "test_loss")
     assert rule["settings"] == 2
     assert {level["level"]: level["mean"] for level in rule["levels"]} == pytest.approx(
@@ -121,3 +122,20 @@ def test_report_of_differences_and_averages(tmp_path):
 def test_factors_that_no_method_has_are_refused(tmp_path):
     with pytest.raises(ValueError, match="factor 'momentum_rang': none of the methods has that option"):
         write_suite(tmp_path, factors=[["momentum_rang"]])
+
+
+def test_a_row_of_which_a_seed_failed_has_no_place(tmp_path):
+    """The seeds that trained would speak for it; and a training loss that was not finite is a gap in the curve."""
+    suite = write_suite(tmp_path)
+    first, second = cells(suite)
+    records = finish(first, lambda lr: lr)[0] | finish(second, lambda lr: lr / 2)[0]
+    last = second.final_runs(records)[-1]
+    records[last.name] = record(last, math.inf)
+    records[first.final_runs(records)[-1].name]["log"]["loss"][0] = None
+    text = write_report(suite, [first, second], records, {}, tmp_path)
+    row = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert "places" not in row[1]
+    assert row[1]["difference"] is None
+    assert "(n=2, 1 failed)" in next(line for line in text.splitlines() if line.startswith("| LoRA-Pre Adam |"))
+    assert "Seed by seed better" not in text
+    assert row[0]["curve"]["loss"][0] is None

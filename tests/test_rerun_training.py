@@ -19,13 +19,13 @@ from eval.rerun.peft_format import write_peft_results
 from eval.rerun.plan import cells
 from eval.rerun.report import write_report
 from eval.rerun.store import Store
+from eval.rerun.suite import load_suite
 from eval.rerun.training import Runner
 from eval.rerun.work import train
 from lorapre_peft import LoRAPreConfig
+from lorapre_peft.create import OPTIMIZERS
 from recipes.data import ALPACA_PROMPT, write_manifest
 from recipes.training import held_bytes, sft_config
-
-RUNNING = [name for name, method in METHODS.items() if not method.unavailable()]
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,11 @@ def untrained(runner) -> float:
     return runner(make_run(lr=1e-9))["metrics"]["test_loss"]
 
 
-@pytest.mark.parametrize("name", RUNNING)
+@pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains(name, runner, untrained):
     """Two steps change the model, and the record has what the report reads."""
+    if reason := METHODS[name].unavailable():
+        pytest.skip(reason)
     found = runner(make_run(name, lr=1e-2))
     assert found["status"] == "finished", found.get("error")
     assert abs(found["metrics"]["test_loss"] - untrained) > 1e-4
@@ -222,3 +224,59 @@ def test_peft_format_gives_what_pefts_builders_need(name, tmp_path, runner):
     assert optimizer.param_groups[0]["lr"] == 1e-3
     if name != "lora-fa":
         assert [(tuple(g["betas"]), g["weight_decay"]) for g in optimizer.param_groups[:1]] == [((0.9, 0.95), 0.0)]
+
+
+@pytest.mark.parametrize("suite", ["rules", "table2-small"])
+def test_options_of_a_suite_reach_the_optimizer(suite, runner):
+    """Of LoRA-Pre's rows, whose rule, rank and ρ the suites compare."""
+    suite = load_suite(suite)
+    rows = [entry for entry in suite.entries if entry.method.startswith("lorapre")]
+    assert rows
+    for entry in rows:
+        method = METHODS[entry.method]
+        model = method.prepare(load_base("random")[0], 8, entry.options, lambda: None)
+        args = sft_config(Path("unused"), lr=1e-3, steps=1, batch_size=1, seed=0, bf16=False)
+        optimizer = method.build(model, args, entry.options)
+        assert type(optimizer) is OPTIMIZERS[entry.options["optimizer"]]
+        (group,) = optimizer.param_groups
+        for name in ("momentum_rank", "update_rule", "residual_weight"):
+            assert group[name] == entry.options[name]
+        assert group.get("betas", group.get("adamw_betas")) == (0.9, 0.95)
+        assert group["weight_decay"] == 0
+        assert group.get("adjust_lr_fn") == entry.options.get("adjust_lr_fn")
+
+
+def test_a_full_disk_is_not_the_methods_failure(runner, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("eval.rerun.training.tempfile.TemporaryDirectory", full)
+    with pytest.raises(OSError, match="No space left"):
+        runner(make_run())
+
+
+def test_a_training_whose_answers_cannot_be_judged_keeps_its_losses(tmp_path, runner, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no judge")
+
+    monkeypatch.setattr("eval.rerun.training.generate", broken)
+    suite = write_suite(tmp_path, methods=["lora"], protocols={"paper": {"lr": 1e-3, "seeds": [0]}}, answers=2)
+    (cell,) = cells(suite)
+    (run,) = cell.pending({})
+    found = runner(run)
+    assert found["status"] == "finished"
+    assert found["metrics"]["test_loss"] > 0
+    text = write_report(suite, [cell], {run.name: found}, {}, tmp_path)
+    assert "seed 0: trained, but answered no problems (RuntimeError: no judge)" in text
+
+
+def test_mlorc_compresses_matrices_as_they_are():
+    pytest.importorskip("MLorc_optim")
+    from eval.mlorc import MLorcAdamW
+
+    matrix = torch.nn.Parameter(torch.zeros(9, 16))  # 144 entries: the package alone makes it 12×12
+    optimizer = MLorcAdamW([matrix], lr=1.0, betas=(0.9, 0.9), rank=1, use_bias_correction=True)
+    matrix.grad = torch.outer(torch.arange(1.0, 10), torch.arange(1.0, 17))
+    optimizer.step()
+    state = optimizer.state[matrix]
+    torch.testing.assert_close(state["mu_m"] @ torch.diag(state["ms_m"]) @ state["mv_m"], 0.1 * matrix.grad)

@@ -248,6 +248,9 @@ def test_a_stopped_run_goes_on_exactly(run, kind, saved):
     assert (folder / saved).read_bytes() == finished
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
     assert len(json.loads((folder / "environment.json").read_text())) == 2
+    metrics = (folder / "train_results.json").read_text()
+    run(path, *options, "--resume")  # there is nothing left to train, and no loss to write
+    assert (folder / "train_results.json").read_text() == metrics
 
 
 def test_a_start_that_failed_is_not_a_run(run, tmp_path):

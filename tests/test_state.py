@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from stepping import both_optimizers, both_rules
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -20,8 +20,9 @@ def paired(a: BySeed, b: BySeed) -> Interval | None:
 
 
 def by_seed(row: Row, metric: str) -> dict[int, float]:
-    found = row["metrics"].get(metric, {"seeds": [], "values": []})
-    return dict(zip(found["seeds"], found["values"]))
+    """A metric by seed; nothing for a row of which a seed failed, for those that did not would speak for it."""
+    found = row["metrics"].get(metric)
+    return {} if found is None or row["failed_seeds"] else dict(zip(found["seeds"], found["values"]))
 
 
 def add_differences(rows: Sequence[Row], metric: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from lorapre_peft.table import format_bytes
 from recipes.training import write_atomically
 
-from .comparisons import add_differences, averages
+from .comparisons import add_differences, averages, by_seed
 from .intervals import interval, ranks
 from .plan import Cell, Records
 from .plots import PLOTS
@@ -56,6 +56,7 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
         "rates": {rate: loss if math.isfinite(loss) else None for rate, loss in rates.items()},
         "pending": 0 if cell.entry.method in skipped and not runs else len(cell.pending(records)),
         "failures": _failures(records[name] for name in sorted(runs)),
+        "failed_seeds": len(final) - len(good),
         "not_run": skipped.get(cell.entry.method) if not runs else None,
         "published": cell.suite.published.get(cell.model, {}).get(cell.entry.label, {}),
         "metrics": {},
@@ -74,17 +75,21 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
             name: statistics.median(r[name] for r in good)
             for name in ("peak_bytes", "train_seconds", "optimizer_seconds_per_step")
         }
-        losses = zip(*(r["log"]["loss"] for r in good))
-        row["curve"] = {"step": good[0]["log"]["step"], "loss": [statistics.fmean(column) for column in losses]}
+        losses = zip(*(r["log"]["loss"] for r in good))  # None where one was not finite
+        means = [None if None in column else statistics.fmean(column) for column in losses]
+        row["curve"] = {"step": good[0]["log"]["step"], "loss": means}
     return row
 
 
 def _failures(records: Any) -> list[str]:
-    return [
-        f"lr {r['run']['lr']:g}, seed {r['run']['seed']}: {r['status']}" + (f" ({r['error']})" if "error" in r else "")
-        for r in records
-        if r["status"] != "finished"
-    ]
+    lines = []
+    for record in records:
+        which = f"lr {record['run']['lr']:g}, seed {record['run']['seed']}"
+        if record["status"] != "finished":
+            lines.append(f"{which}: {record['status']}" + (f" ({record['error']})" if "error" in record else ""))
+        elif "answers_error" in record:
+            lines.append(f"{which}: trained, but answered no problems ({record['answers_error']})")
+    return lines
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -94,8 +99,8 @@ def _groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _rank(rows: list[dict[str, Any]], metric: str) -> None:
-    """Add each row's possible places, among the rows with at least two runs."""
-    measured = [row for row in rows if len(row["metrics"].get(metric, {}).get("values", [])) > 1]
+    """Add each row's possible places, among the rows with at least two runs and none that failed."""
+    measured = [row for row in rows if len(by_seed(row, metric)) > 1]
     intervals = [interval(row["metrics"][metric]["values"]) for row in measured]
     for row, places in zip(measured, ranks(intervals, higher_is_better=higher_is_better(metric))):
         row["places"] = places
@@ -121,7 +126,8 @@ def markdown(
         f"{suite.description}. {training.steps} steps of {training.batch_size} sequences, rank {training.rank}, cosine schedule.",
         "",
         "Cells: mean over seeds ± half the width of the 95 % t interval. *Place*: among the rows of a table, by "
-        f"{_title(suite.primary)}; a range, because one row counts as before another only where their intervals do not touch. "
+        f"{_title(suite.primary)}; a range, because one row counts as before another only where their intervals do not touch, and "
+        "none for a row of which a seed failed. "
         "*Difference*: to the first row of the suite that trains the same, seed by seed, because runs of one seed share their "
         "training rows. Each interval holds for itself: of twenty, one may miss.",
     ]
@@ -173,7 +179,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in sorted(rows, key=lambda row: _order(row, suite.primary)):
         cells = [row["label"], row["trains"], _rate(row)]
         for metric in suite.metrics:
-            cells.append(_cell(row["metrics"].get(metric), metric))
+            cells.append(_cell(row, metric))
             if metric in published:
                 cells.append(f"{row['published'][metric]:.2f} %" if metric in row["published"] else "–")
         cells.append(_difference(row.get("difference"), suite.primary))
@@ -270,13 +276,15 @@ def _difference(found: dict[str, float] | None, metric: str) -> str:
     return f"{scale * found['mean']:+.{digits}f} ± {scale * found['half_width']:.{digits}f}{unit}"
 
 
-def _cell(found: dict[str, Any] | None, metric: str) -> str:
+def _cell(row: dict[str, Any], metric: str) -> str:
+    found = row["metrics"].get(metric)
+    failed = f"{row['failed_seeds']} failed" if row["failed_seeds"] else ""
     if found is None:
-        return "–"
+        return failed or "–"
     scale, digits, unit = _scale(metric)
     spread = "?" if found["half_width"] is None else f"{scale * found['half_width']:.{digits}f}"
-    n = len(found["values"])
-    return f"{scale * found['mean']:.{digits}f} ± {spread}{unit} (n={n})"
+    seeds = ", ".join(filter(None, (f"n={len(found['values'])}", failed)))
+    return f"{scale * found['mean']:.{digits}f} ± {spread}{unit} ({seeds})"
 
 
 def _title(metric: str) -> str:

@@ -25,7 +25,7 @@ class Store:
 
     ``records/NAME.json`` are the finished runs, failed ones included: whoever finds one there does not repeat it, so that
     files from another machine or from git can be put there. ``claims/`` holds a file per run in progress. It counts as
-    abandoned when its process is gone, if that was on this host, and when nobody has touched it for ten minutes by the file
+    abandoned when its process is gone, if that was on this host (and in this container), and when nobody has touched it for ten minutes by the file
     system's own clock: a container that starts again gives old process numbers to new processes.
     """
 
@@ -67,16 +67,16 @@ class Store:
         except FileExistsError:
             return False
         with os.fdopen(handle, "w") as file:
-            file.write(f"{socket.gethostname()} {os.getpid()}")
+            file.write(f"{_place()} {os.getpid()}")
         return True
 
     def _abandoned(self, path: Path) -> bool:
         try:
             host, _, pid = path.read_text().partition(" ")
             age = self._now() - path.stat().st_mtime
-        except FileNotFoundError:
-            return False  # its owner has just finished
-        gone = host == socket.gethostname() and pid.isdigit() and not _alive(int(pid))
+        except OSError:
+            return False  # its owner has just finished, or a network file system cannot say now
+        gone = host == _place() and pid.isdigit() and not _alive(int(pid))
         return gone or age > STALE_SECONDS
 
     def _now(self) -> float:
@@ -102,6 +102,14 @@ class Store:
         return True
 
 
+def _place() -> str:
+    """Where a process number means something: this host and, in a container, its own numbers."""
+    try:
+        return f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -114,5 +122,5 @@ def _alive(pid: int) -> bool:
 
 def _beat(path: Path, finished: threading.Event) -> None:
     while not finished.wait(HEARTBEAT_SECONDS):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # a network file system may fail for once
             os.utime(path)

@@ -147,7 +147,7 @@ def load_suite(name: str) -> Suite:
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
         raise ValueError(f"no suite {name!r}: expected one of {known}, or the path of a YAML file")
-    said = _numbers(yaml.safe_load(path.read_text()))
+    said = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
     try:
         methods = said.pop("methods")
         said["training"] = Training(**said["training"])

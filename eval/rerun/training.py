@@ -45,21 +45,26 @@ class Runner:
         self._splits: dict[str, Splits] = {}
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """The run's record. A failure of the run is one too; a model or data that cannot be read are raised."""
+        """The run's record. A failure of the run is one too; what is not the method's fault is raised.
+
+        That is a model or data that cannot be read, a full disk or another OSError, and a GPU that CUDA has given up.
+        """
         self._data(run), self.base(run.model)
         start = time.perf_counter()
         try:
             measured = self._train(run)
             diverged = not math.isfinite(measured["metrics"]["validation_loss"])
             status = {"status": "diverged" if diverged else "finished"}
+        except OSError:
+            raise
         except Exception as error:  # whatever a method's package raises belongs in the table
-            status = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
+            if "CUDA error" in str(error):  # it stays with the process, and would be every later run's
+                raise
+            status = {"status": "failed", "error": _said(error)}
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 status["status"] = "out of memory"
             measured = {"metrics": {}}
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free()
         record = {
             "run": run.declaration,
             "package": METHODS[run.method].installed,
@@ -148,7 +153,14 @@ class Runner:
             "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds),
             "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
         }
-        measured["metrics"] |= self._answers(run, model, tokenizer, splits)  # last: it takes the adapter apart
+        trainer.accelerator.free_memory()
+        del trainer, args, params  # gradients and the optimizer's state, which answers need no room beside
+        model.zero_grad()
+        _free()
+        try:
+            measured["metrics"] |= self._answers(run, model, tokenizer, splits)  # last: it takes the adapter apart
+        except Exception as error:  # the training was not for nothing
+            measured["answers_error"] = _said(error)
         return measured
 
     def _answers(
@@ -173,6 +185,16 @@ class Runner:
             )
             found |= problems.score(completions, asked["answer"])
         return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _factory(build: Any) -> Any:

@@ -12,6 +12,8 @@ import torch
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 
+from recipes.training import machine
+
 from .plan import Cell
 from .store import Store
 from .training import Runner
@@ -65,4 +67,4 @@ def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: 
 
 def _job(jobs: int, part: list[Cell], folder: Path, surroundings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    train(part, Store(folder), surroundings)
+    train(part, Store(folder), surroundings | {"machine": f"{machine()} in each of {jobs} processes"})
