@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,6 +92,8 @@ def create_lorapre_optimizer(
         targets = weight_targets(model, target_modules or "all-linear", momentum_rank, update_rule)
         lr = WEIGHT_LR if lr is None else lr
         kwargs.setdefault("bf16_rounding", "stochastic")
+        if others != "frozen":
+            _warn_of_experts(model)
         embedded = embedding_parameters(model) - targets.keys()
         rest = set(model.parameters()) - targets.keys() - embedded
         for label, choice, params in (
@@ -122,6 +125,21 @@ def create_lorapre_optimizer(
         frozen_rows["frozen"] = {param for param in model.parameters() if not param.requires_grad} - named
         print(state_table(built, {label: list(params) for label, params in frozen_rows.items() if params}))
     return built
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Of mixtures of experts: transformers holds theirs stacked, in one tensor that is the weight of no module."""
+    stacked = {
+        name: param for name, param in model.named_parameters() if param.ndim == 3 and not name.endswith("weight")
+    }
+    if stacked:
+        name, param = next(iter(stacked.items()))
+        share = sum(map(torch.numel, stacked.values())) / sum(map(torch.numel, model.parameters()))
+        warnings.warn(
+            f"{len(stacked)} tensors such as {name} {tuple(param.shape)} hold a matrix per expert, {share:.0%} of all parameters: they are "
+            "not compressed and take the AdamW path, with its full state. others='frozen' leaves them as they are",
+            stacklevel=3,
+        )
 
 
 def _param_groups(

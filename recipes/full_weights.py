@@ -36,9 +36,9 @@ class FullWeightArguments:
 
 # Keys of `recipes.sft` that the comparison sets itself.
 GRID = {
-    "learning_rate": "give --lrs and --baseline_lrs",
-    "momentum_rank": "give --momentum_ranks",
-    "seed": "give --seeds",
+    "learning_rate": "it differs from run to run; give --lrs and --baseline_lrs",
+    "momentum_rank": "it differs from run to run; give --momentum_ranks",
+    "seed": "it differs from run to run; give --seeds",
     "optimizer": "LoRA-Pre's AdamW and torch.optim.AdamW are compared",
     "config": "it is recipes/configs/smollm2_full.yaml; give single keys",
 }
@@ -48,7 +48,7 @@ def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
     """The command line on top of the comparison's config, and ``more`` on top of both. Raises SystemExit for a key of the grid."""
     for key, instead in GRID.items():
         if any(given.partition("=")[0].replace("-", "_") == f"__{key}" for given in sys.argv[1:]):
-            raise SystemExit(f"--{key} differs from run to run here: {instead}")
+            raise SystemExit(f"--{key} cannot be given here: {instead}")
     defaults = ["--config", str(CONFIGS / "smollm2_full.yaml"), "--output_dir", "runs/full_weights"]
     return parse([*defaults, *sys.argv[1:], *more], FullWeightArguments)
 

@@ -8,7 +8,7 @@ import torch
 from stepping import both_optimizers, both_rules, stream, take_steps, weights
 from torch import nn
 from trainers import arguments
-from transformers import Trainer, TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreCallback, create_lorapre_optimizer, lorapre_optimizer
 from lorapre_peft.create import WEIGHT_LR
@@ -329,3 +329,14 @@ def test_update_scale_scales_compressed_updates_alone(cls):
         quarter[0] - decayed, 0.25 * (full[0] - decayed), rtol=1e-4, atol=5e-7
     )  # float32 round-off of weights up to 3
     assert torch.equal(full[1], quarter[1])
+
+
+def test_stacked_experts_are_warned_about():
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_local_experts=4, **sizes))
+    with pytest.warns(
+        UserWarning, match=r"2 tensors such as .*experts.* hold a matrix per expert, 77% of all parameters"
+    ):
+        create_lorapre_optimizer(model, verbose=False)

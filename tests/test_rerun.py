@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from eval.rerun.dry_run import memory_estimate, plan_table
 from eval.rerun.models import base_config
 from eval.rerun.plan import cells
 from eval.rerun.report import summary
-from eval.rerun.store import Store
+from eval.rerun.store import Store, _place
 from eval.rerun.suite import SUITES, load_suite, shifted
 from lorapre_peft.table import format_bytes
 
@@ -157,9 +156,9 @@ def test_claims_of_processes_that_are_gone_are_taken_over(tmp_path):
     gone.wait()
     claim = tmp_path / "claims" / run.name
     for owner, age, expected in [
-        (f"{socket.gethostname()} {gone.pid}", 0, True),
-        (f"{socket.gethostname()} {os.getpid()}", 0, False),
-        (f"{socket.gethostname()} {os.getpid()}", 10_000, True),  # a new process with an old one's number
+        (f"{_place()} {gone.pid}", 0, True),
+        (f"{_place()} {os.getpid()}", 0, False),
+        (f"{_place()} {os.getpid()}", 10_000, True),  # a new process with an old one's number
         ("another-machine 1", 0, False),
         ("another-machine 1", 10_000, True),
     ]:
