@@ -32,7 +32,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 
     Args:
         params: parameters, named parameters or groups, as in `torch.optim`. Floating-point, of any dtype; tensors of more
-            than two dimensions are flattened to (first, rest). State is float32 whatever their dtype.
+            than two dimensions are flattened to (first, rest). State is float32 whatever their dtype. Bare parameters are compressed
+            whatever they are for: embeddings belong into a group with momentum_rank=0.
         lr: learning rate, ≥ 0; a number or a one-element tensor.
         betas: decays (β1, β2) in [0, 1); the paper's (0.9, 0.95). ``als`` needs β1² < β2. β2 = 0.999 makes the start-up
             bias of ``newton`` far worse.
@@ -46,11 +47,12 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             backend, as `LoRAPreOptimizer` documents them.
 
     State per compressed matrix, all float32: ``step`` [], ``m_B`` and ``v_B`` [p, k], ``m_A`` and ``v_A`` [k, q], and with
-    ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``,
+    float64 for float64 parameters.
 
     Raises:
         ValueError: an option out of its range.
-        NotImplementedError: a parameter that an engine has sharded or flattened.
+        NotImplementedError: a parameter that an engine has flattened, or sharded otherwise than by rows (tensor parallelism).
     """
 
     moments = ("m", "v")

@@ -35,7 +35,7 @@ def _cpp_needs(device: torch.device) -> str | None:
 
 def _triton_needs(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "the package triton: pip install 'lorapre-peft[triton]'"
+        return "the package triton (pip install triton)"
     if torch.version.hip:
         return "CUDA: Triton has no tf32x3 products on AMD GPUs"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

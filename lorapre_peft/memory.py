@@ -143,7 +143,8 @@ def estimate(
     Args:
         model_or_config: a module on any device, also one with adapters, which is left as it is; a config; a folder or
             config.json; a built-in name (`memory_models.SHAPES`); a name on the hub.
-        optimizer, momentum_rank, update_rule, options: as in `create_lorapre_optimizer`, with the same defaults.
+        optimizer, momentum_rank, update_rule, options: as in `create_lorapre_optimizer`, with the same defaults; but updates in the
+            backward pass are asked for by ``in_backward``, and are the default here.
         dtype: of a model built from a config; a module keeps its own.
         in_backward: as ``update_in_backward=True`` of the optimizers: one gradient at a time.
         batch, seq_len: sequences per forward pass and tokens in each. batch=0 leaves the activations out.

@@ -74,7 +74,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     Raises:
         ValueError: an option out of its range.
-        NotImplementedError: a parameter that an engine has sharded or flattened.
+        NotImplementedError: a parameter that an engine has flattened, or sharded otherwise than by rows (tensor parallelism).
     """
 
     moments = ("m",)
