@@ -76,7 +76,7 @@ class Factors:
 class Moments:
     """All factored moments of a wave: averages, one per moment. Iterating gives the `Factors` of its buckets."""
 
-    def __init__(self, backend: Eager, wave: Wave, averages: list[Average], residual_weight: float | None):
+    def __init__(self, backend: Eager, wave: Wave, averages: list[Average], residual_weight: float):
         self.backend, self.wave, self.averages = backend, wave, averages
         rows = [wave.rule.rows(average, residual_weight) for average in averages]
         self.rows: Rows = rows[0]  # of the first moment, the only one that is needed whole

@@ -146,7 +146,10 @@ class LoRAPreMuon(LoRAPreOptimizer):
                     self._write(bucket, matrices, g, g)
             return
         backend = self._backend(wave.norms.device)
-        moments = Moments(backend, wave, [average], wave.group["residual_weight"])
+        rho = wave.group["residual_weight"]
+        if rho is None:  # the length that an average keeps of a gradient without direction
+            rho = ((1 - average.decay) / (1 + average.decay)) ** 0.5
+        moments = Moments(backend, wave, [average], rho)
         for factors in moments:
             bucket = factors.bucket
             for matrices in bucket.chunks():

@@ -82,12 +82,12 @@ def als_adam(
     betas=(0.9, 0.95),
     eps=1e-8,
     weight_decay=0.0,
-    residual_weight: float | None = None,
+    residual_weight=1.0,
     damping=1e-6,
 ) -> tuple[Tensor, State]:
     """The tracked rule (this project). state is None at the first step with g ≠ 0, from which t counts."""
     beta1, beta2 = betas
-    rho = ((1 - beta1) / (1 + beta1)) ** 0.5 if residual_weight is None else residual_weight
+    rho = residual_weight
     if state is None:
         m, v = (1 - beta1) * g, (1 - beta2) * g**2
         m_B, m_A = best_rank_k((1 - beta1) * g, k)

@@ -66,7 +66,7 @@ def bound(betas):
 
 
 def ema_length(beta):
-    """√((1−β)/(1+β)), the default ρ: the length that an average keeps of a gradient without direction."""
+    """√((1−β)/(1+β)), Muon's default ρ: the length that an average keeps of a gradient without direction."""
     return np.sqrt((1 - beta) / (1 + beta))
 
 
@@ -74,7 +74,7 @@ class Adam:
     """Factored Adam (Algorithm 1 for `newton`; the tracked rule for `als`). starts: (m_A, v_A) of `newton`."""
 
     def __init__(self, rule, k, *, betas=(0.9, 0.95), eps=1e-8, rho=None, damping=1e-6, starts=(None, None)):
-        self.rule, self.eps, self.given_rho = rule, eps, rho
+        self.rule, self.eps, self.rho = rule, eps, 1.0 if rho is None else rho
         self.m = Factors(rule, None, None, k, starts[0], damping)
         self.v = Factors(rule, None, None, k, starts[1], damping)
         self.redecay(betas)
@@ -83,7 +83,6 @@ class Adam:
     def redecay(self, betas):
         """Go on with these decays."""
         self.betas = betas
-        self.rho = ema_length(betas[0]) if self.given_rho is None else self.given_rho
         root2 = np.sqrt(betas[1])
         self.m.decay, self.m.weight = betas[0], 1 - betas[0]
         self.v.decay, self.v.weight = root2, 1 - root2

@@ -90,7 +90,7 @@ def test_bound_is_adams_supremum():
 # ---- batched and tiled forms against the reference ------------------------------------------------------------------
 
 
-def sweep(rule, B, A, x, average, cuts, rho=None):
+def sweep(rule, B, A, x, average, cuts, rho=0.25):
     """One step of a rule in row tiles that end at ``cuts``: (momentum, new B, new A), as a bucket does it."""
     edges = [0, *cuts, x.shape[-2]]
     part, gram = rule.rows(average, rho), gram_rows(A)
@@ -131,7 +131,7 @@ def test_batched_tiles_equal_reference(name, average, cuts, shape, k):
             expected_momentum = keep * B[i] @ A[i] + weight * x[i]
         else:
             expected = ref.als_factors(B[i], A[i], x[i], keep, weight, 1e-6)
-            rho = oracle.ema_length(keep) * weight / (1 - keep)
+            rho = 0.25 * weight / (1 - keep)
             X = oracle.right_fit(x[i].numpy(), A[i].numpy(), oracle.relative((A[i] @ A[i].T).numpy(), 1e-6))
             expected_momentum = (keep * B[i] + (weight - rho) * torch.from_numpy(X)) @ A[i] + rho * x[i]
         for found, wanted in zip((B_new[i], A_new[i], momentum[i]), (*expected, expected_momentum)):
