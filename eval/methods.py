@@ -132,8 +132,13 @@ def adam_options(args: SFTConfig) -> dict[str, Any]:
     )
 
 
+def _fused(model: nn.Module) -> bool:
+    """As Trainer's default is; not for the plan's dry run on the meta device, which has no fused kernels."""
+    return trained(model)[0].device.type != "meta"
+
+
 def _adamw(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
-    return torch.optim.AdamW(trained(model), fused=True, **adam_options(args))  # as Trainer's default is
+    return torch.optim.AdamW(trained(model), fused=_fused(model), **adam_options(args))
 
 
 def _muon(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
@@ -152,7 +157,7 @@ def _lorapre(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
 def _loraplus(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
     adam = adam_options(args)
     return create_loraplus_optimizer(
-        model, torch.optim.AdamW, loraplus_lr_ratio=options["lr_ratio"], fused=True, **adam
+        model, torch.optim.AdamW, loraplus_lr_ratio=options["lr_ratio"], fused=_fused(model), **adam
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
@@ -107,8 +107,8 @@ class LoRAPreConfig(LoraConfig):
         own = cls._load_own(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
         if own is None:
             warnings.warn(
-                f"{pretrained_model_name_or_path} has no {CONFIG_NAME} (a plain LoRA adapter?): momentum_rank, "
-                "momentum_rank_pattern and update_rule take their defaults",
+                f"{pretrained_model_name_or_path} has no {CONFIG_NAME} (a plain LoRA adapter?), or the hub cannot be asked for it and "
+                "it is not in the local cache: momentum_rank, momentum_rank_pattern and update_rule take their defaults",
                 stacklevel=2,
             )
             return config
@@ -135,12 +135,7 @@ class LoRAPreConfig(LoraConfig):
                 return None
             try:
                 file_path = hf_hub_download(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
-            except LocalEntryNotFoundError as error:  # an EntryNotFoundError too, and says nothing about the hub
-                raise OSError(
-                    f"whether {path} has a {CONFIG_NAME} is not known: it is not in the local cache, and the hub did not answer "
-                    f"({error}). Connect once, or read the adapter with peft.LoraConfig"
-                ) from error
-            except EntryNotFoundError:
+            except EntryNotFoundError:  # of the hub, or of the local cache where the hub cannot be asked
                 return None
         with open(file_path) as file:
             own = json.load(file)

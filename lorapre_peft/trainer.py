@@ -53,7 +53,7 @@ def lorapre_optimizer(
         )
     if args is not None:
         _check_arguments(args, bool(options.get("update_in_backward")))
-    return functools.partial(_factory, optimizer, args, overrides), options
+    return functools.partial(_factory, args, overrides), options
 
 
 def _read(optimizer: str, args: TrainingArguments | None) -> dict[str, Any]:
@@ -106,18 +106,17 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
         )
 
 
-def _factory(
-    optimizer: str, args: TrainingArguments | None, overrides: dict[str, Any]
-) -> Callable[..., LoRAPreOptimizer]:
+def _factory(args: TrainingArguments | None, overrides: dict[str, Any]) -> Callable[..., LoRAPreOptimizer]:
     # Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), with the model as it will be trained.
-    return functools.partial(_build, optimizer, args, overrides)
+    return functools.partial(_build, args, overrides)
 
 
 def _build(
-    optimizer: str,
     args: TrainingArguments | None,
     overrides: dict[str, Any],
     model: nn.Module,
+    *,
+    optimizer: str,
     **options: Any,
 ) -> LoRAPreOptimizer:
     return create_lorapre_optimizer(model, **(options | _read(optimizer, args) | overrides))

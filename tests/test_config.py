@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from adapting import adapted, logits, train
-from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import (
     AdaLoraConfig,
     EvaConfig,
@@ -185,7 +184,7 @@ def test_config_from_the_hubs_cache(tmp_path, subfolder, sidecar):
         warnings.simplefilter("always")
         loaded = LoRAPreConfig.from_pretrained("someone/adapter", subfolder, cache_dir=str(tmp_path), revision="v1")
     assert loaded == LoRAPreConfig(r=8, **(OWN_FIELDS if sidecar else {}))
-    assert any("no lorapre_config.json" in str(w.message) for w in caught) is not sidecar
+    assert any("or the hub cannot be asked" in str(w.message) for w in caught) is not sidecar
 
 
 # ---- a saved adapter needs nothing of this package -----------------------------------------------------------------
@@ -253,16 +252,3 @@ def test_saved_adapter_opens_in_plain_peft(llama_path, batch, tmp_path):
     assert found["ours"]["config"] == "LoraConfig"
     assert found["ours"]["warnings"] == found["plain"]["warnings"]
     assert found["ours"]["difference"] < 1e-5
-
-
-def test_a_file_that_cannot_be_asked_for_is_not_a_missing_one(monkeypatch, tmp_path):
-    """Offline, with the adapter's plain configuration in the cache alone."""
-    LoraConfig(r=8).save_pretrained(tmp_path)
-
-    def unreachable(*args, **kwargs):
-        raise LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr("lorapre_peft.config.hf_hub_download", unreachable)
-    monkeypatch.setattr("peft.config.hf_hub_download", lambda *args, **kwargs: str(tmp_path / "adapter_config.json"))
-    with pytest.raises(OSError, match=r"whether org/name has a lorapre_config\.json is not known.*no connection"):
-        LoRAPreConfig.from_pretrained("org/name")
