@@ -52,7 +52,7 @@ def find_config(name: str | os.PathLike[str]) -> tuple[PretrainedConfig, str]:
                 f"{name!r} exists but holds no config that transformers can read ({_first_line(error)}): give the folder of a "
                 "saved model, or its config.json"
             ) from error
-    short = name.removeprefix("meta-llama/")
+    short = name.removeprefix("meta-llama/").removeprefix("HuggingFaceTB/")
     if short in SHAPES:
         return LlamaConfig(**SHAPES[short]), "built-in shape, nothing downloaded"
     try:

@@ -288,16 +288,19 @@ def test_bitsandbytes_state_is_as_counted(make_llama):
 
 
 def test_command_line_with_a_built_in_shape(monkeypatch, capsys):
-    argv = ["memory", "meta-llama/Llama-2-7b-hf", "--momentum-rank", "8", "--no-in-backward", "--batch", "0"]
+    argv = ["memory", "HuggingFaceTB/SmolLM2-135M", "--momentum-rank", "8", "--no-in-backward", "--batch", "0"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.delitem(sys.modules, "lorapre_peft.memory")  # or runpy warns that it is imported already
     runpy.run_module("lorapre_peft.memory", run_name="__main__")
     heading, columns, *rows = capsys.readouterr().out.splitlines()
     assert "built-in shape" in heading
-    assert "6,738,415,616 parameters" in heading
+    assert "134,515,008 parameters" in heading
     assert columns.split() == ["weights", "gradients", "state", "temporaries", "activations", "total"]
     assert rows[0].startswith("LoRA-Pre AdamW, als k=8 ")
-    assert "12.95 GB    162.04 MB" in rows[0]  # gradients of all but embeddings and head, and the factors
+    # Gradients of all but the embeddings, which are the head too; factors of 7 matrices in each of 30 layers, and the norms' moments.
+    sides = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
+    state = 30 * sides * 8 * 2 * 4 + 61 * 576 * 2 * 4
+    assert rows[0].split()[6:10] == [f"{2 * (134_515_008 - 49152 * 576) / 1e6:.2f}", "MB", f"{state / 1e6:.2f}", "MB"]
     names = ["AdamW, fp32 ", "AdamW, bf16 ", "8-bit AdamW,", "GaLore r=128", "GaLore r=8, ", "LoRA r=16, b"]
     assert [row[:12] for row in rows[1:7]] == names
     assert all("–" in row for row in rows[1:7])
