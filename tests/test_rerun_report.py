@@ -124,6 +124,15 @@ def test_factors_that_no_method_has_are_refused(tmp_path):
         write_suite(tmp_path, factors=[["momentum_rang"]])
 
 
+def test_averages_are_over_the_seeds_that_all_have():
+    losses = numpy.random.default_rng(1).normal(size=(2, 3, 3))
+    rows = factorial(losses)
+    rows[4]["metrics"]["test_loss"] = {"values": list(losses[1, 1, 1:]), "seeds": [1, 2]}
+    rule, _ = averages(rows, [["rule"], ["rank"]], "test_loss")
+    found = {level["level"]: level["mean"] for level in rule["levels"]}
+    assert found == pytest.approx({"newton": losses[0, :, 1:].mean(), "als": losses[1, :, 1:].mean()})
+
+
 def test_a_row_of_which_a_seed_failed_has_no_place(tmp_path):
     """The seeds that trained would speak for it; and a training loss that was not finite is a gap in the curve."""
     suite = write_suite(tmp_path)

@@ -39,8 +39,8 @@ def averages(rows: Sequence[Row], factors: Sequence[Sequence[str]], metric: str)
     """What one factor does, averaged over the others: a table per kind and factor, its levels from best to worst.
 
     A factor is one or more options that change together; a level is a combination of their values that occurs. Only settings
-    of the other factors for which every level is measured count, so that each level is averaged over the same ones. Seeds
-    are what is independent: the average over settings is taken first, the interval over seeds.
+    of the other factors for which every level is measured count, and only seeds that all have, so that each level is averaged
+    over the same ones. Seeds are what is independent: the average over settings is taken first, the interval over seeds.
     """
     tables = []
     for kind in dict.fromkeys(row["trains"] for row in rows):
@@ -64,12 +64,13 @@ def _by_level(
         measured.setdefault(tuple(row["options"][name] for name in others), {})[level] = by_seed(row, metric)
     levels = dict.fromkeys(level for setting in measured.values() for level in setting)
     complete = [setting for setting in measured.values() if all(setting.get(level) for level in levels)]
-    return {level: _mean_by_seed([setting[level] for setting in complete]) for level in levels}, len(complete)
-
-
-def _mean_by_seed(settings: Sequence[BySeed]) -> dict[int, float]:
-    seeds = set.intersection(*(set(setting) for setting in settings)) if settings else ()
-    return {seed: statistics.fmean(setting[seed] for setting in settings) for seed in sorted(seeds)}
+    measurements = [set(setting[level]) for setting in complete for level in levels]
+    seeds = sorted(set.intersection(*measurements)) if measurements else []
+    means = {
+        level: {seed: statistics.fmean(setting[level][seed] for setting in complete) for seed in seeds}
+        for level in levels
+    }
+    return means, len(complete)
 
 
 def _ordered(levels: Mapping[str, BySeed], higher_is_better: bool) -> list[dict[str, Any]]:
