@@ -15,24 +15,25 @@ from .rules import RULES
 
 def above_zero(name: str, value: Any, otherwise: str = "") -> None:
     """Raise ValueError unless value is a finite number above 0; ``otherwise``: what else the option may be."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 < number < float("inf"):
+    if not 0 < _number(value) < float("inf"):
         raise ValueError(f"{name}={value!r}: expected a number above 0{otherwise}")
 
 
 def in_range(name: str, value: Any, low: float, high: float | None = None, *, closed: bool = False) -> None:
     """Raise ValueError unless low ≤ value < high (≤ high if ``closed``); no upper bound if ``high`` is None."""
     expected = f"a number of at least {low}" if high is None else f"a number in [{low}, {high}{']' if closed else ')'}"
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r}: expected {expected}") from None
+    number = _number(value)
     below = high is None or number < high or (closed and number == high)
     if not (low <= number and below and number != float("inf")):  # NaN fails the first comparison
         raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def _number(value: Any) -> float:
+    """NaN, which no comparison holds for, if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def check_betas(name: str, betas: Any) -> None:

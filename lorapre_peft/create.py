@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from .adamw import LoRAPreAdamW
 from .muon import LoRAPreMuon
 from .optimizer import LoRAPreOptimizer
+from .placement import rank
 from .plan import compressed_rank
 from .table import state_table
 from .targets import adapter_targets, embedding_parameters, has_adapter, weight_targets
@@ -119,8 +120,7 @@ def create_lorapre_optimizer(
             "rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or target_modules='all-linear', a "
             "smaller momentum_rank, or torch.optim.AdamW for this model"
         )
-    later = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
-    if verbose and not later:
+    if verbose and rank() == 0:
         named = set().union(*frozen_rows.values())
         frozen_rows["frozen"] = {param for param in model.parameters() if not param.requires_grad} - named
         print(state_table(built, {label: list(params) for label, params in frozen_rows.items() if params}))

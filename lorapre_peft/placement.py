@@ -17,8 +17,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 def world_size() -> int:
     """Processes of the running distributed job; 1 without one."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def rank() -> int:
+    """This process's number in the running distributed job; 0 without one."""
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Train a LoRA adapter of SmolLM2-135M with LoRA-Pre on generated problems, beside torch.optim.AdamW: `make quickstart`.
 
-Everything runs offline, on a CPU unless there is a CUDA device: weights and problems come from Python packages. It is ``recipes/configs/smollm2.yaml``, trained
-once by each optimizer; every key of `recipes.sft` can be given here too. Stopped runs go on with ``--resume``.
+Everything runs offline, on a CPU unless there is a CUDA device: weights and problems come from Python packages. It is
+``recipes/configs/smollm2.yaml``, trained once by each optimizer; every key of `recipes.sft` can be given here too. Stopped runs go on with ``--resume``.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class Store:
 
     ``records/NAME.json`` are the finished runs, failed ones included: whoever finds one there does not repeat it, so that
     files from another machine or from git can be put there. ``claims/`` holds a file per run in progress. It counts as
-    abandoned when its process is gone, if that was on this host (and in this container), and when nobody has touched it for ten minutes by the file
-    system's own clock: a container that starts again gives old process numbers to new processes.
+    abandoned when its process is gone, if that was on this host (and in this container), and when nobody has touched it for ten
+    minutes by the file system's own clock: a container that starts again gives old process numbers to new processes.
     """
 
     def __init__(self, folder: Path) -> None:

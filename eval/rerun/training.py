@@ -55,10 +55,9 @@ class Runner:
             measured = self._train(run)
             diverged = not math.isfinite(measured["metrics"]["validation_loss"])
             status = {"status": "diverged" if diverged else "finished"}
-        except OSError:
-            raise
         except Exception as error:  # whatever a method's package raises belongs in the table
-            if "CUDA error" in str(error):  # it stays with the process, and would be every later run's
+            # CUDA's own errors stay with the process, and would be every later run's.
+            if isinstance(error, OSError) or "CUDA error" in str(error):
                 raise
             status = {"status": "failed", "error": _said(error)}
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -154,7 +153,7 @@ class Runner:
             "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
         }
         trainer.accelerator.free_memory()
-        del trainer, args, params  # gradients and the optimizer's state, which answers need no room beside
+        del trainer  # with the optimizer's state; like the gradients it would take the answers' room
         model.zero_grad()
         _free()
         try:
