@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer, lorapre_optimizer
+from lorapre_peft import LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.targets import weight_targets
 
 Options = Mapping[str, Any]
@@ -148,10 +148,10 @@ def _muon(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
 
 
 def _lorapre(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
-    _, built = lorapre_optimizer(args=args, **options)
     if not any(hasattr(module, "lora_A") for module in model.modules()):
-        built["others"] = "frozen"
-    return create_lorapre_optimizer(model, verbose=False, **built)
+        options = options | {"others": "frozen"}
+    factory, options = lorapre_optimizer(args=args, verbose=False, **options)
+    return factory()(model, **options)
 
 
 def _loraplus(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:

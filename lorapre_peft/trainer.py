@@ -45,15 +45,14 @@ def lorapre_optimizer(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
-    options = _read(optimizer, args) | overrides
-    if options.get("lr") is None:
+    if (_read(optimizer, args) | overrides).get("lr") is None:
         raise ValueError(
             "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the trainer's "
             "arguments, or give lr=…"
         )
     if args is not None:
-        _check_arguments(args, bool(options.get("update_in_backward")))
-    return functools.partial(_factory, args, overrides), options
+        _check_arguments(args, bool(overrides.get("update_in_backward")))
+    return functools.partial(_factory, args), {"optimizer": optimizer, **overrides}
 
 
 def _read(optimizer: str, args: TrainingArguments | None) -> dict[str, Any]:
@@ -106,20 +105,13 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
         )
 
 
-def _factory(args: TrainingArguments | None, overrides: dict[str, Any]) -> Callable[..., LoRAPreOptimizer]:
+def _factory(args: TrainingArguments | None) -> Callable[..., LoRAPreOptimizer]:
     # Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), with the model as it will be trained.
-    return functools.partial(_build, args, overrides)
+    return functools.partial(_build, args)
 
 
-def _build(
-    args: TrainingArguments | None,
-    overrides: dict[str, Any],
-    model: nn.Module,
-    *,
-    optimizer: str,
-    **options: Any,
-) -> LoRAPreOptimizer:
-    return create_lorapre_optimizer(model, **(options | _read(optimizer, args) | overrides))
+def _build(args: TrainingArguments | None, model: nn.Module, *, optimizer: str, **overrides: Any) -> LoRAPreOptimizer:
+    return create_lorapre_optimizer(model, **(_read(optimizer, args) | overrides))
 
 
 class LoRAPreCallback(TrainerCallback):

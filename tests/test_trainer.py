@@ -16,6 +16,12 @@ from lorapre_peft.adamw import update_bound
 # ---- lorapre_optimizer: what it reads from the training arguments --------------------------------------------------
 
 
+def built(model, *args, **overrides):
+    """The optimizer as Trainer builds it."""
+    factory, options = lorapre_optimizer(*args, **overrides)
+    return factory()(model, **options)
+
+
 @pytest.mark.parametrize(
     ("changed", "betas"),
     [
@@ -27,25 +33,24 @@ from lorapre_peft.adamw import update_bound
 )
 @pytest.mark.parametrize(("kind", "prefix"), [("adamw", ""), ("muon", "adamw_")])
 @pytest.mark.parametrize("config_class", [TrainingArguments, SFTConfig])
-def test_options_come_from_the_arguments(tmp_path, config_class, kind, prefix, changed, betas):
+def test_options_come_from_the_arguments(tmp_path, peft_model, config_class, kind, prefix, changed, betas):
     """LoRA-Pre's own betas are (0.9, 0.95): Trainer's default of 0.999 must not replace them unasked."""
     args = arguments(tmp_path, config_class, learning_rate=3e-4, weight_decay=0.1, adam_epsilon=1e-6, **changed)
-    _, options = lorapre_optimizer(kind, args)
-    expected = {"optimizer": kind, "lr": 3e-4, "weight_decay": 0.1, f"{prefix}eps": 1e-6}
-    assert options == expected | ({f"{prefix}betas": betas} if betas else {})
+    (group,) = built(peft_model(), kind, args).param_groups
+    expected = {"lr": 3e-4, "weight_decay": 0.1, f"{prefix}eps": 1e-6, f"{prefix}betas": betas or (0.9, 0.95)}
+    assert {name: group[name] for name in expected} == expected
 
 
-def test_overrides_win_over_the_arguments(tmp_path):
+def test_overrides_win_over_the_arguments(tmp_path, peft_model):
     args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_beta1=0.8)
-    _, options = lorapre_optimizer("adamw", args, lr=1e-3, betas=(0.9, 0.99), momentum_rank=3)
-    assert options["lr"] == 1e-3
-    assert options["betas"] == (0.9, 0.99)
-    assert options["momentum_rank"] == 3
-    assert options["weight_decay"] == 0.1
+    (group,) = built(peft_model(), "adamw", args, lr=1e-3, betas=(0.9, 0.99), momentum_rank=3).param_groups
+    expected = {"lr": 1e-3, "betas": (0.9, 0.99), "momentum_rank": 3, "weight_decay": 0.1}
+    assert {name: group[name] for name in expected} == expected
 
 
-def test_learning_rate_alone_is_enough():
-    assert lorapre_optimizer("muon", lr=1e-3)[1] == {"optimizer": "muon", "lr": 1e-3}
+def test_learning_rate_alone_is_enough(peft_model):
+    (group,) = built(peft_model(), "muon", lr=1e-3).param_groups
+    assert group["lr"] == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -310,7 +315,7 @@ def test_arguments_changed_later_are_read_when_an_optimizer_is_built(tmp_path, p
     """As a hyperparameter search changes them from trial to trial; what was given to `lorapre_optimizer` itself stays."""
     args = arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1)
     trainer = lorapre_trainer(peft_model(), args, tokens, weight_decay=0.2)
-    for lr, beta2 in (1e-3, 0.95), (5e-3, 0.98):
-        args.learning_rate, args.adam_beta2, trainer.optimizer = lr, beta2, None
+    for lr, given, beta2 in (1e-3, 0.96, 0.96), (5e-3, 0.98, 0.98), (1e-3, 0.999, 0.95):  # 0.999: Trainer's default
+        args.learning_rate, args.adam_beta2, trainer.optimizer = lr, given, None
         (group,) = inner(trainer.create_optimizer()).param_groups
         assert (group["lr"], group["betas"], group["weight_decay"]) == (lr, (0.9, beta2), 0.2)
