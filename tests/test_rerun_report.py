@@ -112,7 +112,7 @@ def test_report_of_differences_and_averages(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| k=1 |"))
     assert "| +0.2000 ± 0.0000 | 1–3 |" in row
     assert "Seed by seed worse than LoRA: k=1; k=2." in text
-    assert "do not tell which is first" in text
+    assert "Trains adapter: the intervals of all rows do not tell which is first." in text
     assert "| 2 | 6.0033 | +0.3000 ± 0.0000 |" in text
     said = json.loads((tmp_path / "report.json").read_text())
     assert said["averages"][0]["levels"][1]["difference"]["mean"] == pytest.approx(0.3)

@@ -29,12 +29,14 @@ def losses(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Validation loss over the learning rate; rates at which a run failed are left out."""
+    """Validation loss over the learning rate, up to twice the panel's best; rates at which a run failed are left out."""
 
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
         points = [(float(rate), loss) for rate, loss in row["rates"].items() if loss is not None]
         axis.plot(*zip(*points), label=row["label"], **style)
         axis.set_xscale("log")
+        losses = [loss for line in axis.lines for loss in line.get_ydata()]
+        axis.set_ylim(0.97 * min(losses), min(1.03 * max(losses), 2 * min(losses)))
 
     shown = [row for row in rows if any(loss is not None for loss in row["rates"].values())]
     return _panels(shown, path, draw, xlabel="learning rate", ylabel="validation loss")
@@ -57,14 +59,14 @@ def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 def _tradeoff(suite: Suite, rows: Sequence[dict[str, Any]], path: Path, x: Any, xlabel: str) -> bool:
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
-        found = row["metrics"][suite.primary]
-        style = {name: value for name, value in style.items() if name != "linestyle"}
-        axis.errorbar(
-            x(row), found["mean"], yerr=found["half_width"], label=row["label"], linestyle="none", capsize=2, **style
-        )
+        # Not the row's own interval, most of which is what the seeds' rows do to all methods alike.
+        bar = row["difference"]["half_width"] if row.get("difference") else None
+        style = style | {"linestyle": "none", "capsize": 2, "elinewidth": 0.8}
+        axis.errorbar(x(row), row["metrics"][suite.primary]["mean"], yerr=bar, label=row["label"], **style)
 
     better = "higher" if higher_is_better(suite.primary) else "lower"
-    return _panels(rows, path, draw, xlabel=xlabel, ylabel=f"{suite.primary.replace('_', ' ')} ({better} is better)")
+    ylabel = f"{suite.primary.replace('_', ' ')} ({better} is better)\nbars: 95 % of the difference to the first, seed by seed"
+    return _panels(rows, path, draw, xlabel=xlabel, ylabel=ylabel)
 
 
 def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: str, ylabel: str) -> bool:

@@ -222,7 +222,7 @@ def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
             + (
                 f"{tied[0]} is first."
                 if len(tied) == 1
-                else f"the intervals of {'; '.join(tied)} do not tell which is first."
+                else f"the intervals of {'; '.join(tied) if behind else 'all rows'} do not tell which is first."
             )
             + (f" {behind} of {len(ranked)} are behind at least one of the others." if behind else ""),
         ]
