@@ -217,9 +217,7 @@ class LoRAPreOptimizer(Optimizer):
         for some in alike.values():
             device, placement = some[0][1].device, placement_of(some[0][1])
             states = [self.state[param] or self._init_state(group, param, position) for group, param, position in some]
-            grads = [param.grad for _, param, _ in some]
-            if placement is not WHOLE:
-                grads = [local_gradient(param) for _, param, _ in some]
+            grads = [param.grad if placement is WHOLE else local_gradient(param) for _, param, _ in some]
             absent = [param.grad is None for _, param, _ in some]
             norms = gradient_norms(grads, absent, placement, self._backend(device))
             plan = self._plans.get(some[0][2])

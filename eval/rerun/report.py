@@ -150,11 +150,12 @@ def markdown(
     for name in plots:
         lines += ["", f"![{name.removesuffix('.png')}]({name})"]
     lines += ["", "Made by:", ""]
+    commits: dict[tuple[str, str], list[str]] = {}
     for found in surroundings:
         versions = ", ".join(f"{name} {number}" for name, number in found.get("versions", {}).items())
-        lines.append(
-            f"* `{found.get('command')}` at {found.get('commit')}; {found.get('machine')}, {found.get('device')}; {versions}"
-        )
+        same = (f"`{found.get('command')}`", f"{found.get('machine')}, {found.get('device')}; {versions}")
+        commits.setdefault(same, []).append(f"{found.get('commit')}")
+    lines += [f"* {command} at {', '.join(at)}; {where}" for (command, where), at in commits.items()]
     packages = sorted({row["package"] for row in rows if row.get("package")})
     if packages:
         lines.append(f"* Packages of methods: {', '.join(packages)}")
