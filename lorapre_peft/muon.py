@@ -49,8 +49,9 @@ def shape_scale(shape: tuple[int, int], adjust_lr_fn: str | None) -> float:
 class LoRAPreMuon(LoRAPreOptimizer):
     """Muon whose momentum of each p×q matrix is a pair of factors of rank k: (p+q)k numbers of state instead of pq.
 
-    LoRA-Pre for Muon (Wang et al., arXiv 2602.24283, Algorithm 2): m = μ m_B m_A + g from the previous factors, then
-    Newton–Schulz, then the step. Parameters that are no matrices, or too small to compress, take AdamW with a learning
+    LoRA-Pre for Muon (Wang et al., arXiv 2602.24283, Algorithm 2) with ``update_rule="newton"``: m = μ m_B m_A + g from the previous
+    factors, then Newton–Schulz, then the step. With ``"als"``, the default, the part of g outside the row space of m_A is
+    weighted by ρ/(1−μ). Parameters that are no matrices, or too small to compress, take AdamW with a learning
     rate of their own.
 
     Args:

@@ -43,8 +43,8 @@ class LoRAPreOptimizer(Optimizer):
             updates too small for bfloat16's 8 bits. The random bits depend on (seed, step, parameter) alone.
         update_in_backward: update each parameter, and free its gradient, as soon as `backward` has made it; `step` then
             only closes the step. Without gradient accumulation, global-norm clipping, GradScaler or several processes.
-        temporary_bytes: bound on all temporaries of a compressed matrix's step together. Muon's orthogonalization is
-            outside it: it needs the matrix whole.
+        temporary_bytes: bound on all temporaries of a compressed matrix's step together. Outside it are Muon's
+            orthogonalization, which needs the matrix whole, and 4k(q + 4) float32 numbers per thread of ``backend="cpp"``.
         maximize: maximize the objective.
         seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global generator.
         backend: how the step of compressed matrices is computed: ``"cpp"`` (CPUs under Linux with a C++ compiler, which runs once for a few

@@ -197,6 +197,10 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     peaks = sorted({row["peak_of"] for row in rows if "peak_of" in row})
     notes = [f"peak: {', '.join(peaks)}"] if peaks else []
+    if peaks:
+        notes.append(
+            "times: with whatever else ran on the machine; `python -m eval.speed` measures optimizers' steps alone"
+        )
     if published:
         notes.append(f"paper: {suite.published_source}")
     if any(row["at_edge"] for row in rows):
