@@ -179,9 +179,19 @@ def _projected(
     model: nn.Module, args: SFTConfig, options: Options, optimizer: type[Optimizer], **more: Any
 ) -> Optimizer:
     """GaLore and those that took over its interface: a group with a rank has its gradients projected."""
-    return optimizer(
+    built = optimizer(
         [{"params": trained(model), **options}], no_deprecation_warning=True, **adam_options(args), **more
     )
+    built.register_step_post_hook(_compact_projections)
+    return built
+
+
+def _compact_projections(optimizer: Optimizer, *_: Any) -> None:
+    """Of float32 gradients GaLore and Fira keep a view of all singular vectors as the projection; what it shows is enough."""
+    for state in optimizer.state.values():
+        projection = getattr(state.get("projector"), "ortho_matrix", None)
+        if projection is not None and projection.untyped_storage().nbytes() > projection.nbytes:
+            state["projector"].ortho_matrix = projection.clone(memory_format=torch.contiguous_format)
 
 
 def _galore(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
@@ -258,7 +268,15 @@ METHODS: dict[str, Method] = {
         "Shampoo",
         "adapter",
         _shampoo,
-        {"block_size": 128, "start_preconditioning_step": 5, "preconditioning_compute_steps": 5},
+        # The momentum as an average: the package's default, a sum, makes steps ten times AdamW's. Blocks of 128 bound the
+        # preconditioners, so that no side is too long for them.
+        {
+            "block_size": 128,
+            "start_preconditioning_step": 5,
+            "preconditioning_compute_steps": 5,
+            "moving_average_for_momentum": True,
+            "no_preconditioning_for_layers_with_dim_gt": 1 << 20,
+        },
         **_PYTORCH_OPTIMIZER,
     ),
     "soap": Method("SOAP", "adapter", _soap, {"max_precondition_dim": 1024}, **_PYTORCH_OPTIMIZER),

@@ -99,7 +99,10 @@ class Runner:
             param.data = param.data.to(dtype)
         first_batch = splits.train.select(range(training.batch_size))
         accumulate_gradients = functools.partial(_accumulate_gradients, model, tokenizer, first_batch)
-        model = method.prepare(model, training.rank, run.options, accumulate_gradients)
+        start = time.perf_counter()
+        with measure() as preparing:
+            model = method.prepare(model, training.rank, run.options, accumulate_gradients)
+        seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             args = sft_config(
                 Path(folder),
@@ -113,6 +116,7 @@ class Runner:
                 seed=run.seed,
                 bf16=training.bf16,
                 save_strategy="no",
+                include_num_input_tokens_seen="non_padding",
             )
             timer, memory_log = OptimizerTimer(), MemoryLog()
             trainer = (SecondOrderTrainer if method.second_order else SFTTrainer)(
@@ -132,7 +136,7 @@ class Runner:
             with kernels:
                 with measure() as memory:
                     trainer.train()
-                seconds = time.perf_counter() - start
+                seconds += time.perf_counter() - start
                 losses = trainer.evaluate()
         params = [param for param in model.parameters() if param.requires_grad]
         log = [row for row in trainer.state.log_history if "loss" in row]
@@ -142,12 +146,12 @@ class Runner:
             "weights_bytes": sum(param.nbytes for param in model.parameters()),
             "gradient_bytes": sum(param.nbytes for param in params),
             "state_bytes": held_bytes(trainer.optimizer.optimizer),
-            "peak_bytes": memory.peak_bytes,
+            "peak_bytes": max(preparing.peak_bytes, memory.peak_bytes),
             "peak_of": memory.what,
             "memory": memory_log.summary(),
             "trained_parameters": sum(param.numel() for param in params),
             "parameters": sum(param.numel() for param in model.parameters()),
-            "tokens": log[-1].get("num_tokens"),
+            "tokens": trainer.state.num_input_tokens_seen,
             "train_seconds": seconds,
             "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds),
             "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
