@@ -22,14 +22,16 @@ from pebble import ProcessExpired, ProcessPool
 
 logger = logging.getLogger(__name__)
 
-NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+")
+NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+")
 _MARKER = re.compile(r"####|\bthe (?:final )?answer is\b:?", re.IGNORECASE)
-# A minus counts as a sign unless something that it could be subtracted from stands before it.
+# A minus counts as a sign unless something that it could be subtracted from stands before it: a number or a bracket, and where
+# there is a space behind the minus, a word as well.
 _SIGNED = re.compile(
-    r"(?:(?<![\w.)])(?<![\w.)]\s)(?P<sign>[-+])\s?)?(?:[$€£¥₹]\s?(?P<inner_sign>[-+])?)?"
+    r"(?:(?<![\w.)])(?<![\d.)]\s)(?P<sign>[-+])(?:(?!\s)|(?<![\w.)]\s[-+])\s))?(?:[$€£¥₹]\s?(?P<inner_sign>[-+])?)?"
     rf"(?P<number>{NUMBER.pattern})(?:e(?P<exponent>[-+]?\d+))?(?:\s?/\s?(?P<denominator>{NUMBER.pattern}))?",
     re.IGNORECASE,
 )
+_FRACTION = re.compile(rf"(\d?)\\[dt]?frac\s*\{{({NUMBER.pattern})\}}\s*\{{({NUMBER.pattern})\}}")
 # As written in LaTeX or by typographers: minus, escaped currency, and what may stand between groups of three digits.
 _SPELLINGS = [("−", "-"), (r"\$", "$"), ("{,}", ","), (r"\,", ""), (r"\!", ""), ("\u00a0", ""), ("\u202f", "")]
 
@@ -52,16 +54,14 @@ class Verdict(NamedTuple):
 def extract_number(text: str) -> Decimal | None:
     """The first number after the last marker; without a marker, the last number of the text; None if there is none.
 
-    Reads signs, decimals, thousands separators (1,000), exponents (1e3) and fractions (3/4); units, currency and text around
+    Reads signs, decimals, thousands separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}); units, currency and text around
     the number are ignored. Not read: number words, mixed numbers (5 1/2 is 5), decimal commas (1.000,50 is 1).
     """
     tail = _after_marker(text)
-    for spelling, plain in _SPELLINGS:
-        text, tail = text.replace(spelling, plain), None if tail is None else tail.replace(spelling, plain)
     if tail is not None:
-        found = _SIGNED.search(tail)
+        found = _SIGNED.search(_spelled(tail))
     else:
-        *_, found = [None, *_SIGNED.finditer(text)]
+        *_, found = [None, *_SIGNED.finditer(_spelled(text))]
     if found is None:
         return None
     exponent = found["exponent"] or "0"
@@ -109,7 +109,7 @@ def extract_expression(text: str) -> str | None:
     tail = tail.strip().removeprefix("**").strip()
     if (boxed := _boxed(tail)) is not None:
         return boxed
-    if math := re.match(r"\$\$?(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", tail, re.DOTALL):
+    if math := re.match(r"\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", tail, re.DOTALL):
         return math[math.lastindex].strip() or None
     if re.match(r"\\begin\{", tail) and r"\end{" in tail:
         return tail[: tail.index("}", tail.rindex(r"\end{")) + 1]
@@ -135,6 +135,14 @@ def judge_expression(completion: str, reference: str) -> Verdict:
 
 
 JUDGES = {"number": judge_number, "paper": judge_paper, "expression": judge_expression}
+
+
+def _spelled(text: str) -> str:
+    """With numbers and fractions in plain characters."""
+    for spelling, plain in _SPELLINGS:
+        text = text.replace(spelling, plain)
+    # A mixed number stays one, 5 1/2.
+    return _FRACTION.sub(lambda found: f"{found[1]}{' ' if found[1] else ''}{found[2]}/{found[3]}", text)
 
 
 def _after_marker(text: str) -> str | None:

@@ -116,13 +116,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     cases = QUICK if args.quick else [case for preset in args.preset for case in PRESETS[preset]]
     args.output.mkdir(parents=True, exist_ok=True)
-    summary = {"environment": surroundings(device), "options": vars(args) | {"output": str(args.output)}, "cases": []}
+    around = surroundings(device)
+    where = {name: around[name] for name in ("processor", "device", "threads")}
+    summary = {"environment": around, "options": vars(args) | {"output": str(args.output)}, "cases": []}
     for case in tqdm(cases, desc="cases"):
         done = args.output / f"{case.name.replace(' ', '_').replace('/', '_')}.json"
         if not (args.resume and done.exists()):
-            write_atomically(done, json.dumps(measure_case(case, device, args.seconds, args.patience), indent=2))
+            measured = measure_case(case, device, args.seconds, args.patience) | {"where": where}
+            write_atomically(done, json.dumps(measured, indent=2))
             release(device)
-        summary["cases"].append(json.loads(done.read_text()))
+        found = json.loads(done.read_text())
+        if found["where"] != where:
+            parser.error(
+                f"{done} is from {found['where']}, this is {where}: give another --output, or leave out --resume"
+            )
+        summary["cases"].append(found)
     (args.output / "results.json").write_text(json.dumps(summary, indent=2))
     print(report(summary, args.output))
 

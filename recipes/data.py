@@ -114,7 +114,8 @@ def _generated(sizes: dict[str, int], seed: int) -> DatasetDict:
     data = DatasetDict()
     for number, (split, size) in enumerate(sizes.items()):
         earlier = concatenate_datasets(list(data.values())) if data else None
-        data[split] = problems(size, seed=len(sizes) * seed + number, exclude=earlier)
+        # With one split too, two seeds a run: the second is that of its held-out problems.
+        data[split] = problems(size, seed=max(2, len(sizes)) * seed + number, exclude=earlier)
     return data
 
 
@@ -170,7 +171,13 @@ def _metamath(
 
 
 def write_manifest(data: DatasetDict, source: str, path: Path) -> None:
-    """Row numbers and SHA-256 of every split, for ``load_data(manifest=…)``: what two people need to train on the same rows."""
+    """Row numbers and SHA-256 of every split, for ``load_data(manifest=…)``: what two people need to train on the same rows.
+
+    Where the file is there already, of a run that goes on, its rows are compared: raises ValueError if they differ.
+    """
+    if path.exists():
+        _check(data, json.loads(path.read_text()), source, str(path))
+        return
     splits = {split: {"sha256": _checksum(rows), "rows": rows["row"][:]} for split, rows in data.items()}
     path.write_text(json.dumps({"dataset_name": source, "splits": splits}) + "\n")
 

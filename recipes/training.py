@@ -146,7 +146,9 @@ def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
             raise SystemExit(
                 f"{folder} was started with other options: {', '.join(changed)}. Use those, or another --output_dir"
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").unlink(missing_ok=True)  # of a start that failed
     record.write_text(yaml.safe_dump(config))
     starts = folder / "environment.json"
     earlier = json.loads(starts.read_text()) if starts.exists() else []

@@ -14,6 +14,7 @@ from suites import finish, make_run, write_suite
 
 from eval import methods
 from eval.methods import METHODS, Method
+from eval.rerun.__main__ import main
 from eval.rerun.dry_run import memory_estimate, plan_table
 from eval.rerun.models import base_config
 from eval.rerun.plan import cells
@@ -148,6 +149,20 @@ def test_claims_exclude_each_other_and_end_with_the_block(tmp_path):
     with second.claim(run) as mine:
         assert not mine  # it is finished
     assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_record_that_was_not_copied_whole_is_named(tmp_path):
+    store = Store(tmp_path)
+    (store.records / "half.json").write_text('{"run": ')
+    with pytest.raises(ValueError, match=r"half\.json is no whole record .*: copy it again, or delete it"):
+        store.load()
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(SystemExit):
+        main(["smoke", "--jobs", "3", "--out", str(tmp_path)])
+    assert "--jobs 3: 2 GPUs are visible" in capsys.readouterr().err
 
 
 def test_claims_of_processes_that_are_gone_are_taken_over(tmp_path):

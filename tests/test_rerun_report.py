@@ -133,6 +133,22 @@ def test_averages_are_over_the_seeds_that_all_have():
     assert found == pytest.approx({"newton": losses[0, :, 1:].mean(), "als": losses[1, :, 1:].mean()})
 
 
+def test_a_row_of_which_a_seed_has_no_answers_has_no_place(tmp_path):
+    suite = write_suite(tmp_path, primary="accuracy", metrics=["accuracy"], answers=2)
+    row_cells = cells(suite)
+    records = {}
+    for cell in row_cells:
+        while pending := cell.pending(records):
+            for run in pending:
+                records[run.name] = record(run) | {"metrics": {"validation_loss": run.lr, "accuracy": 0.5}}
+    lost = row_cells[1].final_runs(records)[-1]
+    del records[lost.name]["metrics"]["accuracy"]
+    write_report(suite, row_cells, records, {}, tmp_path)
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert ("places" in rows[0], rows[0]["failed_seeds"]) == (True, 0)
+    assert ("places" in rows[1], rows[1]["failed_seeds"]) == (False, 1)
+
+
 def test_a_row_of_which_a_seed_failed_has_no_place(tmp_path):
     """The seeds that trained would speak for it; and a training loss that was not finite is a gap in the curve."""
     suite = write_suite(tmp_path)

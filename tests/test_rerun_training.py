@@ -15,7 +15,7 @@ from eval.methods import METHODS, Method
 from eval.rerun.data import load_splits
 from eval.rerun.dry_run import memory_estimate
 from eval.rerun.models import load_base
-from eval.rerun.peft_format import write_peft_results
+from eval.rerun.peft_format import optimizer_kwargs, write_peft_results
 from eval.rerun.plan import cells
 from eval.rerun.report import write_report
 from eval.rerun.store import Store
@@ -171,7 +171,7 @@ def test_estimated_state_is_what_a_run_holds(name, tmp_path, runner):
 
 # What `suites.record` leaves out, since only PEFT's format reads it.
 RECORDED = {
-    **{"created_at": "now", "trained_parameters": 1, "parameters": 2, "tokens": 3},
+    **{"created_at": "now", "adapter_bytes": 4, "trained_parameters": 1, "parameters": 2, "tokens": 3},
     "memory": {"mean": 1, "max": 2, "percentile_99": 2},
 }
 
@@ -246,11 +246,12 @@ def test_options_of_a_suite_reach_the_optimizer(suite, make_llama):
         assert group.get("adjust_lr_fn") == entry.options.get("adjust_lr_fn")
 
 
-def test_a_full_disk_is_not_the_methods_failure(runner, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eval.rerun.training.tempfile.TemporaryDirectory", full)
+
+def test_a_full_disk_is_not_the_methods_failure(runner, monkeypatch):
+    monkeypatch.setattr("eval.rerun.training.tempfile.TemporaryDirectory", full_disk)
     with pytest.raises(OSError, match="No space left"):
         runner(make_run())
 
@@ -268,6 +269,28 @@ def test_a_training_whose_answers_cannot_be_judged_keeps_its_losses(tmp_path, ru
     assert found["metrics"]["test_loss"] > 0
     text = write_report(suite, [cell], {run.name: found}, {}, tmp_path)
     assert "seed 0: trained, but answered no problems (RuntimeError: no judge)" in text
+    monkeypatch.setattr("eval.rerun.training.generate", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        runner(run)
+
+
+def test_answers_of_one_set_are_kept_when_the_next_cannot_be_judged(runner, monkeypatch):
+    def broken(*args, **kwargs):
+        yield {"gsm8k": 0.5}
+        raise RuntimeError("no judge")
+
+    monkeypatch.setattr(Runner, "_answers", broken)
+    found = runner(make_run(answers=2))
+    assert (found["metrics"]["gsm8k"], found["answers_error"]) == (0.5, "RuntimeError: no judge")
+
+
+@pytest.mark.parametrize("name", ["lora-pro", "shampoo", "soap", "sophia", "lorapre-adam", "lorapre-muon"])
+def test_peft_format_names_every_argument_of_other_optimizers(name):
+    run = make_run(name).declaration
+    found = optimizer_kwargs(run)
+    assert (found["lr"], found["weight_decay"]) == (1e-3, 0)
+    assert found.get("betas", (0.9, 0.95)) == (0.9, 0.95)
+    assert ("betas" in found) == (name not in ("sophia", "lorapre-muon"))
 
 
 def test_mlorc_compresses_matrices_as_they_are():

@@ -120,6 +120,23 @@ def test_a_manifest_gives_the_same_rows_without_a_tokenizer(load, metamath, tmp_
         load_data(str(changed), sizes, manifest=tmp_path / "manifest.json")
 
 
+def test_a_run_that_goes_on_must_find_the_rows_that_it_began_with(load, tmp_path):
+    path = tmp_path / "manifest.json"
+    write_manifest(load({"train": 7}), "metamath", path)
+    written = path.read_text()
+    write_manifest(load({"train": 7}), "metamath", path)
+    with pytest.raises(ValueError, match=r"the train rows of metamath are not those of .*manifest.json"):
+        write_manifest(load({"train": 6}), "metamath", path)
+    assert path.read_text() == written
+
+
+def test_no_run_trains_on_the_held_out_problems_of_another():
+    held_out = load_data("gsm_symbolic", {"train": 3, "eval": 3}, seed=0)["eval"]["prompt"]
+    for sizes in {"train": 3}, {"train": 3, "eval": 3}:
+        trained = load_data("gsm_symbolic", dict.fromkeys(sizes, 3), seed=1)["train"]["prompt"]
+        assert not set(held_out) & set(trained)
+
+
 def test_generated_problems_come_by_the_same_loader(tmp_path):
     sizes = {"train": 12, "validation": 5, "test": 5}
     data = load_data("gsm_symbolic", sizes, seed=1)

@@ -263,3 +263,8 @@ def test_command_line_writes_json_tables_and_plots(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(speed, "measure_case", lambda *_: pytest.fail("measured again"))
     speed.main([*arguments, "--resume"])
     assert capsys.readouterr().out == table
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(torch, "get_num_threads", lambda: 99)
+        with pytest.raises(SystemExit):
+            speed.main([*arguments, "--resume"])
+    assert "'threads': 99}: give another --output" in capsys.readouterr().err

@@ -20,6 +20,8 @@ from .plan import Cell, Records
 
 # PEFT's names of what it can build itself; anything else needs its `get_optimizer_and_scheduler` extended.
 _OPTIMIZERS = {"lora+": "lora+", "lora-fa": "lora-fa"}
+# Of Adam's arguments, those that a method's optimizer does not take.
+_NOT_TAKEN = {"shampoo": {"eps"}, "sophia": {"betas", "eps"}, "lorapre-muon": {"betas", "eps"}}
 _ACCURACIES = ("gsm8k", "accuracy")  # PEFT's test accuracy is GSM8K's
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
@@ -65,7 +67,7 @@ def _write(run_name: str, record: Mapping[str, Any], accuracy: float, folder: Pa
             "accelerator_memory_max": record["memory"]["max"],
             "accelerator_memory_reserved_99th": record["memory"]["percentile_99"],
             "train_time": record["train_seconds"],
-            "file_size": record["gradient_bytes"],  # of the adapter's tensors, in the dtype in which they are trained
+            "file_size": record["adapter_bytes"],  # in the dtype in which they are trained
             "num_trainable_params": record["trained_parameters"],
             "num_total_params": record["parameters"],
             "status": "success",
@@ -106,14 +108,14 @@ def _train_config(run: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str
         "seed": run["seed"],
         "grad_norm_clip": 1.0,
         "optimizer_type": _OPTIMIZERS.get(run["method"], record["optimizer"]),
-        "optimizer_kwargs": _optimizer_kwargs(run),
+        "optimizer_kwargs": optimizer_kwargs(run),
         "lr_scheduler": "cosine",
         "use_amp": training["bf16"],
         "autocast_adapter_dtype": True,
     }
 
 
-def _optimizer_kwargs(run: Mapping[str, Any]) -> dict[str, Any]:
+def optimizer_kwargs(run: Mapping[str, Any]) -> dict[str, Any]:
     """What PEFT's ``get_optimizer_and_scheduler`` passes on: with what it builds itself, every argument that it needs."""
     options = {name: value for name, value in run["options"].items() if value is not None}
     rank, steps, batch_size = (run["training"][name] for name in ("rank", "steps", "batch_size"))
@@ -122,7 +124,7 @@ def _optimizer_kwargs(run: Mapping[str, Any]) -> dict[str, Any]:
         return {"lr": run["lr"], "r": rank, "lora_alpha": 2 * rank}
     if run["method"] == "lora+":
         return adam | {"loraplus_lr_ratio": options["lr_ratio"]}
-    return (adam if METHODS[run["method"]].build is METHODS["lora"].build else {"lr": run["lr"]}) | options
+    return {name: value for name, value in adam.items() if name not in _NOT_TAKEN.get(run["method"], ())} | options
 
 
 def _version(package: str, record: Mapping[str, Any]) -> str:

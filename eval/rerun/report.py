@@ -56,7 +56,7 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
         "rates": {rate: loss if math.isfinite(loss) else None for rate, loss in rates.items()},
         "pending": 0 if cell.entry.method in skipped and not runs else len(cell.pending(records)),
         "failures": _failures(records[name] for name in sorted(runs)),
-        "failed_seeds": len(final) - len(good),
+        "failed_seeds": len(final) - sum(record["metrics"].get(cell.suite.primary) is not None for record in good),
         "not_run": skipped.get(cell.entry.method) if not runs else None,
         "published": cell.suite.published.get(cell.model, {}).get(cell.entry.label, {}),
         "metrics": {},

@@ -37,8 +37,8 @@ class Store:
             path.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> dict[str, dict[str, Any]]:
-        """All finished runs by name."""
-        return {path.stem: json.loads(path.read_text()) for path in sorted(self.records.glob("*.json"))}
+        """All finished runs by name. Raises ValueError for a file that was not copied whole."""
+        return {path.stem: _read(path) for path in sorted(self.records.glob("*.json"))}
 
     def done(self, run: Run) -> bool:
         return (self.records / f"{run.name}.json").exists()
@@ -100,6 +100,15 @@ class Store:
             return False
         grave.unlink()
         return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is no whole record ({error}): copy it again, or delete it to repeat the run"
+        ) from error
 
 
 def _place() -> str:

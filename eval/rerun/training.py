@@ -9,6 +9,7 @@ import gc
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ class Runner:
             "optimizer": type(trainer.optimizer.optimizer).__name__,
             "weights_bytes": sum(param.nbytes for param in model.parameters()),
             "gradient_bytes": sum(param.nbytes for param in params),
+            "adapter_bytes": sum(param.nbytes for name, param in model.named_parameters() if "lora_" in name),
             "state_bytes": held_bytes(trainer.optimizer.optimizer),
             "peak_bytes": max(preparing.peak_bytes, memory.peak_bytes),
             "peak_of": memory.what,
@@ -161,21 +163,23 @@ class Runner:
         model.zero_grad()
         _free()
         try:
-            measured["metrics"] |= self._answers(run, model, tokenizer, splits)  # last: it takes the adapter apart
+            for found in self._answers(run, model, tokenizer, splits):  # last: it takes the adapter apart
+                measured["metrics"] |= found
+        except OSError:
+            raise
         except Exception as error:  # the training was not for nothing
             measured["answers_error"] = _said(error)
         return measured
 
     def _answers(
         self, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Splits
-    ) -> dict[str, float]:
-        """Shares of right answers, per set of problems that the data has, over the first ``run.answers`` of each."""
+    ) -> Iterator[dict[str, float]]:
+        """Shares of right answers, one set of problems after another, over the first ``run.answers`` of each."""
         if not run.answers:
-            return {}
+            return
         if model.device.type == "cpu":  # as in the quickstart: in float32 and merged, several times faster
             model = model.float()
             model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        found = {}
         for name, problems in splits.problems.items():
             asked = problems.rows.select(range(min(run.answers, len(problems.rows))))
             completions = generate(
@@ -186,8 +190,7 @@ class Runner:
                 batch_size=64,
                 progress=f"answers, {name}",
             )
-            found |= problems.score(completions, asked["answer"])
-        return found
+            yield problems.score(completions, asked["answer"])
 
 
 def _said(error: Exception) -> str:

@@ -57,7 +57,7 @@ def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: 
     processes = []
     for i in range(jobs):
         if devices:  # before the process starts: libraries look for GPUs while they are imported
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[i]
         processes.append(context.Process(target=_job, args=(jobs, part, folder, surroundings)))
         processes[-1].start()
     for process in processes:
