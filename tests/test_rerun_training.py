@@ -250,6 +250,10 @@ def full_disk(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
+def lost_gpu(*args, **kwargs):
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
 def test_a_full_disk_is_not_the_methods_failure(runner, monkeypatch):
     monkeypatch.setattr("eval.rerun.training.tempfile.TemporaryDirectory", full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -271,6 +275,9 @@ def test_a_training_whose_answers_cannot_be_judged_keeps_its_losses(tmp_path, ru
     assert "seed 0: trained, but answered no problems (RuntimeError: no judge)" in text
     monkeypatch.setattr("eval.rerun.training.generate", full_disk)
     with pytest.raises(OSError, match="No space left"):
+        runner(run)
+    monkeypatch.setattr("eval.rerun.training.generate", lost_gpu)
+    with pytest.raises(RuntimeError, match="CUDA error"):
         runner(run)
 
 

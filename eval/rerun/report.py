@@ -196,11 +196,12 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
             cells += ["–"] * 5
         lines.append(f"| {' | '.join(cells)} |")
     peaks = sorted({row["peak_of"] for row in rows if "peak_of" in row})
-    notes = [f"peak: {', '.join(peaks)}"] if peaks else []
+    notes = []
     if peaks:
-        notes.append(
-            "times: with whatever else ran on the machine; `python -m eval.speed` measures optimizers' steps alone"
-        )
+        notes += [
+            f"peak: {', '.join(peaks)}",
+            "times: with whatever else ran on the machine; `python -m eval.speed` measures optimizers' steps alone",
+        ]
     if published:
         notes.append(f"paper: {suite.published_source}")
     if any(row["at_edge"] for row in rows):

@@ -57,8 +57,7 @@ class Runner:
             diverged = not math.isfinite(measured["metrics"]["validation_loss"])
             status = {"status": "diverged" if diverged else "finished"}
         except Exception as error:  # whatever a method's package raises belongs in the table
-            # CUDA's own errors stay with the process, and would be every later run's.
-            if isinstance(error, OSError) or "CUDA error" in str(error):
+            if _of_the_process(error):
                 raise
             status = {"status": "failed", "error": _said(error)}
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -165,9 +164,9 @@ class Runner:
         try:
             for found in self._answers(run, model, tokenizer, splits):  # last: it takes the adapter apart
                 measured["metrics"] |= found
-        except OSError:
-            raise
         except Exception as error:  # the training was not for nothing
+            if _of_the_process(error):
+                raise
             measured["answers_error"] = _said(error)
         return measured
 
@@ -191,6 +190,11 @@ class Runner:
                 progress=f"answers, {name}",
             )
             yield problems.score(completions, asked["answer"])
+
+
+def _of_the_process(error: Exception) -> bool:
+    """Whether it would be every later run's as well: a full disk and its like, and CUDA's own errors, which stay."""
+    return isinstance(error, OSError) or "CUDA error" in str(error)
 
 
 def _said(error: Exception) -> str:
