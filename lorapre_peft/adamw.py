@@ -17,9 +17,6 @@ from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
 from .rules import Average
 
-# ρ where none is given: of those that `python -m eval.rerun rules` trains, the best on adapters and on weights.
-RESIDUAL_WEIGHT = 1.0
-
 
 def update_bound(beta1: float, beta2: float) -> float:
     """C = (1−β1)/√((1−β2)(1−β1²/β2)): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1² < β2. 1.165 at (0.9, 0.95)."""
@@ -122,8 +119,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _follow(self, wave: Wave, t: Tensor, beta1: float, beta2: float) -> Generator[None, None, Tensor]:
         backend = self._backend(t.device)
         averages = [Average(beta1, 1 - beta1), Average(beta2**0.5, 1 - beta2**0.5)]
-        rho = wave.group["residual_weight"]
-        moments = Moments(backend, wave, averages, RESIDUAL_WEIGHT if rho is None else rho)
+        moments = Moments(backend, wave, averages)
         energy = wave.read("v_scale").double() if wave.rule.tracked else torch.ones_like(t)
         scalars = backend.run(adam_scalars, moments.rows, t, energy, beta1, beta2, _positive(wave.group["eps"]))
         bound = update_bound(beta1, beta2) if wave.rule.tracked else None

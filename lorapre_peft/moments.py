@@ -76,9 +76,9 @@ class Factors:
 class Moments:
     """All factored moments of a wave: averages, one per moment. Iterating gives the `Factors` of its buckets."""
 
-    def __init__(self, backend: Eager, wave: Wave, averages: list[Average], residual_weight: float):
+    def __init__(self, backend: Eager, wave: Wave, averages: list[Average]):
         self.backend, self.wave, self.averages = backend, wave, averages
-        rows = [wave.rule.rows(average, residual_weight) for average in averages]
+        rows = [wave.rule.rows(average, wave.group["residual_weight"]) for average in averages]
         self.rows: Rows = rows[0]  # of the first moment, the only one that is needed whole
         self._factors = [Factors(backend, bucket, len(averages)) for bucket in wave.buckets]
         keep, gain = (self._constants([getattr(row, name) for row in rows]) for name in ("keep", "gain"))

@@ -60,8 +60,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
         momentum: μ in [0, 1).
         weight_decay: decoupled λ ≥ 0, of both paths.
         momentum_rank, update_rule: as in `LoRAPreAdamW`.
-        residual_weight: ρ of ``als`` for an average of decay μ, in [0, 1]; the heavy-ball sum takes ρ/(1−μ). None:
-            √((1−μ)/(1+μ)). 1−μ gives Algorithm 2's m = μ m_B m_A + g.
+        residual_weight: as in `LoRAPreAdamW`, for an average of decay μ; the heavy-ball sum takes ρ/(1−μ). 1−μ gives
+            Algorithm 2's m = μ m_B m_A + g.
         nesterov: step along g + μ m instead of m, as torch.optim.Muon does. The paper reports none: False.
         adjust_lr_fn: ``"original"`` (√max(1, p/q)) or ``"match_rms_adamw"`` (0.2 √max(p, q): a learning rate tuned for AdamW
             carries over), as in torch.optim.Muon; None for no scale, as in Algorithm 2 (torch's None means ``"original"``).
@@ -147,10 +147,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
                     self._write(bucket, matrices, g, g)
             return
         backend = self._backend(wave.norms.device)
-        rho = wave.group["residual_weight"]
-        if rho is None:  # the length that an average keeps of a gradient without direction
-            rho = ((1 - average.decay) / (1 + average.decay)) ** 0.5
-        moments = Moments(backend, wave, [average], rho)
+        moments = Moments(backend, wave, [average])
         for factors in moments:
             bucket = factors.bucket
             for matrices in bucket.chunks():

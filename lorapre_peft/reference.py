@@ -129,12 +129,12 @@ def als_muon(
     lr: float,
     momentum=0.95,
     weight_decay=0.0,
-    residual_weight: float | None = None,
+    residual_weight=1.0,
     damping=1e-6,
 ) -> tuple[Tensor, State]:
     """Algorithm 2 with the tracked rule (this project): the same sweep on the target μ M + g."""
     mu = momentum
-    rho = (((1 - mu) / (1 + mu)) ** 0.5 if residual_weight is None else residual_weight) / (1 - mu)
+    rho = residual_weight / (1 - mu)
     if state is None:
         m = g
         m_B, m_A = best_rank_k(g, k)

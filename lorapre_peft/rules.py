@@ -123,6 +123,10 @@ def best_factors(x: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tens
     return U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
 
 
+# ρ of `als` where none is given: of those that `python -m eval.rerun rules` (AdamW) and `table2-small` (Muon) train, the best.
+RESIDUAL_WEIGHT = 1.0
+
+
 class Rows(NamedTuple):
     """The row part of a rule for one average, with X = x Aᵀ (A Aᵀ + damping)⁻¹ the least-squares fit of x to A's rows:
 
@@ -159,7 +163,7 @@ class Newton:
         """(gram + δI)⁻¹, float64."""
         return damped_inverse(gram, self.damping)
 
-    def rows(self, average: Average, residual_weight: float) -> Rows:
+    def rows(self, average: Average, residual_weight: float | None) -> Rows:
         """The row part; the residual is always ``average.weight``."""
         gain = average.weight * (1 - average.decay**0.5) / (1 - average.decay)
         return Rows(average.decay**0.5, gain, average.decay, 0.0, average.weight)
@@ -199,10 +203,11 @@ class Als:
         """(gram + δ'I)⁻¹, float64."""
         return damped_inverse(gram, self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1))
 
-    def rows(self, average: Average, residual_weight: float) -> Rows:
-        """The row part with the residual weight ρ, taken for an EMA."""
+    def rows(self, average: Average, residual_weight: float | None) -> Rows:
+        """The row part with the residual weight ρ, taken for an EMA; None for the default."""
         beta, weight = average
-        residual = residual_weight * weight / (1 - beta)
+        rho = RESIDUAL_WEIGHT if residual_weight is None else residual_weight
+        residual = rho * weight / (1 - beta)
         return Rows(beta, weight, beta, weight - residual, residual)
 
     def unit(self, gram: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:

@@ -65,11 +65,6 @@ def bound(betas):
     return (1 - beta1) / np.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
 
-def ema_length(beta):
-    """√((1−β)/(1+β)), Muon's default ρ: the length that an average keeps of a gradient without direction."""
-    return np.sqrt((1 - beta) / (1 + beta))
-
-
 class Adam:
     """Factored Adam (Algorithm 1 for `newton`; the tracked rule for `als`). starts: (m_A, v_A) of `newton`."""
 
@@ -128,14 +123,14 @@ class Muon:
     """Factored Muon (Algorithm 2 for `newton`; the same sweep on μ M + g for `als`). start: m_A of `newton`."""
 
     def __init__(self, rule, k, *, momentum=0.95, rho=None, nesterov=False, damping=1e-6, start=None):
-        self.rule, self.nesterov, self.given_rho = rule, nesterov, rho
+        self.rule, self.nesterov, self.average_rho = rule, nesterov, 1.0 if rho is None else rho
         self.m = Factors(rule, None, 1.0, k, start, damping)
         self.redecay(momentum)
 
     def redecay(self, momentum):
         """Go on with this decay."""
         self.mu = self.m.decay = momentum
-        self.rho = (ema_length(momentum) if self.given_rho is None else self.given_rho) / (1 - momentum)
+        self.rho = self.average_rho / (1 - momentum)
 
     def step(self, g):
         g = np.asarray(g, dtype=np.float64)
