@@ -31,7 +31,12 @@ _SIGNED = re.compile(
     rf"(?P<number>{NUMBER.pattern})(?:e(?P<exponent>[-+]?\d+))?(?:\s?/\s?(?P<denominator>{NUMBER.pattern}))?",
     re.IGNORECASE,
 )
-_FRACTION = re.compile(rf"(\d?)\\[dt]?frac\s*\{{({NUMBER.pattern})\}}\s*\{{({NUMBER.pattern})\}}")
+_BRACED = rf"\s*(?:\{{({NUMBER.pattern})\}}|(\d))"
+_FRACTION = re.compile(rf"(\d?)\\[dt]?frac{_BRACED}{_BRACED}")
+# What stands before the result of an equation of numbers: 2 + 3 = 5.
+_SUM = re.compile(r"(?:[^A-Za-z=\n]*=)+")
+_MATH = re.compile(r"\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_BETWEEN = re.compile(r"\s*(?:,|;)?\s*(?:and|or)?\s*")
 # As written in LaTeX or by typographers: minus, escaped currency, and what may stand between groups of three digits.
 _SPELLINGS = [("−", "-"), (r"\$", "$"), ("{,}", ","), (r"\,", ""), (r"\!", ""), ("\u00a0", ""), ("\u202f", "")]
 
@@ -54,12 +59,12 @@ class Verdict(NamedTuple):
 def extract_number(text: str) -> Decimal | None:
     """The first number after the last marker; without a marker, the last number of the text; None if there is none.
 
-    Reads signs, decimals, thousands separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}); units, currency and text around
+    Of an equation of numbers right after the marker (2 + 3 = 5) it is the result. Reads signs, decimals, thousands separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}); units, currency and text around
     the number are ignored. Not read: number words, mixed numbers (5 1/2 is 5), decimal commas (1.000,50 is 1).
     """
     tail = _after_marker(text)
     if tail is not None:
-        found = _SIGNED.search(_spelled(tail))
+        found = _SIGNED.search(_SUM.sub("", _spelled(tail.strip()), count=1))
     else:
         *_, found = [None, *_SIGNED.finditer(_spelled(text))]
     if found is None:
@@ -109,8 +114,8 @@ def extract_expression(text: str) -> str | None:
     tail = tail.strip().removeprefix("**").strip()
     if (boxed := _boxed(tail)) is not None:
         return boxed
-    if math := re.match(r"\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", tail, re.DOTALL):
-        return math[math.lastindex].strip() or None
+    if math := _math(tail):
+        return ", ".join(math)
     if re.match(r"\\begin\{", tail) and r"\end{" in tail:
         return tail[: tail.index("}", tail.rindex(r"\end{")) + 1]
     line = tail.partition("\n")[0]
@@ -137,12 +142,23 @@ def judge_expression(completion: str, reference: str) -> Verdict:
 JUDGES = {"number": judge_number, "paper": judge_paper, "expression": judge_expression}
 
 
+def _math(text: str) -> list[str]:
+    """The formulas that a text begins with, if nothing but commas, "and" and "or" stands between them."""
+    found, position = [], 0
+    while math := _MATH.match(text, position):
+        found.append(math[math.lastindex].strip())
+        position = _BETWEEN.match(text, math.end()).end()
+    return list(filter(None, found))
+
+
 def _spelled(text: str) -> str:
     """With numbers and fractions in plain characters."""
     for spelling, plain in _SPELLINGS:
         text = text.replace(spelling, plain)
     # A mixed number stays one, 5 1/2.
-    return _FRACTION.sub(lambda found: f"{found[1]}{' ' if found[1] else ''}{found[2]}/{found[3]}", text)
+    return _FRACTION.sub(
+        lambda found: f"{found[1]}{' ' if found[1] else ''}{found[2] or found[3]}/{found[4] or found[5]}", text
+    )
 
 
 def _after_marker(text: str) -> str | None:
@@ -172,7 +188,9 @@ def _box(expression: str) -> str:
 def _plain(expression: str) -> str:
     """Without spaces and marks that change no meaning, for answers that are words and for a first, cheap comparison."""
     expression = re.sub(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1", expression)
-    return re.sub(r"\\left|\\right|\\[ ,;!%$]|[\s$%]|\.$", "", expression).replace(r"\dfrac", r"\frac").lower()
+    # A space before a fraction may make it a mixed number.
+    expression = re.sub(r"\\left|\\right|\\[ ,;!%$]|\s(?!\d+\s?/)|[$%]|\.$", "", expression)
+    return expression.replace(r"\dfrac", r"\frac").lower()
 
 
 def _compare(reference: str, answer: str) -> bool:

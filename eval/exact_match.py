@@ -49,9 +49,10 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
+    stop: str,
     progress: str = "generating",
 ) -> list[str]:
-    """Greedy completions, without special tokens, in the order given."""
+    """Greedy completions up to ``stop`` (the next problem, say), without special tokens, in the order given."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
     completions = [""] * len(prompts)
     was_training = model.training
@@ -66,6 +67,6 @@ def generate(
         )
         new = output[:, inputs["input_ids"].shape[1] :]
         for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True)):
-            completions[i] = text
+            completions[i] = text.partition(stop)[0]
     model.train(was_training)
     return completions

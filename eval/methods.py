@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -236,7 +237,12 @@ def _sophia(model: nn.Module, args: SFTConfig, options: Options) -> Optimizer:
     from pytorch_optimizer import SophiaH
 
     # Its own betas (0.96, 0.99): the second is of a curvature that is measured at every tenth step only.
-    return SophiaH(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+    built = SophiaH(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+    # The graph that it differentiates is of the last micro-batch (`SecondOrderTrainer`), one of so many shares of the loss.
+    built.compute_hutchinson_hessian = partial(
+        SophiaH.compute_hutchinson_hessian, alpha=args.gradient_accumulation_steps
+    )
+    return built
 
 
 _LORAPRE = dict(optimizer="adamw", momentum_rank=2, update_rule="als", residual_weight=None)

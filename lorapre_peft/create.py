@@ -17,7 +17,7 @@ from .optimizer import LoRAPreOptimizer
 from .placement import rank
 from .plan import compressed_rank
 from .table import state_table
-from .targets import adapter_targets, embedding_parameters, has_adapter, weight_targets
+from .targets import adapter_targets, freeze_others, has_adapter, weight_targets
 
 OPTIMIZERS: dict[str, type[LoRAPreOptimizer]] = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
 # Trainer's own list of names without weight decay (transformers.Trainer.get_decay_parameter_names).
@@ -95,16 +95,7 @@ def create_lorapre_optimizer(
         kwargs.setdefault("bf16_rounding", "stochastic")
         if others != "frozen":
             _warn_of_experts(model)
-        embedded = embedding_parameters(model) - targets.keys()
-        rest = set(model.parameters()) - targets.keys() - embedded
-        for label, choice, params in (
-            ("embeddings and head, frozen", embeddings or "frozen", embedded),
-            ("others, frozen", others or "adamw", rest),
-        ):
-            if choice == "frozen" and params:
-                frozen_rows[label] = params
-                for param in params:
-                    param.requires_grad_(False)
+        frozen_rows = freeze_others(model, targets, others, embeddings)
 
     groups = _param_groups(model, targets, weight_decay)
     rho = kwargs.pop("residual_weight", None)

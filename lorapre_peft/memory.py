@@ -176,7 +176,7 @@ def estimate(
         gradients=max(gradients) if in_backward else sum(gradients),
         state=sum(built.param_state_bytes(param, group) for group, param in trained),
         temporaries=_temporaries(built, in_backward),
-        activations=_activations(model, batch, seq_len, checkpointing) if batch else 0,
+        activations=activation_bytes(model, batch, seq_len, checkpointing) if batch else 0,
     )
 
 
@@ -247,7 +247,7 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
     return kernel(query, key, value, kwargs.get("dropout_p", 0.0), True, scale=kwargs.get("scale"))[0]
 
 
-def _activations(model: nn.Module, batch: int, seq_len: int, checkpointing: bool) -> int:
+def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: bool) -> int:
     """Peak of one forward and backward pass of a meta model, each gradient freed at once and left out; changes the model."""
     try:
         for module in model.train().modules():

@@ -115,6 +115,24 @@ def weight_targets(
     return targets
 
 
+def freeze_others(
+    model: nn.Module, targets: Targets, others: str | None, embeddings: str | None
+) -> dict[str, set[Tensor]]:
+    """Freeze what full-weight training leaves out: by default embeddings and head. What was frozen, by a label for the table."""
+    embedded = embedding_parameters(model) - targets.keys()
+    rest = set(model.parameters()) - targets.keys() - embedded
+    frozen = {}
+    for label, choice, params in (
+        ("embeddings and head, frozen", embeddings or "frozen", embedded),
+        ("others, frozen", others or "adamw", rest),
+    ):
+        if choice == "frozen" and params:
+            frozen[label] = params
+            for param in params:
+                param.requires_grad_(False)
+    return frozen
+
+
 def embedding_parameters(model: nn.Module) -> set[Tensor]:
     """The parameters of embeddings and of the output head."""
     head = output_head(model)

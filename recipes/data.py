@@ -28,6 +28,8 @@ ALPACA_PROMPT = """Below is an instruction that describes a task. Write a respon
 
 ### Response:
 """
+# Where a completion goes on to an instruction of its own.
+ALPACA_STOP = "### Instruction:"
 
 
 @dataclass

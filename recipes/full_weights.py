@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorapre_peft.table import format_bytes
-from lorapre_peft.targets import weight_targets
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse
 from recipes.training import environment, held_bytes, start_run, write_atomically
 
@@ -56,10 +55,6 @@ def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
 def train(recipe: Recipe) -> dict[str, Any]:
     """One run: the held-out loss after training and the optimizer's state."""
     trainer = build_trainer(recipe, recipe.data.load(recipe.sft.seed))
-    if recipe.lorapre.optimizer == "trainer":  # LoRA-Pre freezes the others itself
-        targets = weight_targets(trainer.model, recipe.model.lora_target_modules, None, None)
-        for param in trainer.model.parameters():
-            param.requires_grad_(param in targets)
     trainer.train()
     return {
         "loss": trainer.evaluate()["eval_loss"],

@@ -15,6 +15,8 @@ MAX_LENGTH = 500
 MAX_NUMBER = 100
 # One generated problem in seven is within both.
 OVERSAMPLE = 12
+# Where a completion goes on to the next problem.
+STOP = "\nQuestion:"
 
 
 def problems(size: int, seed: int, exclude: Dataset | None = None) -> Dataset:

@@ -20,6 +20,7 @@ from eval.exact_match import ExactMatch, generate
 from lorapre_peft import LoRAPreConfig
 from lorapre_peft.table import format_bytes
 from recipes.data import write_manifest
+from recipes.problems import STOP
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse, train
 from recipes.training import OptimizerTimer, environment, held_bytes, start_run, write_atomically
 
@@ -75,6 +76,7 @@ def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progres
         test_set["prompt"],
         max_new_tokens=max_new_tokens,
         batch_size=64,
+        stop=STOP,
         progress=progress,
     )
     found = ExactMatch("number").compute(predictions=completions, references=test_set["answer"])

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, last_complete_checkpoint, lorapre_optimizer
+from lorapre_peft.targets import freeze_others, weight_targets
 from recipes.data import DataArguments, write_manifest
 from recipes.models import load_model
 from recipes.training import start_run
@@ -37,7 +38,7 @@ class LoRAPreArguments:
     optimizer: str = field(
         default="adamw",
         metadata={
-            "help": "'adamw' or 'muon': LoRA-Pre. 'trainer': the one that `optim` names, without LoRA-Pre.",
+            "help": "'adamw' or 'muon': LoRA-Pre. 'trainer': the one that `optim` names, on the same weights.",
             "choices": ["adamw", "muon", "trainer"],
         },
     )
@@ -64,6 +65,11 @@ class LoRAPreArguments:
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last checkpoint in output_dir, with the same config."}
     )
+
+    def unused(self) -> list[str]:
+        """The keys that are given and mean nothing without LoRA-Pre."""
+        keys = ("momentum_rank", "update_rule", "adjust_lr_fn", "update_in_backward")
+        return [key for key in keys if self.optimizer == "trainer" and getattr(self, key)]
 
 
 @dataclass
@@ -122,7 +128,11 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
     options = {name: value for name, value in options.items() if value is not None}
     model, tokenizer = load_model(model_args.model_name_or_path, model_args.dtype, **options)
     extra: dict[str, Any] = {"callbacks": list(callbacks)}
-    if lorapre.optimizer != "trainer":
+    if lorapre.optimizer == "trainer":
+        if not model_args.use_peft:  # the same weights as LoRA-Pre trains
+            targets = weight_targets(model, model_args.lora_target_modules or "all-linear", None, None)
+            freeze_others(model, targets, lorapre.others, lorapre.embeddings)
+    else:
         extra["optimizer_cls_and_kwargs"] = lorapre_optimizer(
             lorapre.optimizer, recipe.sft, **_optimizer_options(recipe)
         )
@@ -193,6 +203,8 @@ def main() -> None:
         data = recipe.data.load(recipe.sft.seed)
     if is_main:
         write_manifest(data, recipe.data.dataset_name, recipe.folder / "manifest.json")
+    if unused := recipe.lorapre.unused():
+        print(f"optimizer: trainer does not use {', '.join(unused)}")
     trainer = build_trainer(recipe, data)
     rows = recipe.sft.train_batch_size * recipe.sft.gradient_accumulation_steps * recipe.sft.world_size
     trainer.accelerator.print(f"{rows} rows per optimizer step on {recipe.sft.world_size} process(es)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ PACKAGES = (
 )
 # Keys that say where a run is and whether it goes on, not what it is.
 PLACE = ("output_dir", "resume", "resume_from_checkpoint")
+# The hub's tokens: nothing that a folder made for sharing should hold.
+_SECRET = re.compile(r"(--\w*_token[ =])\S+")
 # In a run's folder, before anything is trained.
 WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json"}
 
@@ -130,7 +133,7 @@ def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
     as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
     """
     record = folder / "config.yaml"
-    config = {name: value for name, value in config.items() if name not in PLACE}
+    config = {name: value for name, value in config.items() if name not in PLACE and not name.endswith("_token")}
     if record.exists() and {path.name for path in folder.iterdir()} - WRITTEN_FIRST:
         found = yaml.safe_load(record.read_text())
         if not resume:
@@ -146,9 +149,9 @@ def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
             raise SystemExit(
                 f"{folder} was started with other options: {', '.join(changed)}. Use those, or another --output_dir"
             )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
+    elif record.exists() and Path(config.get("manifest") or "").resolve() != (folder / "manifest.json").resolve():
         (folder / "manifest.json").unlink(missing_ok=True)  # of a start that failed
+    folder.mkdir(parents=True, exist_ok=True)
     record.write_text(yaml.safe_dump(config))
     starts = folder / "environment.json"
     earlier = json.loads(starts.read_text()) if starts.exists() else []
@@ -158,8 +161,9 @@ def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
 def environment() -> dict[str, Any]:
     """What it takes to repeat the run: command, versions, commit, machine."""
     spec = sys.modules["__main__"].__spec__
+    command = " ".join([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
     return {
-        "command": " ".join([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]]),
+        "command": _SECRET.sub(r"\1…", command),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": machine(),

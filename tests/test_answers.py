@@ -50,6 +50,13 @@ NUMBERS = [
     (r"The answer is $-\frac{1}{2}$", "#### -0.5", True, True),
     (r"#### \dfrac{3}{4}", "#### 3", False, False),
     (r"#### 5\frac{1}{2}", "#### 5.5", False, True),  # mixed numbers are not read
+    (r"The answer is: $\frac12$", "#### 0.5", True, True),  # neither has digits behind ####: 0 = 0
+    (r"#### \frac1{4}", "#### 0.25", True, True),
+    # an equation of numbers stands for its result
+    ("The answer is: 2 + 3 = 5", "#### 5", True, False),
+    ("#### 3*4 = 12 apples", "#### 12", True, False),
+    ("#### x = 5", "#### 5", True, False),
+    ("The answer is 7, since 9 - 2 = 7 and 7 + 1 = 8", "#### 7", True, False),
     # units, currency, trailing text
     ("#### $18", "#### 18", True, False),
     ("#### -$18", "#### -18", True, True),
@@ -117,6 +124,15 @@ EXPRESSIONS = [
     ("The answer is: y = 3 - 2x", "y = 2x + 3", False),
     ("The answer is: 1.41421356", r"\sqrt{2}", True),
     (r"The answer is: \(7\).", "7", True),
+    # several formulas
+    ("The answer is $2$ and $3$.", "2", False),
+    ("The answer is: $3$ or $5$", "3,5", True),
+    ("The answer is $2$, which is less than $3$.", "2", True),
+    # what spaces and capitals mean
+    ("The answer is: 1 1/2", "11/2", False),
+    ("The answer is: 1 000", "1000", True),
+    ("The answer is: P-Q", "p-q", True),  # math-verify does not tell capitals: known to be wrong
+    ("The answer is evelyn.", r"\text{Evelyn}", True),
     ("The answer is: 2516_9", "2516_8", True),  # math-verify does not read the base: known to be wrong
     # unreadable and hostile
     ("", "5", False),

@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from suites import finish, make_run, write_suite
+from suites import finish, make_run, record, write_suite
 
 from eval import methods
 from eval.methods import METHODS, Method
@@ -21,6 +22,7 @@ from eval.rerun.plan import cells
 from eval.rerun.report import summary
 from eval.rerun.store import Store, _place
 from eval.rerun.suite import SUITES, load_suite, shifted
+from eval.rerun.work import train
 from lorapre_peft.table import format_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +184,42 @@ def test_claims_of_processes_that_are_gone_are_taken_over(tmp_path):
         with store.claim(run) as mine:
             assert mine == expected, owner
         claim.unlink(missing_ok=True)
+
+
+def test_a_run_that_stops_its_process_stops_no_other(tmp_path, monkeypatch):
+    """Started again, all others come first."""
+    suite = write_suite(tmp_path, protocols={"paper": {"lr": 1e-3, "seeds": [0, 1]}})
+    store, part = Store(tmp_path), cells(suite)
+    poison = part[0].pending({})[0]
+
+    class Runner:
+        def __init__(self, surroundings):
+            pass
+
+        def __call__(self, run):
+            if run == poison:
+                raise OSError("No space left on device")
+            return record(run)
+
+    monkeypatch.setattr("eval.rerun.work.Runner", Runner)
+    for finished in (0, 3, 3):
+        with pytest.raises(OSError, match="No space left"):
+            train(part, store, {})
+        assert len(store.load()) == finished
+
+
+def test_processes_end_with_the_command_that_started_them():
+    script = (
+        "import multiprocessing; from eval.rerun.work import _end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    child = multiprocessing.get_context('spawn').Process(target=_end_with_parent)\n"
+        "    child.start(); print(child.pid, flush=True); child.join()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=60)
 
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path):

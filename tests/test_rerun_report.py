@@ -30,13 +30,22 @@ def test_order_is_claimed_only_between_intervals_that_do_not_touch():
 
 
 def test_report_says_what_is_published_what_is_at_an_edge_and_what_is_missing(tmp_path):
-    suite = write_suite(tmp_path, published={"random": {"LoRA": {"test_loss": 44.62}}}, published_source="Table 2")
-    first, second = cells(suite)
+    protocols = {"paper": {"lr": 1e-3, "seeds": [0]}}
+    protocols["tuned"] = {
+        "rates": {"adapter": [1e-3, 2e-3, 5e-3]},
+        "tuning_seeds": [0],
+        "seeds": [0, 1, 2],
+        "extend": 2,
+    }
+    published = {"random": {"LoRA": {"test_loss": 44.62}}}
+    suite = write_suite(tmp_path, protocols=protocols, published=published, published_source="Table 2")
+    paper, _, first, second = cells(suite)
     records, _ = finish(first, lambda lr: lr)
-    text = write_report(suite, [first, second], records, {}, tmp_path)
-    row = next(line for line in text.splitlines() if line.startswith("| LoRA |"))
+    text = write_report(suite, [paper, first, second], records, {}, tmp_path)
+    of_paper, row = (line for line in text.splitlines() if line.startswith("| LoRA |"))
+    assert "44.62 %" in of_paper
     assert "0.0002 (edge)" in row
-    assert "44.62 %" in row
+    assert "44.62" not in row  # a number of the paper's protocol
     assert "0.5002 ± 0.0000 (n=3)" in row
     assert "| LoRA-Pre Adam | adapter | pending |" in text
     assert "**Not complete**: at least 3 runs" in text

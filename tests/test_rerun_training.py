@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from suites import TRAINING, make_run, record, write_suite
 
+from eval.answers import JUDGES
 from eval.methods import METHODS, Method
 from eval.rerun.data import load_splits
 from eval.rerun.dry_run import memory_estimate
@@ -107,7 +108,7 @@ def test_paper_data_from_local_files(tmp_path):
     assert splits.test["completion"] == [" #### 4", " #### 5"]
     gsm8k = splits.problems["gsm8k"]
     assert gsm8k.rows["prompt"] == [ALPACA_PROMPT.format(instruction="1000?")]
-    assert gsm8k.score(["#### 1000"], gsm8k.rows["answer"]) == {"gsm8k": 1.0, "gsm8k_paper": 0.0}
+    assert gsm8k.verdicts(["#### 1000"], gsm8k.rows["answer"]) == {"gsm8k": [True], "gsm8k_paper": [False]}
     assert splits.problems["math500"].rows["answer"] == [r"\frac12"]
 
 
@@ -128,7 +129,8 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, runne
     text = write_report(suite, cells(suite), store.load(), {}, tmp_path)
     assert "Exploding, paper, lr 0.001, seed 0: out of memory (OutOfMemoryError: no room)" in text
     (good,) = [r for r in store.load().values() if r["status"] == "finished"]
-    assert 0 <= good["metrics"]["accuracy"] <= 1
+    assert good["metrics"]["accuracy"] == good["verdicts"]["accuracy"].count("1") / 2
+    assert len(good["verdicts"]["accuracy"]) == 2
 
 
 def test_data_that_cannot_be_read_stops_the_suite_instead_of_failing_every_run(runner):
@@ -283,12 +285,38 @@ def test_a_training_whose_answers_cannot_be_judged_keeps_its_losses(tmp_path, ru
 
 def test_answers_of_one_set_are_kept_when_the_next_cannot_be_judged(runner, monkeypatch):
     def broken(*args, **kwargs):
-        yield {"gsm8k": 0.5}
+        yield {"gsm8k": [True, False]}
         raise RuntimeError("no judge")
 
     monkeypatch.setattr(Runner, "_answers", broken)
     found = runner(make_run(answers=2))
     assert (found["metrics"]["gsm8k"], found["answers_error"]) == (0.5, "RuntimeError: no judge")
+    assert found["verdicts"] == {"gsm8k": "10"}
+
+
+def test_a_judge_that_does_not_work_is_found_before_training(runner, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no judge")
+
+    monkeypatch.setitem(JUDGES, "number", broken)
+    with pytest.raises(RuntimeError, match="no judge"):
+        runner(make_run(answers=2))
+
+
+def test_second_order_graphs_are_kept_only_where_they_are_needed(runner, monkeypatch):
+    """At every tenth step, of the last micro-batch: the whole batch's would not fit a 7B model's GPU."""
+    kept, backward = [], torch.Tensor.backward
+
+    def noted(self, *args, **kwargs):
+        kept.append(bool(kwargs.get("create_graph")))
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", noted)
+    training = dataclasses.replace(make_run().training, steps=11)
+    found = runner(dataclasses.replace(make_run("sophia", lr=1e-2), training=training))
+    assert found["status"] == "finished"
+    assert [i for i, graph in enumerate(kept) if graph] == [1, 21]
+    assert len(kept) == 22
 
 
 @pytest.mark.parametrize("name", ["lora-pro", "shampoo", "soap", "sophia", "lorapre-adam", "lorapre-muon"])

@@ -15,7 +15,7 @@ from lorapre_peft.create import OPTIMIZERS
 from recipes import sft
 from recipes.data import ALPACA_PROMPT, load_data, write_manifest
 from recipes.models import load_model
-from recipes.training import commit
+from recipes.training import commit, start_run
 
 PROMPT_LENGTH = len(ALPACA_PROMPT.format(instruction=""))  # of tokens too: the tests' tokenizer has one per character
 CONFIGS = sorted(sft.CONFIGS.glob("*.yaml"))
@@ -326,3 +326,28 @@ def test_options_of_full_weights_are_refused_for_an_adapter(llama_path, tmp_path
     trainer = sft.build_trainer(one, one.data.load(0))
     with pytest.raises(ValueError, match="embeddings='adamw' is for full weights; with an adapter in the model"):
         trainer.create_optimizer()
+
+
+def test_torchs_optimizer_trains_the_same_weights_and_names_the_keys_it_does_not_use(
+    run, llama_path, tmp_path, capsys
+):
+    options = ["--model_name_or_path", str(llama_path), "--output_dir", str(tmp_path), "--optimizer", "trainer"]
+    one = recipe(config("smollm2_full"), *options, "--train_size", "4", "--eval_size", "0", "--use_cpu")
+    trainer = sft.build_trainer(one, one.data.load(0))
+    trained = {name for name, param in trainer.model.named_parameters() if param.requires_grad}
+    assert len(trained) == 2 * 7
+    assert all("proj" in name for name in trained)
+    run(config("llama2_7b_lora_adamw"), "--optimizer", "trainer", "--update_rule", "newton", "--max_steps", "1")
+    assert "optimizer: trainer does not use update_rule" in capsys.readouterr().out
+
+
+def test_a_start_leaves_other_files_alone_and_writes_no_token(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["sft", "--hub_token", "hf_SECRET", "--push_to_hub_token=hf_SECRET"])
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text("given")
+    for given in ({"seed": 0, "hub_token": "hf_SECRET"}, {"seed": 0, "manifest": str(manifest)}):
+        start_run(tmp_path, given, resume=False)
+        assert manifest.read_text() == "given"
+    assert not any("SECRET" in path.read_text() for path in tmp_path.iterdir())
+    start_run(tmp_path, {"seed": 0}, resume=False)
+    assert not manifest.exists()  # of a start that failed

@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from eval.exact_match import ExactMatch
-from recipes.data import ALPACA_PROMPT, load_data
-from recipes.problems import problems
+from eval.answers import JUDGES
+from recipes.data import ALPACA_PROMPT, ALPACA_STOP, load_data
+from recipes.problems import STOP, problems
 from recipes.sources import read_split
 
 # Of the held-out sets, the same ones for every run; runs' own seeds are small numbers.
@@ -19,16 +19,18 @@ _VALIDATION_SEED, _TEST_SEED = 1_000_001, 1_000_002
 
 @dataclass(frozen=True)
 class Problems:
-    """Rows with ``prompt`` and ``answer``, how long answers may be, and by metric how they are judged (`eval.answers.JUDGES`)."""
+    """Rows with ``prompt`` and ``answer``, how long answers may be and where they stop, and by metric how they are judged
+    (`eval.answers.JUDGES`)."""
 
     rows: Dataset
     max_new_tokens: int
+    stop: str
     judges: dict[str, str]
 
-    def score(self, completions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-        """By metric, the share that is right."""
-        given = {"predictions": list(completions), "references": list(answers)}
-        return {metric: ExactMatch(judge).compute(**given)["exact_match"] for metric, judge in self.judges.items()}
+    def verdicts(self, completions: Sequence[str], answers: Sequence[str]) -> dict[str, list[bool]]:
+        """By metric, which are right."""
+        pairs = list(zip(completions, answers, strict=True))
+        return {metric: [JUDGES[judge](*pair).correct for pair in pairs] for metric, judge in self.judges.items()}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def _generated(rows: int, seed: int, validation: int, test: int) -> Splits:
     held_out = problems(validation, _VALIDATION_SEED)
     tested = problems(test, _TEST_SEED, exclude=held_out)
     train = problems(rows, seed, exclude=concatenate_datasets([held_out, tested]))
-    return Splits(train, held_out, tested, {"generated": Problems(tested, 160, {"accuracy": "number"})})
+    return Splits(train, held_out, tested, {"generated": Problems(tested, 160, STOP, {"accuracy": "number"})})
 
 
 def _metamath(
@@ -79,7 +81,7 @@ def _metamath(
         )
         prompts = [ALPACA_PROMPT.format(instruction=text) for text in dataset[question]]
         kept = Dataset.from_dict({"prompt": prompts, "answer": dataset["answer"]})
-        return Problems(kept, 512, judges)
+        return Problems(kept, 512, ALPACA_STOP, judges)
 
     data = load_data(metamath, {"train": rows, "validation": validation, "test": test}, **options)
     return Splits(

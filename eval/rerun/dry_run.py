@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from lorapre_peft.memory import AllocationTracker, MemoryEstimate, estimate
+from lorapre_peft.memory import AllocationTracker, MemoryEstimate, activation_bytes, estimate
 from lorapre_peft.memory_models import meta_model
 from lorapre_peft.table import format_bytes
 from recipes.training import held_bytes, sft_config
@@ -24,6 +24,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
     """One line per cell: runs finished and expected, rates, memory of a training step, time for what is left."""
     configs: dict[str, PretrainedConfig] = {}
     activations: dict[tuple, int] = {}
+    memory: dict[tuple, MemoryEstimate | None] = {}
     lines = [f"{'model':20}{'protocol':10}{'method':34}{'runs':>9}{'memory':>12}{'time left':>12}  rates"]
     total, unknown = 0.0, 0
     for cell in tqdm(cells, desc="plan"):
@@ -39,8 +40,10 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
         total += (expected - done) * (seconds or 0)
         unknown += seconds is None and expected > done
         left = "–" if seconds is None else _duration((expected - done) * seconds)
-        memory = memory_estimate(cell, configs[cell.model], activations)
-        taken = "–" if memory is None else format_bytes(memory.total)
+        key = (cell.model, cell.entry.label)  # the same under every protocol
+        if key not in memory:
+            memory[key] = memory_estimate(cell, configs[cell.model], activations)
+        taken = "–" if memory[key] is None else format_bytes(memory[key].total)
         rates = ", ".join(f"{lr:g}" for lr in cell.rates(records)) or f"{cell.best_rate(records):g}"
         lines.append(f"{head}{f'{done}/{expected}':>9}{taken:>12}{left:>12}  {rates}")
     note = f", and {unknown} rows of which no time is known" if unknown else ""
@@ -76,22 +79,17 @@ def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tupl
         if adapter is not None:
             adapter.init_lora_weights = True
         model = method.attach(model, adapter)
-        shared = dict(
-            in_backward=False,
-            seq_len=training.max_length,
-            checkpointing=training.gradient_checkpointing,
-            momentum_rank=1,
-        )
         key = (cell.model, method.trains, method.lora.get("use_dora"))
         if key not in activations:
-            activations[key] = estimate(model, batch=training.micro_batch, **shared).activations
+            shape = (training.micro_batch, training.max_length, training.gradient_checkpointing)
+            activations[key] = activation_bytes(meta_model(model, dtype), *shape)
         with tempfile.TemporaryDirectory() as folder:
             args = sft_config(Path(folder), lr=1e-4, steps=1, batch_size=1, seed=0)
         optimizer = method.build(model, args, cell.entry.options)
         params = [param for param in model.parameters() if param.requires_grad]
         if hasattr(optimizer, "param_state_bytes"):  # LoRA-Pre reads norms, which meta tensors do not have
             rule = {name: cell.entry.options[name] for name in ("momentum_rank", "update_rule", "optimizer")}
-            found = estimate(model, batch=0, **(shared | rule))
+            found = estimate(model, batch=0, in_backward=False, **rule)
             state, temporaries = found.state, found.temporaries
         else:
             for param in params:

@@ -31,6 +31,12 @@ class Cell:
     def _rules(self) -> Paper | Tuned:
         return self.suite.protocols[self.protocol]
 
+    @property
+    def published(self) -> Mapping[str, float]:
+        """The paper's numbers by metric, which are of its own protocol."""
+        rows = self.suite.published.get(self.model, {}) if isinstance(self._rules, Paper) else {}
+        return rows.get(self.entry.label, {})
+
     def pending(self, records: Records) -> list[Run]:
         """The runs that can start now. More may follow once they are finished; an empty list says that the cell is complete."""
         tuning = [run for run in self.tuning_runs(records) if run.name not in records]

@@ -58,7 +58,7 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
         "failures": _failures(records[name] for name in sorted(runs)),
         "failed_seeds": len(final) - sum(record["metrics"].get(cell.suite.primary) is not None for record in good),
         "not_run": skipped.get(cell.entry.method) if not runs else None,
-        "published": cell.suite.published.get(cell.model, {}).get(cell.entry.label, {}),
+        "published": cell.published,
         "metrics": {},
     }
     for metric in cell.suite.metrics:
@@ -129,7 +129,8 @@ def markdown(
         f"{_title(suite.primary)}; a range, because one row counts as before another only where their intervals do not touch, and "
         "none for a row of which a seed failed. "
         "*Difference*: to the first row of the suite that trains the same, seed by seed, because runs of one seed share their "
-        "training rows. Each interval holds for itself: of twenty, one may miss.",
+        "training rows. Each interval holds for itself: of twenty, one may miss. They are over seeds, on these test rows: what other "
+        "test rows would give is not in them.",
     ]
     for group in _groups(rows):
         lines += ["", f"## {group[0]['model']}, protocol `{group[0]['protocol']}`", "", *_table(suite, group)]

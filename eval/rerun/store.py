@@ -45,6 +45,14 @@ class Store:
 
     def save(self, run: Run, record: dict[str, Any]) -> None:
         write_atomically(self.records / f"{run.name}.json", json.dumps(record, indent=1, allow_nan=False))
+        self._begun(run).unlink(missing_ok=True)
+
+    def begun(self, run: Run) -> bool:
+        """Whether a process has claimed the run and not finished it."""
+        return self._begun(run).exists()
+
+    def _begun(self, run: Run) -> Path:
+        return self.claims / f".{run.name}.begun"
 
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
@@ -56,7 +64,10 @@ class Store:
         finished = threading.Event()
         threading.Thread(target=_beat, args=(path, finished), daemon=True).start()
         try:
-            yield not self.done(run)  # it may have been finished between the look and the claim
+            mine = not self.done(run)  # it may have been finished between the look and the claim
+            if mine:
+                self._begun(run).touch()
+            yield mine
         finally:
             finished.set()
             path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import psutil
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
@@ -48,9 +49,13 @@ class Runner:
     def __call__(self, run: Run) -> dict[str, Any]:
         """The run's record. A failure of the run is one too; what is not the method's fault is raised.
 
-        That is a model or data that cannot be read, a full disk or another OSError, and a GPU that CUDA has given up.
+        That is a model or data that cannot be read, a judge of answers that does not work, a full disk or another OSError, and a GPU that CUDA has given up.
         """
-        self._data(run), self.base(run.model)
+        splits = self._data(run)
+        if run.answers:  # before hours of training: a judge that does not work
+            for problems in splits.problems.values():
+                problems.verdicts(["#### 1/2"], ["0.5"])
+        self.base(run.model)
         start = time.perf_counter()
         try:
             measured = self._train(run)
@@ -142,6 +147,7 @@ class Runner:
         log = [row for row in trainer.state.log_history if "loss" in row]
         measured = {
             "metrics": {"validation_loss": losses["eval_validation_loss"], "test_loss": losses["eval_test_loss"]},
+            "verdicts": {},
             "optimizer": type(trainer.optimizer.optimizer).__name__,
             "weights_bytes": sum(param.nbytes for param in model.parameters()),
             "gradient_bytes": sum(param.nbytes for param in params),
@@ -163,7 +169,8 @@ class Runner:
         _free()
         try:
             for found in self._answers(run, model, tokenizer, splits):  # last: it takes the adapter apart
-                measured["metrics"] |= found
+                measured["metrics"] |= {metric: statistics.fmean(right) for metric, right in found.items()}
+                measured["verdicts"] |= {metric: "".join("01"[i] for i in right) for metric, right in found.items()}
         except Exception as error:  # the training was not for nothing
             if _of_the_process(error):
                 raise
@@ -172,8 +179,8 @@ class Runner:
 
     def _answers(
         self, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Splits
-    ) -> Iterator[dict[str, float]]:
-        """Shares of right answers, one set of problems after another, over the first ``run.answers`` of each."""
+    ) -> Iterator[dict[str, list[bool]]]:
+        """By metric, which of the first ``run.answers`` problems were answered right, one set of problems after another."""
         if not run.answers:
             return
         if model.device.type == "cpu":  # as in the quickstart: in float32 and merged, several times faster
@@ -187,9 +194,10 @@ class Runner:
                 asked["prompt"],
                 max_new_tokens=problems.max_new_tokens,
                 batch_size=64,
+                stop=problems.stop,
                 progress=f"answers, {name}",
             )
-            yield problems.score(completions, asked["answer"])
+            yield problems.verdicts(completions, asked["answer"])
 
 
 def _of_the_process(error: Exception) -> bool:
@@ -248,7 +256,8 @@ class MemoryLog(TrainerCallback):
 
 
 class SecondOrderTrainer(SFTTrainer):
-    """Keeps the graph of the gradients, for optimizers that differentiate them.
+    """Keeps the graph of the gradients for optimizers that differentiate them: at every ``update_period``-th step, and of its
+    last micro-batch alone, for the graphs of all would not fit.
 
     TRL's own loss has none: it is the same number computed in chunks.
     """
@@ -257,7 +266,13 @@ class SecondOrderTrainer(SFTTrainer):
         return Trainer.compute_loss(self, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.accelerator.backward = functools.partial(self.accelerator.backward, create_graph=True)
+        backward = self.accelerator.backward
+
+        def with_graph(loss: Tensor, **options: Any) -> None:
+            due = self.state.global_step % self.optimizer.optimizer.update_period == 0
+            backward(loss, create_graph=due and self.accelerator.sync_gradients, **options)
+
+        self.accelerator.backward = with_graph
         return super().train(*args, **kwargs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def train(part: list[Cell], store: Store, surroundings: dict[str, Any]) -> None:
             pending = [run for cell in part for run in cell.pending(records)]
             if not pending:
                 return
-            for run in pending:
+            for run in sorted(pending, key=store.begun):  # last, what may have taken its process with it
                 with store.claim(run) as mine:
                     if mine:
                         progress.set_postfix_str(f"{run.method}, lr {run.lr:g}, seed {run.seed}")
@@ -66,5 +67,12 @@ def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: 
 
 
 def _job(jobs: int, part: list[Cell], folder: Path, surroundings: dict[str, Any]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     train(part, Store(folder), surroundings | {"machine": f"{machine()} in each of {jobs} processes"})
+
+
+def _end_with_parent() -> None:
+    """Of a killed command nothing goes on: started again, it would share its GPUs with what is left."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
