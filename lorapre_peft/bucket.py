@@ -22,7 +22,7 @@ MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 
 def tile_entries(group: dict[str, Any], temporaries: int = TEMPORARIES) -> int:
     """Entries of one float32 temporary: all of them together stay within half of the group's ``temporary_bytes``."""
-    return max(1, group["temporary_bytes"] // (2 * 4 * temporaries))
+    return max(1, int(group["temporary_bytes"]) // (2 * 4 * temporaries))
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

@@ -29,9 +29,9 @@ def in_range(name: str, value: Any, low: float, high: float | None = None, *, cl
 
 
 def _number(value: Any) -> float:
-    """NaN, which no comparison holds for, if it is none."""
+    """NaN, which no comparison holds for, if it is none; a string is none ("2e-4" of a YAML file is one)."""
     try:
-        return float(value)
+        return float("nan") if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         return float("nan")
 
@@ -60,7 +60,7 @@ def check_options(group: dict[str, Any]) -> None:
             "matrix), or 0 (the whole group takes the AdamW path)"
         )
     rho = group["residual_weight"]
-    if rho is not None:
+    if rho is not None or group["update_rule"] == "als":
         in_range("residual_weight", rho, 0, 1, closed=True)
         if group["update_rule"] != "als":
             raise ValueError(

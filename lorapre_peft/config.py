@@ -55,7 +55,7 @@ class LoRAPreConfig(LoraConfig):
             raise ValueError(f"update_rule={self.update_rule!r}: expected one of {', '.join(map(repr, RULES))}")
         largest = max([self.r, *(self.rank_pattern or {}).values()])
         named = {"momentum_rank": self.momentum_rank} | {
-            f"momentum_rank_pattern[{key!r}]": k for key, k in self.momentum_rank_pattern.items()
+            f"momentum_rank_pattern[{key!r}]": k for key, k in (self.momentum_rank_pattern or {}).items()
         }
         for name, k in named.items():
             if k is None and name == "momentum_rank":

@@ -19,12 +19,13 @@ _HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
 
 
 def register_hooks(optimizer: LoRAPreOptimizer, params: Iterable[Tensor]) -> None:
-    """Have ``optimizer`` update these parameters in the backward pass for as long as it exists, and no earlier one any more."""
+    """Have ``optimizer`` update these parameters in the backward pass, if it does, for as long as it exists; no earlier one any more."""
     for param in params:
         if param in _HOOKS:
             _HOOKS.pop(param).remove()
-        hook = functools.partial(_update, weakref.ref(optimizer))
-        _HOOKS[param] = param.register_post_accumulate_grad_hook(hook)
+        if optimizer.defaults["update_in_backward"] and param.requires_grad:
+            hook = functools.partial(_update, weakref.ref(optimizer))
+            _HOOKS[param] = param.register_post_accumulate_grad_hook(hook)
 
 
 def _update(owner: weakref.ref[LoRAPreOptimizer], param: Tensor) -> None:

@@ -66,7 +66,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adjust_lr_fn: ``"original"`` (√max(1, p/q)) or ``"match_rms_adamw"`` (0.2 √max(p, q): a learning rate tuned for AdamW
             carries over), as in torch.optim.Muon; None for no scale, as in Algorithm 2 (torch's None means ``"original"``).
         ns_steps: Newton–Schulz steps, ≥ 1.
-        adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion. None: ``lr``.
+        adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion, which is the group's
+            ``adamw_lr_ratio`` from then on. None: ``lr``.
         adamw_betas, adamw_eps: of the AdamW path.
         common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed and
             backend, as `LoRAPreOptimizer` documents them. No ``"triton"``: the step is products of whole matrices.

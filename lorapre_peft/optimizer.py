@@ -25,8 +25,8 @@ from .metrics import Metrics
 from .placement import WHOLE, Placement, local, place, placement_of, world_size
 from .plain import AdamWOptions, adamw_path, make_item
 from .plan import Located, Plan, compressed_rank, make_plan, matrix_shape, plan_key
-from .rules import RULES
-from .state import check_loaded_state, restore_state, state_dtype
+from .rules import RESIDUAL_WEIGHT, RULES
+from .state import check_held_states, check_loaded_state, restore_state, state_dtype
 
 
 class LoRAPreOptimizer(Optimizer):
@@ -36,7 +36,7 @@ class LoRAPreOptimizer(Optimizer):
         params, defaults: as in `torch.optim.Optimizer`; ``defaults`` holds the subclass's own options.
         momentum_rank: k ≥ 1. None: a quarter of the smaller side of each matrix, at least 1. 0: the AdamW path for all.
         update_rule: ``"als"`` or ``"newton"``.
-        residual_weight: ρ of ``als``, in [0, 1]; None: the rule's default.
+        residual_weight: ρ of ``als``, in [0, 1]; None: 1.
         update_scale: factor on the update of compressed matrices, > 0; the paper's pre-training uses 0.25, as GaLore does.
         max_param_grad_norm: clip each parameter's gradient to this norm > 0, by itself; None: no clipping.
         bf16_rounding: how bfloat16 parameters are written: ``"nearest"``, or ``"stochastic"``, which keeps the mean of
@@ -121,7 +121,7 @@ class LoRAPreOptimizer(Optimizer):
         if "record_metrics" not in self.__dict__:
             self._reset(backend)
             for group in self.param_groups:
-                self._register_hooks(group)
+                register_hooks(self, group["params"])
 
     # ---- groups ---------------------------------------------------------------------------------------------------
 
@@ -129,6 +129,8 @@ class LoRAPreOptimizer(Optimizer):
         """Add a group, as in `torch.optim.Optimizer`; its options are checked like the constructor's."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if group["residual_weight"] is None and group["update_rule"] == "als":
+            group["residual_weight"] = RESIDUAL_WEIGHT  # now, so that checkpoints hold it
         try:
             self._check_group(group)
             for param in group["params"]:
@@ -136,7 +138,7 @@ class LoRAPreOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._register_hooks(group)
+        register_hooks(self, group["params"])
         # Kept to notice an engine that replaces the matrices by flattened shards behind the optimizer's back.
         group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
 
@@ -184,10 +186,6 @@ class LoRAPreOptimizer(Optimizer):
         pairs = [(group, param) for group in self.param_groups for param in group["params"]]
         return [(group, param, position) for position, (group, param) in enumerate(pairs)]
 
-    def _register_hooks(self, group: dict[str, Any]) -> None:
-        if self.defaults["update_in_backward"]:
-            register_hooks(self, (param for param in group["params"] if param.requires_grad))
-
     @torch.no_grad()
     def update_in_backward(self, param: Tensor) -> None:
         """What the parameter's hook calls, with its gradient just made."""
@@ -226,7 +224,8 @@ class LoRAPreOptimizer(Optimizer):
             waiting = plan is None and self._waiting(some)
             known = norms.tolist() if waiting or reads_are_free(device) else None
             recorded, self._metrics = self._metrics, Metrics()
-            self._apply_normed(some, states, grads, norms, known, placement, plan)
+            with torch.autocast(device.type, enabled=False):  # of a step or backward pass inside the user's
+                self._apply_normed(some, states, grads, norms, known, placement, plan)
             self._metrics.reduce(placement)
             recorded.merge(self._metrics)
             self._metrics = recorded
@@ -256,6 +255,7 @@ class LoRAPreOptimizer(Optimizer):
                 if not usable(norm) and not norm < 0:  # −1 is no gradient at all
                     self._skips.add(norm)
         if plan is None:
+            check_held_states(self, todo, states)
             plan = make_plan(
                 todo,
                 states,

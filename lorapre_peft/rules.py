@@ -163,7 +163,7 @@ class Newton:
         """(gram + δI)⁻¹, float64."""
         return damped_inverse(gram, self.damping)
 
-    def rows(self, average: Average, residual_weight: float | None) -> Rows:
+    def rows(self, average: Average, residual_weight: None) -> Rows:
         """The row part; the residual is always ``average.weight``."""
         gain = average.weight * (1 - average.decay**0.5) / (1 - average.decay)
         return Rows(average.decay**0.5, gain, average.decay, 0.0, average.weight)
@@ -203,11 +203,10 @@ class Als:
         """(gram + δ'I)⁻¹, float64."""
         return damped_inverse(gram, self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1))
 
-    def rows(self, average: Average, residual_weight: float | None) -> Rows:
-        """The row part with the residual weight ρ, taken for an EMA; None for the default."""
+    def rows(self, average: Average, residual_weight: float) -> Rows:
+        """The row part with the residual weight ρ, taken for an EMA."""
         beta, weight = average
-        rho = RESIDUAL_WEIGHT if residual_weight is None else residual_weight
-        residual = rho * weight / (1 - beta)
+        residual = residual_weight * weight / (1 - beta)
         return Rows(beta, weight, beta, weight - residual, residual)
 
     def unit(self, gram: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .plain import adamw_dtype
 
 if TYPE_CHECKING:
     from .optimizer import LoRAPreOptimizer
+    from .plan import Located
 
 
 def state_dtype(param: Tensor, name: str) -> torch.dtype:
@@ -38,6 +39,19 @@ def restore_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> No
         for name, value in saved.items():
             placed = value.detach().to(device=param.device, dtype=state_dtype(param, name), copy=True)
             optimizer.state[param][name] = placed
+
+
+def check_held_states(optimizer: LoRAPreOptimizer, todo: Iterable[Located], states: list[dict[str, Tensor]]) -> None:
+    """Raise ValueError if a parameter's shape or its group's options have changed into what its state is not made for."""
+    for (group, param, _), state in zip(todo, states):
+        found = {key: tuple(value.shape) for key, value in state.items()}
+        expected = optimizer.state_shapes(param, group)
+        if found != expected:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} with momentum_rank={group['momentum_rank']}, update_rule={group['update_rule']!r} "
+                f"has the state {found}, expected {expected}: its shape or these options have changed since its first step. Build a new "
+                "optimizer, or delete optimizer.state[param] to start without it"
+            )
 
 
 def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> None:

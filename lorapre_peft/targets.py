@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from .config import LoRAPreConfig, default_momentum_rank
@@ -22,9 +24,20 @@ WEIGHT_MOMENTUM_RANK = 8
 Targets = dict[Tensor, tuple[int, str]]  # parameter: (k, update rule)
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits, for models that name one."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """The modules that turn hidden states into logits, as the models name them that this one is or wraps."""
+    named = (inner.get_output_embeddings() for inner in _models(model))
+    return [head for head in named if head is not None]
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    """Heads that PEFT's "all-linear" leaves out as well."""
+    named = (getattr(inner, name, None) for inner in _models(model) for name in SEQ_CLS_HEAD_NAMES)
+    return [head for head in named if isinstance(head, nn.Module)]
+
+
+def _models(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "get_output_embeddings")]
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -57,6 +70,9 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: st
             continue
         own_name = module_name.rpartition("base_model.model.")[2]  # without what PEFT wraps around the base model
         for adapter, r in module.r.items():
+            matrices = [param for name in COMPRESSIBLE for param in _held(getattr(module, name), adapter)]
+            if not any(param.requires_grad for param in matrices):
+                continue  # what is not trained has no momenta
             config = configs.get(adapter)
             k = default_momentum_rank(r) if momentum_rank is None else momentum_rank
             if momentum_rank is None and isinstance(config, LoRAPreConfig):
@@ -68,11 +84,7 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: st
                     "a smaller one for this module in momentum_rank_pattern"
                 )
             rule = update_rule or getattr(config, "update_rule", "als")
-            for attribute in COMPRESSIBLE:
-                held = getattr(module, attribute)
-                if adapter in held:
-                    matrices = held[adapter].parameters() if isinstance(held[adapter], nn.Module) else [held[adapter]]
-                    targets |= {param: (k, rule) for param in matrices if param.ndim >= 2}
+            targets |= {param: (k, rule) for param in matrices if param.ndim >= 2}
     for adapter, keys in unused.items():
         if keys:
             warnings.warn(
@@ -80,6 +92,13 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: st
                 stacklevel=3,
             )
     return targets
+
+
+def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
+    """An adapter's parameters among those of a LoRA layer."""
+    if adapter not in held:
+        return []
+    return list(held[adapter].parameters()) if isinstance(held[adapter], nn.Module) else [held[adapter]]
 
 
 def weight_targets(
@@ -92,14 +111,14 @@ def weight_targets(
     k = WEIGHT_MOMENTUM_RANK if momentum_rank is None else momentum_rank
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=names)
-    head = output_head(model)
+    heads = {*output_heads(model), *_classifiers(model)}
     targets: Targets = {}
     for module_name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or not weight.requires_grad:
             continue
         if names == "all-linear":
-            matched = isinstance(module, (nn.Linear, Conv1D)) and module is not head
+            matched = isinstance(module, (nn.Linear, Conv1D)) and module not in heads
         else:
             matched = check_target_module_exists(config, module_name)
         if matched:
@@ -127,6 +146,11 @@ def freeze_others(
         ("others, frozen", others or "adamw", rest),
     ):
         if choice == "frozen" and params:
+            if isinstance(model, DistributedDataParallel) and any(param.requires_grad for param in params):
+                raise ValueError(
+                    f"{label}: found a model that DistributedDataParallel has wrapped already, which waits for their gradients; build the "
+                    "optimizer from the model inside, before it is wrapped"
+                )
             frozen[label] = params
             for param in params:
                 param.requires_grad_(False)
@@ -135,6 +159,5 @@ def freeze_others(
 
 def embedding_parameters(model: nn.Module) -> set[Tensor]:
     """The parameters of embeddings and of the output head."""
-    head = output_head(model)
-    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + ([head] if head is not None else [])
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + output_heads(model)
     return {param for module in modules for param in module.parameters()}

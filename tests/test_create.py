@@ -9,7 +9,7 @@ from peft import IA3Config, PromptEncoderConfig, PromptTuningConfig, get_peft_mo
 from torch import nn
 from transformers import Trainer
 
-from lorapre_peft import LoRAPreAdamW, create_lorapre_optimizer
+from lorapre_peft import LoRAPreAdamW, LoRAPreConfig, create_lorapre_optimizer
 
 LORA_MATRICES = ("lora_A", "lora_B", "lora_embedding_B")
 
@@ -226,3 +226,17 @@ def test_a_pattern_that_names_nothing_is_warned_about(make_llama):
     model = adapted(make_llama(), momentum_rank_pattern={"q_porj": 4, "v_proj": 3})
     with pytest.warns(UserWarning, match="momentum_rank_pattern of adapter 'default': 'q_porj' names no module"):
         create_lorapre_optimizer(model, lr=1e-2)
+
+
+def test_the_ranks_of_an_adapter_that_is_not_trained_do_not_matter(make_llama):
+    model = adapted(make_llama(), r=4)
+    model.add_adapter("new", LoRAPreConfig(r=16, target_modules=["q_proj"]))
+    model.set_adapter("new")
+    optimizer = create_lorapre_optimizer(model, lr=1e-2, momentum_rank=4)
+    assert {g["momentum_rank"] for g in optimizer.param_groups} == {4}
+
+
+def test_the_default_residual_weight_is_saved(make_llama):
+    """A checkpoint goes on as it was even if a later version has another default."""
+    optimizer = create_lorapre_optimizer(adapted(make_llama()), lr=1e-2)
+    assert {group["residual_weight"] for group in optimizer.state_dict()["param_groups"]} == {1.0}

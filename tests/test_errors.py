@@ -18,6 +18,7 @@ COMMON = [
     ({"lr": NAN}, r"lr=nan: expected a number of at least 0"),
     ({"lr": INF}, r"lr=inf: expected a number of at least 0"),
     ({"lr": "fast"}, r"lr='fast': expected a number of at least 0"),
+    ({"lr": "2e-4"}, r"lr='2e-4': expected a number of at least 0"),  # as YAML reads it
     ({"lr": torch.ones(2)}, r"lr is a tensor of shape \(2,\); expected a number or a tensor with one element"),
     ({"lr": torch.tensor(-1.0)}, r"lr=tensor\(-1\.\): expected a number of at least 0"),
     ({"weight_decay": -0.1}, r"weight_decay=-0\.1: expected a number of at least 0"),

@@ -8,7 +8,14 @@ import torch
 from stepping import both_optimizers, both_rules, stream, take_steps, weights
 from torch import nn
 from trainers import arguments
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreCallback, create_lorapre_optimizer, lorapre_optimizer
 from lorapre_peft.create import WEIGHT_LR
@@ -73,6 +80,34 @@ def test_others_and_embeddings_as_chosen(make_llama):
     model = make_llama()
     ranks = named(model, create_lorapre_optimizer(model, others="frozen", embeddings="adamw"))
     assert {name for name, k in ranks.items() if not k} == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_head_and_embeddings_of_a_wrapped_model_stay_frozen(make_llama, tie):
+    """A module that holds the model does not name its head."""
+    model = make_llama(tie_word_embeddings=tie)
+    ranks = named(nn.Sequential(model), create_lorapre_optimizer(nn.Sequential(model)))
+    assert not any("embed_tokens" in name or "lm_head" in name for name in ranks)
+
+
+def test_freezing_what_ddp_waits_for_is_refused(make_llama):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(make_llama())
+        with pytest.raises(ValueError, match="embeddings and head, frozen: found a model that DistributedDataParallel has"):
+            create_lorapre_optimizer(wrapped)
+        create_lorapre_optimizer(wrapped, embeddings="adamw")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_classification_head_is_not_compressed():
+    """As in PEFT's all-linear, which leaves it to modules_to_save."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=20
+    )
+    model = LlamaForSequenceClassification(config)
+    assert named(model, create_lorapre_optimizer(model))["score.weight"] == 0
 
 
 def test_tied_weights_count_once(make_llama):
@@ -144,6 +179,19 @@ def test_in_backward_refuses_accumulation(make_llama, batch):
         model(**batch).loss.backward()
     optimizer.zero_grad()  # as after a pass that broke off, for want of memory say
     model(**batch).loss.backward()
+
+
+def test_in_backward_ends_with_a_later_optimizer_of_the_ordinary_kind(make_llama, batch):
+    model = make_llama()
+    earlier = create_lorapre_optimizer(model, update_in_backward=True)
+    before = copy.deepcopy(model.state_dict())
+    later = create_lorapre_optimizer(model)
+    for _ in range(2):  # gradients are accumulated, and nothing moves
+        model(**batch).loss.backward()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    later.step()
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not earlier.state
 
 
 def test_in_backward_a_later_optimizer_takes_over(make_llama, batch):

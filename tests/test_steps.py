@@ -295,6 +295,32 @@ def test_follows_torch_muon(monkeypatch, shape, nesterov, adjust_lr_fn):
     assert (ours - weights(*shape)).abs().max() > LR
 
 
+@both_optimizers
+@both_rules
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_step_inside_autocast_is_as_exact_as_outside(cls, rule, backend):
+    ours, theirs, grads = weights(30, 20), weights(30, 20), stream((30, 20), 4)
+    options = {"lr": LR, "momentum_rank": 2, "update_rule": rule, "backend": backend}
+    with torch.autocast("cpu", torch.bfloat16):
+        take_steps(cls([ours], **options), [ours], grads)
+    take_steps(cls([theirs], **options), [theirs], grads)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change", ["momentum_rank", "shape"])
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_what_no_longer_fits_the_state_is_an_error_before_the_step(change, backend):
+    param = weights(30, 20)
+    optimizer = LoRAPreAdamW([param], lr=LR, momentum_rank=2, backend=backend)
+    take_steps(optimizer, [param], stream((30, 20), 3))
+    if change == "shape":
+        param.data, param.grad = torch.zeros(30, 30), None
+    else:
+        optimizer.param_groups[0]["momentum_rank"] = 4
+    with pytest.raises(ValueError, match=r"has the state .*, expected .*: its shape or these options have changed"):
+        take_steps(optimizer, [param], stream(tuple(param.shape), 1))
+
+
 def test_muon_without_scale_is_algorithm_2():
     """None means no scale here, where torch's None means "original"."""
     tall, grads = (40, 6), stream((40, 6), 3)
