@@ -94,7 +94,9 @@ def test_freezing_what_ddp_waits_for_is_refused(make_llama):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(make_llama())
-        with pytest.raises(ValueError, match="embeddings and head, frozen: found a model that DistributedDataParallel has"):
+        with pytest.raises(
+            ValueError, match="embeddings and head, frozen: found a model that DistributedDataParallel has"
+        ):
             create_lorapre_optimizer(wrapped)
         create_lorapre_optimizer(wrapped, embeddings="adamw")
     finally:
