@@ -25,6 +25,7 @@ from eval.rerun.training import Runner
 from eval.rerun.work import train
 from lorapre_peft import LoRAPreConfig
 from lorapre_peft.create import OPTIMIZERS
+from lorapre_peft.rules import RESIDUAL_WEIGHT
 from recipes.data import ALPACA_PROMPT, write_manifest
 from recipes.training import held_bytes, sft_config
 
@@ -241,8 +242,11 @@ def test_options_of_a_suite_reach_the_optimizer(suite, make_llama):
         optimizer = method.build(model, args, entry.options)
         assert type(optimizer) is OPTIMIZERS[entry.options["optimizer"]]
         (group,) = optimizer.param_groups
-        for name in ("momentum_rank", "update_rule", "residual_weight"):
+        for name in ("momentum_rank", "update_rule"):
             assert group[name] == entry.options[name]
+        default = RESIDUAL_WEIGHT if group["update_rule"] == "als" else None
+        given = entry.options["residual_weight"]
+        assert group["residual_weight"] == (default if given is None else given)
         assert group.get("betas", group.get("adamw_betas")) == (0.9, 0.95)
         assert group["weight_decay"] == 0
         assert group.get("adjust_lr_fn") == entry.options.get("adjust_lr_fn")
