@@ -71,7 +71,8 @@ def best_rates(results: list[dict[str, Any]]) -> str:
         rates = sorted({r["lr"] for r in runs})
         means = {lr: sum(r["loss"] for r in runs if r["lr"] == lr) / sum(r["lr"] == lr for r in runs) for lr in rates}
         best = min(means, key=means.get)
-        inside = "inside the grid" if rates[0] < best < rates[-1] else "AT THE GRID'S EDGE: widen it"
+        edge = "AT THE GRID'S EDGE: widen it" if len(rates) > 1 else "the only rate"
+        inside = "inside the grid" if rates[0] < best < rates[-1] else edge
         name = "torch.optim.AdamW" if key[0] == "adamw" else f"LoRA-Pre, k={key[1]}"
         lines.append(
             f"{name:20}{means[best]:8.3f} at lr {best:g} ({inside}), state {format_bytes(runs[0]['optimizer_state_bytes'])}"

@@ -67,7 +67,8 @@ def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, c
     folder = run(full_weights, *options)
     printed = capsys.readouterr().out
     assert printed.count("run ") >= 3
-    assert "AT THE GRID'S EDGE" in printed
+    assert "(AT THE GRID'S EDGE: widen it)" in printed
+    assert "(the only rate)" in printed
     assert len(list(folder.glob("*_seed0.json"))) == 3
     # Both train the matrices of attention and MLP alone: AdamW's two moments, beside factors of rank 8 (and v's scales).
     shapes = [
