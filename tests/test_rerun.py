@@ -262,20 +262,22 @@ def test_killed_and_started_again(tmp_path):
 def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):
     suite = write_suite(
         tmp_path,
-        methods=["lora", "lorapre-adam", "mlorc"],
+        methods=["lora", "lorapre-adam", "sophia", "mlorc"],
         step_seconds={"adapter": 30},
         protocols={
             "tuned": {"rates": {"adapter": [1e-3], "weights": [1e-3]}, "tuning_seeds": [0], "seeds": [0], "extend": 0}
         },
     )
     text = plan_table(cells(suite), {}, {"mlorc": "broken"})
-    lora, pre, mlorc, total, _ = text.splitlines()[1:]
+    lora, pre, sophia, mlorc, total, _, unestimated = text.splitlines()[1:]
     assert "0/1" in lora
     assert "1.0 min" in lora
     row = cells(suite)[1]
     assert format_bytes(memory_estimate(row, base_config(row.model), {}).total) in pre
     assert "not run: broken" in mlorc
-    assert "2.0 min" in total
+    assert "3.0 min" in total
+    assert "–" in sophia
+    assert unestimated.startswith("no estimate of memory for Sophia-H: RuntimeError: ")
 
 
 def test_a_package_that_does_not_import_is_named(monkeypatch):

@@ -25,6 +25,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
     configs: dict[str, PretrainedConfig] = {}
     activations: dict[tuple, int] = {}
     memory: dict[tuple, MemoryEstimate | None] = {}
+    unestimated: dict[str, str] = {}
     lines = [f"{'model':20}{'protocol':10}{'method':34}{'runs':>9}{'memory':>12}{'time left':>12}  rates"]
     total, unknown = 0.0, 0
     for cell in tqdm(cells, desc="plan"):
@@ -42,7 +43,11 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
         left = "–" if seconds is None else _duration((expected - done) * seconds)
         key = (cell.model, cell.entry.label)  # the same under every protocol
         if key not in memory:
-            memory[key] = memory_estimate(cell, configs[cell.model], activations)
+            try:
+                memory[key] = memory_estimate(cell, configs[cell.model], activations)
+            except Exception as error:  # most often because a package reads values, which meta tensors do not have
+                memory[key] = None
+                unestimated[cell.entry.label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         taken = "–" if memory[key] is None else format_bytes(memory[key].total)
         rates = ", ".join(f"{lr:g}" for lr in cell.rates(records)) or f"{cell.best_rate(records):g}"
         lines.append(f"{head}{f'{done}/{expected}':>9}{taken:>12}{left:>12}  {rates}")
@@ -51,6 +56,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
     lines.append(
         "memory: weights, gradients, optimizer state, its step's temporaries and activations of sequences of full length"
     )
+    lines += [f"no estimate of memory for {label}: {error}" for label, error in unestimated.items()]
     return "\n".join(lines)
 
 
@@ -65,41 +71,38 @@ def seconds_per_run(cell: Cell, records: Records) -> float | None:
     return None if step is None else step * cell.suite.training.steps
 
 
-def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tuple, int]) -> MemoryEstimate | None:
-    """Bytes of a training step, by a step of the real optimizer on the meta device; None if it does not run there.
+def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tuple, int]) -> MemoryEstimate:
+    """Bytes of a training step, by a step of the real optimizer on the meta device; any error if it does not run there.
 
     activations: of models as they are prepared, as far as they are known; filled in otherwise.
     """
     method, training = cell.method, cell.suite.training
     dtype = getattr(torch, training.adapter_dtype if method.trains == "adapter" else training.weights_dtype)
     model = meta_model(config, dtype)
-    try:
-        # A plain start: those that decompose weights or gradients need data, and take no other memory afterwards.
-        adapter = method.adapter_config(training.rank, cell.entry.options, model)
-        if adapter is not None:
-            adapter.init_lora_weights = True
-        model = method.attach(model, adapter)
-        key = (cell.model, method.trains, method.lora.get("use_dora"))
-        if key not in activations:
-            shape = (training.micro_batch, training.max_length, training.gradient_checkpointing)
-            activations[key] = activation_bytes(meta_model(model, dtype), *shape)
-        with tempfile.TemporaryDirectory() as folder:
-            args = sft_config(Path(folder), lr=1e-4, steps=1, batch_size=1, seed=0)
-        optimizer = method.build(model, args, cell.entry.options)
-        params = [param for param in model.parameters() if param.requires_grad]
-        if hasattr(optimizer, "param_state_bytes"):  # LoRA-Pre reads norms, which meta tensors do not have
-            rule = {name: cell.entry.options[name] for name in ("momentum_rank", "update_rule", "optimizer")}
-            found = estimate(model, batch=0, in_backward=False, **rule)
-            state, temporaries = found.state, found.temporaries
-        else:
-            for param in params:
-                param.grad = torch.empty_like(param)
-            with torch.no_grad(), AllocationTracker() as tracker:
-                optimizer.step()
-            state = held_bytes(optimizer)
-            temporaries = max(0, tracker.peak_bytes - state)
-    except Exception:  # packages read values, which are not there
-        return None
+    # A plain start: those that decompose weights or gradients need data, and take no other memory afterwards.
+    adapter = method.adapter_config(training.rank, cell.entry.options, model)
+    if adapter is not None:
+        adapter.init_lora_weights = True
+    model = method.attach(model, adapter)
+    key = (cell.model, method.trains, method.lora.get("use_dora"))
+    if key not in activations:
+        shape = (training.micro_batch, training.max_length, training.gradient_checkpointing)
+        activations[key] = activation_bytes(meta_model(model, dtype), *shape)
+    with tempfile.TemporaryDirectory() as folder:
+        args = sft_config(Path(folder), lr=1e-4, steps=1, batch_size=1, seed=0)
+    optimizer = method.build(model, args, cell.entry.options)
+    params = [param for param in model.parameters() if param.requires_grad]
+    if hasattr(optimizer, "param_state_bytes"):  # LoRA-Pre reads norms, which meta tensors do not have
+        rule = {name: cell.entry.options[name] for name in ("momentum_rank", "update_rule", "optimizer")}
+        found = estimate(model, batch=0, in_backward=False, **rule)
+        state, temporaries = found.state, found.temporaries
+    else:
+        for param in params:
+            param.grad = torch.empty_like(param)
+        with torch.no_grad(), AllocationTracker() as tracker:
+            optimizer.step()
+        state = held_bytes(optimizer)
+        temporaries = max(0, tracker.peak_bytes - state)
     return MemoryEstimate(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         gradients=sum(param.nbytes for param in params),
