@@ -102,7 +102,8 @@ def make_plan(
         if norm is not None:
             plan.starting.append(i)
         buckets = alike.setdefault((id(group), k, norm is not None), {})
-        buckets.setdefault((matrix_shape(param.shape), param.dtype), []).append(i)
+        # By the whole shape: a step stacks gradients as they are, and a linear layer may be as large as a flattened convolution.
+        buckets.setdefault((param.shape, param.dtype), []).append(i)
     plan.plain = list(plain.values())
     for (_, k, fresh), buckets in alike.items():
         group = todo[next(iter(buckets.values()))[0]][0]
@@ -140,7 +141,8 @@ def _waves(
     """Waves whose factors have at most ``limit`` entries, or of a single matrix."""
     filled = 0
     wave: Wave | None = None
-    for (shape, _), members in buckets.items():
+    for (whole, _), members in buckets.items():
+        shape = matrix_shape(whole)
         size = moments * empty.k * sum(shape)
         bucket: Bucket | None = None
         for i in members:

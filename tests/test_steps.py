@@ -199,6 +199,24 @@ def test_non_contiguous_gradients_and_parameters(cls, rule):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@both_optimizers
+@both_rules
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_convolution_as_large_as_a_matrix(cls, rule, backend):
+    """A linear layer and convolutions that flatten to its shape are stepped as three linear layers would be."""
+    shapes = [(20, 12), (20, 12, 1), (20, 3, 2, 2)]
+    grads = [stream((20, 12), 10, seed=i) for i in range(3)]
+    results = []
+    for one in (shapes, [(20, 12)] * 3):
+        params = [nn.Parameter(weights(20, 12, seed=i).detach().reshape(shape)) for i, shape in enumerate(one)]
+        streams = [[g.reshape(shape) for g in own] for own, shape in zip(grads, one)]
+        options = dict(momentum_rank=2, update_rule=rule, weight_decay=0.1, backend=backend)
+        take_steps(cls(params, lr=LR, **options), params, *streams)
+        results.append(params)
+    for mixed, linear in zip(*results):
+        torch.testing.assert_close(mixed.view(20, 12), linear, **CLOSE)
+
+
 # ---- the AdamW path against torch.optim.AdamW -----------------------------------------------------------------------
 
 PLAIN = {"vector": ((12,), None), "scalar": ((), None), "tiny matrix": ((2, 2), None), "rank 0": ((20, 12), 0)}
