@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from eval.peers import Method
 from eval.speed_cases import Problem
-from recipes.training import held_bytes
+from recipes.training import describe, held_bytes
 
 LR = 1e-6  # no figure depends on it
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
@@ -281,9 +281,3 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def describe(error: Exception) -> str:
-    """The kind and the first line of an error."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -33,7 +33,7 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 @dataclass
 class Bucket:
-    """Matrices of one shape p×q in a `Wave`. Stacked tensors are [n, rows, columns], float32.
+    """Parameters of one shape, each a matrix p×q, in a `Wave`. Stacked tensors are [n, rows, columns], float32.
 
     Of matrices that are sharded over processes, parameters, gradients and B factors are this process's rows.
     """

@@ -71,11 +71,15 @@ def best_rates(results: list[dict[str, Any]]) -> str:
         rates = sorted({r["lr"] for r in runs})
         means = {lr: sum(r["loss"] for r in runs if r["lr"] == lr) / sum(r["lr"] == lr for r in runs) for lr in rates}
         best = min(means, key=means.get)
-        edge = "AT THE GRID'S EDGE: widen it" if len(rates) > 1 else "the only rate"
-        inside = "inside the grid" if rates[0] < best < rates[-1] else edge
+        if len(rates) == 1:
+            place = "the only rate"
+        elif best in (rates[0], rates[-1]):
+            place = "AT THE GRID'S EDGE: widen it"
+        else:
+            place = "inside the grid"
         name = "torch.optim.AdamW" if key[0] == "adamw" else f"LoRA-Pre, k={key[1]}"
         lines.append(
-            f"{name:20}{means[best]:8.3f} at lr {best:g} ({inside}), state {format_bytes(runs[0]['optimizer_state_bytes'])}"
+            f"{name:20}{means[best]:8.3f} at lr {best:g} ({place}), state {format_bytes(runs[0]['optimizer_state_bytes'])}"
         )
         lines.append(" " * 20 + "  ".join(f"{lr:g}: {loss:.3f}" for lr, loss in means.items()))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The run folder and what is recorded about a run: its config, its surroundings, the optimizer's clock and state."""
+"""The run folder and what is recorded about a run: its config, its surroundings, the optimizer's clock and state, its errors."""
 
 from __future__ import annotations
 
@@ -192,3 +192,9 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def describe(error: Exception) -> str:
+    """The kind and the first line of an error."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from lorapre_peft.memory import AllocationTracker, MemoryEstimate, activation_bytes, estimate
 from lorapre_peft.memory_models import meta_model
 from lorapre_peft.table import format_bytes
-from recipes.training import held_bytes, sft_config
+from recipes.training import describe, held_bytes, sft_config
 
 from .models import base_config
 from .plan import Cell, Records
@@ -47,7 +47,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
                 memory[key] = memory_estimate(cell, configs[cell.model], activations)
             except Exception as error:  # most often because a package reads values, which meta tensors do not have
                 memory[key] = None
-                unestimated[cell.entry.label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                unestimated[cell.entry.label] = describe(error)
         taken = "–" if memory[key] is None else format_bytes(memory[key].total)
         rates = ", ".join(f"{lr:g}" for lr in cell.rates(records)) or f"{cell.best_rate(records):g}"
         lines.append(f"{head}{f'{done}/{expected}':>9}{taken:>12}{left:>12}  {rates}")
