@@ -15,6 +15,7 @@ from .eager import adam_scalars, adam_table
 from .moments import Moments
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
+from .precision import wide
 from .rules import Average
 
 
@@ -94,13 +95,13 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _update(self, wave: Wave) -> Iterator[None]:
         beta1, beta2 = wave.group["betas"]
         self._check_betas(wave.group)  # a scheduler that cycles momentum may have moved them
-        t = wave.advance().double()
+        t = wide(wave.advance())
         squared_norm = (
             self._start(wave, beta1, beta2) if wave.fresh else (yield from self._follow(wave, t, beta1, beta2))
         )
         if wave.rule.tracked:
             # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
-            energy = beta2 * wave.read("v_energy").double() + (1 - beta2) * wave.norms.square()
+            energy = beta2 * wide(wave.read("v_energy")) + (1 - beta2) * wave.norms.square()
             wave.write("v_energy", energy)
             scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
             wave.write("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))
@@ -117,14 +118,14 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         return torch.cat(squared_norms)
 
     def _follow(self, wave: Wave, t: Tensor, beta1: float, beta2: float) -> Generator[None, None, Tensor]:
-        backend = self._backend(t.device)
+        backend = self._backend(wave.device)
         averages = [Average(beta1, 1 - beta1), Average(beta2**0.5, 1 - beta2**0.5)]
         moments = Moments(backend, wave, averages)
-        energy = wave.read("v_scale").double() if wave.rule.tracked else torch.ones_like(t)
+        energy = wide(wave.read("v_scale")) if wave.rule.tracked else torch.ones_like(t)
         scalars = backend.run(adam_scalars, moments.rows, t, energy, beta1, beta2, _positive(wave.group["eps"]))
         bound = update_bound(beta1, beta2) if wave.rule.tracked else None
         metrics = self._metrics if self.record_metrics else None
-        table = adam_table(wave, moments.keep, moments.gain, scalars)
+        table = adam_table(wave, moments.keep, moments.gain, scalars.to(wave.device))
         for factors in moments:
             backend.adam(factors, table[:, factors.bucket.part], bound, metrics)
             if metrics is not None:

@@ -15,16 +15,14 @@ from .cpp_backend import Cpp, compiler
 from .eager import Compiled, Eager
 
 
-def _eager_needs(device: torch.device) -> str | None:
-    return "float64, which Apple's MPS does not have" if device.type == "mps" else None
-
-
 def _compiled_needs(device: torch.device) -> str | None:
+    if device.type == "mps":
+        return "float64 inside its graphs, which Apple's MPS does not have"
     if device.type == "cpu" and compiler() is None:
         return "a C++ compiler (g++ or clang++) on the PATH"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
-    return _eager_needs(device)
+    return None
 
 
 def _cpp_needs(device: torch.device) -> str | None:
@@ -53,7 +51,7 @@ def _load_triton() -> Eager:
 _BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Eager]]] = {
     "cpp": (_cpp_needs, Cpp),
     "triton": (_triton_needs, _load_triton),
-    "eager": (_eager_needs, Eager),
+    "eager": (lambda device: None, Eager),  # everywhere: float64 work of a device without it goes to the CPU
     "compiled": (_compiled_needs, Compiled),
 }
 NAMES = ("auto", *_BACKENDS)
@@ -72,15 +70,13 @@ def _made(name: str) -> Eager:
 
 @functools.cache
 def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
+    """At the latest the eager one, which runs everywhere and is among all names."""
     for name in available(device):
         if name in names and (name != "triton" or device.type == "cuda"):  # not its interpreter
             try:
                 return _made(name)
             except RuntimeError as error:
                 warnings.warn(f"backend {name!r} does not start, so a slower one is used: {error}", stacklevel=2)
-    raise NotImplementedError(
-        f"no backend runs on {device}: eager needs {_eager_needs(device)}. Train on a CPU (use_cpu=True in TrainingArguments) or on CUDA"
-    )
 
 
 def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Eager:

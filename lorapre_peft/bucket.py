@@ -101,7 +101,8 @@ class Bucket:
     def mask(self, matrices: slice, update: Tensor) -> None:
         """Zero what is to be skipped."""
         if self.finite is not None:
-            update.masked_fill_(~self.finite[matrices].view(-1, *[1] * (update.ndim - 1)), 0)
+            skipped = ~self.finite[matrices].to(update.device)
+            update.masked_fill_(skipped.view(-1, *[1] * (update.ndim - 1)), 0)
 
     def write(self, matrices: slice, rows: slice, update: Tensor) -> None:
         """θ ← θ − lr (scale · update + λ θ) for a tile, rounded once to the parameter's dtype; ``update`` is used up."""
@@ -177,7 +178,7 @@ class Wave:
     placement: Placement
     fresh: bool  # `als` before its first gradient: the step starts the factors instead of following them
     buckets: list[Bucket] = field(default_factory=list)
-    norms: Tensor | None = None  # of this step: [N] float64, ‖g‖_F after clipping
+    norms: Tensor | None = None  # of this step: [N] float64 on the `float64_device`, ‖g‖_F after clipping
     scale: Tensor | None = None  # [N] float32, what each gradient is multiplied by: clipping, −1 to maximize; None: 1
     finite: Tensor | None = (
         None  # [N] bool, false where the update is skipped; None: the host has seen that all are true
@@ -188,6 +189,11 @@ class Wave:
 
     def __len__(self) -> int:
         return self.buckets[-1].part.stop if self.buckets else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters and of the state."""
+        return self.buckets[0].params[0].device
 
     def begin(
         self,
@@ -221,6 +227,7 @@ class Wave:
             bucket.grads = [grads[i] for i in bucket.indices]
             # What is local of a sharded parameter is another tensor once its module has been moved to the CPU and back.
             bucket.params = [local(params[i]) for i in bucket.indices]
+        self.finite, self.scale = (None if x is None else x.to(self.device) for x in (self.finite, self.scale))
 
     def end(self) -> None:
         """Let go of what belongs to the step."""

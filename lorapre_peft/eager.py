@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .bucket import TEMPORARIES, Wave
 from .metrics import Metrics
+from .precision import wide
 from .rules import Rows, gram_rows
 
 if TYPE_CHECKING:
@@ -135,16 +136,16 @@ def momentum_rows(
 
 def gram_columns(B: Tensor, B_new: Tensor, projects_new: bool) -> Tensor:
     """B'ᵀ[B' | B] or BᵀB in float64; [..., p, k]."""
-    B = B.double()
+    B = wide(B)
     if not projects_new:
         return B.mT @ B
-    B_new = B_new.double()
+    B_new = wide(B_new)
     return torch.cat([B_new.mT @ B_new, B_new.mT @ B], -1)
 
 
 def new_columns(W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     """A' = W [A; projected] and A' A'ᵀ, both float64. W: [..., k, 2k] float64."""
-    A_new = W @ torch.cat([A, projected], -2).double()
+    A_new = W @ wide(torch.cat([A, projected], -2))
     return A_new, A_new @ A_new.mT
 
 
@@ -160,7 +161,7 @@ class Eager:
 
     def norms(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         """‖x‖_F of tensors of one dtype, accumulated in ``dtype``: [n] float64."""
-        return torch.stack(torch._foreach_norm(tensors, 2, dtype)).double()
+        return wide(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
 
     def gram(self, A: Tensor) -> Tensor:
         """A Aᵀ of [s, n, k, q] in float64."""

@@ -31,7 +31,7 @@ def reads_are_free(device: torch.device) -> bool:
 
 
 def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement, backend: Eager) -> Tensor:
-    """‖g‖_F of gradients in one place, not read: [N] float64, −1 where no process has a gradient."""
+    """‖g‖_F of gradients in one place, not read: [N] float64 on their `float64_device`, −1 where no process has a gradient."""
     alike: dict[torch.dtype, list[int]] = {}
     for i, grad in enumerate(grads):
         alike.setdefault(grad.dtype, []).append(i)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .bucket import Bucket, Wave
 from .placement import WHOLE
+from .precision import wide
 from .rules import Als, Average, Newton, Rows
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Factors:
 
     def captured(self) -> Tensor:
         """‖X A‖²_F of the first moment's rows that are here, over all matrices: what x has inside the row space of the old A."""
-        X = (self.B_new[0].double() - self.keep[0] * self.B[0]) / self.gain[0]
+        X = (wide(self.B_new[0]) - wide(self.keep[0] * self.B[0])) / wide(self.gain[0])
         self.bucket.mask(slice(None), X)
         return ((X.mT @ X) * self.gram[0]).sum()
 
@@ -83,7 +84,8 @@ class Moments:
         self._factors = [Factors(backend, bucket, len(averages)) for bucket in wave.buckets]
         keep, gain = (self._constants([getattr(row, name) for row in rows]) for name in ("keep", "gain"))
         gram = torch.cat([part.gram for part in self._factors], 1)
-        R, self.keep, self.gain = backend.run(prepare, wave.rule, gram, wave.norms, keep, gain)
+        prepared = backend.run(prepare, wave.rule, gram, wave.norms, keep, gain)
+        R, self.keep, self.gain = (value.to(wave.device) for value in prepared)
         for part in self._factors:
             part.R, part.keep, part.gain = (value[:, part.bucket.part] for value in (R, self.keep, self.gain))
 
@@ -114,6 +116,6 @@ class Moments:
         scale_B, scale_A, squared_norm = run(balance, rule, grams, gram_A)
         for part, (A_new, _) in zip(self, new):
             bucket, matrices = part.bucket, part.bucket.part
-            bucket.B.write(part.B_new, bucket.finite, scale=scale_B[:, matrices])
+            bucket.B.write(part.B_new, bucket.finite, scale=scale_B[:, matrices].to(wave.device))
             bucket.A.write(A_new, bucket.finite, scale=scale_A[:, matrices])
         return squared_norm

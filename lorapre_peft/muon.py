@@ -147,7 +147,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
                     g = bucket.gradients(matrices, bucket.all_rows)
                     self._write(bucket, matrices, g, g)
             return
-        backend = self._backend(wave.norms.device)
+        backend = self._backend(wave.device)
         moments = Moments(backend, wave, [average])
         for factors in moments:
             bucket = factors.bucket

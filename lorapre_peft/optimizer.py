@@ -222,7 +222,7 @@ class LoRAPreOptimizer(Optimizer):
             if plan is not None and not plan.holds(plan_key(some), [state["step"] for state in states]):
                 plan = None
             waiting = plan is None and self._waiting(some)
-            known = norms.tolist() if waiting or reads_are_free(device) else None
+            known = norms.tolist() if waiting or reads_are_free(norms.device) else None
             recorded, self._metrics = self._metrics, Metrics()
             with torch.autocast(device.type, enabled=False):  # of a step or backward pass inside the user's
                 self._apply_normed(some, states, grads, norms, known, placement, plan)
@@ -261,7 +261,7 @@ class LoRAPreOptimizer(Optimizer):
                 states,
                 placement,
                 len(self.moments),
-                self._backend(norms.device).factor_temporaries,
+                self._backend(todo[0][1].device).factor_temporaries,
                 functools.partial(self._first_norm, todo, known),
             )
         for i in plan.resting:

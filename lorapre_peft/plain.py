@@ -95,7 +95,7 @@ def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item,
     grads = [item.grad[index].to(adamw_dtype(item.param)).contiguous() for item, index in batch]
     if group["max_param_grad_norm"] is not None:
         norms = torch.stack([item.norm for item, _ in batch])
-        scales = gradient_scale(norms, {**group, "maximize": False})
+        scales = gradient_scale(norms, {**group, "maximize": False}).to(wide[0].device)
         grads = [grad * scale for grad, scale in zip(grads, scales)]
     moments = [[item.state[name][index] for item, index in batch] for name in ("exp_avg", "exp_avg_sq")]
     on_gpu = wide[0].device.type == "cuda"

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .precision import float64_device, wide
+
 # Up to this rank a Gram matrix is inverted by a few operations on all matrices at once: LAPACK takes 2 µs for each matrix of a batch.
 ELIMINATED = 4
 # Below this side length the start takes an exact SVD; above it, subspace iteration (`top_factors`).
@@ -85,7 +87,7 @@ def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def gram_rows(A: Tensor) -> Tensor:
     """A Aᵀ in float64; A: [..., k, q]."""
-    A = A.double()
+    A = wide(A)
     return A @ A.mT
 
 
@@ -105,12 +107,17 @@ def top_factors(
     p, q = shape
     width = min(rank + OVERSAMPLING, p, q)
     generator = torch.Generator().manual_seed(0)
-    test = torch.randn(q, width, generator=generator, dtype=torch.float64, device="cpu").to(like)
-    basis = torch.linalg.qr(times(test.expand(*like.shape[:-2], q, width)))[0]
+    test = torch.randn(q, width, generator=generator, dtype=torch.float64, device="cpu").to(like.dtype).to(like.device)
+    basis = _orthonormal(times(test.expand(*like.shape[:-2], q, width)))
     for _ in range(POWER_STEPS):
-        basis = torch.linalg.qr(times(torch.linalg.qr(transposed_times(basis))[0]))[0]
+        basis = _orthonormal(times(_orthonormal(transposed_times(basis))))
     B, A = best_factors(transposed_times(basis).mT, rank, floor)
     return basis @ B, A
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of x [..., p, c]."""
+    return torch.linalg.qr(x.to(float64_device(x.device)))[0].to(x.device)
 
 
 def best_factors(x: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -118,7 +125,8 @@ def best_factors(x: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tens
 
     Singular values below ``floor`` times the largest are raised to it.
     """
-    U, S, Vh = torch.linalg.svd(x, full_matrices=False)
+    parts = torch.linalg.svd(x.to(float64_device(x.device)), full_matrices=False)
+    U, S, Vh = (part.to(x.device) for part in parts)
     root = torch.maximum(S[..., :rank], floor * S[..., :1]).sqrt()
     return U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
 
@@ -215,7 +223,7 @@ class Als:
         gram: A Aᵀ [..., k, k]; norm: ‖x‖_F, and keep and gain, [...]. ‖B‖ = ‖A‖ =: a and ‖X‖ ≈ ‖x‖/a; `balance` rescales B'.
         """
         square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        size = torch.maximum(keep * square, gain * norm.double())
+        size = torch.maximum(keep * square, gain * norm)
         return square.sqrt() / size.clamp_min(MIN_FACTOR_NORM**2)
 
     def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .placement import WHOLE, Placement, local
+from .precision import narrow
 
 
 class StateStack:
@@ -54,9 +55,11 @@ class StateStack:
     def write(self, values: Tensor, finite: Tensor | None, part: slice = slice(None), scale: Any = 1.0) -> None:
         """Write values · scale into the state, or into a part of the stack; where finite [n] is false, it stays as it is.
 
-        values: [..., n, ...] of the part's size, of any dtype.
+        values: [..., n, ...] of the part's size, of any dtype, and like scale on the state's device or its `float64_device`.
         """
         target = self.values[part]
+        if values.device != target.device:
+            values, scale = narrow(values * scale, target.device), 1.0
         if finite is not None:
             kept = finite.view(1, -1, *[1] * (target.ndim - 1))
             target = target.unflatten(0, (-1, len(self._states)))
