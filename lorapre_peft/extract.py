@@ -1,6 +1,6 @@
 """`extract_lora`: the change that full-weight fine-tuning made, delivered as a plain PEFT LoRA adapter.
 
-``python -m lorapre_peft.extract BASE TUNED OUT --rank 16`` does it from a shell and prints the report.
+``lorapre-extract BASE TUNED OUT --rank 16`` does it from a shell and prints the report.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ def _lora_config(model: PreTrainedModel, ranks: dict[str, int], base: str) -> Lo
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of `extract_lora`."""
     parser = argparse.ArgumentParser(
-        prog="python -m lorapre_peft.extract", description="Write the difference of two checkpoints as a LoRA adapter."
+        prog="lorapre-extract", description="Write the difference of two checkpoints as a LoRA adapter."
     )
     parser.add_argument("base", help="checkpoint before the tuning: a folder, or a model in the local hub cache")
     parser.add_argument("tuned", help="checkpoint after it")
@@ -340,7 +340,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(extract_lora(**options))
     except ValueError as error:
         parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,7 @@
 The estimate is a dry run of the code that trains, on the meta device, where tensors have shapes and no data, with every
 allocation counted: no formula that could drift away from the code. Peers and the command line are in ``memory_peers.py``:
 
-    python -m lorapre_peft.memory meta-llama/Llama-2-7b-hf --momentum-rank 8
+    lorapre-memory meta-llama/Llama-2-7b-hf --momentum-rank 8
 """
 
 from __future__ import annotations
@@ -330,9 +330,3 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
             scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kB elsewhere
             measured.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
             measured.what = "resident memory of the process, the peak of its whole life so far"
-
-
-if __name__ == "__main__":
-    from .memory_peers import main
-
-    main()

@@ -89,7 +89,7 @@ def adapter_table(model: nn.Module, ranks: Sequence[int]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table for a model; argv: the command line, None for the process's own."""
     parser = argparse.ArgumentParser(
-        prog="python -m lorapre_peft.memory",
+        prog="lorapre-memory",
         description="Peak memory of full-weight training with LoRA-Pre, from a dry run that allocates nothing, beside its peers.",
     )
     parser.add_argument("model", help="folder of a saved model, config.json, built-in name, or name on the hub")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,12 +123,9 @@ def test_same_files_twice(tmp_path, checkpoint_pair):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_command_line(tmp_path, checkpoint_pair, capsys, monkeypatch):
+def test_command_line(tmp_path, checkpoint_pair, capsys):
     base, tuned = checkpoint_pair(rank_4)
-    with monkeypatch.context() as patch:  # as python -m does it, without the seconds that a fresh interpreter takes
-        patch.delitem(sys.modules, "lorapre_peft.extract")
-        patch.setattr(sys, "argv", ["extract", base, tuned, str(tmp_path / "lora"), "--rank", "4"])
-        runpy.run_module("lorapre_peft.extract", run_name="__main__")
+    main([base, tuned, str(tmp_path / "lora"), "--rank", "4"])
     assert "left out: nothing; unchanged: 7 tensors" in capsys.readouterr().out
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
     with pytest.warns(UserWarning, match="not in target_modules ×12"):

@@ -1,8 +1,5 @@
 """The memory estimate: held against real training of small models, and against public numbers of large ones."""
 
-import runpy
-import sys
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -287,11 +284,8 @@ def test_bitsandbytes_state_is_as_counted(make_llama):
 # ---- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_command_line_with_a_built_in_shape(monkeypatch, capsys):
-    argv = ["memory", "HuggingFaceTB/SmolLM2-135M", "--momentum-rank", "8", "--no-in-backward", "--batch", "0"]
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.delitem(sys.modules, "lorapre_peft.memory")  # or runpy warns that it is imported already
-    runpy.run_module("lorapre_peft.memory", run_name="__main__")
+def test_command_line_with_a_built_in_shape(capsys):
+    main(["HuggingFaceTB/SmolLM2-135M", "--momentum-rank", "8", "--no-in-backward", "--batch", "0"])
     heading, columns, *rows = capsys.readouterr().out.splitlines()
     assert "built-in shape" in heading
     assert "134,515,008 parameters" in heading
