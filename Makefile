@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install test lint quickstart clean
+.PHONY: install test test-wheel lint quickstart clean
 
 install: $(VENV)/installed
 
@@ -21,6 +21,18 @@ $(VENV)/installed: setup.cfg constraints.txt Makefile
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# The wheel alone, in an environment of its own, away from the clone: -I keeps both out of Python's path. A build folder that is
+# left from before would put files into the wheel that are gone from the clone.
+test-wheel:
+	rm -rf build $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VENV)-wheel .
+	$(VENV)-wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(VENV)-wheel/*.whl
+	$(VENV)-wheel/bin/python -I tests/two_lines.py
+	$(VENV)-wheel/bin/lorapre-extract --help > $(VENV)-wheel/help
+	$(VENV)-wheel/bin/lorapre-memory HuggingFaceTB/SmolLM2-135M --lora-r 8
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,4 +41,4 @@ quickstart: install
 	$(BIN)/python -m recipes.quickstart $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-wheel runs build dist *.egg-info
