@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from stepping import LR, stream, take_steps, weights
+from roundoff import assert_same_steps
+from stepping import LR, products, stream, take_steps, weights
 from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, backends
+from lorapre_peft.adamw import update_bound
 from lorapre_peft.memory import AllocationTracker
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -18,33 +20,56 @@ BACKENDS = [
 compiled_, triton_, cpp_ = (
     pytest.mark.skipif(*mark.args, **mark.kwargs) for mark in (b.marks[0] for b in BACKENDS[1:])
 )
-# Float32 sums in another order, on steps of 0.01: 2e-7 (als) and 5e-6 (newton, whose updates have no bound), measured.
-LIKE_EAGER = {"als": {"rtol": 0, "atol": 1e-6}, "newton": {"rtol": 0, "atol": 2e-5}}
 
 
 def parameters(shape, n=2, dtype=torch.float32):
     return [nn.Parameter(weights(*shape, seed=i, dtype=dtype).detach().to(DEVICE)) for i in range(n)]
 
 
-def run(backend, shape, k, steps=4, n=2, cls=LoRAPreAdamW, dtype=torch.float32, grads=None, **options):
+def run(
+    backend,
+    shape,
+    k,
+    steps=4,
+    n=2,
+    cls=LoRAPreAdamW,
+    dtype=torch.float32,
+    grads=None,
+    prepare=lambda optimizer: optimizer,
+    **options,
+):
     """n matrices after some steps: (parameters, optimizer)."""
     params = parameters(shape, n, dtype)
-    optimizer = cls(params, **{"lr": LR, "momentum_rank": k, "backend": backend} | options)
+    optimizer = prepare(cls(params, **{"lr": LR, "momentum_rank": k, "backend": backend} | options))
     take_steps(optimizer, params, *(grads or [stream(shape, steps, seed=i) for i in range(n)]))
     assert all(("m_B" in optimizer.state[param]) == (k > 0) for param in params)
     return params, optimizer
 
 
-def assert_like_eager(found, expected, rule="als", state_rtol=1e-4):
-    """Parameters within `LIKE_EAGER`; factors, by their products, to ``state_rtol`` of their largest entry."""
-    for a, b in zip(found[0], expected[0]):
-        torch.testing.assert_close(a, b, **LIKE_EAGER[rule])
-        for moment in expected[1].moments:
-            x, y = (
-                o.state[p][f"{moment}_B"] @ o.state[p][f"{moment}_A"] for p, o in ((a, found[1]), (b, expected[1]))
-            )
-            torch.testing.assert_close(x, y, rtol=0, atol=state_rtol * y.abs().max().item())
-        assert found[1].state[a]["step"] == expected[1].state[b]["step"]
+def tensors(params, optimizer):
+    """What two backends have in common: parameters, and of their state the counts of steps and the products of factors."""
+    states = [optimizer.state[param] for param in params]
+    return [*params, *(value for state in states for value in (state["step"], *products(state)))]
+
+
+def assert_like_eager(found, shape, k, steps=4, **options):
+    """``found``, which `run` gave for these arguments, is what the eager backend gives but for the order of sums."""
+    assert_same_steps(
+        tensors(*found), lambda prepare: tensors(*run("eager", shape, k, steps, prepare=prepare, **options))
+    )
+
+
+def assert_like_rounded(found, expected, steps=4):
+    """Half-precision weights of two backends after steps of `LR`: in the last place, where they differ.
+
+    An update that lies within round-off, 1e-6 of it, of the middle between two numbers may be rounded to the other one, and later steps
+    keep the difference: one entry in a hundred at most, as numbers around 1 are 2⁻⁸ or 2⁻¹¹ apart. It is then of one or two places of the
+    largest weight that ``steps`` updates of at most `update_bound` times `LR` can bring there.
+    """
+    for a, b in zip(found, expected):
+        eps = torch.finfo(b.dtype).eps
+        torch.testing.assert_close(a, b, rtol=2 * eps, atol=2 * eps * update_bound(0.9, 0.95) * LR * steps)
+        assert (a != b).float().mean() < 0.01
 
 
 def peak_of_a_step(optimizer, params):

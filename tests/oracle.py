@@ -14,9 +14,14 @@ def spectral_start(x, k):
     return u[:, :k] * np.sqrt(s[:k]), np.sqrt(s[:k])[:, None] * vh[:k]
 
 
+def solve(gram, ridge, target):
+    """(gram + ridge I)⁻¹ target"""
+    return np.linalg.solve(gram + ridge * np.eye(len(gram)), target)
+
+
 def right_fit(x, a, ridge):
     """x Aᵀ (A Aᵀ + ridge I)⁻¹"""
-    return np.linalg.solve(a @ a.T + ridge * np.eye(len(a)), a @ x.T).T
+    return solve(a @ a.T, ridge, a @ x.T).T
 
 
 def relative(gram, damping):
@@ -54,7 +59,7 @@ class Factors:
         b_new = decay * b + weight * self.fit(x)
         gram = b_new.T @ b_new
         target = decay * b_new.T @ b @ a + weight * b_new.T @ x
-        a_new = np.linalg.solve(gram + relative(gram, self.damping) * np.eye(self.k), target)
+        a_new = solve(gram, relative(gram, self.damping), target)
         norm_b, norm_a = np.linalg.norm(b_new), np.linalg.norm(a_new)
         self.b, self.a = b_new * np.sqrt(norm_a / norm_b), a_new * np.sqrt(norm_b / norm_a)
 

@@ -1,11 +1,13 @@
 """Trainer and SFTTrainer: the arguments that are read, whole runs, checkpoints."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from roundoff import assert_same_steps, gamma
 from trainers import ADAMW_LOGGED, Recorder, arguments, inner, lorapre_trainer, training_logs, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -162,27 +164,32 @@ def test_sft_trainer_wraps_the_model_itself(tmp_path, llama_path, texts, kind):
 
 def test_updating_in_the_backward_pass_gives_the_same_run(tmp_path, peft_model, tokens):
     """Losses and figures too, which are then recorded while Trainer still walks through the backward pass."""
-    runs = []
-    for update_in_backward in (False, True):
+
+    def logged(update_in_backward, prepare=lambda optimizer: optimizer):
         args = arguments(tmp_path, max_grad_norm=0.0, logging_steps=2, lr_scheduler_type="cosine", warmup_steps=1)
         trainer = lorapre_trainer(peft_model(), args, tokens, update_in_backward=update_in_backward)
+        prepare(inner(trainer.create_optimizer()))
         trainer.train()
-        runs.append([{key: entry[key] for key in ("loss", *sorted(ADAMW_LOGGED))} for entry in training_logs(trainer)])
-    assert len(runs[0]) == 2
-    for expected, found in zip(*runs):
-        assert found == pytest.approx(expected, rel=1e-4)
+        entries = training_logs(trainer)
+        assert len(entries) == 2
+        return [torch.tensor(entry[key]) for entry in entries for key in ("loss", *sorted(ADAMW_LOGGED))]
+
+    assert_same_steps(logged(True), partial(logged, False))
 
 
 def test_gradient_accumulation_is_one_update_of_the_whole_batch(tmp_path, peft_model, tokens):
-    runs = []
-    for micro_batch, accumulation in ((4, 1), (2, 2)):
+    def losses(micro_batch, accumulation, prepare=lambda optimizer: optimizer):
         options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
         trainer = lorapre_trainer(peft_model(), arguments(tmp_path, **options), tokens)
+        prepare(inner(trainer.create_optimizer()))
         trainer.train()
         assert {float(state["step"]) for state in inner(trainer.optimizer).state.values()} == {3.0, 4.0}
-        runs.append(trainer)
-    losses, accumulated = ([entry["loss"] for entry in training_logs(trainer)] for trainer in runs)
-    assert accumulated == pytest.approx(losses, rel=1e-4)
+        return [torch.tensor(entry["loss"]) for entry in training_logs(trainer)]
+
+    # The first loss is that of the same weights: a mean over the batch, of half of it at a time.
+    found, expected = losses(2, 2), losses(4, 1)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=2 * gamma(4 * 12 + 2 * 64))
+    assert_same_steps(found[1:], lambda prepare: losses(4, 1, prepare)[1:])
 
 
 def test_gradients_are_clipped_before_the_step(tmp_path, peft_model, tokens):
