@@ -33,8 +33,8 @@ _SIGNED = re.compile(
 )
 _BRACED = rf"\s*(?:\{{({NUMBER.pattern})\}}|(\d))"
 _FRACTION = re.compile(rf"(\d?)\\[dt]?frac{_BRACED}{_BRACED}")
-# What stands before the result of an equation of numbers: 2 + 3 = 5.
-_SUM = re.compile(r"(?:[^A-Za-z=\n]*=)+")
+# What stands before the result of an equation of numbers: 2 + 3 = 5. Looked for from the ends of words alone, or time would be quadratic.
+_SUM = re.compile(r"(?<![^A-Za-z=\n])(?:[^A-Za-z=\n]*=)+")
 _MATH = re.compile(r"\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BETWEEN = re.compile(r"\s*(?:,|;)?\s*(?:and|or)?\s*")
 # As written in LaTeX or by typographers: minus, escaped currency, and what may stand between groups of three digits.
