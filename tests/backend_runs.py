@@ -13,13 +13,17 @@ from lorapre_peft.memory import AllocationTracker
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [
     pytest.param(
-        name, marks=pytest.mark.skipif(name not in backends.available(DEVICE), reason=f"{name} cannot run here")
+        name,
+        marks=[
+            pytest.mark.skipif(name not in backends.available(DEVICE), reason=f"{name} cannot run here"),
+            *(
+                [pytest.mark.slow] if name == "compiled" else []
+            ),  # test_kernels.py runs its graphs without compiling them
+        ],
     )
     for name in ("eager", "compiled", "triton", "cpp")
 ]
-compiled_, triton_, cpp_ = (
-    pytest.mark.skipif(*mark.args, **mark.kwargs) for mark in (b.marks[0] for b in BACKENDS[1:])
-)
+triton_, cpp_ = (b.marks[0] for b in BACKENDS[2:])
 
 
 def parameters(shape, n=2, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a GPU that need not be there, at a momentum rank; prints their bytes of shared memory as JSON."""
+"""Compile the Triton kernels for a GPU that need not be there, at momentum ranks; prints their bytes of shared memory as JSON."""
 
 import json
 import sys
@@ -24,16 +24,18 @@ def shared_bytes(kernel, constants: dict[str, int]) -> int:
     return made.metadata.shared
 
 
-def main() -> None:
-    k = int(sys.argv[1])
+def both_kernels(k: int) -> list[int]:
     K, BP, BQ = triton_backend.block_sizes(4096, 4096, k)
     constants = dict(K=K, BP=BP, BQ=BQ) | ({"k": 1, "first_row": 1} if k == 1 else {})
     update = dict(CLAMP=True, STOCHASTIC=True, WIDE=False, METRICS=True)
-    sizes = [
+    return [
         shared_bytes(triton_backend._fit_rows, {name: constants[name] for name in constants if name != "first_row"}),
         shared_bytes(triton_backend._update_block, constants | update),
     ]
-    print(json.dumps(sizes))
+
+
+def main() -> None:
+    print(json.dumps([size for k in sys.argv[1:] for size in both_kernels(int(k))]))
 
 
 if __name__ == "__main__":

@@ -122,3 +122,24 @@ def assert_same_steps(found: Iterable[torch.Tensor], run: Callable[[Callable], I
     for a, b, *rough in zip(found, expected, *(rough_run(run, seed) for seed in range(TRIES))):
         room = max((one - b).abs().max().item() for one in rough)
         torch.testing.assert_close(a, b, rtol=0, atol=2 * room)
+
+
+def model_room(model: torch.nn.Module, forward: Callable[[torch.nn.Module], torch.Tensor]) -> float:
+    """How far what ``forward`` computes of a model may be from the exact values.
+
+    By a copy whose weights are disturbed by γ of the sums that they take part in: of a row, and of a low-rank product besides.
+    """
+    rng, rough = np.random.default_rng(0), copy.deepcopy(model)
+    for param in rough.parameters():
+        param.data = change(param.data, gamma(chain(param.shape, 0)), rng)
+    with torch.no_grad():
+        return (forward(rough) - forward(model)).abs().max().item()
+
+
+def extraction_room(change: torch.Tensor, weight: torch.Tensor) -> float:
+    """How far a weight plus its change may be off where the change comes from its singular vectors.
+
+    An SVD is that of a matrix γ(p + q) of the largest singular value away; the sum is rounded, and was when the change was taken.
+    """
+    largest = torch.linalg.matrix_norm(change.double(), 2).item() if change.ndim == 2 else 0.0
+    return gamma(2) * weight.abs().max().item() + gamma(sum(change.shape)) * largest

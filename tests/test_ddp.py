@@ -53,7 +53,7 @@ def in_processes(steps, names):
     return results
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_are_bit_identical_after_200_steps(tmp_path, world):
     first, *others = run(world, tmp_path / "run", in_processes, 200, ["adapters-adamw", "weights-adamw"])
     for name, (params, state) in first.items():

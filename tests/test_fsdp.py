@@ -143,7 +143,7 @@ def sharded(world):
     return {name: train(cls, rule, world, meshes[name], **how) for name, (cls, rule, how) in CASES.items()}
 
 
-@pytest.fixture(scope="module", params=(2, 3, 4))
+@pytest.fixture(scope="module", params=(*(pytest.param(world, marks=pytest.mark.slow) for world in (2, 3)), 4))
 def runs(request, tmp_path_factory):
     """What `sharded` gave in ``request.param`` processes, by rank."""
     return run(request.param, tmp_path_factory.mktemp("fsdp") / "run", sharded, request.param)

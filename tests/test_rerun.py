@@ -208,6 +208,7 @@ def test_a_run_that_stops_its_process_stops_no_other(tmp_path, monkeypatch):
         assert len(store.load()) == finished
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_command_that_started_them():
     script = (
         "import multiprocessing; from eval.rerun.work import _end_with_parent\n"
@@ -229,6 +230,7 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path):
     assert list((tmp_path / "records").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     """SIGKILL in the middle of the smoke suite; the second start repeats nothing that was finished, and names a broken package."""
     broken = tmp_path / "packages" / "MLorc_optim"

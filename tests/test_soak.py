@@ -5,6 +5,7 @@ import torch
 from soak import soak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "rule"), [("adamw", torch.bfloat16, "als"), ("muon", torch.float32, "newton")]
 )

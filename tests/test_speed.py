@@ -115,6 +115,7 @@ def test_the_clock_covers_the_whole_call():
     assert 0.02 <= timed(lambda: time.sleep(0.02), CPU) < 5
 
 
+@pytest.mark.slow
 def test_temporaries_of_compiled_code_and_that_it_stays_compiled():
     """A chain of five pointwise operations: two temporaries at once as written, one fused."""
 
