@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import functools
+import gc
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ from lorapre_peft import LoRAPreConfig, backends
 
 VOCAB_SIZE = 64
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+def pytest_collection_finish():
+    """Modules stay: Trainer and accelerate collect garbage several times a run, and would walk through all that was imported each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> LlamaForCausalLM:
