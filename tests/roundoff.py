@@ -143,3 +143,8 @@ def extraction_room(change: torch.Tensor, weight: torch.Tensor) -> float:
     """
     largest = torch.linalg.matrix_norm(change.double(), 2).item() if change.ndim == 2 else 0.0
     return gamma(2) * weight.abs().max().item() + gamma(sum(change.shape)) * largest
+
+
+def error_room(change: torch.Tensor, weight: torch.Tensor) -> float:
+    """How far ‖merged − tuned‖ / ‖change‖ may be off: entries of the change and of the sum are rounded as those of the weights are."""
+    return gamma(4) * (weight.float().abs().max() / change.float().square().mean().sqrt()).item()

@@ -127,7 +127,10 @@ def test_als_stays_finite_and_bounded(cls, layout, drawn, stochastic, tile):
             bound = update_bound(0.9, 0.95)
             if cls is LoRAPreMuon and "m_A" in optimizer.state[param]:
                 bound = 1.3  # an entry is at most the largest singular value
-            assert param.abs().max() <= bound * (1 + 2 * torch.finfo(param.dtype).eps + 1e-6)
+            # Rounded to float32, then to the parameter's dtype, stochastically by up to a whole place.
+            assert param.abs().max() <= bound * (1 + torch.finfo(torch.float32).eps) * (
+                1 + torch.finfo(param.dtype).eps
+            )
 
 
 @both_optimizers

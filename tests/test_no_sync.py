@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from backend_runs import triton_
+from roundoff import gamma
 from stepping import LR, both_optimizers, both_rules, stream, take_steps, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,7 +176,7 @@ def test_metrics_leave_out_what_is_skipped(as_on_a_gpu, cls):
         results.append(optimizer.metrics())
     for found, expected in zip(*(metrics.items() for metrics in reversed(results))):
         if found[0] != "clamped_share":  # what is skipped counts among the entries, as no host knows of it
-            assert found == (expected[0], pytest.approx(expected[1], rel=1e-6))
+            assert found == (expected[0], pytest.approx(expected[1], rel=2 * gamma(len(SHAPES))))  # sums over matrices
 
 
 @both_rules

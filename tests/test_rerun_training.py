@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from roundoff import gamma
 from suites import TRAINING, make_run, record, write_suite
 
 from eval.answers import JUDGES
@@ -339,4 +340,6 @@ def test_mlorc_compresses_matrices_as_they_are():
     matrix.grad = torch.outer(torch.arange(1.0, 10), torch.arange(1.0, 17))
     optimizer.step()
     state = optimizer.state[matrix]
-    torch.testing.assert_close(state["mu_m"] @ torch.diag(state["ms_m"]) @ state["mv_m"], 0.1 * matrix.grad)
+    expected = 0.1 * matrix.grad
+    room = 2 * gamma(9 + 16) * expected.norm().item()  # an SVD's error is relative to the largest singular value
+    torch.testing.assert_close(state["mu_m"] @ torch.diag(state["ms_m"]) @ state["mv_m"], expected, rtol=0, atol=room)
