@@ -12,7 +12,7 @@ from lorapre_peft import LoRAPreAdamW
 from lorapre_peft import reference as ref
 from lorapre_peft.adamw import update_bound
 from lorapre_peft.eager import gram_columns, new_columns
-from lorapre_peft.rules import EXACT_SVD_SIZE, RULES, Als, Average, Newton, best_factors, gram_rows, top_factors
+from lorapre_peft.rules import EXACT_SVD_SIZE, RULES, Als, Average, Newton, best_factors, gram_rows
 
 BETAS = (0.9, 0.95)
 C = update_bound(*BETAS)
@@ -165,53 +165,6 @@ def test_als_factors_do_not_underflow():
     for _ in range(60):
         _, B, A = sweep(Als(), B, A, x, ADAM_M, [])
     torch.testing.assert_close(B @ A, x, rtol=1e-2, atol=1e-2)  # 0.9^60 = 0.002 of it is still missing
-
-
-# ---- the start ------------------------------------------------------------------------------------------------------
-
-
-def decaying(p, q, ratio=0.6, seed=0):
-    """A p×q matrix of singular values 1, ratio, ratio², …"""
-    left = np.linalg.qr(np.random.default_rng(seed).normal(size=(p, p)))[0]
-    right = np.linalg.qr(np.random.default_rng(seed + 1).normal(size=(q, q)))[0]
-    n = min(p, q)
-    return torch.from_numpy((left[:, :n] * ratio ** np.arange(n)) @ right[:n])
-
-
-@pytest.mark.parametrize("shape", [(60, 50), (40, 90)])
-def test_best_factors_are_the_best(shape):
-    x = decaying(*shape)
-    B, A = best_factors(x, 4)
-    u, a = oracle.spectral_start(x.numpy(), 4)
-    # An SVD is that of a matrix γ(p + q) away, whose directions turn by the inverse of the gap between singular values: 0.6³ − 0.6⁴.
-    room = gamma(sum(shape), torch.float64)
-    np.testing.assert_allclose(B @ A, u @ a, rtol=0, atol=2 * room / (0.6**3 - 0.6**4))
-    assert B.norm().item() == pytest.approx(A.norm().item(), rel=2 * room)
-
-
-@pytest.mark.parametrize("shape", [(60, 50), (40, 90), (9, 60)])
-@pytest.mark.parametrize("batch", [(), (2,)])
-def test_top_factors_equal_exact_svd(shape, batch):
-    """Three power steps with 8 extra directions: the error of the best approximation, to one part in a million."""
-    k = 4
-    x = torch.stack([decaying(*shape, seed=i) for i in range(2)]) if batch else decaying(*shape)
-    B, A = top_factors(lambda Q: x @ Q, lambda Y: x.mT @ Y, shape, k, like=x[..., :k])
-    best = torch.linalg.svdvals(x)[..., k:].square().sum(-1).sqrt()
-    assert (torch.linalg.matrix_norm(x - B @ A) <= best * (1 + 1e-6)).all()
-    room = 2 * gamma(sum(shape), torch.float64)
-    torch.testing.assert_close(torch.linalg.matrix_norm(B), torch.linalg.matrix_norm(A), rtol=room, atol=0)
-
-
-def test_top_factors_leave_global_rng_alone():
-    """torch.svd_lowrank draws from the global generator: ranks of a distributed run would start apart."""
-    x, results = decaying(30, 20), []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        before = torch.get_rng_state()
-        results.append(top_factors(lambda Q: x @ Q, lambda Y: x.mT @ Y, (30, 20), 3, like=x[:, :3]))
-        assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
 
 
 # ---- what `als` promises: method, section 4 (a) to (e) --------------------------------------------------------------
