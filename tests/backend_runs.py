@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from roundoff import assert_same_steps
+from roundoff import assert_same_steps, undisturbed
 from stepping import LR, products, stream, take_steps, weights
 from torch import nn
 
@@ -16,9 +16,7 @@ BACKENDS = [
         name,
         marks=[
             pytest.mark.skipif(name not in backends.available(DEVICE), reason=f"{name} cannot run here"),
-            *(
-                [pytest.mark.slow] if name == "compiled" else []
-            ),  # test_kernels.py runs its graphs without compiling them
+            *([pytest.mark.slow] if name == "compiled" else []),  # test_kernels.py runs its graphs uncompiled
         ],
     )
     for name in ("eager", "compiled", "triton", "cpp")
@@ -39,7 +37,7 @@ def run(
     cls=LoRAPreAdamW,
     dtype=torch.float32,
     grads=None,
-    prepare=lambda optimizer: optimizer,
+    prepare=undisturbed,
     **options,
 ):
     """n matrices after some steps: (parameters, optimizer)."""

@@ -4,7 +4,8 @@ A sum of n products, added in any order, is off by at most γ(n) = n·u / (1 −
 from 1 to the next number (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). The order is the BLAS's, the compiler's and
 the CPU's choice. What such errors grow to is a matter of the problem's condition, and that is measured: the same steps are taken again
 with everything that a step reads changed in its last places: gradients and factors by ±γ(n), weights by ±4u, for they are rounded
-twice a step, the inverses of Gram matrices, which are made in float64, by ±γ(2k). `oracle_room` does so with the float64 oracle, `assert_same_steps` with the optimizer that is compared with.
+twice a step, the inverses of Gram matrices, which are made in float64, by ±γ(2k). `oracle_room` does so with the float64 oracle,
+`assert_same_steps` with the optimizer that is compared with.
 """
 
 import copy
@@ -73,7 +74,13 @@ def oracle_room(
 
 
 def change(values: torch.Tensor, size: float, rng: np.random.Generator) -> torch.Tensor:
+    """`disturbed` of a tensor."""
     return values * torch.from_numpy(disturbed(np.ones(values.shape), size, rng)).to(values)
+
+
+def undisturbed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer, as it is."""
+    return optimizer
 
 
 def disturb(optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> torch.optim.Optimizer:
@@ -115,9 +122,7 @@ def assert_same_steps(found: Iterable[torch.Tensor], run: Callable[[Callable], I
     run(prepare) trains with ``prepare(optimizer)`` in the place of each optimizer that it makes, and returns what is compared. Each of the
     two may be as far from exact arithmetic as the disturbed runs are from the undisturbed one.
     """
-    found, expected = (
-        [value.detach().clone() for value in values] for values in (found, run(lambda optimizer: optimizer))
-    )
+    found, expected = ([value.detach().clone() for value in values] for values in (found, run(undisturbed)))
     assert len(found) == len(expected)
     for a, b, *rough in zip(found, expected, *(rough_run(run, seed) for seed in range(TRIES))):
         room = max((one - b).abs().max().item() for one in rough)

@@ -17,7 +17,7 @@ from backend_runs import (
     peak_of_a_step,
     run,
 )
-from roundoff import assert_same_steps, oracle_room
+from roundoff import assert_same_steps, oracle_room, undisturbed
 from stepping import LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of
 from torch import nn
 
@@ -166,7 +166,7 @@ def test_muon_takes_whole_matrices_a_few_at_a_time(rule):
 @both_rules
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_metrics(backend, rule):
-    def recorded(name, prepare=lambda optimizer: optimizer):
+    def recorded(name, prepare=undisturbed):
         optimizer = run(name, (19, 17), 5, 3, update_rule=rule, prepare=prepare)[1]
         optimizer.record_metrics = True
         params = optimizer.param_groups[0]["params"]
@@ -243,7 +243,7 @@ def test_torchs_default_dtype_changes_nothing(cls, backend):
 def test_gradients_of_two_dtypes_in_one_bucket(backend):
     """torch lets one of two equal float32 matrices have a bfloat16 gradient (`grad_dtype`)."""
 
-    def trained(dtypes, prepare=lambda optimizer: optimizer):
+    def trained(dtypes, prepare=undisturbed):
         params = [nn.Parameter(torch.zeros(24, 16)) for _ in dtypes]
         optimizer = prepare(LoRAPreAdamW(params, lr=0.1, momentum_rank=2, backend=backend))
         for step in range(3):

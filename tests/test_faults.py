@@ -12,7 +12,7 @@ import pytest
 import torch
 from adapting import adapted, train
 from killed_saves import FILES, killed_trainer
-from roundoff import assert_same_steps
+from roundoff import assert_same_steps, undisturbed
 from stepping import both_optimizers, both_rules
 from torch import nn
 from trainers import arguments, inner, lorapre_trainer, training_logs, weights
@@ -235,9 +235,7 @@ def test_stop_on_nan_loss_says_so_where_it_sees_no_loss(tmp_path):
         callback.on_pre_optimizer_step(None, None, None)
 
 
-def regression(
-    cls, steps, spike=(), dtype=None, scaler=None, lr=0.02, freeze=(), prepare=lambda optimizer: optimizer, **options
-):
+def regression(cls, steps, spike=(), dtype=None, scaler=None, lr=0.02, freeze=(), prepare=undisturbed, **options):
     """A small net taught x → sin x: its losses, net and optimizer. ``spike``: steps whose gradient is a million times as large."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 8))
@@ -312,7 +310,7 @@ def test_a_parameter_frozen_and_thawed_takes_up_where_it_stopped(cls, rule, upda
 
 @both_optimizers
 def test_a_parameter_frozen_from_the_start_and_thawed_is_updated_in_the_backward_pass_too(cls):
-    def trained(in_backward, prepare=lambda optimizer: optimizer):
+    def trained(in_backward, prepare=undisturbed):
         return regression(cls, 20, freeze=range(6), prepare=prepare, update_in_backward=in_backward)[1].parameters()
 
     assert_same_steps(trained(True), partial(trained, False))

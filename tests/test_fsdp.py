@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run
-from roundoff import assert_same_steps
+from roundoff import assert_same_steps, undisturbed
 from stepping import stream, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -100,7 +100,7 @@ def train(
     absent=False,
     masked=False,
     dtype=torch.float32,
-    prepare=lambda optimizer: optimizer,
+    prepare=undisturbed,
 ):
     """Steps over fixed gradient streams, and everything that has to agree between one process and many, whole.
 

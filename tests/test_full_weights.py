@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from roundoff import assert_same_steps, gamma
+from roundoff import assert_same_steps, gamma, undisturbed
 from stepping import both_optimizers, both_rules, stream, take_steps, weights
 from torch import nn
 from trainers import arguments
@@ -149,7 +149,7 @@ def test_in_backward_equals_the_ordinary_step(make_llama, batch, cls, rule, dtyp
     kind = "adamw" if cls is LoRAPreAdamW else "muon"
     options = {"lr": 1e-2, "weight_decay": 0.1, "update_rule": rule, "momentum_rank": 4}
 
-    def trained(in_backward, prepare=lambda optimizer: optimizer):
+    def trained(in_backward, prepare=undisturbed):
         model = make_llama(dtype=dtype)
         optimizer = create_lorapre_optimizer(model, kind, update_in_backward=in_backward, **options)
         train(model, prepare(optimizer), batch, 6)

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from roundoff import assert_same_steps, oracle_room
+from roundoff import assert_same_steps, oracle_room, undisturbed
 from stepping import LR, both_optimizers, both_rules, flat, newton_starts, stream, take_steps, truth_of, weights
 from torch import nn
 
@@ -96,7 +96,7 @@ def test_extreme_gradients(cls, scale):
     """
     grads = stream((20, 12), 30)
 
-    def trained(factor, eps, prepare=lambda optimizer: optimizer):
+    def trained(factor, eps, prepare=undisturbed):
         param, options = weights(20, 12), {"eps": eps} if cls is LoRAPreAdamW else {}
         take_steps(prepare(cls([param], lr=LR, momentum_rank=3, **options)), [param], [g * factor for g in grads])
         return [param]

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from roundoff import assert_same_steps, chain, gamma, oracle_room
+from roundoff import assert_same_steps, chain, gamma, oracle_room, undisturbed
 
 from lorapre_peft import LoRAPreAdamW
 from lorapre_peft import reference as ref
@@ -170,7 +170,7 @@ def test_als_factors_do_not_underflow():
 # ---- what `als` promises: method, section 4 (a) to (e) --------------------------------------------------------------
 
 
-def updates(stream, *, rule="als", k=2, scale=1.0, prepare=lambda optimizer: optimizer, **options):
+def updates(stream, *, rule="als", k=2, scale=1.0, prepare=undisturbed, **options):
     """The normalised update of each step, through `LoRAPreAdamW` at lr 1 from θ = 0 each time."""
     param = torch.nn.Parameter(torch.zeros(stream[0].shape))
     optimizer = prepare(LoRAPreAdamW([param], lr=1.0, momentum_rank=k, update_rule=rule, **options))

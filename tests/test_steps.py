@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from roundoff import assert_same_steps, chain, disturbed, gamma, oracle_room
+from roundoff import assert_same_steps, chain, disturbed, gamma, oracle_room, undisturbed
 from stepping import LR, both_optimizers, both_rules, flat, products, stream, take_steps, truth_of, weights
 from torch import nn
 
@@ -115,7 +115,7 @@ def test_stacked_equal_alone(cls, rule, shape, k):
     """What is beside a matrix must not show in its step, but for the order in which a BLAS sums a batch and a single product."""
     n, grads = 5, [stream(shape, 8, seed=i) for i in range(5)]
 
-    def trained(groups, prepare=lambda optimizer: optimizer):
+    def trained(groups, prepare=undisturbed):
         params = [weights(*shape, seed=i) for i in range(n)]
         optimizer = prepare(cls(groups(params), lr=LR, momentum_rank=k, update_rule=rule))
         take_steps(optimizer, params, *grads)
@@ -154,7 +154,7 @@ def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
     seen = watch_tiles(monkeypatch)
     grads = [stream(shape, 15, seed=i) for i in range(2)]
 
-    def trained(temporary_bytes, prepare=lambda optimizer: optimizer):
+    def trained(temporary_bytes, prepare=undisturbed):
         params = [weights(*shape, seed=i) for i in range(2)]
         options = dict(momentum_rank=2, update_rule=rule, temporary_bytes=temporary_bytes)
         take_steps(prepare(LoRAPreAdamW(params, lr=LR, backend="eager", **options)), params, *grads)
@@ -177,7 +177,7 @@ def test_waves_equal_whole(monkeypatch):
     grads = [stream(shape, 10, seed=i) for i, shape in enumerate(shapes)]
     factors = 2 * 2 * 22  # entries: two moments of k(p+q), the same for both shapes
 
-    def trained(temporary_bytes, prepare=lambda optimizer: optimizer):
+    def trained(temporary_bytes, prepare=undisturbed):
         sizes.clear()
         params = [weights(*shape, seed=i) for i, shape in enumerate(shapes)]
         options = dict(momentum_rank=2, temporary_bytes=temporary_bytes, backend="eager")
@@ -201,7 +201,7 @@ def test_non_contiguous_gradients_and_parameters(cls, rule):
         nn.Parameter(weights(8, 4, 3, 3).detach().clone(memory_format=torch.channels_last)),
     ]
 
-    def trained(params, streams, prepare=lambda optimizer: optimizer):
+    def trained(params, streams, prepare=undisturbed):
         take_steps(prepare(cls(params, lr=LR, momentum_rank=2, update_rule=rule)), params, *streams)
         return params
 
@@ -219,7 +219,7 @@ def test_a_convolution_as_large_as_a_matrix(cls, rule, backend):
     shapes = [(20, 12), (20, 12, 1), (20, 3, 2, 2)]
     grads = [stream((20, 12), 10, seed=i) for i in range(3)]
 
-    def trained(shapes, prepare=lambda optimizer: optimizer):
+    def trained(shapes, prepare=undisturbed):
         params = [nn.Parameter(weights(20, 12, seed=i).detach().reshape(shape)) for i, shape in enumerate(shapes)]
         streams = [[g.reshape(shape) for g in own] for own, shape in zip(grads, shapes)]
         options = dict(momentum_rank=2, update_rule=rule, weight_decay=0.1, backend=backend)

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from roundoff import assert_same_steps, gamma, oracle_room
+from roundoff import assert_same_steps, gamma, oracle_room, undisturbed
 from stepping import LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of, weights
 from torch import nn
 
@@ -45,7 +45,7 @@ def test_parameters_groups_and_names_are_equivalent(cls, rule):
         "named groups": lambda model: [{"params": list(model.named_parameters())}],
     }
 
-    def trained(form, prepare=lambda optimizer: optimizer):
+    def trained(form, prepare=undisturbed):
         model = small_model()
         train(model, prepare(cls(forms[form](model), lr=LR, momentum_rank=2, update_rule=rule)))
         return model

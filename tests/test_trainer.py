@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from roundoff import assert_same_steps, gamma
+from roundoff import assert_same_steps, gamma, undisturbed
 from trainers import ADAMW_LOGGED, Recorder, arguments, inner, lorapre_trainer, training_logs, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -165,7 +165,7 @@ def test_sft_trainer_wraps_the_model_itself(tmp_path, llama_path, texts, kind):
 def test_updating_in_the_backward_pass_gives_the_same_run(tmp_path, peft_model, tokens):
     """Losses and figures too, which are then recorded while Trainer still walks through the backward pass."""
 
-    def logged(update_in_backward, prepare=lambda optimizer: optimizer):
+    def logged(update_in_backward, prepare=undisturbed):
         args = arguments(tmp_path, max_grad_norm=0.0, logging_steps=2, lr_scheduler_type="cosine", warmup_steps=1)
         trainer = lorapre_trainer(peft_model(), args, tokens, update_in_backward=update_in_backward)
         prepare(inner(trainer.create_optimizer()))
@@ -178,7 +178,7 @@ def test_updating_in_the_backward_pass_gives_the_same_run(tmp_path, peft_model, 
 
 
 def test_gradient_accumulation_is_one_update_of_the_whole_batch(tmp_path, peft_model, tokens):
-    def losses(micro_batch, accumulation, prepare=lambda optimizer: optimizer):
+    def losses(micro_batch, accumulation, prepare=undisturbed):
         options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
         trainer = lorapre_trainer(peft_model(), arguments(tmp_path, **options), tokens)
         prepare(inner(trainer.create_optimizer()))
