@@ -5,6 +5,7 @@ forked for each file, so that only one has to import transformers.
 """
 
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -74,6 +75,7 @@ def run_and_die(folder, name):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported stays, and is left out where Trainer collects garbage
     for name in FILES:
         child = os.fork()
         if child == 0:
