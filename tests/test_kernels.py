@@ -55,6 +55,7 @@ def test_muon_has_no_kernels():
         LoRAPreMuon(parameters((19, 17)), backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_kernels_compile_for_a_gpu(tmp_path):
     """For compute capability 8.9, without one: in a process without the interpreter. k = 1 comes as a constant there."""
