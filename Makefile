@@ -1,10 +1,11 @@
 # `make quickstart` and `make test` install what they need into .venv; PYTHON chooses the interpreter (3.10 or later).
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install test test-all test-isa test-wheel lint quickstart clean
+.PHONY: install test test-all test-isa test-wheel test-oldest lint quickstart clean
 
 install: $(VENV)/installed
 
@@ -47,6 +48,17 @@ test-wheel:
 	$(VENV)-wheel/bin/lorapre-extract --help > $(VENV)-wheel/help
 	$(VENV)-wheel/bin/lorapre-memory HuggingFaceTB/SmolLM2-135M --lora-r 8
 
+# The package's own tests, which are all but those of recipes and eval, at the lowest versions that setup.cfg allows. Under Linux pip
+# takes a CUDA build of torch 2.7.0, 6 GB.
+test-oldest: $(VENV)-oldest/installed
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(ARGS) $$(grep -LE '^(from|import) (eval|recipes|suites)' tests/test_*.py)
+
+$(VENV)-oldest/installed: setup.cfg constraints-oldest.txt Makefile
+	$(PYTHON_OLDEST) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . bitsandbytes datasets trl expecttest hypothesis psutil pytest pytest-timeout pytest-xdist
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +67,4 @@ quickstart: install
 	$(BIN)/python -m recipes.quickstart $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest runs build dist *.egg-info

@@ -37,7 +37,7 @@ def run(device, cls, parameters=PARAMETERS, steps=4, broken=None, **options):
     with pretending(device):
         params = [nn.Parameter(value.to(device)) for value in values]
         groups = [{"params": [param], "momentum_rank": k} for param, (_, k) in zip(params, parameters)]
-        optimizer = cls(groups, **{"lr": LR, "backend": "eager"} | options)
+        optimizer = cls(groups, **{"lr": LR, "backend": "auto" if device == MPS else "eager"} | options)
         for t, grads in enumerate(zip(*streams)):
             optimizer.record_metrics = t == steps - 1
             for i, (param, grad) in enumerate(zip(params, grads)):
