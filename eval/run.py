@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # lm_eval, torch and datasets are imported where they are used: the process that compares expressions imports this module too.
 
 TASKS = Path(__file__).parent / "tasks"
+SAVED = "saved"  # a model's own dtype
 
 
 def evaluate(
@@ -34,7 +35,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int | str = 8,
     device: str | None = None,
-    dtype: str = "auto",
+    dtype: str = SAVED,
 ) -> dict[str, Any] | None:
     """Answers of a model to tasks, judged; returns lm-eval's results with ``samples``, and None on all but the first process.
 
@@ -47,7 +48,8 @@ def evaluate(
         limit: problems per task, the first ones; None: all.
         batch_size: problems at a time, or ``"auto"``.
         device: None: a GPU if there is one.
-        dtype: of the weights; ``"auto"``: as saved.
+        dtype: of the weights, as `recipes.precision` names them; ``"auto"``: the one that the device multiplies fast,
+            ``"saved"``: the one that they were saved in.
 
     Raises SystemExit for an unknown task, for a model or data that cannot be had, and for a folder with another model's results.
     """
@@ -55,13 +57,20 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from recipes.precision import AUTO, fast_dtype
+
     folder = Path(output_dir)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == AUTO:
+        dtype, reason = fast_dtype(device.partition(":")[0])
+        print(f"dtype {dtype}: {reason}")
     options = dict(model=model, adapter=adapter, tasks=tasks, data=data or {}, limit=limit, dtype=dtype)
     check_folder(folder, options)
     manager = task_manager(tasks)
     loaded = load_tasks(tasks, data or {}, manager)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = model_source(model) | {"dtype": dtype} | ({"peft": adapter} if adapter else {})
+    source = (
+        model_source(model) | {"dtype": "auto" if dtype == SAVED else dtype} | ({"peft": adapter} if adapter else {})
+    )
     try:
         lm = HFLM(**source, device=device, batch_size=batch_size)
     except (OSError, ValueError) as error:  # PEFT raises the latter for an adapter that is nowhere
@@ -194,7 +203,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="problems per task, the first ones")
     parser.add_argument("--batch_size", default="8", help="problems at a time, or 'auto'")
     parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--dtype", default="auto", help="of the weights; 'auto': as saved")
+    parser.add_argument(
+        "--dtype",
+        default=SAVED,
+        help="of the weights; 'auto': the one that this machine multiplies fast; default: as saved",
+    )
     parser.add_argument("--output_dir", help="where results and completions go; default: runs/eval/MODEL_ADAPTER")
     args = vars(parser.parse_args())
     names = [Path(name).name for name in (args["model"], args["adapter"]) if name]

@@ -48,7 +48,8 @@ def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
     for key, instead in GRID.items():
         if any(given.partition("=")[0].replace("-", "_") == f"__{key}" for given in sys.argv[1:]):
             raise SystemExit(f"--{key} cannot be given here: {instead}")
-    defaults = ["--config", str(CONFIGS / "smollm2_full.yaml"), "--output_dir", "runs/full_weights"]
+    folder = ["--output_dir", "runs/full_weights", "--resume", "true"]
+    defaults = ["--config", str(CONFIGS / "smollm2_full.yaml"), *folder]
     return parse([*defaults, *sys.argv[1:], *more], FullWeightArguments)
 
 
@@ -89,7 +90,8 @@ def main() -> None:
     recipe, options = arguments()
     folder = recipe.folder
     grid = vars(options)
-    start_run(folder, {name: value for name, value in recipe.config.items() if name not in grid}, resume=True)
+    config = {name: value for name, value in recipe.config.items() if name not in grid}
+    start_run(folder, config, recipe.precision, resume=recipe.lorapre.resume)
     plan = [("adamw", lr, seed, 0) for seed in options.seeds for lr in options.baseline_lrs]
     plan += [("lorapre", lr, seed, k) for seed in options.seeds for k in options.momentum_ranks for lr in options.lrs]
     results = []
@@ -103,7 +105,7 @@ def main() -> None:
             write_atomically(done, json.dumps(result, indent=2))
             gc.collect()
         results.append(json.loads(done.read_text()))
-    summary = {"options": recipe.config, "environment": environment(), "results": results}
+    summary = {"options": recipe.config, "environment": environment(recipe.precision), "results": results}
     (folder / "results.json").write_text(json.dumps(summary, indent=2))
     sizes = f"{recipe.data.train_size} problems, {recipe.data.eval_size} held out"
     print(f"\n{recipe.model.model_name_or_path}, attention and MLP weights, {sizes}, held-out loss")

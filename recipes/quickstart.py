@@ -125,7 +125,7 @@ def main() -> None:
     config = {
         name: value for name, value in recipe.config.items() if name != "baseline"
     }  # may be added to a finished run
-    start_run(folder, config, lorapre.resume)
+    start_run(folder, config, recipe.precision, resume=lorapre.resume)
     data = recipe.data.load(recipe.sft.seed)
     write_manifest(data, recipe.data.dataset_name, folder / "manifest.json")
 
@@ -136,10 +136,10 @@ def main() -> None:
             *("--output_dir", str(folder / "adamw"), "--optimizer", "trainer"),
             *("--learning_rate", str(options.baseline_lr)),
         ]
-    results = {name: run(*arguments(*more), data) for name, more in plans.items()}
+    results = {name: run(*arguments(*recipe.precision.options, *more), data) for name, more in plans.items()}
     results = {"before": json.loads((folder / "base.json").read_text()), **results}
 
-    summary = {"options": config, "environment": environment(), "results": results}
+    summary = {"options": config, "environment": environment(recipe.precision), "results": results}
     (folder / "results.json").write_text(json.dumps(summary, indent=2))
     title = f"{recipe.model.model_name_or_path}, LoRA r={recipe.model.lora_r}, {recipe.data.train_size} problems"
     plot(results, title, folder / "losses.png")

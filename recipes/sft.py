@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from lorapre_peft import LoRAPreCallback, LoRAPreConfig, last_complete_checkpoin
 from lorapre_peft.targets import freeze_others, weight_targets
 from recipes.data import DataArguments, write_manifest
 from recipes.models import load_model
-from recipes.training import start_run
+from recipes.precision import Precision, accelerator, choose
+from recipes.training import start_run, started_with
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -73,13 +75,29 @@ class LoRAPreArguments:
 
 
 @dataclass
+class ModelArguments(ModelConfig):
+    """TRL's, with another default."""
+
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Of the model's weights, those of the base model under an adapter. 'auto': the one that this machine "
+            "multiplies fast; bf16, where it is not given, follows the same choice.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+@dataclass
 class Recipe:
-    """One run: its arguments by class, and ``config``, all keys as they were given (those that are not the defaults)."""
+    """One run: its arguments by class, the dtypes in them and why, and ``config``, all keys as they were given (those that are
+    not the defaults)."""
 
     sft: SFTConfig
-    model: ModelConfig
+    model: ModelArguments
     lorapre: LoRAPreArguments
     data: DataArguments
+    precision: Precision
     config: dict[str, Any]
 
     @property
@@ -88,7 +106,22 @@ class Recipe:
 
 
 class RecipeParser(TrlParser):
-    """`TrlParser` for configs that name another one as their ``base``, by its path in ``recipes/configs``, and change its keys."""
+    """`TrlParser` for configs that name another one as their ``base``, by its path in ``recipes/configs``, and change its keys.
+
+    given: after parsing, all keys as they were given; the argument classes rewrite some of theirs. precision: the dtypes that
+    ``dtype`` and ``bf16`` have become; those of a run that goes on are the ones that it began with.
+    """
+
+    given: dict[str, Any]
+    precision: Precision
+
+    def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
+        self.given = vars(self.parse_known_args(args)[0])
+        given = SimpleNamespace(**self.given)
+        self.precision = (given.resume and started_with(Path(given.output_dir or "trainer_output"))) or choose(
+            "cpu" if given.use_cpu else accelerator(), given.dtype, False if given.fp16 else given.bf16
+        )
+        return super().parse_args_into_dataclasses([*args, *self.precision.options], **options)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         while "base" in config:
@@ -99,20 +132,18 @@ class RecipeParser(TrlParser):
 
 def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
     """The `Recipe` that a command line describes, followed by an instance of each of the ``more`` argument classes."""
-    parser = RecipeParser([SFTConfig, ModelConfig, LoRAPreArguments, DataArguments, *more])
+    parser = RecipeParser([SFTConfig, ModelArguments, LoRAPreArguments, DataArguments, *more])
     parser.set_defaults(use_cpu=not torch.cuda.is_available())  # SFTConfig's bf16 asks for one or the other
     defaults = vars(parser.parse_known_args([])[0])
     parsed = parser.parse_args_and_config(list(argv))
     if not parsed[1].model_name_or_path:
         parser.error("no model: give --config recipes/configs/NAME.yaml, or --model_name_or_path")
-    # Parsed again for the values as given: the classes above rewrite some of theirs.
-    given = vars(parser.parse_known_args(list(argv))[0])
     config = {
         name: value.value if isinstance(value, Enum) else value
-        for name, value in given.items()
+        for name, value in parser.given.items()
         if value != defaults[name]
     }
-    return Recipe(*parsed[:4], config), *parsed[4:]
+    return Recipe(*parsed[:4], parser.precision, config), *parsed[4:]
 
 
 def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[TrainerCallback] = ()) -> SFTTrainer:
@@ -126,7 +157,7 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
         **(recipe.sft.model_init_kwargs or {}),
     }
     options = {name: value for name, value in options.items() if value is not None}
-    model, tokenizer = load_model(model_args.model_name_or_path, model_args.dtype, **options)
+    model, tokenizer = load_model(model_args.model_name_or_path, getattr(torch, model_args.dtype), **options)
     extra: dict[str, Any] = {"callbacks": list(callbacks)}
     if lorapre.optimizer == "trainer":
         if not model_args.use_peft:  # the same weights as LoRA-Pre trains
@@ -196,7 +227,7 @@ def main() -> None:
     (recipe,) = parse(sys.argv[1:])
     is_main = recipe.sft.process_index == 0
     if is_main:
-        start_run(recipe.folder, recipe.config, recipe.lorapre.resume)
+        start_run(recipe.folder, recipe.config, recipe.precision, resume=recipe.lorapre.resume)
         if recipe.sft.use_cpu and "use_cpu" not in recipe.config:
             print("no CUDA device found: training on the CPU")
     with recipe.sft.main_process_first(desc="preparing data"):

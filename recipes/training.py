@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 from trl import SFTConfig
+
+from recipes.precision import Precision
 
 PACKAGES = (
     *("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"),
@@ -126,8 +129,8 @@ def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed
     return SFTConfig(**(options | overrides))
 
 
-def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
-    """Make the run's folder with ``config.yaml`` and ``environment.json``, which gets one more entry whenever the run goes on.
+def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, resume: bool) -> None:
+    """Say the run's dtypes, and make the run's folder with ``config.yaml`` and ``environment.json``, which gets one more entry whenever the run goes on.
 
     A folder in use is only entered with ``resume`` and the same config. Raises SystemExit otherwise. One whose run did not get
     as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
@@ -155,11 +158,18 @@ def start_run(folder: Path, config: dict[str, Any], resume: bool) -> None:
     record.write_text(yaml.safe_dump(config))
     starts = folder / "environment.json"
     earlier = json.loads(starts.read_text()) if starts.exists() else []
-    starts.write_text(json.dumps([*earlier, environment()], indent=2))
+    starts.write_text(json.dumps([*earlier, environment(precision)], indent=2))
+    print(precision)
 
 
-def environment() -> dict[str, Any]:
-    """What it takes to repeat the run: command, versions, commit, machine."""
+def started_with(folder: Path) -> Precision | None:
+    """The dtypes that the run in this folder began with, from its ``environment.json``; None without one."""
+    starts = folder / "environment.json"
+    return Precision(**json.loads(starts.read_text())[0]["precision"]) if starts.exists() else None
+
+
+def environment(precision: Precision | None = None) -> dict[str, Any]:
+    """What it takes to repeat the run: command, versions, commit, machine, and its dtypes where they were chosen."""
     spec = sys.modules["__main__"].__spec__
     command = " ".join([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
     return {
@@ -169,6 +179,7 @@ def environment() -> dict[str, Any]:
         "machine": machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        **({"precision": asdict(precision)} if precision else {}),
     }
 
 

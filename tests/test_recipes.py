@@ -21,8 +21,8 @@ def run(monkeypatch, tmp_path, llama_path):
 
     def call(recipe, *options):
         shared = ["--model_name_or_path", str(llama_path), "--output_dir", str(tmp_path / "out"), "--eval_size", "4"]
-        products = ["--dtype", "float32", "--bf16", "false", "--use_cpu", "--per_device_train_batch_size", "2"]
-        monkeypatch.setattr(sys, "argv", [recipe.__name__, *shared, *products, *options])
+        batch = ["--use_cpu", "--per_device_train_batch_size", "2"]
+        monkeypatch.setattr(sys, "argv", [recipe.__name__, *shared, *batch, *options])
         monkeypatch.setattr(sys.modules["__main__"], "__spec__", recipe.__spec__)
         recipe.main()
         return tmp_path / "out"
@@ -31,6 +31,12 @@ def run(monkeypatch, tmp_path, llama_path):
 
 
 QUICK = ["--train_size", "8", "--max_new_tokens", "4"]
+
+
+@pytest.fixture(autouse=True)
+def without_units(monkeypatch):
+    """A machine that multiplies float32 faster, whichever this one is."""
+    monkeypatch.setattr("recipes.precision.fast_dtype", lambda device: ("float32", "for the test"))
 
 
 def test_quickstart_writes_adapter_figures_and_plot(run, llama_path, capsys):
@@ -44,6 +50,8 @@ def test_quickstart_writes_adapter_figures_and_plot(run, llama_path, capsys):
     assert results["environment"]["versions"]["torch"] == torch.__version__
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert all(name in printed for name in results["results"])
+    assert results["environment"]["precision"]["dtype"] == "float32"
+    assert printed.startswith("dtype float32, bf16 false: ")
     base = AutoModelForCausalLM.from_pretrained(llama_path)
     assert isinstance(PeftModel.from_pretrained(base, folder / "lorapre"), PeftModel)
 

@@ -15,10 +15,12 @@ from lorapre_peft.create import OPTIMIZERS
 from recipes import sft
 from recipes.data import ALPACA_PROMPT, load_data, write_manifest
 from recipes.models import load_model
+from recipes.precision import Precision
 from recipes.training import commit, start_run
 
 PROMPT_LENGTH = len(ALPACA_PROMPT.format(instruction=""))  # of tokens too: the tests' tokenizer has one per character
 CONFIGS = sorted(sft.CONFIGS.glob("*.yaml"))
+PRECISION = Precision("float32", False, "for the test")
 PAPER = [path for path in CONFIGS if path.stem.startswith("llama")]
 
 
@@ -346,8 +348,8 @@ def test_a_start_leaves_other_files_alone_and_writes_no_token(monkeypatch, tmp_p
     manifest = tmp_path / "manifest.json"
     manifest.write_text("given")
     for given in ({"seed": 0, "hub_token": "hf_SECRET"}, {"seed": 0, "manifest": str(manifest)}):
-        start_run(tmp_path, given, resume=False)
+        start_run(tmp_path, given, PRECISION, resume=False)
         assert manifest.read_text() == "given"
     assert not any("SECRET" in path.read_text() for path in tmp_path.iterdir())
-    start_run(tmp_path, {"seed": 0}, resume=False)
+    start_run(tmp_path, {"seed": 0}, PRECISION, resume=False)
     assert not manifest.exists()  # of a start that failed

@@ -43,16 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     try:
         suite = load_suite(args.suite)
+        store = Store(args.out or SUITES.parent / "results" / suite.name)
+        suite, precision = suite.settled(store.load())
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    store = Store(args.out or SUITES.parent / "results" / suite.name)
+    print(f"adapters' base model, and products: {precision}")
     reasons = {entry.method: METHODS[entry.method].unavailable() for entry in suite.entries}
     skipped = {method: reason for method, reason in reasons.items() if reason}
     if args.dry_run:
         print(plan_table(cells(suite, args.shard), store.load(), skipped))
         return
     part = [cell for cell in cells(suite, args.shard) if cell.entry.method not in skipped]
-    surroundings = environment()
+    surroundings = environment(precision)
     surroundings["command"] = surroundings["command"].replace(".__main__", "", 1)
     lost = 0
     if args.jobs > 1 or len(gpus) > 1:  # Trainer would split batches over all GPUs that a process sees

@@ -32,10 +32,10 @@ _RANDOM_CONFIG = LlamaConfig(
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """``"random"``, or what `recipes.models.load_model` takes: in float32 from the package, else in the checkpoint's dtype."""
+    """``"random"``, or what `recipes.models.load_model` takes: in float32 from the package, else in the dtype that it was saved in."""
     if name == RANDOM:
         return _random_model()
-    return load_model(name, torch.float32 if name == SMOLLM2 else "auto")
+    return load_model(name, torch.float32 if name == SMOLLM2 else None)
 
 
 def base_config(name: str) -> PretrainedConfig:

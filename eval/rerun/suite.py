@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from eval.methods import METHODS
+from recipes.precision import AUTO, Precision, accelerator, choose
 
 SUITES = Path(__file__).parents[1] / "suites"
 _STEPS = (1, 2, 5)
@@ -22,7 +24,8 @@ class Training:
     """How every run of a suite trains, whatever its method: a cosine schedule after a warmup, which is a share of the steps.
 
     batch_size: sequences per optimizer step, in forward passes of micro_batch. adapter_dtype: of the frozen base under an
-    adapter, whose own weights are float32. weights_dtype: of trained weights. bf16: products in bfloat16.
+    adapter, whose own weights are float32. weights_dtype: of trained weights. bf16: products in bfloat16. ``"auto"``, as both
+    may be, is for `Suite.settled` to replace: a run declares what it was trained in.
     """
 
     steps: int
@@ -31,9 +34,9 @@ class Training:
     max_length: int = 512
     warmup: float = 0.05
     rank: int = 8
-    adapter_dtype: str = "bfloat16"
+    adapter_dtype: str = AUTO
     weights_dtype: str = "float32"
-    bf16: bool = True
+    bf16: bool | str = AUTO
     gradient_checkpointing: bool = False
 
 
@@ -118,6 +121,28 @@ class Suite:
     step_seconds: dict[str, float] = field(default_factory=dict)
     published: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     published_source: str = ""
+
+    def settled(self, records: Mapping[str, Mapping[str, Any]]) -> tuple[Suite, Precision]:
+        """The suite with a dtype in the place of every ``"auto"``, and why that one.
+
+        All runs of a folder train in the same: in that of its records, whichever machine they are from, and in the one that this
+        machine multiplies fast where there are none yet. Raises ValueError where the records have several.
+        """
+        auto = [name for name in ("adapter_dtype", "bf16") if getattr(self.training, name) == AUTO]
+        found = set()
+        for record in records.values():
+            theirs = Training(**record["run"]["training"])
+            if dataclasses.replace(theirs, **dict.fromkeys(auto, AUTO)) == self.training:
+                found.add((theirs.adapter_dtype, theirs.bf16))
+        if not auto or not found:
+            precision = choose(accelerator(), self.training.adapter_dtype, self.training.bf16)
+        elif len(found) == 1:
+            precision = Precision(*found.pop(), "as in the finished runs")
+        else:
+            said = " and of ".join(f"adapter_dtype {dtype}, bf16 {str(bf16).lower()}" for dtype, bf16 in sorted(found))
+            raise ValueError(f"{self.name}: finished runs of {said}: name both in the suite, or give another --out")
+        training = dataclasses.replace(self.training, adapter_dtype=precision.dtype, bf16=precision.bf16)
+        return dataclasses.replace(self, training=training), precision
 
     def run(self, model: str, entry: Entry, lr: float, seed: int, answers: int = 0) -> Run:
         return Run(model, self.data, self.training, entry.method, entry.options, lr, seed, answers)

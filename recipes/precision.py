@@ -1,0 +1,108 @@
+"""Which dtype this machine multiplies fast: what ``auto`` means wherever recipes, suites and evaluations name a dtype."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+AUTO = "auto"
+
+# A layer of SmolLM2-135M on 512 tokens: [tokens, inputs] times [inputs, outputs], a few milliseconds.
+TOKENS, INPUTS, OUTPUTS = 512, 576, 1536
+# The fastest of so many counts. The dtypes take turns, so that another process slows both.
+REPEATS = 8
+# A CPU with bfloat16 units was 5 to 8 times as fast with them as in float32, and 3 to 9 times slower with the units switched off.
+# Float32 rounds less, and is taken where bfloat16 gains little.
+GAIN = 1.5
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a run, by the names that options give them.
+
+    dtype: of the weights (of the base model's under an adapter). bf16: products in bfloat16, by autocast. reason: of both.
+    """
+
+    dtype: str
+    bf16: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"dtype {self.dtype}, bf16 {str(self.bf16).lower()}: {self.reason}"
+
+    @property
+    def options(self) -> list[str]:
+        """On a recipe's command line."""
+        return ["--dtype", self.dtype, "--bf16", str(self.bf16).lower()]
+
+
+def choose(device: str, dtype: str = AUTO, bf16: bool | str | None = AUTO) -> Precision:
+    """What is given, and in the place of ``"auto"`` (for bf16 None as well) what the device multiplies fast."""
+    follows = bf16 in (AUTO, None)
+    if dtype != AUTO and not follows:
+        return Precision(dtype, bf16, "as given")
+    fast, reason = fast_dtype(device)
+    return Precision(fast if dtype == AUTO else dtype, fast == "bfloat16" if follows else bf16, reason)
+
+
+def accelerator() -> str:
+    """``"cuda"``, ``"mps"`` or ``"cpu"``: where Trainer trains unless told to use the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@cache
+def fast_dtype(device: str) -> tuple[str, str]:
+    """``"bfloat16"`` or ``"float32"``, and why; device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
+
+    CUDA is asked for its compute capability. CPUs and Apple's GPUs are timed: what a CPU says of its units does not tell whether
+    the kernels use them (ONEDNN_MAX_CPU_ISA and others switch them off), and of MPS nothing says it.
+    """
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        name = "bfloat16" if capability >= (8, 0) else "float32"
+        return name, "compute capability {}.{}, and bfloat16 units come with 8.0".format(*capability)
+    try:
+        seconds = _seconds(device)
+    except (RuntimeError, TypeError) as error:  # MPS before macOS 14
+        return "float32", f"bfloat16 does not run on {device} ({str(error).partition(chr(10))[0]})"
+    gain = seconds[torch.float32] / seconds[torch.bfloat16]
+    times = ", ".join(f"{1000 * taken:.1f} ms in {str(dtype)[6:]}" for dtype, taken in seconds.items())
+    reason = f"a product of {TOKENS}×{INPUTS} by {INPUTS}×{OUTPUTS} takes this {device.upper()} {times}"
+    return "bfloat16" if gain > GAIN else "float32", reason
+
+
+def _seconds(device: str) -> dict[torch.dtype, float]:
+    """Seconds of the same product in both dtypes, on one thread: two that wait for each other on a busy machine hide the ratio."""
+    pairs: dict[torch.dtype, tuple[Tensor, Tensor]] = {
+        dtype: (
+            torch.ones(TOKENS, INPUTS, dtype=dtype, device=device),
+            torch.ones(OUTPUTS, INPUTS, dtype=dtype, device=device).T,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    best = dict.fromkeys(pairs, float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for turn in range(REPEATS + 1):
+            for dtype, (left, right) in pairs.items():
+                _wait(device)
+                start = time.perf_counter()
+                left @ right
+                _wait(device)
+                if turn:  # the first one prepares kernels
+                    best[dtype] = min(best[dtype], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return best
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
