@@ -13,7 +13,7 @@ from eval.rerun.__main__ import main as rerun
 from eval.rerun.plan import cells
 from eval.rerun.store import Store
 from eval.rerun.suite import SUITES, load_suite
-from recipes import precision, sft
+from recipes import OTHERS_WARNINGS, precision, sft
 from recipes.precision import Precision, choose, fast_dtype
 from recipes.training import start_run
 
@@ -190,3 +190,21 @@ def test_a_record_holds_its_dtypes(machine, tmp_path, capsys):
     assert (found["run"]["training"]["adapter_dtype"], found["run"]["training"]["bf16"]) == ("float32", False)
     assert found["environment"]["precision"]["reason"] == "cpu of the test"
     assert "dtype float32, bf16 false: cpu of the test" in capsys.readouterr().out
+
+
+# What other packages say
+
+
+def test_their_messages_are_silenced_and_no_others():
+    code = """
+import recipes, warnings, logging
+for category, text in recipes.OTHERS_WARNINGS:
+    warnings.warn(text + " and more", category)
+    warnings.warn("Not: " + text, category)
+logger = logging.getLogger(recipes.OTHERS_LOG[0])
+logger.warning(recipes.OTHERS_LOG[1] + " and more")
+logger.warning("Not: " + recipes.OTHERS_LOG[1])
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert said.count("Not: ") == len(OTHERS_WARNINGS) + 1
+    assert "and more" not in said
