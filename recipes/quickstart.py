@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+import psutil
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from trl import SFTTrainer
 
 from eval.exact_match import ExactMatch, generate
@@ -22,7 +24,7 @@ from lorapre_peft.table import format_bytes
 from recipes.data import write_manifest
 from recipes.problems import STOP
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse, train
-from recipes.training import OptimizerTimer, environment, held_bytes, start_run, write_atomically
+from recipes.training import Forecast, OptimizerTimer, Progress, environment, held_bytes, start_run, write_atomically
 
 
 @dataclass
@@ -33,7 +35,7 @@ class QuickstartArguments:
         default=True, metadata={"help": "Train with torch.optim.AdamW as well, from the same seed."}
     )
     baseline_lr: float = field(default=5e-3, metadata={"help": "Learning rate of torch.optim.AdamW."})
-    max_new_tokens: int = field(default=160, metadata={"help": "Tokens generated per held-out problem."})
+    max_new_tokens: int = field(default=96, metadata={"help": "Tokens generated per held-out problem."})
 
 
 def arguments(*more: str) -> tuple[Recipe, QuickstartArguments]:
@@ -42,21 +44,39 @@ def arguments(*more: str) -> tuple[Recipe, QuickstartArguments]:
     return parse([*defaults, *sys.argv[1:], *more], QuickstartArguments)
 
 
-def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict) -> dict[str, Any]:
-    """Train one adapter and measure it; with ``--resume`` a finished run is read and a stopped one goes on."""
+def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_left: int) -> dict[str, Any]:
+    """Train one adapter and measure it; with ``--resume`` a finished run is read and a stopped one goes on.
+
+    runs_left: this one and those after it, which the forecast includes.
+    """
     done = recipe.folder / "result.json"
     if done.exists():
         return json.loads(done.read_text())
+    start = time.perf_counter()
     timer = OptimizerTimer()
     trainer = build_trainer(recipe, data, [timer])
+    Progress.replace(trainer)
+    load_seconds = time.perf_counter() - start
     base = recipe.folder.parent / "base.json"
     if not base.exists():  # a new adapter adds nothing: this is the base model
-        measured = answers(trainer, data["eval"], options.max_new_tokens, "accuracy before")
-        write_atomically(base, json.dumps({"loss": trainer.evaluate()["eval_loss"], **measured}, indent=2))
+        measured = answers(trainer, data["eval"], options.max_new_tokens, "answers before")
+        write_atomically(base, json.dumps(held_out(trainer.evaluate()) | measured, indent=2))
+    before = json.loads(base.read_text())
+
+    def forecast(step_seconds: float, steps_left: int) -> str:
+        testing = before["eval_seconds"] + before["answer_seconds"]
+        later = (runs_left - 1) * (load_seconds + step_seconds * trainer.state.max_steps + testing)
+        minutes = (step_seconds * steps_left + testing + later) / 60
+        return (
+            f"about {max(minutes, 1):.0f} min to go: {step_seconds:.1f} s a step, {testing:.0f} s for a round of tests"
+        )
+
+    trainer.add_callback(Forecast(forecast))
     metrics = train(trainer, recipe)
     result = {
-        "loss": metrics["eval_loss"],
-        **answers(trainer, data["eval"], options.max_new_tokens, f"accuracy after {recipe.folder.name}"),
+        **held_out(metrics),
+        **answers(trainer, data["eval"], options.max_new_tokens, f"answers after {recipe.folder.name}"),
+        "load_seconds": load_seconds,
         "optimizer_state_bytes": held_bytes(trainer.optimizer.optimizer),
         "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds) if timer.seconds else None,
         "train_seconds": metrics["train_runtime"],  # since the last resume
@@ -66,8 +86,14 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict) -> dict
     return result
 
 
+def held_out(metrics: dict[str, float]) -> dict[str, float]:
+    """The loss of the held-out problems, and the seconds that it took."""
+    return {"loss": metrics["eval_loss"], "eval_seconds": metrics["eval_runtime"]}
+
+
 def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progress: str) -> dict[str, float]:
-    """Of greedy answers to held-out problems, the shares that end in ``#### number`` and that are right."""
+    """Of greedy answers to held-out problems, the shares that end in ``#### number`` and that are right; the seconds that they took."""
+    start = time.perf_counter()
     # One token at a time, a merged float32 model is several times faster on a CPU than bfloat16 and an adapter beside it.
     model = copy.deepcopy(trainer.model).float().merge_and_unload()
     completions = generate(
@@ -80,7 +106,26 @@ def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progres
         progress=progress,
     )
     found = ExactMatch("number").compute(predictions=completions, references=test_set["answer"])
-    return {"answered": found["answered"], "accuracy": found["exact_match"]}
+    seconds = time.perf_counter() - start
+    return {"answered": found["answered"], "accuracy": found["exact_match"], "answer_seconds": seconds}
+
+
+def seconds_by_part(results: dict[str, dict[str, Any]], start_seconds: float) -> dict[str, float]:
+    """What the command spent its time on, in order; the parts of all runs together.
+
+    start_seconds: until this process was ready. The installation's seconds are those that ``make install`` left in the environment.
+    """
+    before, *after = results.values()
+    installed = Path(sys.prefix, "installed")
+    text = installed.read_text() if installed.exists() else ""
+    seconds = {"installation": float(text)} if text else {}
+    return seconds | {
+        "start": start_seconds,
+        "loading": sum(result["load_seconds"] for result in after),
+        "tests before": before["eval_seconds"] + before["answer_seconds"],
+        "training": sum(result["train_seconds"] for result in after),
+        "tests after": sum(result["eval_seconds"] + result["answer_seconds"] for result in after),
+    }
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -120,6 +165,8 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
 
 
 def main() -> None:
+    start_seconds = time.time() - psutil.Process().create_time()
+    disable_progress_bars()  # of tokenizing a few dozen rows
     recipe, options = arguments()
     folder, lorapre = recipe.folder, recipe.lorapre
     config = {
@@ -136,15 +183,20 @@ def main() -> None:
             *("--output_dir", str(folder / "adamw"), "--optimizer", "trainer"),
             *("--learning_rate", str(options.baseline_lr)),
         ]
-    results = {name: run(*arguments(*recipe.precision.options, *more), data) for name, more in plans.items()}
+    results = {
+        name: run(*arguments(*recipe.precision.options, *more), data, len(plans) - done)
+        for done, (name, more) in enumerate(plans.items())
+    }
     results = {"before": json.loads((folder / "base.json").read_text()), **results}
 
-    summary = {"options": config, "environment": environment(recipe.precision), "results": results}
+    seconds = seconds_by_part(results, start_seconds)
+    summary = {"options": config, "environment": environment(recipe.precision), "seconds": seconds, "results": results}
     (folder / "results.json").write_text(json.dumps(summary, indent=2))
     title = f"{recipe.model.model_name_or_path}, LoRA r={recipe.model.lora_r}, {recipe.data.train_size} problems"
     plot(results, title, folder / "losses.png")
     print(f"\n{title}, {recipe.data.eval_size} held out\n")
     print(table(results))
+    print(f"\nseconds: {', '.join(f'{part} {taken:.0f}' for part, taken in seconds.items())}")
     print(f"\nadapter: {folder / 'lorapre'}\nfigures: {folder / 'results.json'}\nplot:    {folder / 'losses.png'}")
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from trl import SFTConfig
 
 from recipes.precision import Precision
@@ -54,6 +56,35 @@ class OptimizerTimer(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class Progress(ProgressCallback):
+    """Trainer's bar with the loss beside it, in place of its log lines: those are in the record."""
+
+    @classmethod
+    def replace(cls, trainer: Trainer) -> None:
+        """Unless the trainer was told to show no bars."""
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(cls())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class Forecast(TrainerCallback):
+    """Calls ``say(seconds of a step, steps still to do)`` once, after a run's first few steps; the first of all is not counted."""
+
+    def __init__(self, say: Callable[[float, int], str], steps: int = 3) -> None:
+        self._say = say
+        self._steps = steps
+        self._times: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._times.append(time.perf_counter())
+        if len(self._times) == self._steps:
+            seconds = (self._times[-1] - self._times[0]) / (self._steps - 1)
+            tqdm.write(self._say(seconds, state.max_steps - state.global_step))
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:

@@ -52,6 +52,11 @@ def test_quickstart_writes_adapter_figures_and_plot(run, llama_path, capsys):
     assert all(name in printed for name in results["results"])
     assert results["environment"]["precision"]["dtype"] == "float32"
     assert printed.startswith("dtype float32, bf16 false: ")
+    assert printed.count(" min to go: ") == 2
+    parts = ["start", "loading", "tests before", "training", "tests after"]
+    assert [part for part in results["seconds"] if part != "installation"] == parts
+    assert min(results["seconds"].values()) > 0
+    assert f"loading {results['seconds']['loading']:.0f}, tests before" in printed
     base = AutoModelForCausalLM.from_pretrained(llama_path)
     assert isinstance(PeftModel.from_pretrained(base, folder / "lorapre"), PeftModel)
 

@@ -22,13 +22,13 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from eval.exact_match import generate
 from eval.methods import METHODS
 from lorapre_peft.memory import measure
-from recipes.training import OptimizerTimer, held_bytes, sft_config
+from recipes.training import OptimizerTimer, Progress, held_bytes, sft_config
 
 from .data import Splits, load_splits
 from .models import load_base
@@ -133,8 +133,7 @@ class Runner:
                 optimizer_cls_and_kwargs=(_factory(method.build), {"args": args, "options": run.options}),
                 callbacks=[timer, memory_log],
             )
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(Progress())
+            Progress.replace(trainer)
             start = time.perf_counter()
             # The fused kernels have no second derivative, and on a CPU a step takes a seventh longer with them.
             kernels = contextlib.nullcontext() if on_gpu and not method.second_order else sdpa_kernel(SDPBackend.MATH)
@@ -227,13 +226,6 @@ def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         labels = ids.clone()
         labels[:, : len(tokenizer(row["prompt"]).input_ids)] = -100
         model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
-
-
-class Progress(ProgressCallback):
-    """Trainer's bar without its log lines: the losses are in the record."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 class MemoryLog(TrainerCallback):
