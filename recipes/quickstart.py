@@ -183,10 +183,10 @@ def main() -> None:
             *("--output_dir", str(folder / "adamw"), "--optimizer", "trainer"),
             *("--learning_rate", str(options.baseline_lr)),
         ]
-    results = {
-        name: run(*arguments(*recipe.precision.options, *more), data, len(plans) - done)
-        for done, (name, more) in enumerate(plans.items())
-    }
+    results = {}
+    for done, (name, more) in enumerate(plans.items()):
+        print(f"\n{name}")
+        results[name] = run(*arguments(*recipe.precision.options, *more), data, len(plans) - done)
     results = {"before": json.loads((folder / "base.json").read_text()), **results}
 
     seconds = seconds_by_part(results, start_seconds)
