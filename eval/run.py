@@ -1,6 +1,6 @@
 """Evaluate a model, with or without an adapter, on lm-eval tasks: prints a table with standard errors and writes JSON.
 
-    python -m eval.run smollm2 runs/quickstart/lorapre --tasks generated_problems --limit 48
+    python -m eval.run smollm2 runs/quickstart/lorapre --tasks generated_problems --limit 24
 
 Completions are kept in the output folder as they come: the same command, started again, repeats none of them.
 """

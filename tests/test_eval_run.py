@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lm_eval.tasks
 import pytest
+import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
@@ -175,11 +176,12 @@ def test_importing_the_command_is_light(tmp_path):
 
 def test_the_generated_problems_are_the_quickstarts_held_out_ones():
     (task,) = run.load_tasks(["generated_problems"], {}, own())
-    train = problems(240, seed=0)
+    recipe = yaml.safe_load(Path(ROOT, "recipes/configs/smollm2.yaml").read_text())
+    train, held_out = recipe["train_size"], recipe["eval_size"]
     docs = task.eval_docs
-    assert docs["prompt"][:48] == problems(48, seed=1, exclude=train)["prompt"][:]
+    assert docs["prompt"][:held_out] == problems(held_out, seed=1, exclude=problems(train, seed=0))["prompt"][:]
     assert len(docs) == 200
-    assert not set(docs["prompt"]) & set(train["prompt"])
+    assert not set(docs["prompt"]) & set(problems(240, seed=0)["prompt"])
 
 
 def test_the_harness_own_tasks_take_local_data_too(jsonl, tmp_path):
