@@ -15,8 +15,8 @@ AUTO = "auto"
 TOKENS, INPUTS, OUTPUTS = 512, 576, 1536
 # The fastest of so many counts. The dtypes take turns, so that another process slows both.
 REPEATS = 8
-# A CPU with bfloat16 units was 5 to 8 times as fast with them as in float32, and 3 to 9 times slower with the units switched off.
-# Float32 rounds less, and is taken where bfloat16 gains little.
+# A Xeon with bfloat16 units was 4 to 8 times as fast with them as in float32, and took 4 to 9 times as long with the units
+# switched off, busy or not. Where bfloat16 gains little float32 is taken, which rounds less.
 GAIN = 1.5
 
 
@@ -40,13 +40,20 @@ class Precision:
         return ["--dtype", self.dtype, "--bf16", str(self.bf16).lower()]
 
 
-def choose(device: str, dtype: str = AUTO, bf16: bool | str | None = AUTO) -> Precision:
-    """What is given, and in the place of ``"auto"`` (for bf16 None as well) what the device multiplies fast."""
+def choose(
+    device: str, dtype: str = AUTO, bf16: bool | str | None = AUTO, earlier: Precision | None = None
+) -> Precision:
+    """What is given, and in the place of ``"auto"`` (for bf16 None as well) what the device multiplies fast.
+
+    earlier: what a run that goes on began with, instead.
+    """
     follows = bf16 in (AUTO, None)
     if dtype != AUTO and not follows:
         return Precision(dtype, bf16, "as given")
-    fast, reason = fast_dtype(device)
-    return Precision(fast if dtype == AUTO else dtype, fast == "bfloat16" if follows else bf16, reason)
+    if earlier is None:
+        fast, reason = fast_dtype(device)
+        earlier = Precision(fast, fast == "bfloat16", reason)
+    return Precision(earlier.dtype if dtype == AUTO else dtype, earlier.bf16 if follows else bf16, earlier.reason)
 
 
 def accelerator() -> str:

@@ -118,8 +118,11 @@ class RecipeParser(TrlParser):
     def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
         self.given = vars(self.parse_known_args(args)[0])
         given = SimpleNamespace(**self.given)
-        self.precision = (given.resume and started_with(Path(given.output_dir or "trainer_output"))) or choose(
-            "cpu" if given.use_cpu else accelerator(), given.dtype, False if given.fp16 else given.bf16
+        self.precision = choose(
+            "cpu" if given.use_cpu else accelerator(),
+            given.dtype,
+            False if given.fp16 else given.bf16,
+            earlier=started_with(Path(given.output_dir)) if given.resume and given.output_dir else None,
         )
         return super().parse_args_into_dataclasses([*args, *self.precision.options], **options)
 

@@ -168,7 +168,7 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
     """
     record = folder / "config.yaml"
     config = {name: value for name, value in config.items() if name not in PLACE and not name.endswith("_token")}
-    if record.exists() and {path.name for path in folder.iterdir()} - WRITTEN_FIRST:
+    if record.exists() and _in_use(folder):
         found = yaml.safe_load(record.read_text())
         if not resume:
             raise SystemExit(
@@ -194,9 +194,14 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
 
 
 def started_with(folder: Path) -> Precision | None:
-    """The dtypes that the run in this folder began with, from its ``environment.json``; None without one."""
+    """The dtypes of the run in this folder, from its ``environment.json``; None if there is none that got as far as training."""
     starts = folder / "environment.json"
-    return Precision(**json.loads(starts.read_text())[0]["precision"]) if starts.exists() else None
+    found = json.loads(starts.read_text())[-1].get("precision") if starts.exists() and _in_use(folder) else None
+    return Precision(**found) if found else None
+
+
+def _in_use(folder: Path) -> bool:
+    return bool({path.name for path in folder.iterdir()} - WRITTEN_FIRST)
 
 
 def environment(precision: Precision | None = None) -> dict[str, Any]:

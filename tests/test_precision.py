@@ -135,8 +135,11 @@ def test_a_run_says_and_records_its_dtypes_and_goes_on_with_them(machine, tmp_pa
     assert capsys.readouterr().out == "dtype bfloat16, bf16 true: cpu of the test\n"
     (start,) = json.loads((tmp_path / "environment.json").read_text())
     assert start["precision"] == {"dtype": "bfloat16", "bf16": True, "reason": "cpu of the test"}
-    machine("float32")  # another machine, or a busier one
+    machine("float32")  # another machine
+    assert sft.parse([*command, "--resume"])[0].precision.dtype == "float32"  # nothing was trained yet
+    (tmp_path / "checkpoint-1").mkdir()
     assert sft.parse(command)[0].precision.dtype == "float32"
+    assert sft.parse([*command, "--resume", "--dtype", "float32"])[0].model.dtype == "float32"
     (again,) = sft.parse([*command, "--resume"])
     assert (again.model.dtype, again.sft.bf16, again.precision) == ("bfloat16", True, one.precision)
 
