@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -95,34 +95,12 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _update(self, wave: Wave) -> Iterator[None]:
         beta1, beta2 = wave.group["betas"]
         self._check_betas(wave.group)  # a scheduler that cycles momentum may have moved them
-        t = wide(wave.advance())
-        squared_norm = (
-            self._start(wave, beta1, beta2) if wave.fresh else (yield from self._follow(wave, t, beta1, beta2))
-        )
-        if wave.rule.tracked:
-            # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
-            energy = beta2 * wide(wave.read("v_energy")) + (1 - beta2) * wave.norms.square()
-            wave.write("v_energy", energy)
-            scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
-            wave.write("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))
-
-    def _start(self, wave: Wave, beta1: float, beta2: float) -> Tensor:
-        """The first gradient: m̂ = g and v̂ = g∘g, whose ratio is the sign; then the factors of both moments. ‖v_B v_A‖²_F: [N]."""
-        squared_norms = []
-        for bucket in wave.buckets:
-            for matrices, rows in bucket.tiles():
-                g = bucket.gradients(matrices, rows)
-                bucket.write(matrices, rows, g / g.abs().add_(_positive(wave.group["eps"])))
-            bucket.start(0, 1 - beta1)
-            squared_norms.append(bucket.start(1, (1 - beta2) ** 0.5, absolute=True))
-        return torch.cat(squared_norms)
-
-    def _follow(self, wave: Wave, t: Tensor, beta1: float, beta2: float) -> Generator[None, None, Tensor]:
         backend = self._backend(wave.device)
         averages = [Average(beta1, 1 - beta1), Average(beta2**0.5, 1 - beta2**0.5)]
         moments = Moments(backend, wave, averages)
+        t = wide(wave.advance(wave.read("v_energy") > 0 if wave.rule.tracked else None))
         energy = wide(wave.read("v_scale")) if wave.rule.tracked else torch.ones_like(t)
-        scalars = backend.run(adam_scalars, moments.rows, t, energy, beta1, beta2, _positive(wave.group["eps"]))
+        scalars = backend.run(adam_scalars, moments.mixture(t), t, energy, beta1, beta2, _positive(wave.group["eps"]))
         bound = update_bound(beta1, beta2) if wave.rule.tracked else None
         metrics = self._metrics if self.record_metrics else None
         table = adam_table(wave, moments.keep, moments.gain, scalars.to(wave.device))
@@ -132,7 +110,13 @@ class LoRAPreAdamW(LoRAPreOptimizer):
                 metrics.add_captured(factors.captured())
         if metrics is not None:
             metrics.add_energy(wave.norms)
-        return (yield from moments.finish())[1]
+        squared_norm = (yield from moments.finish())[1]
+        if wave.rule.tracked:
+            # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
+            energy = beta2 * wave.read("v_energy").double() + (1 - beta2) * wave.norms.square()
+            wave.write("v_energy", energy)
+            scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
+            wave.write("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))
 
 
 def _positive(eps: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .placement import Placement, local
 from .rounding import filled, random_keys, write_stochastic
-from .rules import EXACT_SVD_SIZE, START_FLOOR, Als, Newton, best_factors, gram_rows, top_factors
+from .rules import Als, Newton
 from .stack import StateStack
 
 # The eager backend holds at most this many float32 temporaries of a tile at once, and of the factors of a wave; a test counts them.
@@ -130,43 +130,6 @@ class Bucket:
         steps = self.wave.stacks["step"].values[self.part]
         return random_keys(self.group["seed"], self.positions[matrices], steps[matrices])
 
-    def start(self, moment: int, scale: float, *, absolute: bool = False) -> Tensor:
-        """Set a moment's factors to the best rank-k approximation of scale · g, or of scale · |g|; their ‖B A‖²_F, [n] float64."""
-        n, parts = len(self.params), [self._start_factors(matrices, absolute) for matrices in self.chunks()]
-        B, A = (torch.cat(factors) * scale**0.5 for factors in zip(*parts))
-        own = slice(moment * n, (moment + 1) * n)
-        self.B.write(B[:, self.rows], self.finite, own)
-        self.A.write(A, self.finite, own)
-        return (gram_rows(B.mT) * gram_rows(A)).sum((-2, -1))
-
-    def _start_factors(self, matrices: slice, absolute: bool) -> tuple[Tensor, Tensor]:
-        """The best rank-k approximation of some matrices' g or |g|: B of all rows, and A, the same on every process."""
-        (p, q), here = self.shape, self.rows
-
-        def x(rows: slice) -> Tensor:
-            g = self.gradients(matrices, rows)
-            return g.abs() if absolute else g
-
-        limit = tile_entries(self.group)
-        if min(p, q) <= EXACT_SVD_SIZE and p * q <= limit:
-            return best_factors(self.wave.placement.gather(x(self.all_rows), p), self.wave.k, START_FLOOR)
-        own = list(slices(self.all_rows.stop, max(1, limit // q)))
-        tiles = [slice(here.start + rows.start, here.start + rows.stop) for rows in own]
-        like = self.A.values[matrices]
-
-        def times(Q: Tensor) -> Tensor:
-            products = [x(rows) @ Q for rows in own] or [Q.new_empty(len(like), 0, Q.shape[-1])]
-            return self.wave.placement.gather(torch.cat(products, dim=-2), p)
-
-        def transposed_times(Y: Tensor) -> Tensor:
-            total = Y.new_zeros(len(like), q, Y.shape[-1])
-            for rows, tile in zip(own, tiles):
-                total += x(rows).mT @ Y[..., tile, :]
-            self.wave.placement.sum([total])()
-            return total
-
-        return top_factors(times, transposed_times, self.shape, self.wave.k, like=like, floor=START_FLOOR)
-
 
 @dataclass
 class Wave:
@@ -176,7 +139,6 @@ class Wave:
     rule: Als | Newton
     k: int
     placement: Placement
-    fresh: bool  # `als` before its first gradient: the step starts the factors instead of following them
     buckets: list[Bucket] = field(default_factory=list)
     norms: Tensor | None = None  # of this step: [N] float64 on the `float64_device`, ‖g‖_F after clipping
     scale: Tensor | None = None  # [N] float32, what each gradient is multiplied by: clipping, −1 to maximize; None: 1
@@ -248,10 +210,15 @@ class Wave:
         """What is to be skipped keeps its own."""
         self.stacks[name].write(values, self.finite)
 
-    def advance(self) -> Tensor:
-        """Count one step for every matrix; the new counts t: [N] float32."""
-        self.write("step", self.read("step") + 1)
-        return self.read("step")
+    def advance(self, started: Tensor | None) -> Tensor:
+        """Count one step for every matrix; what divides its bias corrections, t ≥ 1: [N] float32.
+
+        started: [N] bool; where it is false, the count begins at the first gradient that is not zero. None: all have started.
+        """
+        step = self.read("step")
+        counts = step + 1 if started is None else torch.where(started, step + 1, (self.norms > 0).to(step.device).to(step.dtype))
+        self.write("step", counts)
+        return counts.clamp_min(1)
 
 
 def usable(norms: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .bucket import TEMPORARIES, Wave
 from .metrics import Metrics
 from .precision import wide
-from .rules import Rows, gram_rows
+from .rules import Mixture, gram_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,10 +45,10 @@ TABLE = (
 )
 
 
-def adam_scalars(m: Rows, t: Tensor, c: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+def adam_scalars(m: Mixture, t: Tensor, c: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
     """Five rows of the table, c_B to eps, [5, N] float32.
 
-    From the row part of m, the counts t and what (v_B v_A)² is multiplied by: both [N] float64.
+    From the mixture of m, the counts t and what (v_B v_A)² is multiplied by: all [N] float64.
     """
     # √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²): what is common is divided out of the momentum and of ε.
     root = ((1 - beta2) / (1 - beta2**t)).sqrt()
@@ -212,10 +212,13 @@ class Eager:
             bucket.write(matrices, rows, update)
         self.finish_rows(factors)
 
-    def momentum(self, factors: Factors, matrices: slice, g: Tensor, m: Rows) -> Tensor:
-        """Muon's row part of some matrices, g [n, rows, q]: their momenta; fills their factors, up to `finish_rows`."""
+    def momentum(self, factors: Factors, matrices: slice, g: Tensor, m: Mixture) -> Tensor:
+        """Muon's row part of some matrices, g [n, rows, q]: their momenta; fills their factors, up to `finish_rows`.
+
+        m: of all matrices of the wave.
+        """
         rows = factors.bucket.all_rows
-        scalars = tuple(g.new_full((1, 1, 1), c) for c in m[2:])
+        scalars = tuple(value[factors.bucket.part][matrices].float()[:, None, None] for value in m)
         projects_new = factors.bucket.wave.rule.projects_new
         operands = self._operands(factors, 0, matrices, rows)
         update, B_new, projected = self.run(momentum_rows, g, operands, scalars, projects_new)

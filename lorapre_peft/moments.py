@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Wave
+from .gradients import reads_are_free
 from .placement import WHOLE
 from .precision import wide
-from .rules import Als, Average, Newton, Rows
+from .rules import Als, Average, Mixture, Newton
 
 if TYPE_CHECKING:
     from .eager import Eager
@@ -28,10 +29,13 @@ def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def prepare(
-    rule: Als | Newton, grams: Tensor, norms: Tensor, keep: Tensor, gain: Tensor
+    rule: Als | Newton, grams: Tensor, old_squares: Tensor, norms: Tensor, keep: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of A Aᵀ [s, N, k, k] and ‖x‖_F [N]: R = (A Aᵀ + damping)⁻¹, and keep and gain of B' [s, N, 1, 1]; float32."""
-    unit = rule.unit(grams, norms, keep, gain)
+    """Of A Aᵀ [s, N, k, k], ‖A‖²_F before any restart [s, N] and ‖x‖_F [N]: R = (A Aᵀ + damping)⁻¹, and keep and gain of B' [s, N, 1, 1].
+
+    All float32.
+    """
+    unit = rule.unit(grams, old_squares, norms, keep, gain)
     return rule.inverse(grams).float(), (keep * unit).float()[..., None, None], (gain * unit).float()[..., None, None]
 
 
@@ -49,8 +53,8 @@ def balance(rule: Als | Newton, grams: Tensor, gram_A: Tensor) -> tuple[Tensor, 
 class Factors:
     """The s moments of a bucket's n matrices in one step.
 
-    B [s, n, p, k] and A [s, n, k, q] are the old factors, gram = A Aᵀ [s, n, k, k] float64, R = (gram + damping)⁻¹; B' = keep · B +
-    gain · X with keep and gain [s, n, 1, 1]. A backend's row part fills B_new, projected = B'ᵀx or Bᵀx [s, n, k, q], and grams,
+    B [s, n, p, k] and A [s, n, k, q] are the old factors, after any restart, and old_square [s, n] is ‖A‖²_F before it; gram = A Aᵀ
+    [s, n, k, k] float64, R = (gram + damping)⁻¹; B' = keep · B + gain · X with keep and gain [s, n, 1, 1]. A backend's row part fills B_new, projected = B'ᵀx or Bᵀx [s, n, k, q], and grams,
     float64: B'ᵀ[B' | B] [s, n, k, 2k] or BᵀB [s, n, k, k].
     """
 
@@ -64,6 +68,12 @@ class Factors:
         self.B = bucket.B.values.unflatten(0, (count, -1))
         self.A = bucket.A.values.unflatten(0, (count, -1))
         self.gram = backend.gram(self.A)
+        squares = self.gram.diagonal(dim1=-2, dim2=-1)
+        self.old_square = squares.sum(-1)
+        # Where reading is free, only if there is something to restart.
+        if bucket.wave.rule.tracked and not (reads_are_free(squares.device) and squares.all()):
+            self.A, self.B = bucket.wave.rule.restart(self.A, self.B, self.gram)
+            self.gram = backend.gram(self.A)
         self.B_new = torch.empty_like(self.B)
         self.projected = torch.zeros_like(self.A)
 
@@ -79,15 +89,20 @@ class Moments:
 
     def __init__(self, backend: Eager, wave: Wave, averages: list[Average]):
         self.backend, self.wave, self.averages = backend, wave, averages
-        rows = [wave.rule.rows(average, wave.group["residual_weight"]) for average in averages]
-        self.rows: Rows = rows[0]  # of the first moment, the only one that is needed whole
+        rows = [wave.rule.rows(average) for average in averages]
         self._factors = [Factors(backend, bucket, len(averages)) for bucket in wave.buckets]
         keep, gain = (self._constants([getattr(row, name) for row in rows]) for name in ("keep", "gain"))
         gram = torch.cat([part.gram for part in self._factors], 1)
-        prepared = backend.run(prepare, wave.rule, gram, wave.norms, keep, gain)
+        old_square = torch.cat([part.old_square for part in self._factors], 1)  # of m and v: [s, N]
+        self.started = (old_square[0] > 0).to(wave.device)  # [N]: whether m has a direction
+        prepared = backend.run(prepare, wave.rule, gram, old_square, wave.norms, keep, gain)
         R, self.keep, self.gain = (value.to(wave.device) for value in prepared)
         for part in self._factors:
             part.R, part.keep, part.gain = (value[:, part.bucket.part] for value in (R, self.keep, self.gain))
+
+    def mixture(self, t: Tensor) -> Mixture:
+        """Of the first moment, the only one that is needed whole, at its steps t: [N] float64."""
+        return self.wave.rule.mixture(self.averages[0], self.wave.group["residual_weight"], t)
 
     def _constants(self, values: list[float]) -> Tensor:
         return constants(tuple(values), self.wave.norms.device)

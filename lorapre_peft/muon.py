@@ -14,6 +14,7 @@ from .checks import check_betas, in_range
 from .moments import Moments
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
+from .precision import wide
 from .rules import MIN_FACTOR_NORM, Average
 
 # Coefficients of the quintic as in torch.optim.Muon.
@@ -138,22 +139,14 @@ class LoRAPreMuon(LoRAPreOptimizer):
         return AdamWOptions(lr, group["adamw_betas"], group["adamw_eps"])
 
     def _update(self, wave: Wave) -> Iterator[None]:
-        average = Average(wave.group["momentum"], 1.0)
-        wave.advance()
-        if wave.fresh:
-            for bucket in wave.buckets:
-                bucket.start(0, average.weight)
-                for matrices in bucket.chunks():
-                    g = bucket.gradients(matrices, bucket.all_rows)
-                    self._write(bucket, matrices, g, g)
-            return
         backend = self._backend(wave.device)
-        moments = Moments(backend, wave, [average])
+        moments = Moments(backend, wave, [Average(wave.group["momentum"], 1.0)])
+        mixture = moments.mixture(wide(wave.advance(moments.started if wave.rule.tracked else None)))
         for factors in moments:
             bucket = factors.bucket
             for matrices in bucket.chunks():
                 g = bucket.gradients(matrices, bucket.all_rows)
-                self._write(bucket, matrices, g, backend.momentum(factors, matrices, g, moments.rows))
+                self._write(bucket, matrices, g, backend.momentum(factors, matrices, g, mixture))
             backend.finish_rows(factors)
             if self.record_metrics:
                 self._metrics.add_captured(factors.captured())

@@ -6,7 +6,6 @@ A subclass says what is done with the moments of the compressed matrices (`_upda
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from .checks import check_flattened_shards, check_gradient, check_options, check
 from .gradients import Skips, gradient_norms, local_gradient, reads_are_free, takes_part
 from .in_backward import register_hooks
 from .metrics import Metrics
-from .placement import WHOLE, Placement, local, place, placement_of, world_size
+from .placement import WHOLE, Placement, place, placement_of, world_size
 from .plain import AdamWOptions, adamw_path, make_item
 from .plan import Located, Plan, compressed_rank, make_plan, matrix_shape, plan_key
 from .rules import RESIDUAL_WEIGHT, RULES
@@ -105,9 +104,6 @@ class LoRAPreOptimizer(Optimizer):
         self.record_metrics = False
         self._metrics = Metrics()
         self._updated: set[Tensor] = set()  # parameters that this backward pass has already updated
-        # Compressed matrices whose factors the host knows to have started: parameter's id → its step counter, whose identity
-        # says that the entry still holds. Until then each step reads norms and counters, afterwards nothing.
-        self._started: dict[int, Tensor] = {}
         self._plans: dict[int, Plan] = {}  # by the position of a step's first parameter
         self._skips = Skips()
 
@@ -221,8 +217,7 @@ class LoRAPreOptimizer(Optimizer):
             plan = self._plans.get(some[0][2])
             if plan is not None and not plan.holds(plan_key(some), [state["step"] for state in states]):
                 plan = None
-            waiting = plan is None and self._waiting(some)
-            known = norms.tolist() if waiting or reads_are_free(norms.device) else None
+            known = norms.tolist() if reads_are_free(norms.device) else None
             recorded, self._metrics = self._metrics, Metrics()
             with torch.autocast(device.type, enabled=False):  # of a step or backward pass inside the user's
                 self._apply_normed(some, states, grads, norms, known, placement, plan)
@@ -242,8 +237,7 @@ class LoRAPreOptimizer(Optimizer):
     ) -> None:
         """`_apply` of what lives in one place, given its states, its part of each gradient and every ‖g‖_F: [N] float64, −1 for no gradient.
 
-        On a CPU, and as long as a matrix of `als` waits for its first gradient, the host has read the norms (``known``). Otherwise
-        nothing is read: what is not finite is masked on the device.
+        On a CPU the host has read the norms (``known``). Otherwise nothing is read: what is not finite is masked on the device.
         """
         finite = None
         if known is None:
@@ -262,13 +256,7 @@ class LoRAPreOptimizer(Optimizer):
                 placement,
                 len(self.moments),
                 self._backend(todo[0][1].device).factor_temporaries,
-                functools.partial(self._first_norm, todo, known),
             )
-        for i in plan.resting:
-            # LoRA's A before B has moved: nothing to start from, and t counts from the first gradient.
-            group, param, _ = todo[i]
-            if known[i] == 0:
-                local(param).mul_(1 - group["lr"] * group["weight_decay"])
         for group, indices in plan.plain:
             taken = [i for i in indices if known is None or usable(known[i])]
             parts = [(*todo[i][1:], states[i], grads[i], norms[i]) for i in taken]
@@ -285,11 +273,8 @@ class LoRAPreOptimizer(Optimizer):
             next(before, None)
             before = update
         next(before, None)
-        for i in plan.starting:  # only now: the stacks may have put the counters side by side
-            self._started[id(todo[i][1])] = states[i]["step"]
-        if plan.lasts:
-            plan.steps = [state["step"] for state in states]
-            self._plans[todo[0][2]] = plan
+        plan.steps = [state["step"] for state in states]  # only now: the stacks may have put the counters side by side
+        self._plans[todo[0][2]] = plan
 
     def _update_wave(
         self, wave: Wave, params: list[Tensor], grads: list[Tensor], norms: Tensor, finite: Tensor | None
@@ -297,25 +282,6 @@ class LoRAPreOptimizer(Optimizer):
         wave.begin(params, grads, norms, finite, self.moments)
         yield from self._update(wave)
         wave.end()
-
-    def _first_norm(self, todo: list[Located], known: list[float] | None, i: int) -> float | None:
-        """For `make_plan`: of a matrix of `als` without a first gradient, ‖g‖_F, or 0 if it cannot be used; else None."""
-        group, param, _ = todo[i]
-        if not RULES[group["update_rule"]].tracked or self._started.get(id(param)) is self.state[param]["step"]:
-            return None
-        return known[i] if usable(known[i]) else 0.0
-
-    def _waiting(self, todo: list[Located]) -> bool:
-        """Whether a matrix of `als` among these has not started, as far as the host knows; it reads those counters."""
-        unknown = [
-            (param, step)
-            for group, param, _ in todo
-            if RULES[group["update_rule"]].tracked and compressed_rank(param.shape, group["momentum_rank"])
-            if self._started.get(id(param)) is not (step := self.state[param]["step"])
-        ]
-        counts = torch.stack([step for _, step in unknown]).tolist() if unknown else []
-        self._started |= {id(param): step for (param, step), count in zip(unknown, counts) if count}
-        return not all(counts)
 
     def _backend(self, device: torch.device) -> Any:
         return backends.choose(self.backend, device, self.backend_names)

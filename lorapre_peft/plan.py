@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,20 +46,13 @@ def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
 class Plan:
     """Of the parameters of a step that live in one place: the compressed ones in waves, and what takes the AdamW path.
 
-    Numbers are indices of the step's parameters. resting: matrices of ``als`` that wait for a first gradient and have none now.
-    starting: those that have it now. A plan with either is for one step; others hold until `key` or a state changes.
+    Numbers are indices of the step's parameters. It holds until `key` or a state changes.
     """
 
     key: tuple
     waves: list[Wave] = field(default_factory=list)
     plain: list[tuple[dict[str, Any], list[int]]] = field(default_factory=list)
-    resting: list[int] = field(default_factory=list)
-    starting: list[int] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)  # the counters of the states that it was made with
-
-    @property
-    def lasts(self) -> bool:
-        return not self.resting and not self.starting
 
     def holds(self, key: tuple, steps: list[Tensor]) -> bool:
         """Whether it is the plan of these parameters with these counters."""
@@ -79,12 +72,10 @@ def make_plan(
     placement: Placement,
     moments: int,
     temporaries: int,
-    first_norm: Callable[[int], float | None],
 ) -> Plan:
     """The plan of a step's parameters and their states.
 
-    moments: how many a matrix has. temporaries: the backend's `factor_temporaries`. first_norm: ‖g‖_F of one that waits for its first
-    gradient, if it can be used; else 0; None: it does not wait.
+    moments: how many a matrix has. temporaries: the backend's `factor_temporaries`.
     """
     plan = Plan(plan_key(todo))
     plain: dict[int, tuple[dict[str, Any], list[int]]] = {}
@@ -95,28 +86,21 @@ def make_plan(
         if k == 0:
             plain.setdefault(id(group), (group, []))[1].append(i)
             continue
-        norm = first_norm(i)
-        if norm == 0:
-            plan.resting.append(i)
-            continue
-        if norm is not None:
-            plan.starting.append(i)
-        buckets = alike.setdefault((id(group), k, norm is not None), {})
+        buckets = alike.setdefault((id(group), k), {})
         # By the whole shape: a step stacks gradients as they are, and a linear layer may be as large as a flattened convolution.
         buckets.setdefault((param.shape, param.dtype), []).append(i)
     plan.plain = list(plain.values())
-    for (_, k, fresh), buckets in alike.items():
+    for (_, k), buckets in alike.items():
         group = todo[next(iter(buckets.values()))[0]][0]
         plan.waves += _waves(
-            Wave(group, RULES[group["update_rule"]], k, placement, fresh),
+            Wave(group, RULES[group["update_rule"]], k, placement),
             buckets,
             todo,
             states,
             moments,
             tile_entries(group, temporaries),
         )
-    if plan.lasts and placement is WHOLE:
-        # LoRA's B factors start a step before its A factors, in stacks of their own: those are taken apart and made anew.
+    if placement is WHOLE:
         held = (
             value
             for wave in plan.waves
@@ -147,7 +131,7 @@ def _waves(
         bucket: Bucket | None = None
         for i in members:
             if wave is None or filled + size > limit:
-                wave = Wave(empty.group, empty.rule, empty.k, empty.placement, empty.fresh)
+                wave = Wave(empty.group, empty.rule, empty.k, empty.placement)
                 bucket, filled = None, 0
                 yield wave
             if bucket is None:

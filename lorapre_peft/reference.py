@@ -2,7 +2,7 @@
 
 Every function takes and returns plain tensors of one dtype (float64 for a test) and changes nothing in place. θ is the
 parameter, g its gradient, t the step from 1, λ the decoupled weight decay. State is a dict of m_B [p, k], m_A [k, q], the same for
-v with Adam, and E (a number) with ``als``.
+v with Adam; with ``als`` also E and the count t (numbers).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adamw import update_bound
 from .muon import orthogonalize
-from .rules import START_FLOOR
+from .rules import test_rows
 
 State = dict[str, Any]
 
@@ -36,14 +36,27 @@ def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, da
     return B_new * balance, A_new / balance
 
 
-def best_rank_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best rank-k approximation of x as factors of equal Frobenius norms (Eckart and Young).
+def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """This project: a direction whose row of A is zero starts anew, from a fixed row and B = 0.
 
-    Directions that x lacks start at round-off instead of zero, where they would stay for good.
+    That is how a state of zeros begins, and what makes good what a reset or pruning has zeroed. The row is as long as the others
+    are on average, or has length 1 if there are none.
     """
-    U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-    root = S[:k].clamp_min(START_FLOOR * S[0]).sqrt()
-    return U[:, :k] * root, root[:, None] * Vh[:k]
+    k, q = A.shape
+    dead = A.norm(dim=1) == 0
+    level = 1.0 if dead.all() else (A[~dead] ** 2).sum() / (~dead).sum()
+    B, A = B.clone(), A.clone()
+    A[dead] = (3 / q * level) ** 0.5 * test_rows(k, q, A.device).to(A.dtype)[dead]
+    B[:, dead] = 0
+    return B, A
+
+
+def no_momentum(theta: Tensor, k: int, moments: str) -> State:
+    """The state of ``als`` before the first gradient: zeros."""
+    factors = {}
+    for moment in moments:
+        factors |= {f"{moment}_B": theta.new_zeros(theta.shape[0], k), f"{moment}_A": theta.new_zeros(k, theta.shape[1])}
+    return {**factors, "E": 0.0, "t": 0}
 
 
 def newton_adam(
@@ -74,10 +87,8 @@ def newton_adam(
 def als_adam(
     theta: Tensor,
     g: Tensor,
-    state: State | None,
-    t: int,
+    state: State,
     *,
-    k: int,
     lr: float,
     betas=(0.9, 0.95),
     eps=1e-8,
@@ -85,28 +96,28 @@ def als_adam(
     residual_weight=1.0,
     damping=1e-6,
 ) -> tuple[Tensor, State]:
-    """The tracked rule (this project). state is None at the first step with g ≠ 0, from which t counts."""
+    """The tracked rule (this project). state: of `no_momentum` before the first step; it counts t, from the first g ≠ 0."""
     beta1, beta2 = betas
-    rho = residual_weight
-    if state is None:
-        m, v = (1 - beta1) * g, (1 - beta2) * g**2
-        m_B, m_A = best_rank_k((1 - beta1) * g, k)
-        v_B, v_A = best_rank_k((1 - beta2) ** 0.5 * g.abs(), k)
-        E = (1 - beta2) * g.norm() ** 2
-    else:
-        m_B, m_A, v_B, v_A, E = (state[name] for name in ("m_B", "m_A", "v_B", "v_A", "E"))
-        X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
-        m = (beta1 * m_B + (1 - beta1 - rho) * X) @ m_A + rho * g
+    E, t = state["E"], state["t"] + 1 if state["E"] > 0 or g.any() else 0
+    if t == 0:
+        return (1 - lr * weight_decay) * theta, state
+    m_B, m_A = restarted(state["m_B"], state["m_A"])
+    v_B, v_A = restarted(state["v_B"], state["v_A"])
+    r = min(1, residual_weight / (1 - beta1**t))
+    X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
+    m_hat = (beta1 * m_B + (1 - beta1) * X) @ m_A / (1 - beta1**t) + r * (g - X @ m_A)
+    v = (1 - beta2) * g**2
+    if E > 0:
         c = E / (v_B @ v_A).norm() ** 2
-        v = beta2 * c * (v_B @ v_A) ** 2 + (1 - beta2) * g**2
-        m_B, m_A = als_factors(m_B, m_A, g, beta1, 1 - beta1, damping)
-        v_B, v_A = als_factors(v_B, v_A, g.abs(), beta2**0.5, 1 - beta2**0.5, damping)
-        E = beta2 * E + (1 - beta2) * g.norm() ** 2
-    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        v = beta2 * c * (v_B @ v_A) ** 2 + v
+    m_B, m_A = als_factors(m_B, m_A, g, beta1, 1 - beta1, damping)
+    v_B, v_A = als_factors(v_B, v_A, g.abs(), beta2**0.5, 1 - beta2**0.5, damping)
+    E = beta2 * E + (1 - beta2) * g.norm() ** 2
+    v_hat = v / (1 - beta2**t)
     C = update_bound(beta1, beta2)
     update = (m_hat / (v_hat.sqrt() + eps)).clamp(-C, C)
     theta = theta - lr * (update + weight_decay * theta)
-    return theta, {"m_B": m_B, "m_A": m_A, "v_B": v_B, "v_A": v_A, "E": E}
+    return theta, {"m_B": m_B, "m_A": m_A, "v_B": v_B, "v_A": v_A, "E": E, "t": t}
 
 
 def newton_muon(
@@ -123,28 +134,26 @@ def newton_muon(
 def als_muon(
     theta: Tensor,
     g: Tensor,
-    state: State | None,
+    state: State,
     *,
-    k: int,
     lr: float,
     momentum=0.95,
     weight_decay=0.0,
     residual_weight=1.0,
     damping=1e-6,
 ) -> tuple[Tensor, State]:
-    """Algorithm 2 with the tracked rule (this project): the same sweep on the target μ M + g."""
+    """Algorithm 2 with the tracked rule (this project): the same sweep on the target μ M + g, and the same residual."""
     mu = momentum
-    rho = residual_weight / (1 - mu)
-    if state is None:
-        m = g
-        m_B, m_A = best_rank_k(g, k)
-    else:
-        m_B, m_A = state["m_B"], state["m_A"]
-        X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
-        m = (mu * m_B + (1 - rho) * X) @ m_A + rho * g
-        m_B, m_A = als_factors(m_B, m_A, g, mu, 1.0, damping)
+    t = state["t"] + 1 if state["t"] or g.any() else 0
+    if t == 0:
+        return (1 - lr * weight_decay) * theta, state
+    m_B, m_A = restarted(state["m_B"], state["m_A"])
+    r = min(1, residual_weight / (1 - mu**t)) * (1 - mu**t) / (1 - mu)  # of the heavy-ball sum, the EMA divided by 1−μ
+    X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
+    m = (mu * m_B + X) @ m_A + r * (g - X @ m_A)
+    m_B, m_A = als_factors(m_B, m_A, g, mu, 1.0, damping)
     theta = theta - lr * (orthogonalize(m) + weight_decay * theta)
-    return theta, {"m_B": m_B, "m_A": m_A}
+    return theta, {"m_B": m_B, "m_A": m_A, "t": t}
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:

@@ -22,17 +22,15 @@ import torch
 from torch import Tensor
 
 from .precision import float64_device, wide
+from .rounding import random_bits
 
 # Up to this rank a Gram matrix is inverted by a few operations on all matrices at once: LAPACK takes 2 µs for each matrix of a batch.
 ELIMINATED = 4
-# Below this side length the start takes an exact SVD; above it, subspace iteration (`top_factors`).
+# Below this side length an exact SVD takes less time than subspace iteration (`top_factors`).
 EXACT_SVD_SIZE = 128
 # Extra directions and power steps of the subspace iteration: Halko, Martinsson and Tropp (2011), section 4.4 and 4.5.
 OVERSAMPLING = 8
 POWER_STEPS = 3
-# Relative floor under the singular values that `als` starts from. A first gradient may have fewer than k directions, and a row
-# and column that start at exactly zero stay zero for good; from float32's round-off they grow within a few steps.
-START_FLOOR = torch.finfo(torch.float32).eps
 # A factor's Frobenius norm never decays below this, so that a long run of zero gradients cannot underflow the factors to
 # zero, from where no gradient could bring them back. The product's norm, 1e-24, is below what float32 moments resolve.
 MIN_FACTOR_NORM = 1e-12
@@ -97,7 +95,6 @@ def top_factors(
     shape: tuple[int, int],
     rank: int,
     like: Tensor,
-    floor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Rank-k factors of a large matrix x by subspace iteration from a fixed test matrix: B [..., p, k], A [..., k, q].
 
@@ -111,7 +108,7 @@ def top_factors(
     basis = _orthonormal(times(test.expand(*like.shape[:-2], q, width)))
     for _ in range(POWER_STEPS):
         basis = _orthonormal(times(_orthonormal(transposed_times(basis))))
-    B, A = best_factors(transposed_times(basis).mT, rank, floor)
+    B, A = best_factors(transposed_times(basis).mT, rank)
     return basis @ B, A
 
 
@@ -120,15 +117,21 @@ def _orthonormal(x: Tensor) -> Tensor:
     return torch.linalg.qr(x.to(float64_device(x.device)))[0].to(x.device)
 
 
-def best_factors(x: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The best rank-k approximation of x [..., p, q] as B [..., p, k] and A [..., k, q] of equal Frobenius norms.
-
-    Singular values below ``floor`` times the largest are raised to it.
-    """
+def best_factors(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-k approximation of x [..., p, q] as B [..., p, k] and A [..., k, q] of equal Frobenius norms."""
     parts = torch.linalg.svd(x.to(float64_device(x.device)), full_matrices=False)
     U, S, Vh = (part.to(x.device) for part in parts)
-    root = torch.maximum(S[..., :rank], floor * S[..., :1]).sqrt()
+    root = S[..., :rank].sqrt()
     return U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
+
+
+def test_rows(k: int, q: int, device: torch.device) -> Tensor:
+    """The rows that directions of `als` start from: [k, q] float32, uniform in [0, 1), the same on every device and process.
+
+    They are positive because |g| is: a row of random signs would see little of its leading direction.
+    """
+    bits = random_bits(torch.Size((1, k, q)), torch.zeros(1, dtype=torch.int64, device=device), 0)[0]
+    return ((bits >> 8) & 0xFFFFFF).float() * 2.0**-24
 
 
 # ρ of `als` where none is given: of those that `python -m eval.rerun rules` (AdamW) and `table2-small` (Muon) train, the best.
@@ -138,14 +141,19 @@ RESIDUAL_WEIGHT = 1.0
 class Rows(NamedTuple):
     """The row part of a rule for one average, with X = x Aᵀ (A Aᵀ + damping)⁻¹ the least-squares fit of x to A's rows:
 
-    B' = (keep · B + gain · X) · unit, and momentum = (m_keep · B + m_gain · X) A + residual · x.
+    B' = (keep · B + gain · X) · unit.
     """
 
     keep: float
     gain: float
-    m_keep: float
-    m_gain: float
-    residual: float
+
+
+class Mixture(NamedTuple):
+    """The momentum of a rule at step t, from the old factors: (m_keep · B + m_gain · X) A + residual · x. Each [N] float64."""
+
+    m_keep: Tensor
+    m_gain: Tensor
+    residual: Tensor
 
 
 class Newton:
@@ -171,12 +179,16 @@ class Newton:
         """(gram + δI)⁻¹, float64."""
         return damped_inverse(gram, self.damping)
 
-    def rows(self, average: Average, residual_weight: None) -> Rows:
-        """The row part; the residual is always ``average.weight``."""
-        gain = average.weight * (1 - average.decay**0.5) / (1 - average.decay)
-        return Rows(average.decay**0.5, gain, average.decay, 0.0, average.weight)
+    def rows(self, average: Average) -> Rows:
+        """The row part."""
+        return Rows(average.decay**0.5, average.weight * (1 - average.decay**0.5) / (1 - average.decay))
 
-    def unit(self, gram: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
+    def mixture(self, average: Average, residual_weight: None, t: Tensor) -> Mixture:
+        """m = decay · B A + weight · x at every step t [N] float64."""
+        one = torch.ones_like(t)
+        return Mixture(average.decay * one, 0 * one, average.weight * one)
+
+    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
         """What B' is multiplied by: 1, as nothing rescales it afterwards."""
         return torch.ones_like(norm, dtype=torch.float64).expand(gram.shape[:-2])
 
@@ -211,20 +223,45 @@ class Als:
         """(gram + δ'I)⁻¹, float64."""
         return damped_inverse(gram, self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1))
 
-    def rows(self, average: Average, residual_weight: float) -> Rows:
-        """The row part with the residual weight ρ, taken for an EMA."""
-        beta, weight = average
-        residual = residual_weight * weight / (1 - beta)
-        return Rows(beta, weight, beta, weight - residual, residual)
+    def restart(self, A: Tensor, B: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B in which every direction whose row of A is zero starts anew: its row of A is a test row, its column of B zero.
 
-    def unit(self, gram: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
+        Zeros are how a state begins, and what resets (ReLoRA) and pruning leave behind. From B = 0 the first sweep is one step of
+        subspace iteration on x. A test row is as long as the mean row that is not zero, or has length 1 if all are.
+        A: [..., k, q], B: [..., p, k], gram: A Aᵀ in float64.
+        """
+        k, q = A.shape[-2:]
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        dead = squares == 0
+        level = squares.sum(-1) / (~dead).sum(-1)
+        length = (3 / q * torch.where(dead.all(-1), 1.0, level)).sqrt()[..., None, None]  # a test row's mean square is 1/3
+        rows = test_rows(k, q, A.device) * length.to(A.dtype).to(A.device)
+        dead = dead.to(A.device)
+        return torch.where(dead[..., None], rows, A), B.masked_fill(dead[..., None, :], 0)
+
+    def rows(self, average: Average) -> Rows:
+        """The row part."""
+        return Rows(*average)
+
+    def mixture(self, average: Average, residual_weight: float, t: Tensor) -> Mixture:
+        """The momentum at step t [N] float64: after bias correction what lies outside A's rows has the weight min(1, ρ/(1−βᵗ)).
+
+        At ρ = 1 it enters as it is, from the first step on; at ρ = 1−β its weight is Adam's own. Stated for an EMA; another average is
+        its multiple.
+        """
+        beta, weight = average
+        residual = (1 - beta**t).clamp_max(residual_weight) * (weight / (1 - beta))
+        return Mixture(torch.full_like(t, beta), weight - residual, residual)
+
+    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
         """What B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows float32: [...] float64.
 
-        gram: A Aᵀ [..., k, k]; norm: ‖x‖_F, and keep and gain, [...]. ‖B‖ = ‖A‖ =: a and ‖X‖ ≈ ‖x‖/a; `balance` rescales B'.
+        gram: A Aᵀ [..., k, k] and old_square: ‖A‖²_F before any restart; norm: ‖x‖_F, and keep and gain, [...]. With a = ‖A‖,
+        ‖B‖² is old_square and ‖X‖ ≈ ‖x‖/a; `balance` rescales B'.
         """
-        square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        size = torch.maximum(keep * square, gain * norm)
-        return square.sqrt() / size.clamp_min(MIN_FACTOR_NORM**2)
+        length = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+        size = torch.maximum(keep * old_square.sqrt() * length, gain * norm)
+        return length / size.clamp_min(MIN_FACTOR_NORM**2)
 
     def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> Tensor:
         """W with A' = W [A; B'ᵀx], from B'ᵀ [B' | B] over all rows: [..., k, 2k]. decay, weight: the average's, [..., 1, 1].

@@ -8,10 +8,18 @@ factors are B [p, k] and A [k, q]. `Adam.step` and `Muon.step` take a gradient a
 import numpy as np
 
 
-def spectral_start(x, k):
-    """Best rank-k approximation of x (Eckart and Young) as factors of equal Frobenius norms."""
-    u, s, vh = np.linalg.svd(x, full_matrices=False)
-    return u[:, :k] * np.sqrt(s[:k]), np.sqrt(s[:k])[:, None] * vh[:k]
+def hashed_rows(k, q):
+    """The rows that directions of `als` start from: two rounds of lowbias32 on 0, 1, 2, …, the upper 24 bits as a number in [0, 1)."""
+    bits, mask = np.arange(k * q, dtype=np.uint64), np.uint64(0xFFFFFFFF)
+
+    def lowbias32(x):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) & mask
+        return x ^ (x >> np.uint64(16))
+
+    for key in (np.uint64(0), lowbias32(np.uint64(0x9E3779B9))):
+        bits = lowbias32(bits ^ key)
+    return (bits >> np.uint64(8)).astype(np.float64).reshape(k, q) / 2**24
 
 
 def solve(gram, ridge, target):
@@ -30,18 +38,27 @@ def relative(gram, damping):
 
 
 class Factors:
-    """M ≈ B A following M ← decay · M + weight · x. ``a``: the random start of `newton`; `als` starts from x."""
+    """M ≈ B A following M ← decay · M + weight · x. ``a``: the random start of `newton`; `als` starts from zeros."""
 
     def __init__(self, rule, decay, weight, k, a=None, damping=1e-6):
         self.rule, self.decay, self.weight, self.k, self.damping = rule, decay, weight, k, damping
         self.a, self.b = (None, None) if a is None else (np.array(a, dtype=np.float64), None)
 
+    def meet(self, x):
+        """Make zeros of the first x's shape, and start directions of `als` whose row of A is zero."""
+        p, q = x.shape
+        self.b = np.zeros((p, self.k)) if self.b is None else self.b
+        self.a = np.zeros((self.k, q)) if self.a is None else self.a
+        zero = ~self.a.any(axis=1)
+        if self.rule == "als" and zero.any():
+            square = 1.0 if zero.all() else np.mean(np.sum(self.a[~zero] ** 2, axis=1))
+            self.a, self.b = self.a.copy(), self.b.copy()
+            self.a[zero] = np.sqrt(3 * square / q) * hashed_rows(self.k, q)[zero]
+            self.b[:, zero] = 0
+
     @property
     def product(self):
         return self.b @ self.a
-
-    def start(self, x):
-        self.b, self.a = spectral_start(self.weight * x, self.k)
 
     def fit(self, x):
         """X, the coefficients of x in the row space of A."""
@@ -90,28 +107,27 @@ class Adam:
     def step(self, g):
         g = np.asarray(g, dtype=np.float64)
         beta1, beta2 = self.betas
-        start = self.t == 0
-        if self.rule == "als" and start and not g.any():
-            return np.zeros_like(g)  # t counts from the first gradient that is not zero
+        if self.rule == "als" and not self.energy:
+            self.t = 0
+            if not g.any():
+                return np.zeros_like(g)  # t counts from the first gradient that is not zero
         self.t += 1
+        self.m.meet(g)
+        self.v.meet(g)
         if self.rule == "newton":
-            if start:
-                self.m.b, self.v.b = np.zeros((len(g), self.m.k)), np.zeros((len(g), self.v.k))
-            m = beta1 * self.m.product + (1 - beta1) * g
+            m_hat = (beta1 * self.m.product + (1 - beta1) * g) / (1 - beta1**self.t)
             v = beta2 * self.v.product**2 + (1 - beta2) * g**2
-        elif start:
-            m, v = (1 - beta1) * g, (1 - beta2) * g**2
-            self.m.start(g)
-            self.v.b, self.v.a = spectral_start(np.sqrt(1 - beta2) * np.abs(g), self.v.k)
         else:
-            m = (beta1 * self.m.b + (1 - beta1 - self.rho) * self.m.fit(g)) @ self.m.a + self.rho * g
-            c = self.energy / np.sum(self.v.product**2)
-            v = beta2 * c * self.v.product**2 + (1 - beta2) * g**2
-        if self.rule == "newton" or not start:
-            self.m.follow(g)
-            self.v.follow(np.abs(g))
+            inside = self.m.fit(g) @ self.m.a
+            m_hat = (beta1 * self.m.product + (1 - beta1) * inside) / (1 - beta1**self.t)
+            m_hat = m_hat + min(1.0, self.rho / (1 - beta1**self.t)) * (g - inside)
+            square = self.v.product**2
+            c = self.energy / np.sum(square) if self.energy else 0.0
+            v = beta2 * c * square + (1 - beta2) * g**2
+        self.m.follow(g)
+        self.v.follow(np.abs(g))
         self.energy = beta2 * self.energy + (1 - beta2) * np.sum(g**2)
-        u = (m / (1 - beta1**self.t)) / (np.sqrt(v / (1 - beta2**self.t)) + self.eps)
+        u = m_hat / (np.sqrt(v / (1 - beta2**self.t)) + self.eps)
         return u if self.rule == "newton" else np.clip(u, -bound(self.betas), bound(self.betas))
 
 
@@ -128,30 +144,31 @@ class Muon:
     """Factored Muon (Algorithm 2 for `newton`; the same sweep on μ M + g for `als`). start: m_A of `newton`."""
 
     def __init__(self, rule, k, *, momentum=0.95, rho=None, nesterov=False, damping=1e-6, start=None):
-        self.rule, self.nesterov, self.average_rho = rule, nesterov, 1.0 if rho is None else rho
+        self.rule, self.nesterov, self.rho, self.t = rule, nesterov, 1.0 if rho is None else rho, 0
         self.m = Factors(rule, None, 1.0, k, start, damping)
         self.redecay(momentum)
 
     def redecay(self, momentum):
         """Go on with this decay."""
         self.mu = self.m.decay = momentum
-        self.rho = self.average_rho / (1 - momentum)
 
     def step(self, g):
         g = np.asarray(g, dtype=np.float64)
-        if self.m.b is None and self.rule == "als":
+        if self.rule == "als" and (self.m.a is None or not self.m.a.any()):
+            self.t = 0
             if not g.any():
                 return np.zeros_like(g)
-            m = g
-            self.m.start(g)
+        self.t += 1
+        self.m.meet(g)
+        if self.rule == "newton":
+            m = self.mu * self.m.product + g
         else:
-            if self.m.b is None:
-                self.m.b = np.zeros((len(g), self.m.k))
-            if self.rule == "newton":
-                m = self.mu * self.m.product + g
-            else:
-                m = (self.mu * self.m.b + (1 - self.rho) * self.m.fit(g)) @ self.m.a + self.rho * g
-            self.m.follow(g)
+            # The heavy-ball sum is the EMA divided by 1−μ; its bias is taken out and put back around the residual.
+            corrected = (1 - self.mu**self.t) / (1 - self.mu)
+            inside = self.m.fit(g) @ self.m.a
+            m = self.mu * self.m.product + inside
+            m = m + min(1.0, self.rho / (1 - self.mu**self.t)) * corrected * (g - inside)
+        self.m.follow(g)
         return newton_schulz(g + self.mu * m if self.nesterov else m)
 
 
