@@ -216,7 +216,11 @@ class Wave:
         started: [N] bool; where it is false, the count begins at the first gradient that is not zero. None: all have started.
         """
         step = self.read("step")
-        counts = step + 1 if started is None else torch.where(started, step + 1, (self.norms > 0).to(step.device).to(step.dtype))
+        counts = (
+            step + 1
+            if started is None
+            else torch.where(started, step + 1, (self.norms > 0).to(step.device).to(step.dtype))
+        )
         self.write("step", counts)
         return counts.clamp_min(1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bucket import TEMPORARIES, Wave
 from .metrics import Metrics
-from .precision import wide
+from .precision import narrow, wide
 from .rules import Mixture, gram_rows
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ class Eager:
 
     @staticmethod
     def _operands(factors: Factors, moment: int, matrices: slice, rows: slice) -> tuple[Tensor, ...]:
-        narrow = (factors.A, factors.R, factors.keep, factors.gain)
-        return (factors.B[moment, matrices, rows], *(value[moment, matrices] for value in narrow))
+        others = (factors.A, factors.R, factors.keep, factors.gain)
+        return (factors.B[moment, matrices, rows], *(value[moment, matrices] for value in others))
 
     @staticmethod
     def _take(factors: Factors, moment: int, matrices: slice, rows: slice, B_new: Tensor, projected: Tensor) -> None:
@@ -218,7 +218,7 @@ class Eager:
         m: of all matrices of the wave.
         """
         rows = factors.bucket.all_rows
-        scalars = tuple(value[factors.bucket.part][matrices].float()[:, None, None] for value in m)
+        scalars = tuple(narrow(value[factors.bucket.part][matrices], g.device)[:, None, None] for value in m)
         projects_new = factors.bucket.wave.rule.projects_new
         operands = self._operands(factors, 0, matrices, rows)
         update, B_new, projected = self.run(momentum_rows, g, operands, scalars, projects_new)

@@ -39,15 +39,16 @@ def prepare(
     return rule.inverse(grams).float(), (keep * unit).float()[..., None, None], (gain * unit).float()[..., None, None]
 
 
-def columns(rule: Als | Newton, grams: Tensor, decay: Tensor, weight: Tensor) -> Tensor:
+def columns(rule: Als | Newton, grams: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """`rule.columns` for averages [s, 1]."""
     return rule.columns(grams, decay[..., None, None], weight[..., None, None])
 
 
-def balance(rule: Als | Newton, grams: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`rule.balance`, with scales [s, N, 1, 1] float32."""
-    scale_B, scale_A, squared_norm = rule.balance(grams, gram_A)
-    return scale_B.float()[..., None, None], scale_A.float()[..., None, None], squared_norm
+def balance(rule: Als | Newton, grams: Tensor, turn: Tensor | None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rule.balance`, with what B' is multiplied by as a number or a matrix, [s, N, 1, 1] or [s, N, k, k], and A' [s, N, 1, 1]; float32."""
+    scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
+    scale_B = scale_B[..., None, None] if turn is None else scale_B[..., None, None] * turn
+    return scale_B.float(), scale_A.float()[..., None, None], squared_norm
 
 
 class Factors:
@@ -125,12 +126,16 @@ class Moments:
         for wait in waits:
             wait()
         decay, weight = (self._constants([getattr(average, n) for average in self.averages]) for n in Average._fields)
-        W = run(columns, rule, grams, decay, weight)
+        W, turn = run(columns, rule, grams, decay, weight)
         new = [self.backend.columns(W[:, part.bucket.part], part) for part in self]
         gram_A = torch.cat([gram for _, gram in new], 1)
-        scale_B, scale_A, squared_norm = run(balance, rule, grams, gram_A)
+        by_B, by_A, squared_norm = run(balance, rule, grams, turn, gram_A)
         for part, (A_new, _) in zip(self, new):
             bucket, matrices = part.bucket, part.bucket.part
-            bucket.B.write(part.B_new, bucket.finite, scale=scale_B[:, matrices].to(wave.device))
-            bucket.A.write(A_new, bucket.finite, scale=scale_A[:, matrices])
+            own = by_B[:, matrices].to(wave.device)
+            if turn is None:
+                bucket.B.write(part.B_new, bucket.finite, scale=own)
+            else:
+                bucket.B.write(part.B_new @ own, bucket.finite)
+            bucket.A.write(A_new, bucket.finite, scale=by_A[:, matrices])
         return squared_norm

@@ -28,10 +28,15 @@ def newton_factors(B: Tensor, A: Tensor, x: Tensor, gamma: float, gain: float, d
 
 
 def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, damping: float) -> tuple[Tensor, Tensor]:
-    """This project: one sweep of alternating least squares on decay · B A + weight · x, then equal Frobenius norms."""
+    """This project: one sweep of alternating least squares on decay · B A + weight · x, then equal Frobenius norms.
+
+    The new columns of B are orthonormal, as in QR.
+    """
     X = x @ A.T @ torch.linalg.inv(_damped(A @ A.T, damping))
     B_new = decay * B + weight * X
-    A_new = torch.linalg.inv(_damped(B_new.T @ B_new, damping)) @ (decay * B_new.T @ B @ A + weight * B_new.T @ x)
+    L = torch.linalg.cholesky(_damped(B_new.T @ B_new, damping))
+    Q = B_new @ torch.linalg.inv(L).T
+    B_new, A_new = Q, decay * Q.T @ B @ A + weight * Q.T @ x
     balance = (A_new.norm() / B_new.norm()).sqrt()
     return B_new * balance, A_new / balance
 
@@ -55,7 +60,10 @@ def no_momentum(theta: Tensor, k: int, moments: str) -> State:
     """The state of ``als`` before the first gradient: zeros."""
     factors = {}
     for moment in moments:
-        factors |= {f"{moment}_B": theta.new_zeros(theta.shape[0], k), f"{moment}_A": theta.new_zeros(k, theta.shape[1])}
+        factors |= {
+            f"{moment}_B": theta.new_zeros(theta.shape[0], k),
+            f"{moment}_A": theta.new_zeros(k, theta.shape[1]),
+        }
     return {**factors, "E": 0.0, "t": 0}
 
 

@@ -83,6 +83,18 @@ def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return -swept, ~(torch.stack(pivots, -1) > 0).all(-1)
 
 
+def inverse_root(gram: Tensor, ridge: Tensor) -> Tensor:
+    """L⁻¹ of the Cholesky factor L Lᵀ = gram + ridge·I, lower triangular; arguments as in `damped_inverse`."""
+    k = gram.shape[-1]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    ridge = torch.maximum(ridge, 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny)
+    damped = gram + ridge[..., None, None] * torch.eye(k, dtype=gram.dtype, device=gram.device)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    factor = torch.where(info[..., None, None] > 0, torch.diag_embed((diagonal + ridge[..., None]).sqrt()), factor)
+    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+
+
 def gram_rows(A: Tensor) -> Tensor:
     """A Aᵀ in float64; A: [..., k, q]."""
     A = wide(A)
@@ -192,14 +204,17 @@ class Newton:
         """What B' is multiplied by: 1, as nothing rescales it afterwards."""
         return torch.ones_like(norm, dtype=torch.float64).expand(gram.shape[:-2])
 
-    def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> Tensor:
-        """W with A' = W [A; Bᵀx], from BᵀB over all rows: [..., k, 2k]. decay, weight: the average's, [..., 1, 1]. All float64."""
+    def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W with A' = W [A; Bᵀx], from BᵀB over all rows: [..., k, 2k]. decay, weight: the average's, [..., 1, 1]. All float64.
+
+        And what B' is multiplied by from the right: None, nothing.
+        """
         root = decay.sqrt()
         identity = torch.eye(grams.shape[-2], dtype=grams.dtype, device=grams.device)
         step = (weight * (1 - root) / (1 - decay)) * self.inverse(grams)
-        return torch.cat([(root * identity).expand_as(step), step], dim=-1)
+        return torch.cat([(root * identity).expand_as(step), step], dim=-1), None
 
-    def balance(self, grams: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def balance(self, grams: Tensor, turn: None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What B' and A' are multiplied by, and ‖B'A'‖²_F, which this rule does not know: 1, 1 and NaN, [...] float64."""
         one = grams.new_ones(grams.shape[:-2])
         return one, one, torch.full_like(one, float("nan"))
@@ -208,8 +223,12 @@ class Newton:
 class Als:
     """The tracked rule (this project): one sweep of alternating least squares on the target decay · B A + weight · x.
 
-    B is solved given A, then A given the new B, then both are scaled to equal Frobenius norms. ``damping`` is relative
+    B is solved given A; its columns are made orthonormal by the Cholesky factor of its Gram matrix, which is Q of a QR decomposition; A is
+    the target's part in their span, Qᵀ(decay · B A + weight · x); then both are scaled to equal Frobenius norms. ``damping`` is relative
     to the mean diagonal of the Gram matrix, so that scaling all gradients scales the factors and changes nothing else.
+
+    Solved for A without the orthonormal columns the product would be the same, but directions grow alike from step to step: the
+    condition of B reached 1e3 to 1e5, and momenta of rank below k were off by a tenth (`docs/rules.md`).
     """
 
     name = "als"
@@ -234,7 +253,9 @@ class Als:
         squares = gram.diagonal(dim1=-2, dim2=-1)
         dead = squares == 0
         level = squares.sum(-1) / (~dead).sum(-1)
-        length = (3 / q * torch.where(dead.all(-1), 1.0, level)).sqrt()[..., None, None]  # a test row's mean square is 1/3
+        length = (3 / q * torch.where(dead.all(-1), 1.0, level)).sqrt()[
+            ..., None, None
+        ]  # a test row's mean square is 1/3
         rows = test_rows(k, q, A.device) * length.to(A.dtype).to(A.device)
         dead = dead.to(A.device)
         return torch.where(dead[..., None], rows, A), B.masked_fill(dead[..., None, :], 0)
@@ -263,21 +284,21 @@ class Als:
         size = torch.maximum(keep * old_square.sqrt() * length, gain * norm)
         return length / size.clamp_min(MIN_FACTOR_NORM**2)
 
-    def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> Tensor:
+    def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """W with A' = W [A; B'ᵀx], from B'ᵀ [B' | B] over all rows: [..., k, 2k]. decay, weight: the average's, [..., 1, 1].
 
-        All float64.
+        And L⁻ᵀ, by which B' is multiplied from the right: [..., k, k]. All float64.
         """
         gram, cross = grams.chunk(2, dim=-1)
-        inverse = self.inverse(gram)
-        return torch.cat([decay * (inverse @ cross), weight * inverse], dim=-1)
+        root = inverse_root(gram, self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1))
+        return torch.cat([decay * (root @ cross), weight * root], dim=-1), root.mT
 
-    def balance(self, grams: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def balance(self, grams: Tensor, turn: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What B' and A' are multiplied by for equal Frobenius norms, and ‖B'A'‖²_F then: [...] float64.
 
-        grams: as in `columns`; gram_A: A' A'ᵀ.
+        grams: as in `columns`; turn: what that multiplies B' by; gram_A: A' A'ᵀ.
         """
-        gram = grams[..., : gram_A.shape[-1]]
+        gram = turn.mT @ grams[..., : gram_A.shape[-1]] @ turn
         norm_B, norm_A = (g.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() for g in (gram, gram_A))
         common = (norm_B.sqrt() * norm_A.sqrt()).clamp_min(MIN_FACTOR_NORM)
         tiny = torch.finfo(torch.float32).tiny

@@ -76,7 +76,8 @@ class Factors:
         b_new = decay * b + weight * self.fit(x)
         gram = b_new.T @ b_new
         target = decay * b_new.T @ b @ a + weight * b_new.T @ x
-        a_new = solve(gram, relative(gram, self.damping), target)
+        root = np.linalg.cholesky(gram + relative(gram, self.damping) * np.eye(self.k))
+        b_new, a_new = np.linalg.solve(root, b_new.T).T, np.linalg.solve(root, target)
         norm_b, norm_a = np.linalg.norm(b_new), np.linalg.norm(a_new)
         self.b, self.a = b_new * np.sqrt(norm_a / norm_b), a_new * np.sqrt(norm_b / norm_a)
 

@@ -111,14 +111,18 @@ def sweep(rule, B, A, x, average, cuts, rho=0.25, t=1000):
         rows.append((part.keep * B_tile + part.gain * X) * unit)
         grams = grams + gram_columns(B_tile, rows[-1], rule.projects_new)
         projected = projected + (rows[-1] if rule.projects_new else B_tile).mT @ x_tile
-    A_new, gram_A = new_columns(rule.columns(grams, decay, weight), A, projected)
-    scale_B, scale_A, squared_norm = rule.balance(grams, gram_A)
-    B_new, A_new = (f * s[..., None, None] for f, s in ((torch.cat(rows, -2), scale_B), (A_new, scale_A)))
+    W, turn = rule.columns(grams, decay, weight)
+    A_new, gram_A = new_columns(W, A, projected)
+    scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
+    B_new = torch.cat(rows, -2) if turn is None else torch.cat(rows, -2) @ turn.to(x.dtype)
+    B_new, A_new = (f * s[..., None, None] for f, s in ((B_new, scale_B), (A_new, scale_A)))
     if rule.projects_new:  # `newton` does not know it
         product = B_new.double() @ A_new.double()
         # A sum of Gram matrices' products, whose terms cancel: relative to ‖B'‖²‖A'‖².
         size = (torch.linalg.matrix_norm(B_new.double()) * torch.linalg.matrix_norm(A_new.double())).square()
-        room = gamma(chain(x.shape[-2:], B.shape[-1]), x.dtype) * size.max().item()
+        length, gram = chain(x.shape[-2:], B.shape[-1]), grams[..., : B.shape[-1]]
+        room = gamma(length, x.dtype) + gamma(length, torch.float64) * torch.linalg.cond(gram).max().item()  # of L
+        room *= size.max().item()
         torch.testing.assert_close(squared_norm, product.square().sum((-2, -1)), rtol=0, atol=room)
     return torch.cat(momentum, -2), B_new.to(x.dtype), A_new.to(x.dtype)
 
