@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .bucket import Wave
+from .bucket import Wave, usable
 from .checks import check_betas, in_range
+from .cpp_backend import Cpp, Table, Tables
 from .eager import adam_scalars, adam_table
 from .moments import Moments
 from .optimizer import LoRAPreOptimizer
 from .plain import AdamWOptions
+from .plan import Located
 from .precision import wide
-from .rules import Average
+from .rounding import mix
+from .rules import RULES, Average
+from .state import check_held_states
 
 
 def update_bound(beta1: float, beta2: float) -> float:
@@ -75,6 +79,10 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         ranks = dict(momentum_rank=momentum_rank, update_rule=update_rule, residual_weight=residual_weight)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), **ranks, **common)
 
+    def _reset(self, backend: str) -> None:
+        super()._reset(backend)
+        self._tables: dict[int, Tables] = {}  # by the position of a step's first parameter
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         in_range("eps", group["eps"], 0)
@@ -113,10 +121,50 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         squared_norm = (yield from moments.finish())[1]
         if wave.rule.tracked:
             # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
-            energy = beta2 * wave.read("v_energy").double() + (1 - beta2) * wave.norms.square()
+            energy = beta2 * wide(wave.read("v_energy")) + (1 - beta2) * wave.norms.square()
             wave.write("v_energy", energy)
             scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
             wave.write("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))
+
+    def _step_in_one_call(self, some: list[Located], backend: Any) -> list[Located]:
+        """With C++ kernels, step the matrices that they take; what is left: (group, parameter, position)."""
+        if not isinstance(backend, Cpp):
+            return some
+        first = some[0][2]
+        tables = self._tables.get(first)
+        if tables is None or not tables.hold(some):
+            tables = self._tables[first] = Tables(some, backend)
+        for table in tables.by_rule:
+            self._step_table(table, backend)
+        return [some[i] for i in tables.rest]
+
+    def _step_table(self, table: Table, backend: Cpp) -> None:
+        states = [self.state[param] or self._init_state(group, param, i) for group, param, i in table.located]
+        if not table.holds_state(states):
+            check_held_states(self, table.located, states)
+            table.take_state(states)
+        options = [self._kernel_options(group) for group in table.groups]
+        sum_bytes = min(int(group["temporary_bytes"]) for group in table.groups) // 2
+        found = backend.step(table, options, sum_bytes, self.record_metrics)
+        for norm, *_ in found:
+            if not usable(norm):
+                self._skips.add(norm)
+        if self.record_metrics:
+            kept = [i for i, (norm, *_) in enumerate(found) if usable(norm)]
+            self._metrics.add_steps([found[i] for i in kept], sum(table.params[i].numel() for i in kept))
+
+    def _kernel_options(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """What `cpp_backend.OPTIONS` names, of a group as it is now."""
+        self._check_betas(group)
+        rule, bound, clip = RULES[group["update_rule"]], float("inf"), group["max_param_grad_norm"]
+        if rule.tracked:
+            bound = update_bound(*group["betas"])
+        return (
+            *(*group["betas"], float(group["lr"]), group["weight_decay"], _positive(group["eps"])),
+            *(group["residual_weight"] or 0.0, group["update_scale"], float("inf") if clip is None else clip),
+            *(-1.0 if group["maximize"] else 1.0, bound, not rule.tracked, rule.damping),
+            *(mix(group["seed"]), group["bf16_rounding"] == "stochastic"),
+        )
 
 
 def _positive(eps: float) -> float:

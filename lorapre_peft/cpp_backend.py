@@ -1,8 +1,8 @@
-"""Adam's row part in C++ for CPUs, for all matrices of a bucket in one call: `cpp_kernels.cpp`, compiled on first use.
+"""AdamW's whole step in C++ for CPUs, for all matrices in one call: `cpp_kernels.cpp`, compiled on first use.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/lorapre_peft`` (default ``~/.cache/lorapre_peft``), under a name that source, compiler,
-flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. Beside the tensors that the other backends
-have too, each thread holds about 4k(q + 4) float32 numbers of its own, outside ``temporary_bytes``.
+flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. State and weights are read and written where
+they lie. Each thread holds about 4k(q + 32) float32 numbers and 256 kB of its own, outside ``temporary_bytes``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
+import operator
 import os
 import shutil
 import subprocess
@@ -20,14 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .bucket import rounds_stochastically, slices, tile_entries
 from .eager import Eager
-from .metrics import Metrics
 from .moments import Factors
-from .rounding import round_keys
+from .plan import Located, compressed_rank, matrix_shape
+from .rules import RULES
 
 SOURCE = Path(__file__).with_name("cpp_kernels.cpp")
-HEADER = SOURCE.with_name("cpp_blocks.h")
+SOURCES = (SOURCE, *(SOURCE.with_name(f"cpp_{name}.h") for name in ("rows", "linalg", "blocks")))
 # Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are written in.
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # By what PyTorch calls the CPU's capability; any other one gets the compiler's own default.
@@ -36,9 +37,16 @@ _VECTORS = {
     "AVX2": ("-mavx2", "-mfma", "-DLANES=8"),
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-# Entries of a matrix above which its rows are split among threads, and the most parts.
-SPLIT_ENTRIES = 1 << 18
-MAX_SPLITS = 16
+# What the kernel ``adam_step`` takes of a group, in its order.
+OPTIONS = (
+    *("beta1", "beta2", "lr", "weight_decay", "eps", "residual_weight", "update_scale"),
+    *("max_norm", "sign", "bound", "newton", "damping", "seed", "stochastic"),
+)
+# Numbers that it returns of a matrix.
+FOUND = 4
+# Entries of a matrix above which its rows are split among threads.
+SPLIT_ENTRIES = 1 << 20
+_STATE = ("step", "m_B", "m_A", "v_B", "v_A")
 
 
 def compiler() -> str | None:
@@ -50,7 +58,7 @@ def compiler() -> str | None:
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises RuntimeError with the compiler's output, or the loader's, if it fails."""
     command = [str(compiler()), *_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    name = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join(command).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre_peft"
     path = cache / f"kernels-{name}.so"
     try:
@@ -68,42 +76,120 @@ def library() -> ctypes.CDLL:
         ) from error
 
 
-class Adam(ctypes.Structure):
-    """The arguments of the kernel ``adam``, in its order."""
+class Table:
+    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step.
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "p", "q", "k", "splits", "first_row")] + [
-        (name, ctypes.c_void_p)
-        for name in [
-            "grads",
-            "params",
-            "B",
-            "A",
-            "R",
-            "B_new",
-            "projected",
-            "grams",
-            "table",
-            "keys",
-            "largest",
-            "clamped",
-        ]
-    ]
-    _fields_ += [("bound", ctypes.c_float)]
-    _fields_ += [(name, ctypes.c_int32) for name in ("grad_type", "param_type", "projects_new", "threads")]
+    located: (group, parameter, position in the optimizer), all on the CPU and whole. rank: k of both moments, by matrix.
+    """
+
+    def __init__(self, located: list[Located], ranks: list[int], rule: str):
+        self.located = located
+        self.params = [param for _, param, _ in located]
+        self.rule = rule
+        groups = {id(group): group for group, _, _ in located}
+        self.groups = list(groups.values())
+        number = {key: i for i, key in enumerate(groups)}
+        self.shapes = array("q")
+        sizes = []
+        for (group, param, position), k in zip(located, ranks):
+            p, q = matrix_shape(param.shape)
+            types = _TYPES[param.grad.dtype], _TYPES[param.dtype]
+            self.shapes.extend((p, q, k, k, number[id(group)], position, *types))
+            sizes.append(p * q)
+        self.order = array("q", sorted(range(len(located)), key=lambda i: -sizes[i]))
+        self.names = (*_STATE, "v_energy", "v_scale") if RULES[rule].tracked else _STATE
+        self.state: list[Tensor] = []
+
+    def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
+        """Whether the state's tensors are those of the last step."""
+        found = [state[name] for name in self.names for state in states]
+        return len(found) == len(self.state) and all(map(operator.is_, found, self.state))
+
+    def take_state(self, states: list[dict[str, Tensor]]) -> None:
+        """Hold the state's tensors, all of them float32, contiguous and on the CPU afterwards."""
+        for state in states:
+            for name in self.names:
+                state[name] = state[name].to("cpu", torch.float32).contiguous()
+        self.state = [state[name] for name in self.names for state in states]
+
+
+class Tables:
+    """Of parameters that are stepped together, those that `Cpp.step` takes, by update rule, and the others."""
+
+    def __init__(self, located: list[Located], backend: Cpp):
+        self._params = [param for _, param, _ in located]
+        self._seen = self._look(located)
+        self.rest: list[int] = []
+        taken: dict[str, tuple[list[Located], list[int]]] = {}
+        for i, (group, param, position) in enumerate(located):
+            k = compressed_rank(param.shape, group["momentum_rank"])
+            if k and backend.takes(param):
+                matrices, ranks = taken.setdefault(group["update_rule"], ([], []))
+                matrices.append((group, param, position))
+                ranks.append(k)
+            else:
+                self.rest.append(i)
+        self.by_rule = [Table(matrices, ranks, rule) for rule, (matrices, ranks) in taken.items()]
+
+    def hold(self, located: list[Located]) -> bool:
+        """Whether these are the same parameters, of the same shapes, dtypes and options."""
+        same = len(located) == len(self._params) and all(
+            param is known for (_, param, _), known in zip(located, self._params)
+        )
+        return same and self._look(located) == self._seen
+
+    @staticmethod
+    def _look(located: list[Located]) -> tuple:
+        groups = {id(group): group for group, _, _ in located}
+        options = [(key, group["momentum_rank"], group["update_rule"]) for key, group in groups.items()]
+        kinds = [(id(group), param.shape, param.dtype, param.grad.dtype) for group, param, _ in located]
+        return options, kinds
 
 
 class Cpp(Eager):
-    """The kernels' calls. Weights or gradients that are neither float32 nor bfloat16, and mixed gradients, take the eager path."""
+    """The kernels' calls. What is neither float32 nor bfloat16, and what is sharded, takes the eager path."""
 
     factor_temporaries = 4
 
     def __init__(self):
         made, size, whole = library(), ctypes.c_int64, ctypes.c_int32
-        self._adam, self._norms, self._gram, self._columns = made.adam, made.norms, made.gram, made.columns
-        self._adam.argtypes = [ctypes.POINTER(Adam)]
+        self._step, self._norms, self._gram, self._columns = made.adam_step, made.norms, made.gram, made.columns
+        self._step.argtypes = [*[ctypes.c_void_p] * 5, size, size, size, whole, whole]
         self._norms.argtypes = [ctypes.c_void_p, ctypes.c_void_p, size, whole, ctypes.c_void_p, whole]
         self._gram.argtypes = [ctypes.c_void_p, size, size, size, ctypes.c_void_p, whole]
         self._columns.argtypes = [*[ctypes.c_void_p] * 3, size, size, size, *[ctypes.c_void_p] * 2, whole]
+
+    @staticmethod
+    def takes(param: Tensor) -> bool:
+        """Whether `step` reads and writes a matrix of this dtype, with its gradient."""
+        return param.dtype in _TYPES and param.grad.dtype in _TYPES
+
+    def step(
+        self, table: Table, options: list[tuple[float, ...]], sum_bytes: int, record: bool
+    ) -> list[tuple[float, ...]]:
+        """One AdamW step of all matrices of a table: weights, factors and counters, in place.
+
+        options: of each of the table's groups, in the order of `OPTIONS`. sum_bytes: room for the sums of split matrices. record: whether
+        to look at the updates. Returns ‖g‖_F, and of those recorded the largest update, the number that were clamped and the energy
+        that m's rows captured, by matrix.
+        """
+        params, n = table.params, len(table.params)
+        grads, written = _contiguous([param.grad for param in params]), _contiguous(params)
+        pointers = array("Q", map(Tensor.data_ptr, [*grads, *written, *table.state]))
+        if 0 in pointers:
+            raise RuntimeError(
+                "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has freed it"
+            )
+        pointers.extend([0] * (n * (2 + len(_STATE) + 2) - len(pointers)))
+        numbers = array("d", itertools.chain.from_iterable(options))
+        found = array("d", bytes(8 * n * FOUND))
+        arrays = (table.shapes, numbers, pointers, found, table.order)
+        self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, record, torch.get_num_threads())
+        if written is not params:  # what is not contiguous was copied
+            for param, value in zip(params, written):
+                if value is not param:
+                    param.copy_(value)
+        return list(zip(*[iter(found)] * FOUND))
 
     def norms(self, grads: list[Tensor], dtype: torch.dtype) -> Tensor:
         if grads[0].dtype not in _TYPES:
@@ -127,70 +213,6 @@ class Cpp(Eager):
         threads = torch.get_num_threads()
         self._columns(_at(W), _at(A), _at(projected), s * n, k, q, _at(A_new), _at(gram), threads)
         return A_new, gram
-
-    def adam(self, factors: Factors, table: Tensor, bound: float | None, metrics: Metrics | None) -> None:
-        bucket = factors.bucket
-        kinds = {grad.dtype for grad in bucket.grads}  # the kernel reads one
-        if bucket.params[0].dtype not in _TYPES or len(kinds) > 1 or not kinds <= _TYPES.keys():
-            return super().adam(factors, table, bound, metrics)
-        n, (p, q), k = len(bucket.params), (bucket.all_rows.stop, bucket.shape[1]), bucket.wave.k
-        width = 2 * k if bucket.wave.rule.projects_new else k
-        factors.grams = table.new_zeros(2, n, k, width, dtype=torch.float64)
-        if p == 0:  # an empty shard
-            return
-        # The sums of splits, and their total, take the place of a tile's temporaries.
-        sums, limit = 2 * k * (q + 2 * width), tile_entries(bucket.group, 2)
-        splits = max(1, min(MAX_SPLITS, p * q // SPLIT_ENTRIES, limit // sums))
-        size = n if splits == 1 else max(1, limit // (splits * sums))
-        for matrices in slices(n, size):
-            self._step(factors, matrices, (p, q, k, width, splits), table, bound, metrics)
-
-    def _step(
-        self,
-        factors: Factors,
-        matrices: slice,
-        sizes: tuple[int, ...],
-        table: Tensor,
-        bound: float | None,
-        metrics: Metrics | None,
-    ) -> None:
-        bucket, (p, q, k, width, splits) = factors.bucket, sizes
-        params, grads = bucket.params[matrices], _contiguous(bucket.grads[matrices])
-        # What is not contiguous is copied, parameters back again.
-        written, n = _contiguous(params), len(params)
-        everything = n == factors.B.shape[1]
-        B, A, R = (value if everything else value[:, matrices] for value in (factors.B, factors.A, factors.R))
-        B, A, R, table = B.contiguous(), A.contiguous(), R.contiguous(), table[:, matrices].contiguous()
-        B_new = factors.B_new if everything else torch.empty_like(B)
-        direct = everything and splits == 1
-        projected = factors.projected if direct else factors.projected.new_empty(splits, 2, n, k, q)
-        grams = factors.grams if direct else factors.grams.new_empty(splits, 2, n, k, width)
-        keys = None
-        if rounds_stochastically(params[0], bucket.group):
-            keys = round_keys(bucket.keys(matrices))
-        largest = clamped = None
-        if metrics is not None:
-            largest, clamped = table.new_empty(splits, n), table.new_empty(splits, n, dtype=torch.int64)
-        grad_pointers, param_pointers = _pointers(grads), _pointers(written)
-        arguments = Adam(
-            *(n, p, q, k, splits, bucket.rows.start),
-            *map(
-                _at, (grad_pointers, param_pointers, B, A, R, B_new, projected, grams, table, keys, largest, clamped)
-            ),
-            float("inf") if bound is None else bound,
-            *(_TYPES[grads[0].dtype], _TYPES[params[0].dtype], bucket.wave.rule.projects_new, torch.get_num_threads()),
-        )
-        self._adam(ctypes.byref(arguments))
-        if not everything:
-            factors.B_new[:, matrices] = B_new
-        if not direct:
-            factors.projected[:, matrices] = projected.sum(0)
-            factors.grams[:, matrices] = grams.sum(0)
-        if metrics is not None:
-            metrics.add_sizes(largest.amax(), clamped.sum(), n * p * q)
-        for param, value in zip(params, written):
-            if value is not param:
-                param.copy_(value)  # no effect on one that was contiguous
 
 
 def _contiguous(tensors: list[Tensor]) -> list[Tensor]:

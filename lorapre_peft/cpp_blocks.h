@@ -1,23 +1,29 @@
-// Pieces of matrices in registers: reading, rounding and writing them, and the products that `cpp_kernels.cpp` is made of.
+// Pieces of matrices in registers: reading, rounding and writing them, and the products that a step is made of.
 
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
 constexpr int ROWS = 4;      // that share each load of A
 constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
-constexpr int RANKS = 4;     // of a factor that are in registers at once
-constexpr int BLOCK = 32;    // rows that go through a chunk together; a multiple of ROWS
 constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
 #ifndef LANES                // of a vector register, float32
 #define LANES 8
 #endif
+constexpr int RANKS = LANES == 16 ? 4 : 2;  // of a factor that are in registers at once, with sums for each of ROWS rows
+constexpr int WIDTH = LANES == 16 ? 4 : 2;  // registers along a row that are held at once, likewise
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef double DoubleVec __attribute__((vector_size(4 * LANES), aligned(8), may_alias));  // half as many
+typedef float HalfVec __attribute__((vector_size(2 * LANES), aligned(4), may_alias));       // as many as those
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Index8 __attribute__((vector_size(32)));
 #ifdef __clang__
@@ -26,10 +32,39 @@ typedef int32_t Index8 __attribute__((vector_size(32)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index8){__VA_ARGS__})
 #endif
 
+// Before loops whose arrays of registers would else lie in memory.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
 inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
+
+inline Vec at_least(Vec x, float low) { return x > low ? x : Vec{} + low; }
+inline Vec at_most(Vec x, float high) { return x < high ? x : Vec{} + high; }
+
+// x / (√square + eps) to about two units in the last place. Where there is an instruction for an estimate of 1/√ and of 1/x, one Newton
+// step on each is several times faster than the exact root and quotient.
+inline Vec over_root(Vec x, Vec square, float eps) {
+#if LANES == 16 || defined(__AVX2__)
+  square = at_most(at_least(square, FLT_MIN), FLT_MAX);
+#if LANES == 16
+  Vec root = (Vec)_mm512_rsqrt14_ps((__m512)square);
+#else
+  Vec root = (Vec)_mm256_rsqrt_ps((__m256)square);
+#endif
+  root = square * (root * (1.5f - (0.5f * square * root) * root)) + eps;
+#if LANES == 16
+  const Vec inverse = (Vec)_mm512_rcp14_ps((__m512)root);
+#else
+  const Vec inverse = (Vec)_mm256_rcp_ps((__m256)root);
+#endif
+  return x * (inverse * (2.f - root * inverse));
+#else
+  for (int i = 0; i < LANES; ++i) x[i] /= std::sqrt(square[i]) + eps;
+  return x;
+#endif
+}
 
 // The sums of four registers' lanes.
 inline void sum4(const Vec* v, int stride, float* out) {
@@ -82,6 +117,8 @@ inline float stochastic(float x, uint32_t counter, uint32_t key, uint32_t salted
   return from_bits(finite ? (bits + random) & 0xFFFF0000u : x == x ? bits : 0x7FC00000u);
 }
 
+inline float round_to(Type type, float x) { return type == BFLOAT16 ? nearest(x) : x; }
+
 void write(void* x, Type type, int64_t at, int count, const float* values) {
   if (type == FLOAT32) {
     std::memcpy(static_cast<float*>(x) + at, values, count * sizeof(float));
@@ -110,6 +147,19 @@ inline void transpose8(const float* from, int64_t from_stride, float* to, int64_
   }
 }
 
+// to[c][r] = from[r][c] for C columns, and back: few enough for the compiler to interleave them in registers.
+template <int C>
+void split_columns(const float* from, int rows, float* to, int64_t to_stride) {
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < C; ++c) to[c * to_stride + r] = from[r * C + c];
+}
+
+template <int C>
+void join_columns(const float* from, int64_t from_stride, int rows, float* to) {
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < C; ++c) to[r * C + c] = from[c * from_stride + r];
+}
+
 // to[c][r] = from[r][c].
 void transpose(const float* from, int64_t from_stride, int rows, int columns, float* to, int64_t to_stride) {
   const int whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
@@ -120,92 +170,130 @@ void transpose(const float* from, int64_t from_stride, int rows, int columns, fl
     for (int r = c < whole_columns ? whole_rows : 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
 }
 
-// Some rows of x from `at` on, as columns × rows, and back. flat: room for them.
+// Some rows of x from `at` on, as columns × rows. flat: room for them.
 void read_transposed(const void* x, Type type, int64_t at, int rows, int columns, float* flat, float (*out)[CHUNK]) {
   const float* from = type == FLOAT32 ? static_cast<const float*>(x) + at : flat;
   if (type != FLOAT32) read(x, type, at, rows * columns, flat);
   transpose(from, columns, rows, columns, *out, CHUNK);
 }
 
-void write_transposed(void* x, Type type, int64_t at, int rows, int columns, float* flat, const float (*values)[CHUNK]) {
-  float* to = type == FLOAT32 ? static_cast<float*>(x) + at : flat;
-  transpose(*values, CHUNK, columns, rows, to, columns);
-  if (type != FLOAT32) write(x, type, at, rows * columns, flat);
+typedef int32_t Bits __attribute__((vector_size(4 * LANES), may_alias));
+
+template <bool ABSOLUTE>
+inline Vec load_as(const float* x) {
+  const Vec value = load(x);
+  return ABSOLUTE ? (Vec)((Bits)value & 0x7FFFFFFF) : value;
 }
 
-// dots[r][j] += x[r] · A[j] over some columns, for J rows of A.
-template <int J>
-void dot_block(const float (*x)[CHUNK], const float* A, int64_t stride, int columns, float* dots, int k) {
+// dots[r][j] += x[r] · A[j], or |x[r]| · A[j], over some columns, for ROWS rows of x and J of A.
+template <int J, bool ABSOLUTE>
+void dot_block(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k) {
   Vec total[ROWS][J] = {};
   for (int c = 0; c < columns; c += LANES) {
     Vec a[J];
-    for (int j = 0; j < J; ++j) a[j] = load(A + j * stride + c);
-    for (int r = 0; r < ROWS; ++r) {
-      Vec value = load(x[r] + c);
-      for (int j = 0; j < J; ++j) total[r][j] += value * a[j];
+    UNROLLED for (int j = 0; j < J; ++j) a[j] = load(A + j * stride + c);
+    UNROLLED for (int r = 0; r < ROWS; ++r) {
+      const Vec value = load_as<ABSOLUTE>(x + r * x_stride + c);
+      UNROLLED for (int j = 0; j < J; ++j) total[r][j] += value * a[j];
     }
   }
   static_assert(ROWS == 4);
-  for (int j = 0; j < J; ++j) {
+  UNROLLED for (int j = 0; j < J; ++j) {
     float sums[ROWS];
     sum4(&total[0][j], J, sums);
-    for (int r = 0; r < ROWS; ++r) dots[r * k + j] += sums[r];
+    UNROLLED for (int r = 0; r < ROWS; ++r) dots[r * k + j] += sums[r];
   }
 }
 
-// out[r] (+)= Σ_j B[r][j] A[j] over some columns.
-template <int J>
-void outer_block(const float* B, int k, const float* A, int64_t stride, int columns, float (*out)[CHUNK], bool add) {
-  for (int c = 0; c < columns; c += LANES) {
-    Vec a[J];
-    for (int j = 0; j < J; ++j) a[j] = load(A + j * stride + c);
-    for (int r = 0; r < ROWS; ++r) {
-      Vec value = B[r * k] * a[0];
-      for (int j = 1; j < J; ++j) value += B[r * k + j] * a[j];
-      store(out[r] + c, add ? load(out[r] + c) + value : value);
-    }
+// out[r] = Σ_j B[r][j] A[j], for ROWS rows and W registers of columns.
+template <int W>
+inline void outer_tile(const float* B, int k, const float* A, int64_t stride, float* out, int64_t out_stride) {
+  Vec total[ROWS][W] = {};
+  for (int j = 0; j < k; ++j) {
+    Vec a[W];
+    UNROLLED for (int w = 0; w < W; ++w) a[w] = load(A + j * stride + w * LANES);
+    UNROLLED for (int r = 0; r < ROWS; ++r)
+      UNROLLED for (int w = 0; w < W; ++w) total[r][w] += B[r * k + j] * a[w];
+  }
+  UNROLLED for (int r = 0; r < ROWS; ++r)
+    UNROLLED for (int w = 0; w < W; ++w) store(out + r * out_stride + w * LANES, total[r][w]);
+}
+
+// The same over some columns, a multiple of LANES.
+void outer(const float* B, int k, const float* A, int64_t stride, int columns, float* out, int64_t out_stride) {
+  int c = 0;
+  for (; c + WIDTH * LANES <= columns; c += WIDTH * LANES) outer_tile<WIDTH>(B, k, A + c, stride, out + c, out_stride);
+  for (; c < columns; c += LANES) outer_tile<1>(B, k, A + c, stride, out + c, out_stride);
+}
+
+// P[j] += Σ_r B[r][j] x[r], or |x[r]|, for R rows and W registers of columns.
+template <int R, int W, bool ABSOLUTE>
+inline void project_tile(const float* B, int k, const float* x, int64_t x_stride, float* P, int64_t stride) {
+  Vec value[R][W];
+  UNROLLED for (int r = 0; r < R; ++r)
+    UNROLLED for (int w = 0; w < W; ++w) value[r][w] = load_as<ABSOLUTE>(x + r * x_stride + w * LANES);
+  for (int j = 0; j < k; ++j) {
+    Vec total[W];
+    UNROLLED for (int w = 0; w < W; ++w) total[w] = load(P + j * stride + w * LANES);
+    UNROLLED for (int r = 0; r < R; ++r)
+      UNROLLED for (int w = 0; w < W; ++w) total[w] += B[r * k + j] * value[r][w];
+    UNROLLED for (int w = 0; w < W; ++w) store(P + j * stride + w * LANES, total[w]);
   }
 }
 
-// P[j] += Σ_r B[r][j] x[r] over some columns.
-template <int J>
-void project_block(const float* B, int k, const float (*x)[CHUNK], int columns, float* P, int64_t stride) {
-  for (int c = 0; c < columns; c += LANES) {
-    Vec value[ROWS];
-    for (int r = 0; r < ROWS; ++r) value[r] = load(x[r] + c);
-    for (int j = 0; j < J; ++j) {
-      Vec total = load(P + j * stride + c);
-      for (int r = 0; r < ROWS; ++r) total += B[r * k + j] * value[r];
-      store(P + j * stride + c, total);
-    }
-  }
+template <int R, int W, bool ABSOLUTE>
+void project_rows(const float* B, int k, const float* x, int64_t x_stride, int columns, float* P, int64_t stride) {
+  int c = 0;
+  for (; c + W * LANES <= columns; c += W * LANES) project_tile<R, W, ABSOLUTE>(B, k, x + c, x_stride, P + c, stride);
+  for (; c < columns; c += LANES) project_tile<R, 1, ABSOLUTE>(B, k, x + c, x_stride, P + c, stride);
 }
 
-// out[j] += Σ_r left[r][j] x[r], of rows of ``stride`` numbers, a multiple of LANES; left[r][j] lies at r · by_row + j · by_rank.
+// The same for some rows, a multiple of ROWS, and columns, a multiple of LANES: two blocks of rows at a time, for each reads and writes P.
+template <bool ABSOLUTE>
+void project(const float* B, int k, const float* x, int64_t x_stride, int rows, int columns, float* P, int64_t stride) {
+  int r = 0;
+  for (; r + 2 * ROWS <= rows; r += 2 * ROWS)
+    project_rows<2 * ROWS, WIDTH / 2, ABSOLUTE>(B + r * k, k, x + r * x_stride, x_stride, columns, P, stride);
+  if (r < rows) project_rows<ROWS, WIDTH, ABSOLUTE>(B + r * k, k, x + r * x_stride, x_stride, columns, P, stride);
+}
+
+// out[j] += Σ_r left[r][j] x[r] over some columns, of rows of ``stride`` numbers; left[r][j] lies at r · by_row + j · by_rank.
+template <int J, int W>
+inline void combine_tile(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride, int rows, double* out) {
+  DoubleVec total[J][W] = {};
+  for (int r = 0; r < rows; ++r) {
+    const DoubleVec* row = reinterpret_cast<const DoubleVec*>(x + r * stride);
+    UNROLLED for (int j = 0; j < J; ++j)
+      UNROLLED for (int w = 0; w < W; ++w) total[j][w] += left[r * by_row + j * by_rank] * row[w];
+  }
+  UNROLLED for (int j = 0; j < J; ++j)
+    UNROLLED for (int w = 0; w < W; ++w) reinterpret_cast<DoubleVec*>(out + j * stride)[w] += total[j][w];
+}
+
+// The same over all columns, a multiple of LANES.
 template <int J>
 void combine_block(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride, int rows, double* out) {
-  for (int64_t c = 0; c < stride; c += LANES) {
-    DoubleVec total[J][2] = {};
-    for (int r = 0; r < rows; ++r) {
-      const DoubleVec* row = reinterpret_cast<const DoubleVec*>(x + r * stride + c);
-      for (int j = 0; j < J; ++j)
-        for (int half = 0; half < 2; ++half) total[j][half] += left[r * by_row + j * by_rank] * row[half];
-    }
-    for (int j = 0; j < J; ++j)
-      for (int half = 0; half < 2; ++half) reinterpret_cast<DoubleVec*>(out + j * stride + c)[half] += total[j][half];
-  }
+  int64_t c = 0;
+  for (; c + WIDTH * LANES / 2 <= stride; c += WIDTH * LANES / 2)
+    combine_tile<J, WIDTH>(left, by_row, by_rank, x + c, stride, rows, out + c);
+  for (; c < stride; c += LANES) combine_tile<J, 2>(left, by_row, by_rank, x + c, stride, rows, out + c);
 }
 
-// gram[j] += x · y[j], of rows of ``stride`` numbers, a multiple of LANES.
-template <int J>
-void gram_block(const double* x, const double* y, int64_t stride, double* gram) {
-  DoubleVec total[J] = {};
-  for (int64_t c = 0; c < stride; c += LANES / 2) {
-    const DoubleVec value = *reinterpret_cast<const DoubleVec*>(x + c);
-    for (int j = 0; j < J; ++j) total[j] += value * *reinterpret_cast<const DoubleVec*>(y + j * stride + c);
+// gram[i][j] += x[i] · y[j], of the first ``count`` numbers, a multiple of LANES, of rows of ``stride`` numbers.
+template <int I, int J>
+inline void gram_tile(const double* x, const double* y, int64_t stride, int64_t count, double* gram, int64_t gram_stride) {
+  DoubleVec total[I][J] = {};
+  for (int64_t c = 0; c < count; c += LANES / 2) {
+    DoubleVec b[J];
+    UNROLLED for (int j = 0; j < J; ++j) b[j] = *reinterpret_cast<const DoubleVec*>(y + j * stride + c);
+    UNROLLED for (int i = 0; i < I; ++i) {
+      const DoubleVec a = *reinterpret_cast<const DoubleVec*>(x + i * stride + c);
+      UNROLLED for (int j = 0; j < J; ++j) total[i][j] += a * b[j];
+    }
   }
-  for (int j = 0; j < J; ++j)
-    for (int lane = 0; lane < LANES / 2; ++lane) gram[j] += total[j][lane];
+  UNROLLED for (int i = 0; i < I; ++i)
+    UNROLLED for (int j = 0; j < J; ++j)
+      for (int lane = 0; lane < LANES / 2; ++lane) gram[i * gram_stride + j] += total[i][j][lane];
 }
 
 #define BY_RANKS(k, call)                                                          \
@@ -218,6 +306,9 @@ void gram_block(const double* x, const double* y, int64_t stride, double* gram) 
 
 int64_t padded(int64_t q) { return (q + LANES - 1) / LANES * LANES; }
 
+// Whole registers, and one more where rows would else begin at multiples of 256 bytes and compete for the same places of the cache.
+int64_t row_stride(int64_t q) { return padded(q) % 64 ? padded(q) : padded(q) + LANES; }
+
 // From column c0 on ``stride`` columns of A [k, q] as float64, zeros beyond q.
 void read_rows(const float* A, int64_t k, int64_t q, int64_t c0, int64_t stride, double* out) {
   const int64_t here = std::min(stride, q - c0);
@@ -227,10 +318,22 @@ void read_rows(const float* A, int64_t k, int64_t q, int64_t c0, int64_t stride,
   }
 }
 
-// The lower triangle of x xᵀ, of k rows of ``stride`` numbers, added to gram; and the upper one from the lower.
+// x yᵀ of k and l rows of ``stride`` numbers, the first ``count`` of each, added to gram [k, l].
+void add_products(const double* x, int64_t k, const double* y, int64_t l, int64_t stride, int64_t count, double* gram) {
+  int64_t i = 0;
+  for (; i + RANKS <= k; i += RANKS)
+    BY_RANKS(l, (gram_tile<RANKS, J>(x + i * stride, y + j0 * stride, stride, count, gram + i * l + j0, l)))
+  for (; i < k; ++i) BY_RANKS(l, (gram_tile<1, J>(x + i * stride, y + j0 * stride, stride, count, gram + i * l + j0, l)))
+}
+
+// The lower triangle of x xᵀ, of k rows of ``stride`` numbers, added to gram, in blocks; and the upper one from the lower.
 void add_gram(const double* x, int64_t k, int64_t stride, double* gram) {
-  for (int64_t i = 0; i < k; ++i)
-    BY_RANKS(i + 1, gram_block<J>(x + i * stride, x + j0 * stride, stride, gram + i * k + j0))
+  int64_t i = 0;
+  for (; i + RANKS <= k; i += RANKS)
+    for (int64_t j = 0; j <= i; j += RANKS)
+      gram_tile<RANKS, RANKS>(x + i * stride, x + j * stride, stride, stride, gram + i * k + j, k);
+  for (; i < k; ++i)
+    BY_RANKS(i + 1, (gram_tile<1, J>(x + i * stride, x + j0 * stride, stride, stride, gram + i * k + j0, k)))
 }
 
 void mirror(double* gram, int64_t k) {

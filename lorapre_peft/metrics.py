@@ -37,6 +37,14 @@ class Metrics:
         self.clamped.append(clamped)
         self.entries += entries
 
+    def add_steps(self, found: list[tuple[float, ...]], entries: int) -> None:
+        """found: ‖g‖_F, the largest update, how many were clamped and the captured energy, by matrix; of how many entries together."""
+        norms, largest, clamped, captured = torch.tensor(found, dtype=torch.float64).reshape(-1, 4).unbind(1)
+        self.add_energy(norms)
+        self.add_captured(captured.sum())
+        if found:
+            self.add_sizes(largest.amax(), clamped.sum(), entries)
+
     def reduce(self, placement: Placement) -> None:
         """Add what the other processes saw of the rows that they share with this one; every process has to call it."""
         if placement is WHOLE or not self.captured:

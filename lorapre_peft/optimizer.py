@@ -151,6 +151,10 @@ class LoRAPreOptimizer(Optimizer):
         """One step of a wave of compressed matrices: parameters and factors, in place. Stops at most once, for a collective."""
         raise NotImplementedError
 
+    def _step_in_one_call(self, some: list[Located], backend: Any) -> list[Located]:
+        """Step those of these parameters for which the backend has a kernel that does all of it; what is left."""
+        return some
+
     # ---- the step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -210,6 +214,10 @@ class LoRAPreOptimizer(Optimizer):
                 alike.setdefault((param.device, placement_of(param)) if sharded else param.device, []).append(located)
         for some in alike.values():
             device, placement = some[0][1].device, placement_of(some[0][1])
+            if placement is WHOLE:
+                some = self._step_in_one_call(some, self._backend(device))
+            if not some:
+                continue
             states = [self.state[param] or self._init_state(group, param, position) for group, param, position in some]
             grads = [param.grad if placement is WHOLE else local_gradient(param) for _, param, _ in some]
             absent = [param.grad is None for _, param, _ in some]

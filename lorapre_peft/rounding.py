@@ -12,7 +12,7 @@ _M1, _M2 = 0x7FEB352D, 0x846CA68B
 _SALT = 0x9E3779B9
 
 
-def _mix(value: int | Tensor) -> int | Tensor:
+def mix(value: int | Tensor) -> int | Tensor:
     """lowbias32 of the low 32 bits of a Python integer or of int64 entries."""
     value = value & _MASK
     value = ((value ^ value >> 16) * _M1) & _MASK
@@ -32,12 +32,12 @@ def _signed(value: int | Tensor) -> int | Tensor:
 
 def random_keys(seed: int, positions: list[int], steps: Tensor) -> Tensor:
     """32 bits that name each parameter at its step of one run: int64 [n]; steps: [n], on any device, not read by the host."""
-    return _mix(filled([_mix(_mix(seed) + position) for position in positions], steps.device) + steps.long())
+    return mix(filled([mix(mix(seed) + position) for position in positions], steps.device) + steps.long())
 
 
 def round_keys(keys: Tensor) -> Tensor:
     """Of the two rounds of the hash: int64 [2, n]."""
-    return torch.stack([keys, _mix(keys + _SALT)])
+    return torch.stack([keys, mix(keys + _SALT)])
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:

@@ -153,7 +153,8 @@ def test_many_small_matrices_stay_within_the_bound(backend, cls, rule):
     params = [nn.Parameter(0.02 * torch.randn(shape, device=DEVICE)) for shape in shapes]
     optimizer = cls(params, lr=LR, momentum_rank=2, update_rule=rule, backend=backend, temporary_bytes=bound)
     assert peak_of_a_step(optimizer, params) <= bound
-    assert len(optimizer._plans[0].waves) > 1
+    one_by_one = backend == "cpp" and cls is LoRAPreAdamW
+    assert one_by_one or len(optimizer._plans[0].waves) > 1
 
 
 @both_rules
