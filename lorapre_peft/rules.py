@@ -228,7 +228,7 @@ class Als:
     to the mean diagonal of the Gram matrix, so that scaling all gradients scales the factors and changes nothing else.
 
     Solved for A without the orthonormal columns the product would be the same, but directions grow alike from step to step: the
-    condition of B reached 1e3 to 1e5, and momenta of rank below k were off by a tenth (`docs/rules.md`).
+    condition of B reached 1e3 to 1e5, and float32 and damping were felt (`docs/rules.md`).
     """
 
     name = "als"

@@ -1,0 +1,95 @@
+"""How closely forms of `als`'s sweep follow an exact average: ``python -m eval.sweeps``, a minute on one core.
+
+The forms give the same product B A and differ in its factors, and so in what float32 and the damping of the next step do to it. The
+one that the package has is ``orthonormal``; the others are here to be compared with it, and the table is in ``docs/rules.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lorapre_peft.reference import restarted
+
+BETA, STEPS, LAST = 0.9, 120, 30
+SHAPES = [(8, 64, 7), (8, 64, 2), (64, 8, 2), (20, 12, 4), (64, 96, 8)]  # p, q, k
+
+
+def damped(gram: Tensor) -> Tensor:
+    """gram + δ'I as in `als`; [k, k] float64."""
+    return gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+
+
+def norms(B: Tensor, A: Tensor) -> Tensor:
+    """One number: equal Frobenius norms, and no turn."""
+    return torch.eye(len(A), dtype=torch.float64)
+
+
+def orthonormal(B: Tensor, A: Tensor) -> Tensor:
+    """The Cholesky factor of BᵀB: B's columns become orthonormal, and A has all of the scale."""
+    return torch.linalg.inv(torch.linalg.cholesky(damped(B.mT @ B))).mT
+
+
+def singular(B: Tensor, A: Tensor) -> Tensor:
+    """An eigendecomposition: BᵀB and A Aᵀ become the same diagonal matrix, the singular values of B A."""
+    root = torch.linalg.cholesky(damped(B.mT @ B))
+    values, vectors = torch.linalg.eigh(root.mT @ (A @ A.mT) @ root)
+    return torch.linalg.inv(root).mT @ vectors * values.clamp_min(1e-20 * values.max()) ** 0.25
+
+
+def sweep(B: Tensor, A: Tensor, x: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """One step of float32 factors: products float32, what is k×k float64, as in the package."""
+    B, A = restarted(B, A)
+    X = x @ A.mT @ torch.linalg.inv(damped(A.double() @ A.double().mT)).float()
+    new = BETA * B + (1 - BETA) * X
+    wide, P = new.double(), (new.mT @ x).double()
+    A = torch.linalg.inv(damped(wide.mT @ wide)) @ (BETA * wide.mT @ B.double() @ A.double() + (1 - BETA) * P)
+    T = turn(wide, A)
+    B, A = new @ T.float(), torch.linalg.inv(T) @ A
+    balance = (A.norm() / B.norm()).sqrt()
+    return B * balance, (A / balance).float()
+
+
+def streams(p: int, q: int) -> Iterator[tuple[str, list[Tensor]]]:
+    """Gradients [p, q]: of one direction, of halving singular values, of three that drift in noise, and noise alone."""
+    for kind in ("rank one", "halving", "drifting", "noise"):
+        draw = torch.Generator().manual_seed(1)
+        rank = {"rank one": 1, "halving": min(p, q), "drifting": 3, "noise": 0}[kind]
+        left, right = torch.randn(p, rank, generator=draw), torch.randn(rank, q, generator=draw)
+        size = 0.5 ** torch.arange(rank) if kind == "halving" else torch.ones(rank)
+        noise = {"rank one": 0.0, "halving": 0.02, "drifting": 1.0, "noise": 1.0}[kind]
+        found = []
+        for _ in range(STEPS):
+            left = left + 0.1 * torch.randn(p, rank, generator=draw) * (kind == "drifting")
+            weight = size * (1 + 0.5 * torch.randn(rank, generator=draw))
+            found.append((left * weight) @ right + noise * torch.randn(p, q, generator=draw))
+        yield kind, found
+
+
+def error(stream: list[Tensor], k: int, turn: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
+    """‖B A − m‖/‖m‖ over the last steps, on average, and the largest condition of B there."""
+    p, q = stream[0].shape
+    B, A, m, errors, conditions = torch.zeros(p, k), torch.zeros(k, q), torch.zeros(p, q, dtype=torch.float64), [], []
+    for g in stream:
+        m = BETA * m + (1 - BETA) * g.double()
+        B, A = sweep(B, A, g, turn)
+        errors.append(((B.double() @ A.double() - m).norm() / m.norm()).item())
+        conditions.append(torch.linalg.cond(B.double()).item())
+    return sum(errors[-LAST:]) / LAST, max(conditions[-LAST:])
+
+
+def main() -> None:
+    forms = [norms, orthonormal, singular]
+    print(
+        "| gradients | p×q, k | " + " | ".join(form.__name__ for form in forms) + " |\n|---|---|" + "---|" * len(forms)
+    )
+    for p, q, k in SHAPES:
+        for kind, stream in streams(p, q):
+            cells = (f"{e:.1e} ({c:.0e})" for e, c in (error(stream, k, form) for form in forms))
+            print(f"| {kind} | {p}×{q}, {k} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
