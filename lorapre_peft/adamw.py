@@ -46,9 +46,9 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         weight_decay: decoupled λ ≥ 0, as in `torch.optim.AdamW` but 0 by default.
         momentum_rank: k ≥ 1. None: a quarter of the smaller side of each matrix, at least 1. 0: the AdamW path for all.
         update_rule: ``"als"`` or ``"newton"``.
-        residual_weight: ρ in [0, 1] of ``als``: the weight in m of the part of the gradient outside the momentum's subspace. None: 1, the
-            sum of the weights that Adam gives one gradient over the steps; that part is then moved by in one step, which the clamp
-            shortens where gradients are noise. 1−β1 gives m = β1 m_B m_A + (1−β1) g.
+        residual_weight: ρ in [0, 1] of ``als``: the part of the gradient outside the momentum's subspace has the weight min(1, ρ/(1−β1ᵗ))
+            in m̂. None: 1, the sum of the weights that Adam gives one gradient over the steps; that part is then moved by in one step,
+            which the clamp shortens where gradients are noise. 1−β1 gives m = β1 m_B m_A + (1−β1) g.
         common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed and
             backend, as `LoRAPreOptimizer` documents them.
 

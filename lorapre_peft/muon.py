@@ -51,8 +51,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
     """Muon whose momentum of each p×q matrix is a pair of factors of rank k: (p+q)k numbers of state instead of pq.
 
     LoRA-Pre for Muon (Wang et al., arXiv 2602.24283, Algorithm 2) with ``update_rule="newton"``: m = μ m_B m_A + g from the previous
-    factors, then Newton–Schulz, then the step. With ``"als"``, the default, the part of g outside the row space of m_A is
-    weighted by ρ/(1−μ). Parameters that are no matrices, or too small to compress, take AdamW with a learning
+    factors, then Newton–Schulz, then the step. With ``"als"``, the default, the part of g outside the row space of m_A has the
+    weight min(ρ, 1−μᵗ)/(1−μ). Parameters that are no matrices, or too small to compress, take AdamW with a learning
     rate of their own.
 
     Args:
@@ -61,8 +61,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         momentum: μ in [0, 1).
         weight_decay: decoupled λ ≥ 0, of both paths.
         momentum_rank, update_rule: as in `LoRAPreAdamW`.
-        residual_weight: as in `LoRAPreAdamW`, for an average of decay μ; the heavy-ball sum takes ρ/(1−μ). 1−μ gives
-            Algorithm 2's m = μ m_B m_A + g.
+        residual_weight: as in `LoRAPreAdamW`, for an average of decay μ. 1−μ gives Algorithm 2's m = μ m_B m_A + g.
         nesterov: step along g + μ m instead of m, as torch.optim.Muon does. The paper reports none: False.
         adjust_lr_fn: ``"original"`` (√max(1, p/q)) or ``"match_rms_adamw"`` (0.2 √max(p, q): a learning rate tuned for AdamW
             carries over), as in torch.optim.Muon; None for no scale, as in Algorithm 2 (torch's None means ``"original"``).

@@ -232,7 +232,7 @@ class Als:
     """
 
     name = "als"
-    tracked = True  # v keeps Adam's energy, the normalised update is clamped, the start is the first gradient
+    tracked = True  # v keeps Adam's energy, the normalised update is clamped, directions of zeros start anew
     projects_new = True  # A is solved given the new B: from B'ᵀ [B' | B] and B'ᵀx
 
     def __init__(self, damping: float = 1e-6):
