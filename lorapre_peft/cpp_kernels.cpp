@@ -207,7 +207,8 @@ class Task {
     const double common = std::max(std::sqrt(norm_B) * std::sqrt(norm_A), MIN_FACTOR_NORM);
     const double tiny = std::numeric_limits<float>::min();
     const double by_B = common / std::max(norm_B, tiny), by_A = common / std::max(norm_A, tiny);
-    for (double& entry : inverse) entry *= by_B;
+    constexpr double most = std::numeric_limits<float>::max();
+    for (double& entry : inverse) entry = std::clamp(entry * by_B, -most, most);  // of a B that is zero
     scratch.rows.assign(inverse.begin(), inverse.end());
     turn(m.B, s.p, k, scratch.rows.data());
     for (int64_t j = 0; j < s.q * k; ++j) m.A[j] *= float(by_A);

@@ -208,8 +208,9 @@ class Rows {
       const float* dot = dots + r * k;
       for (int l = 0; l < k; ++l)
         for (int j = 0; j < k; ++j) fit[j] += dot[l] * moment.R[l * k + j];
-      if (s.metrics && first_moment)  // ‖X A‖² = X · x Aᵀ, X A being the projection of x
-        for (int j = 0; j < k; ++j) sums.captured += double(fit[j]) * dot[j];
+      if (s.metrics && first_moment)  // ‖X A‖² = Σ X (A Aᵀ) Xᵀ over the rows of X
+        for (int j = 0; j < k; ++j)
+          for (int l = 0; l < k; ++l) sums.captured += moment.gram[j * k + l] * fit[j] * fit[l];
       for (int j = 0; j < k; ++j) {
         old[j] = state[j];
         now[j] = moment.keep * old[j] + moment.gain * fit[j];
@@ -299,7 +300,8 @@ class Rows {
     }
     if (s.metrics && i == 0)
       for (int j = 0; j < k; ++j)
-        for (int r = 0; r < count; ++r) sums.captured += double(B_new[j * CHUNK + r]) * C[j * CHUNK + r];
+        for (int l = 0; l < k; ++l)
+          for (int r = 0; r < count; ++r) sums.captured += moment.gram[j * k + l] * B_new[j * CHUNK + r] * B_new[l * CHUNK + r];
     for (int j = 0; j < k; ++j)
       for (int at = j * CHUNK; at < j * CHUNK + whole; at += LANES) {
         const Vec fit = load(B_new + at), old = load(B + at);

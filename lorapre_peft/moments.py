@@ -47,8 +47,9 @@ def columns(rule: Als | Newton, grams: Tensor, decay: Tensor, weight: Tensor) ->
 def balance(rule: Als | Newton, grams: Tensor, turn: Tensor | None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`rule.balance`, with what B' is multiplied by as a number or a matrix, [s, N, 1, 1] or [s, N, k, k], and A' [s, N, 1, 1]; float32."""
     scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
-    scale_B = scale_B[..., None, None] if turn is None else scale_B[..., None, None] * turn
-    return scale_B.float(), scale_A.float()[..., None, None], squared_norm
+    scale_B, most = scale_B[..., None, None], torch.finfo(torch.float32).max
+    by_B = scale_B if turn is None else (scale_B * turn).clamp(-most, most)  # of a B that is zero
+    return by_B.float(), scale_A.float()[..., None, None], squared_norm
 
 
 class Factors:
