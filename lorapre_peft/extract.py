@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from .checkpoint import Checkpoint, common_names
+from .precision import float64_device, wide
 from .rules import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
 
 REPORT_NAME = "extraction_report.json"
@@ -246,7 +247,7 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: in
         if energy is None:
             return B, A
         # ‖Δ‖² that a cut to k = 1, 2, … misses: what BA misses, and its own S² from there on; the rows of A are √S long.
-        S2 = A.double().square().sum(1).square()
+        S2 = wide(A).square().sum(1).square()
         missed = _norm(delta - B @ A) ** 2 + S2.flip(0).cumsum(0).flip(0) - S2
         r = int((missed > (1 - energy) * _norm(delta) ** 2).sum()) + 1
         if exact or r <= width or width == limit:
@@ -256,7 +257,7 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: in
 
 
 def _norm(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
+    return torch.linalg.vector_norm(x.to(float64_device(x.device)), dtype=torch.float64).item()
 
 
 def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:

@@ -12,6 +12,8 @@ from stepping import LR, both_optimizers, both_rules, flat, stream, truth_of, we
 from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, backends, precision
+from lorapre_peft.extract import _factors, _norm
+from lorapre_peft.rules import EXACT_SVD_SIZE
 
 # Factored by elimination and by Cholesky; a convolution, and a vector.
 PARAMETERS = [((20, 12), 3), ((20, 12), 3), ((12, 40), 7), ((8, 4, 3, 3), 3), ((140, 132), 5), ((12,), 0)]
@@ -112,6 +114,16 @@ def test_a_forgotten_float64_would_show(monkeypatch):
     monkeypatch.setattr(precision, "float64_device", lambda device: device)
     with pytest.raises(TypeError, match="no float64"):
         run(MPS, LoRAPreAdamW)
+
+
+@pytest.mark.parametrize("options", [(4, None, None), (None, 0.9, None)], ids=["rank", "energy"])
+def test_extraction_equals_the_cpus(options):
+    side = EXACT_SVD_SIZE + 4  # by subspace iteration, where the rank is given
+    delta = stream((side, side), 1)[0]
+    with pretended():
+        found = [factor.cpu() for factor in _factors(delta.to(MPS), *options)]
+        assert _norm(delta.to(MPS)) == _norm(delta)
+    assert all(map(torch.equal, found, _factors(delta, *options)))
 
 
 def test_auto_is_eager_there(monkeypatch):
