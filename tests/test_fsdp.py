@@ -126,7 +126,8 @@ def train(
                     grad[count : 2 * count] = 0
                 nobody = grad is None or (missing and mesh is not None and mesh.get_local_rank() == 1)
                 param.grad = None if nobody else grad.to(dtype) if mesh is None else shard(grad.to(dtype), mesh)
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 optimizer.step()
         states = [optimizer.state[param] for param in params]
         return {
