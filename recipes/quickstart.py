@@ -78,7 +78,7 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_le
         **answers(trainer, data["eval"], options.max_new_tokens, f"answers after {recipe.folder.name}"),
         "load_seconds": load_seconds,
         "optimizer_state_bytes": held_bytes(trainer.optimizer.optimizer),
-        "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds) if timer.seconds else None,
+        "optimizer_seconds_per_step": timer.per_step(),
         "train_seconds": metrics["train_runtime"],  # since the last resume
         "log": trainer.state.log_history,
     }

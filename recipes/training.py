@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -44,6 +45,10 @@ class OptimizerTimer(TrainerCallback):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+
+    def per_step(self) -> float | None:
+        """The median of the steps; the first one may compile kernels. None without any."""
+        return statistics.median(self.seconds) if self.seconds else None
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._start = self._now()

@@ -159,7 +159,7 @@ class Runner:
             "parameters": sum(param.numel() for param in model.parameters()),
             "tokens": trainer.state.num_input_tokens_seen,
             "train_seconds": seconds,
-            "optimizer_seconds_per_step": sum(timer.seconds) / len(timer.seconds),
+            "optimizer_seconds_per_step": timer.per_step(),
             "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
         }
         trainer.accelerator.free_memory()
