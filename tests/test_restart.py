@@ -21,11 +21,12 @@ def trained(cls, backend, steps=4):
     return param, optimizer
 
 
-def backends_of(cls):
-    return [b for b in BACKENDS if b.values[0] in cls.backend_names]
-
-
-CASES = [(cls, *b.values) for cls in (LoRAPreAdamW, LoRAPreMuon) for b in backends_of(cls) if not b.marks[0].args[0]]
+CASES = [
+    pytest.param(cls, *backend.values, marks=backend.marks)
+    for cls in (LoRAPreAdamW, LoRAPreMuon)
+    for backend in BACKENDS
+    if backend.values[0] in cls.backend_names
+]
 
 
 @pytest.mark.parametrize(("cls", "backend"), CASES)
