@@ -33,7 +33,7 @@ test-all: install
 
 # The numerics with the instructions of other CPUs, of PyTorch's own kernels and so of this project's, of MKL's and of oneDNN's: one
 # machine stands in for others. The whole suite: `make test-isa NUMERICS=tests`.
-NUMERICS := $(addprefix tests/test_, adapters.py backends.py full_weights.py gradients.py kernels.py no_sync.py rules.py start.py state.py steps.py torch_api.py)
+NUMERICS := $(addprefix tests/test_, adapters.py backends.py best_factors.py full_weights.py gradients.py kernels.py no_sync.py restart.py rules.py state.py steps.py torch_api.py)
 
 test-isa: install
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "not slow" $(NUMERICS) $(ARGS)
