@@ -19,8 +19,7 @@ from lorapre_peft.placement import local
 
 # (2, 24) is LoRA's A with fewer rows than processes; of (5, 12) the fourth process has no row. The vectors take the AdamW path.
 SHAPES = [(7, 20), (33, 16), (2, 24), (5, 12), (33,), (20, 7), (33, 16), (8, 3, 3, 3), (3,)]
-# Starts by subspace iteration, up to the signs of the factors' columns. Not for `newton`: there, rounding the gradients by 1e-7 moves
-# one process's own weights as far as sharding does, 5e-4.
+# Longer sums than the others'. Not for `newton`: there, rounding the gradients by 1e-7 moves one process's own weights as far as sharding does.
 LARGE = (150, 140)
 
 ALL = {
