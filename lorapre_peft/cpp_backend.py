@@ -170,7 +170,7 @@ class Cpp(Eager):
         """One AdamW step of all matrices of a table: weights, factors and counters, in place.
 
         options: of each of the table's groups, in the order of `OPTIONS`. sum_bytes: room for the sums of split matrices. record: whether
-        to look at the updates. Returns ‖g‖_F, and of those recorded the largest update, the number that were clamped and the energy
+        to look at the updates. Returns ‖g‖_F after clipping, and of those recorded the largest update, the number that were clamped and the energy
         that m's rows captured, by matrix.
         """
         params, n = table.params, len(table.params)

@@ -66,7 +66,7 @@ class Task {
     if (!(norm <= MAX_NORM)) return false;
     const bool newton = o.newton != 0;
     const double clip = norm > o.max_norm ? o.max_norm / norm : 1;
-    norm *= clip;
+    norm = found.norm = norm * clip;
     count = newton || *at.v_energy > 0 ? *at.step + 1 : norm > 0;
     const double t = std::max(count, 1.0);
 
@@ -98,10 +98,9 @@ class Task {
 
   // The columns of both moments and the numbers of the state, from the sums over all rows.
   void finish(const Sums& sums, Scratch& scratch) {
-    double squared_norm = 0;
     const double root2 = std::sqrt(o.beta2);
     columns(0, sums, o.beta1, 1 - o.beta1, scratch);
-    squared_norm = columns(1, sums, root2, 1 - root2, scratch);
+    const double squared_norm = columns(1, sums, root2, 1 - root2, scratch);
     *at.step = float(count);
     if (!o.newton) {
       const double energy = o.beta2 * *at.v_energy + (1 - o.beta2) * norm * norm;
@@ -120,7 +119,7 @@ class Task {
   const bool metrics;
   const int64_t parts;
   Step s;
-  double norm = 0, count = 0;
+  double norm = 0, count = 0;  // norm: after clipping
 
   int64_t begin(int64_t split) const { return std::min(shape.p, split * ((shape.p + parts - 1) / parts)); }
 
