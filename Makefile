@@ -33,7 +33,7 @@ test-all: install
 
 # The numerics with the instructions of other CPUs, of PyTorch's own kernels and so of this project's, of MKL's and of oneDNN's: one
 # machine stands in for others. The whole suite: `make test-isa NUMERICS=tests`.
-NUMERICS := $(addprefix tests/test_, adapters.py backends.py best_factors.py full_weights.py gradients.py kernels.py no_sync.py restart.py rules.py state.py steps.py torch_api.py)
+NUMERICS := tests/optim tests/kernels
 
 test-isa: install
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "not slow" $(NUMERICS) $(ARGS)
@@ -47,14 +47,14 @@ test-wheel:
 	$(VENV)-wheel/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VENV)-wheel .
 	$(VENV)-wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(VENV)-wheel/*.whl
-	$(VENV)-wheel/bin/python -I tests/two_lines.py
+	$(VENV)-wheel/bin/python -I tests/helpers/two_lines.py
 	$(VENV)-wheel/bin/lorapre-extract --help > $(VENV)-wheel/help
 	$(VENV)-wheel/bin/lorapre-memory HuggingFaceTB/SmolLM2-135M --lora-r 8
 
 # The package's own tests, which are all but those of recipes and eval, at the lowest versions that setup.cfg allows. Under Linux pip
 # takes a CUDA build of torch 2.7.0, 6 GB.
 test-oldest: $(VENV)-oldest/installed
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(ARGS) $$(grep -LE '^(from|import) (eval|recipes|suites)' tests/test_*.py)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(ARGS) $$(grep -LE '^(from|import) (eval|recipes|suites)' -r tests --include="test_*.py")
 
 $(VENV)-oldest/installed: setup.cfg constraints-oldest.txt Makefile
 	$(PYTHON_OLDEST) -m venv $(VENV)-oldest

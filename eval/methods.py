@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from lorapre_peft import LoRAPreConfig, lorapre_optimizer
-from lorapre_peft.targets import weight_targets
+from lorapre_peft.integrations.targets import weight_targets
 
 Options = Mapping[str, Any]
 Build = Callable[[nn.Module, SFTConfig, Options], Optimizer]

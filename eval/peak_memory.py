@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from lorapre_peft import create_lorapre_optimizer
-from lorapre_peft.memory import Measurement, MemoryEstimate, estimate, measure
-from lorapre_peft.memory_models import find_config
-from lorapre_peft.table import format_bytes
+from lorapre_peft.integrations.summary import format_bytes
+from lorapre_peft.memory.models import find_config
+from lorapre_peft.memory.peak import Measurement, MemoryEstimate, estimate, measure
 
 
 def measured_and_estimated(

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
-from lorapre_peft.backends import available
+from lorapre_peft.kernels.choose import available
 
 GALORE_GAP = 200  # steps from one projection to the next in GaLore's published runs (scripts/benchmark_c4)
 # LoRA-Pro's "vec" solver, its default, solves r² equations of r² unknowns per pair: 17 GB each at r = 256.

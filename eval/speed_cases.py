@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from eval.peers import trained
-from lorapre_peft.config import default_momentum_rank
-from lorapre_peft.memory_models import find_config, meta_model
-from lorapre_peft.targets import WEIGHT_MOMENTUM_RANK, weight_targets
+from lorapre_peft.integrations.config import default_momentum_rank
+from lorapre_peft.integrations.targets import WEIGHT_MOMENTUM_RANK, weight_targets
+from lorapre_peft.memory.models import find_config, meta_model
 
 GRADIENT_RANK = 4  # of the part of a synthetic gradient that is not noise
 NOISE = 0.1  # root mean square of the noise over that of the low-rank part

@@ -93,7 +93,7 @@ def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
     """The most that a call had allocated at once above what was there before.
 
     On a CPU from the profiler's record of the allocator: it sees compiled code too, which a dispatch mode such as
-    `lorapre_peft.memory.AllocationTracker` makes torch.compile give up for good.
+    `lorapre_peft.memory.peak.AllocationTracker` makes torch.compile give up for good.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

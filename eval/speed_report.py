@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from lorapre_peft.table import format_bytes
+from lorapre_peft.integrations.summary import format_bytes
 
 HEAD = (
     "| optimizer | time, ms (quartiles) | × fused AdamW | state | temporaries | bandwidth |\n|---|---|---|---|---|---|"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lorapre_peft.reference import restarted
+from lorapre_peft.optim.reference import restarted
 
 BETA, STEPS, LAST = 0.9, 120, 30
 SHAPES = [(8, 64, 7), (8, 64, 2), (64, 8, 2), (20, 12, 4), (64, 96, 8)]  # p, q, k

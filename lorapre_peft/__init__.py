@@ -3,10 +3,10 @@
 from importlib import import_module
 from typing import Any
 
-from .adamw import LoRAPreAdamW
-from .config import LoRAPreConfig
-from .create import create_lorapre_optimizer
-from .muon import LoRAPreMuon
+from .integrations.config import LoRAPreConfig
+from .integrations.create import create_lorapre_optimizer
+from .optim.adamw import LoRAPreAdamW
+from .optim.muon import LoRAPreMuon
 
 __version__ = "0.1.0"
 
@@ -23,9 +23,9 @@ __all__ = [
 
 # Imported when they are asked for: all but the last bring in transformers' trainer classes.
 _LAZY = {
-    "LoRAPreCallback": ".trainer",
-    "lorapre_optimizer": ".trainer",
-    "last_complete_checkpoint": ".resume",
+    "LoRAPreCallback": ".integrations.trainer",
+    "lorapre_optimizer": ".integrations.trainer",
+    "last_complete_checkpoint": ".integrations.resume",
     "extract_lora": ".extract",
 }
 

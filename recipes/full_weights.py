@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorapre_peft.table import format_bytes
+from lorapre_peft.integrations.summary import format_bytes
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse
 from recipes.training import environment, held_bytes, start_run, write_atomically
 

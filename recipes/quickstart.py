@@ -20,7 +20,7 @@ from trl import SFTTrainer
 
 from eval.exact_match import ExactMatch, generate
 from lorapre_peft import LoRAPreConfig
-from lorapre_peft.table import format_bytes
+from lorapre_peft.integrations.summary import format_bytes
 from recipes.data import write_manifest
 from recipes.problems import STOP
 from recipes.sft import CONFIGS, Recipe, build_trainer, parse, train

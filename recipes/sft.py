@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, last_complete_checkpoint, lorapre_optimizer
-from lorapre_peft.targets import freeze_others, weight_targets
+from lorapre_peft.integrations.targets import freeze_others, weight_targets
 from recipes.data import DataArguments, write_manifest
 from recipes.models import load_model
 from recipes.precision import Precision, accelerator, choose

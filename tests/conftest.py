@@ -25,7 +25,8 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorapre_peft import LoRAPreConfig, backends
+from lorapre_peft import LoRAPreConfig
+from lorapre_peft.kernels import choose as backends
 
 VOCAB_SIZE = 64
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]

@@ -11,9 +11,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from lorapre_peft.memory import AllocationTracker, MemoryEstimate, activation_bytes, estimate
-from lorapre_peft.memory_models import meta_model
-from lorapre_peft.table import format_bytes
+from lorapre_peft.integrations.summary import format_bytes
+from lorapre_peft.memory.models import meta_model
+from lorapre_peft.memory.peak import AllocationTracker, MemoryEstimate, activation_bytes, estimate
 from recipes.training import describe, held_bytes, sft_config
 
 from .models import base_config

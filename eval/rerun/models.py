@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lorapre_peft.memory_models import find_config
+from lorapre_peft.memory.models import find_config
 from recipes.models import load_model
 from recipes.sources import SMOLLM2
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorapre_peft.table import format_bytes
+from lorapre_peft.integrations.summary import format_bytes
 from recipes.training import write_atomically
 
 from .comparisons import add_differences, averages, by_seed

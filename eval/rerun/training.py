@@ -27,7 +27,7 @@ from trl import SFTTrainer
 
 from eval.exact_match import generate
 from eval.methods import METHODS
-from lorapre_peft.memory import measure
+from lorapre_peft.memory.peak import measure
 from recipes.training import OptimizerTimer, Progress, held_bytes, sft_config
 
 from .data import Splits, load_splits

@@ -1,0 +1,5 @@
+"""LoRA adapters extracted from the difference of two checkpoints."""
+
+from .lora import ExtractionReport, extract_lora
+
+__all__ = ["ExtractionReport", "extract_lora"]

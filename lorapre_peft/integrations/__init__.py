@@ -1,0 +1,1 @@
+"""What connects the optimizers to PEFT, transformers and TRL."""

@@ -1,0 +1,158 @@
+"""`LoRAPreConfig`: a `peft.LoraConfig` that also says how its adapter's momenta are compressed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftType
+from peft.utils.other import get_pattern_key
+
+from ..lowrank.rules import RULES
+
+# Beside adapter_config.json, which stays a plain LoraConfig's: PEFT warns about keys that it does not know.
+CONFIG_NAME = "lorapre_config.json"
+
+
+@dataclass
+class LoRAPreConfig(LoraConfig):
+    """Configuration of a LoRA adapter that is trained with LoRA-Pre.
+
+    All of `peft.LoraConfig`, and for PEFT it is one: ``peft_type`` stays LORA. The three fields below are read by
+    `create_lorapre_optimizer`; they change nothing about the adapter itself. They are saved beside ``adapter_config.json``
+    in ``lorapre_config.json``, so that an adapter saved here opens in plain PEFT; `LoRAPreConfig.from_pretrained` reads both.
+
+    Raises ValueError for a momentum rank that is no whole number ≥ 1 or not below the adapter's rank, and for an unknown rule.
+    """
+
+    momentum_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank k of the momentum factors of each A and B, 1 ≤ k < r. None: a quarter of the adapter's rank, at least 1."
+        },
+    )
+    momentum_rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Momentum ranks of single modules, by layer name or regular expression as in `rank_pattern`, e.g. {'q_proj': 4}."
+        },
+    )
+    update_rule: str = field(
+        default="als",
+        metadata={"help": "'als' (tracked, this project's default) or 'newton' (as published, Theorem 3.1)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.update_rule not in RULES:
+            raise ValueError(f"update_rule={self.update_rule!r}: expected one of {', '.join(map(repr, RULES))}")
+        largest = max([self.r, *(self.rank_pattern or {}).values()])
+        named = {"momentum_rank": self.momentum_rank} | {
+            f"momentum_rank_pattern[{key!r}]": k for key, k in (self.momentum_rank_pattern or {}).items()
+        }
+        for name, k in named.items():
+            if k is None and name == "momentum_rank":
+                continue
+            if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+                raise ValueError(f"{name}={k!r}: expected a whole number of at least 1")
+            if k >= largest:
+                raise ValueError(
+                    f"{name}={k} is not below the adapter's rank {largest}: nothing would be compressed; "
+                    + (f"use 1..{largest - 1}, or a larger r" if largest > 1 else "use r=2 or more")
+                )
+
+    def pattern_key(self, module_name: str) -> str | None:
+        """The first key of ``momentum_rank_pattern`` that names this module, by its name in the base model as in PEFT."""
+        key = get_pattern_key(self.momentum_rank_pattern.keys(), module_name)
+        return key if key in self.momentum_rank_pattern else None
+
+    def module_momentum_rank(self, module_name: str, r: int) -> int:
+        """k of a module of that name, whose adapter has rank r. Raises ValueError if a pattern gives it a k ≥ r."""
+        key = self.pattern_key(module_name)
+        if key is not None:
+            k = self.momentum_rank_pattern[key]
+            if k >= r:
+                raise ValueError(
+                    f"momentum_rank_pattern[{key!r}]={k} is not below r={r} of {module_name}: nothing would be compressed; "
+                    "use a smaller one there"
+                )
+            return k
+        return self.momentum_rank if self.momentum_rank is not None else default_momentum_rank(r)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` as a plain `LoraConfig` would, and ``lorapre_config.json`` beside it."""
+        plain = copy.copy(self)
+        plain.__class__ = LoraConfig
+        plain.save_pretrained(save_directory, **kwargs)
+        with open(os.path.join(save_directory, CONFIG_NAME), "w") as file:
+            json.dump({name: getattr(self, name) for name in own_fields()}, file, indent=2, sort_keys=True)
+            file.write("\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LoRAPreConfig:
+        """Read a saved adapter's configuration from a folder or the hub, as `peft.PeftConfig.from_pretrained`.
+
+        For an adapter without ``lorapre_config.json`` (a plain LoRA) the own fields take their defaults, with a warning.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        own = cls._load_own(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
+        if own is None:
+            warnings.warn(
+                f"{pretrained_model_name_or_path} has no {CONFIG_NAME} (a plain LoRA adapter?), or the hub cannot be asked for it and "
+                "it is not in the local cache: momentum_rank, momentum_rank_pattern and update_rule take their defaults",
+                stacklevel=2,
+            )
+            return config
+        return dataclasses.replace(config, **own)
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> LoRAPreConfig:
+        """As in PEFT, which would map LORA to a plain `LoraConfig`; unknown keys are warned about and dropped by PEFT."""
+        kind = kwargs.get("peft_type", PeftType.LORA)
+        if kind != PeftType.LORA:
+            raise ValueError(
+                f"found the configuration of a {kind} adapter; expected a LORA one: read it with peft.PeftConfig"
+            )
+        own = {name: kwargs.pop(name) for name in own_fields() if name in kwargs}
+        plain = LoraConfig.from_peft_type(**kwargs)
+        return cls(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(LoraConfig) if f.init}, **own)
+
+    @classmethod
+    def _load_own(cls, path: str, subfolder: str | None, **hub_kwargs: Any) -> dict[str, Any] | None:
+        folder = os.path.join(path, subfolder) if subfolder is not None else path
+        file_path = os.path.join(folder, CONFIG_NAME)
+        if not os.path.isfile(file_path):
+            if os.path.isdir(folder):
+                return None
+            try:
+                file_path = hf_hub_download(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
+            except EntryNotFoundError:  # of the hub, or of the local cache where the hub cannot be asked
+                return None
+        with open(file_path) as file:
+            own = json.load(file)
+        unknown = own.keys() - own_fields()
+        if unknown:
+            raise ValueError(
+                f"{file_path} has unknown keys {sorted(unknown)}: it was saved by a newer lorapre_peft; upgrade it"
+            )
+        return own
+
+
+def own_fields() -> list[str]:
+    """Names of the fields that `LoRAPreConfig` adds to `LoraConfig`."""
+    inherited = {f.name for f in dataclasses.fields(LoraConfig)}
+    return [f.name for f in dataclasses.fields(LoRAPreConfig) if f.name not in inherited]
+
+
+def default_momentum_rank(r: int) -> int:
+    """A quarter of the adapter's rank, at least 1."""
+    return max(1, r // 4)

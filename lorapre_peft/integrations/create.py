@@ -1,0 +1,152 @@
+"""`create_lorapre_optimizer`: from a PEFT model, or a plain one, to an optimizer whose groups know what to compress."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+from transformers.trainer_pt_utils import get_parameter_names
+
+from ..lowrank.layout import compressed_rank
+from ..lowrank.sharding import rank
+from ..optim.adamw import LoRAPreAdamW
+from ..optim.base import LoRAPreOptimizer
+from ..optim.muon import LoRAPreMuon
+from .summary import state_table
+from .targets import adapter_targets, freeze_others, has_adapter, weight_targets
+
+OPTIMIZERS: dict[str, type[LoRAPreOptimizer]] = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
+# Trainer's own list of names without weight decay (transformers.Trainer.get_decay_parameter_names).
+NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+# The paper's learning rate for fine-tuning the weights of 7B and 8B models (Table 2).
+WEIGHT_LR = 2e-5
+
+
+def create_lorapre_optimizer(
+    model: nn.Module,
+    optimizer: str = "adamw",
+    *,
+    lr: float | Tensor | None = None,
+    weight_decay: float = 0.0,
+    momentum_rank: int | None = None,
+    update_rule: str | None = None,
+    target_modules: str | Iterable[str] | None = None,
+    others: str | None = None,
+    embeddings: str | None = None,
+    verbose: bool = True,
+    **kwargs: Any,
+) -> LoRAPreOptimizer:
+    """Build a LoRA-Pre optimizer over a model's trainable parameters, and print what it compresses.
+
+    With LoRA adapters in the model, their matrices are compressed at the momentum rank of each adapter's config
+    (`LoRAPreConfig`; a plain `LoraConfig` counts as one with defaults), and everything else that is trainable takes the AdamW
+    path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``.
+
+    Without adapters the **weights** are trained: those of ``target_modules`` compressed at rank 8 unless told otherwise,
+    the ``others`` (norms, biases) by AdamW, embeddings and head not at all. What is not trained is frozen here
+    (``requires_grad_(False)``), so that it costs no gradient memory; bfloat16 weights are written with stochastic rounding.
+
+    Weight decay is split as `transformers.Trainer` does it. Tied weights count once.
+
+    Args:
+        model: a model with a LoRA adapter, or a plain one.
+        optimizer: ``"adamw"`` (`LoRAPreAdamW`) or ``"muon"`` (`LoRAPreMuon`).
+        lr: learning rate of all groups. May be left out for full weights only: 2e-5, as in the paper's Table 2.
+        weight_decay: decoupled, of the parameters that Trainer would decay.
+        momentum_rank, update_rule: override what the adapters' configs say, or the defaults 8 and ``"als"`` for weights.
+        target_modules: full weights only: names, a regular expression or ``"all-linear"`` (the default), as in PEFT.
+        others: full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither targets nor embeddings.
+        embeddings: full weights only: ``"frozen"`` (the default) or ``"adamw"``, for embeddings and head.
+        verbose: print the table of what is compressed, on the first process.
+        kwargs: further options of the optimizer class.
+
+    Raises:
+        ValueError: nothing trainable, nothing to compress, adapters other than LoRA, a momentum rank that is too large for a module,
+            an option of full weights with an adapter in the model, or an invalid option.
+        TypeError: an option that the optimizer does not have.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+    for name, choice in (("others", others), ("embeddings", embeddings)):
+        if choice not in (None, "adamw", "frozen"):
+            raise ValueError(f"{name}={choice!r}: expected 'adamw' or 'frozen'")
+    if not any(param.requires_grad for param in model.parameters()):
+        raise ValueError(
+            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), or load the adapter with "
+            "PeftModel.from_pretrained(model, path, is_trainable=True, config=LoRAPreConfig.from_pretrained(path))"
+        )
+    frozen_rows: dict[str, set[Tensor]] = {}
+    if has_adapter(model):
+        for name, given in (("target_modules", target_modules), ("others", others), ("embeddings", embeddings)):
+            if given is not None:
+                raise ValueError(
+                    f"{name}={given!r} is for full weights; with an adapter in the model, its LoraConfig says what is trained"
+                )
+        if lr is None:
+            raise ValueError("no learning rate: give lr=… (LoRA is usually tuned to 1e-4 or above)")
+        targets = adapter_targets(model, momentum_rank, update_rule)
+    else:
+        targets = weight_targets(model, target_modules or "all-linear", momentum_rank, update_rule)
+        lr = WEIGHT_LR if lr is None else lr
+        kwargs.setdefault("bf16_rounding", "stochastic")
+        if others != "frozen":
+            _warn_of_experts(model)
+        frozen_rows = freeze_others(model, targets, others, embeddings)
+
+    groups = _param_groups(model, targets, weight_decay)
+    rho = kwargs.pop("residual_weight", None)
+    if rho is not None and all(group["update_rule"] != "als" for group in groups if group["momentum_rank"]):
+        raise ValueError(f"residual_weight={rho} is an option of update_rule='als', and no parameter uses it")
+    for group in groups:
+        group["residual_weight"] = rho if group["update_rule"] == "als" else None
+    built = OPTIMIZERS[optimizer](groups, lr=lr, **kwargs)
+    if not any(compressed_rank(p.shape, g["momentum_rank"]) for g in built.param_groups for p in g["params"]):
+        shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
+        raise ValueError(
+            f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs matrices whose smaller side (the "
+            "rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or target_modules='all-linear', a "
+            "smaller momentum_rank, or torch.optim.AdamW for this model"
+        )
+    if verbose and rank() == 0:
+        named = set().union(*frozen_rows.values())
+        frozen_rows["frozen"] = {param for param in model.parameters() if not param.requires_grad} - named
+        print(state_table(built, {label: list(params) for label, params in frozen_rows.items() if params}))
+    return built
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Of mixtures of experts: transformers holds theirs stacked, in one tensor that is the weight of no module."""
+    stacked = {
+        name: param for name, param in model.named_parameters() if param.ndim == 3 and not name.endswith("weight")
+    }
+    if stacked:
+        name, param = next(iter(stacked.items()))
+        share = sum(map(torch.numel, stacked.values())) / sum(map(torch.numel, model.parameters()))
+        warnings.warn(
+            f"{len(stacked)} tensors such as {name} {tuple(param.shape)} hold a matrix per expert, {share:.0%} of all parameters: they are "
+            "not compressed and take the AdamW path, with its full state. others='frozen' leaves them as they are",
+            stacklevel=3,
+        )
+
+
+def _param_groups(
+    model: nn.Module, targets: dict[Tensor, tuple[int, str]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Named parameters by weight decay, momentum rank and rule, in the model's order; rank 0 is the AdamW path."""
+    decayed = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, NO_DECAY))
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            k, rule = targets.get(param, (0, "als"))
+            options = {
+                "weight_decay": weight_decay if name in decayed else 0.0,
+                "momentum_rank": k,
+                "update_rule": rule,
+            }
+            group = groups.setdefault(tuple(options.values()), {"params": [], **options})
+            group["params"].append((name, param))
+    return list(groups.values())

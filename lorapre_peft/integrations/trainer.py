@@ -1,0 +1,315 @@
+"""LoRA-Pre in `transformers.Trainer` and TRL's trainers: one argument and one callback.
+
+TRL's SFTTrainer and RewardTrainer take the argument; the others, such as DPOTrainer, have Trainer's attribute of the same name to set
+before training.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from ..lowrank.sharding import world_size
+from ..optim.base import LoRAPreOptimizer
+from .create import OPTIMIZERS, create_lorapre_optimizer
+from .summary import adamw_state_bytes
+
+
+def lorapre_optimizer(
+    optimizer: str = "adamw", args: TrainingArguments | None = None, **overrides: Any
+) -> tuple[Callable[[], Callable[..., LoRAPreOptimizer]], dict[str, Any]]:
+    """What Trainer's ``optimizer_cls_and_kwargs`` takes, so that it builds a LoRA-Pre optimizer once the model is wrapped.
+
+    Trainer does not pass its learning rate to an optimizer given this way, so it is read from ``args``, again whenever an
+    optimizer is built (a hyperparameter search changes them): learning rate, weight decay, epsilon, and each Adam beta that differs
+    from the training arguments' default (0.9 and 0.999; LoRA-Pre's own are 0.9 and 0.95, and to train with 0.999 it is given as
+    ``betas``). With ``"muon"`` betas and epsilon are those of the AdamW path.
+
+    Args:
+        optimizer: ``"adamw"`` or ``"muon"``.
+        args: the trainer's own arguments (`TrainingArguments`, `SFTConfig`, …).
+        overrides: options of `create_lorapre_optimizer`; they win over ``args``.
+
+    Raises ValueError if there is no learning rate in either, for an unknown optimizer, and for arguments that cannot work with
+    it: an engine that flattens parameters, or, with ``update_in_backward=True``, gradient accumulation, global-norm
+    clipping (``max_grad_norm`` above 0) and fp16.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+    if (_read(optimizer, args) | overrides).get("lr") is None:
+        raise ValueError(
+            "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the trainer's "
+            "arguments, or give lr=…"
+        )
+    if args is not None:
+        _check_arguments(args, bool(overrides.get("update_in_backward")))
+    return functools.partial(_factory, args), {"optimizer": optimizer, **overrides}
+
+
+def _read(optimizer: str, args: TrainingArguments | None) -> dict[str, Any]:
+    """Options of `create_lorapre_optimizer` from the training arguments as they are now."""
+    options: dict[str, Any] = {"optimizer": optimizer}
+    if args is None:
+        return options
+    prefix = "" if optimizer == "adamw" else "adamw_"
+    options |= {"lr": args.learning_rate, "weight_decay": args.weight_decay, f"{prefix}eps": args.adam_epsilon}
+    defaults = {name: type(args).__dataclass_fields__[name].default for name in ("adam_beta1", "adam_beta2")}
+    if any(getattr(args, name) != default for name, default in defaults.items()):
+        own = inspect.signature(OPTIMIZERS[optimizer]).parameters[f"{prefix}betas"].default
+        betas = (
+            getattr(args, name) if getattr(args, name) != defaults[name] else own[i] for i, name in enumerate(defaults)
+        )
+        options[f"{prefix}betas"] = tuple(betas)
+    return options
+
+
+def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
+    """Raise ValueError for training arguments under which the optimizer could not do what it says."""
+    if args.deepspeed:
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r}: LoRA-Pre needs rows and columns, and DeepSpeed hands the optimizer flattened shards. Use "
+            "FSDP2, DDP or one process"
+        )
+    plugin = getattr(args, "fsdp_plugin_args", None) or {}  # missing in older versions of transformers
+    if plugin.get("fsdp_version", 2) != 2:
+        raise ValueError(
+            f"fsdp_config version {plugin['fsdp_version']}: LoRA-Pre needs rows and columns, and FSDP1 hands the optimizer flattened "
+            "shards. Use FSDP2 (fsdp_config={'version': 2}), DDP or one process"
+        )
+    if not update_in_backward:
+        return
+    if args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} with update_in_backward=True: the first gradients are "
+            "used and freed before the next ones come. Use gradient_accumulation_steps=1 with a larger "
+            "per_device_train_batch_size, or update_in_backward=False"
+        )
+    if args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm={args.max_grad_norm} with update_in_backward=True: the norm of all gradients is not known while they "
+            "are used one by one. Use max_grad_norm=0, and max_param_grad_norm=… in lorapre_optimizer to clip each matrix by its "
+            "own norm"
+        )
+    if args.fp16:
+        raise ValueError(
+            "fp16=True with update_in_backward=True: gradients are still scaled when they are used. Use bf16=True"
+        )
+
+
+def _factory(args: TrainingArguments | None) -> Callable[..., LoRAPreOptimizer]:
+    # Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), with the model as it will be trained.
+    return functools.partial(_build, args)
+
+
+def _build(args: TrainingArguments | None, model: nn.Module, *, optimizer: str, **overrides: Any) -> LoRAPreOptimizer:
+    return create_lorapre_optimizer(model, **(_read(optimizer, args) | overrides))
+
+
+class LoRAPreCallback(TrainerCallback):
+    """Checks that a trainer really runs LoRA-Pre on the model's adapter, and adds its figures to the trainer's logs.
+
+    Logged at every logging step, for that step, under ``lorapre/``: ``state_bytes`` and ``adamw_state_bytes`` (float32
+    moments of the same parameters), ``captured_energy`` (share of ‖g‖² in the momentum's row space, 0 to 1), ``largest_update``
+    (largest entry of the normalised update before the clamp) and ``clamped_share`` (AdamW only), ``skipped_updates`` (so far).
+    Nothing is read from the device at other steps, but for the losses with ``stop_on_nan_loss``.
+
+    Args:
+        stop_on_nan_loss: stop at the first step with a loss that is NaN or infinite. Nothing of that step reaches the weights
+            or the optimizer, and unless ``save_strategy="no"`` they are saved as checkpoint-N of that step N: resumed from
+            there, training goes on with the next batch. Trainer itself goes on, and by default logs the mean of the earlier
+            losses in its place. (With ``update_in_backward`` finite gradients of that step have been applied already.)
+
+    Raises RuntimeError at the start of training if the optimizer is not LoRA-Pre's or does not hold the model's trainable
+    parameters, and at a logging step if it no longer does: adapters were added or replaced during training. Raises ValueError for
+    training arguments that `lorapre_optimizer` would refuse. Warns of a run
+    that was resumed from a checkpoint without optimizer state.
+    """
+
+    def __init__(self, stop_on_nan_loss: bool = False) -> None:
+        self.stop_on_nan_loss = stop_on_nan_loss
+        self._optimizer: LoRAPreOptimizer | None = None
+        self._losses: list[Tensor] = []  # of this step's micro-batches
+        self._nan_loss = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._optimizer = _checked_optimizer(model, optimizer)
+        _check_arguments(args, self._optimizer.defaults["update_in_backward"])
+        self._optimizer.zero_grad()  # of a run that broke off in a backward pass, as auto_find_batch_size's attempts do
+        if state.global_step and not self._optimizer.state:
+            warnings.warn(
+                f"the run resumes at step {state.global_step} without optimizer state: the momenta start anew, and so does the "
+                "schedule. Trainer says nothing when optimizer.pt or scheduler.pt is missing from a checkpoint "
+                "(save_only_model=True writes neither)",
+                stacklevel=2,
+            )
+        _log_before_reporters(self)
+        if self.stop_on_nan_loss:
+            self._losses = _watched_losses()
+            self._losses.clear()  # of a run that broke off
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # Trainer decides to log after the step (DefaultFlowCallback.on_step_end); the step must know before.
+        step = state.global_step + 1
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
+        by_epoch = args.logging_strategy == IntervalStrategy.EPOCH  # any step may turn out to be the last of the epoch
+        self._optimizer.record_metrics = by_steps or by_epoch or (step == 1 and args.logging_first_step)
+        if by_steps or by_epoch:
+            _checked_optimizer(model, optimizer)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.stop_on_nan_loss:
+            return
+        if not self._losses:
+            raise RuntimeError(
+                "stop_on_nan_loss=True found no loss of this step: the trainer does not compute its losses through compute_loss. "
+                "Use stop_on_nan_loss=False with it"
+            )
+        bad = torch.stack([~loss.isfinite().all() for loss in self._losses]).any().int()
+        self._losses.clear()
+        if world_size() > 1:  # all ranks stop, or those that go on wait for the others for ever
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        self._nan_loss = bool(bad)
+        if self._nan_loss:
+            for param in model.parameters():
+                if param.grad is not None:
+                    param.grad.fill_(float("nan"))  # what the optimizer and a GradScaler both leave out
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._nan_loss:
+            return
+        self._nan_loss = False
+        control.should_training_stop = True
+        control.should_save = args.save_strategy != SaveStrategy.NO
+        saved = f"saved as checkpoint-{state.global_step}" if control.should_save else "not saved (save_strategy='no')"
+        warnings.warn(
+            f"the loss of step {state.global_step} is NaN or infinite: training stops. Weights and optimizer state are those "
+            f"before that step, {saved}. Lower the learning rate or look at that batch, then resume",
+            stacklevel=2,
+        )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._optimizer is None or logs is None or "loss" not in logs:  # evaluation logs and the closing summary
+            return
+        held = [(param, group) for group in self._optimizer.param_groups for param in group["params"]]
+        values = {
+            "state_bytes": sum(self._optimizer.param_state_bytes(param, group) for param, group in held),
+            "adamw_state_bytes": sum(adamw_state_bytes(param) for param, _ in held),
+            **self._optimizer.metrics(),
+            "skipped_updates": self._optimizer.skipped_updates,
+        }
+        values = {f"lorapre/{name}": value for name, value in values.items()}
+        logs.update(values)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)  # Trainer has already copied the logs there
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._optimizer = None
+
+
+def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
+    """The LoRA-Pre optimizer inside accelerate's wrapper, if it really trains the model; otherwise RuntimeError."""
+    while not isinstance(optimizer, LoRAPreOptimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, LoRAPreOptimizer):
+        raise RuntimeError(
+            f"LoRAPreCallback found the optimizer {type(optimizer).__name__}, expected LoRAPreAdamW or LoRAPreMuon: pass "
+            "optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args) to the trainer, or remove the callback"
+        )
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    missing = [name for name, param in trainable.items() if id(param) not in held]
+    if missing or not trainable:
+        raise RuntimeError(
+            f"the optimizer does not hold {len(missing)} of the model's {len(trainable)} trainable parameters"
+            + (f" ({', '.join(missing[:3])}, …)" if missing else "")
+            + ": it was built before the model was wrapped, or parameters were added since, and training would leave them as "
+            "they are. Let the trainer build it: optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args)"
+        )
+    return optimizer
+
+
+def _log_before_reporters(callback: LoRAPreCallback) -> None:
+    """Move the callback to the front of its trainer's list.
+
+    Trainer puts its reporters (TensorBoard, W&B, trackio) before the user's callbacks, so what a user's callback adds to the
+    logs comes too late for them. A callback is not given its handler; the handler is the caller.
+    """
+    handler = _caller(CallbackHandler)
+    if handler is None:
+        warnings.warn(
+            "LoRAPreCallback was not called by a Trainer: its figures may not reach TensorBoard or W&B", stacklevel=3
+        )
+        return
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)
+
+
+def _watched_losses() -> list[Tensor]:
+    """The list that the running trainer's training losses go to from now on, detached, whoever computes them."""
+    from transformers import Trainer  # here, because it brings in datasets
+
+    trainer = _caller(Trainer)
+    if trainer is None:
+        raise RuntimeError("stop_on_nan_loss=True: LoRAPreCallback was not called by a Trainer, whose loss it watches")
+    compute_loss = trainer.compute_loss
+    if not hasattr(compute_loss, "losses"):  # not by an earlier call of train()
+
+        @functools.wraps(compute_loss)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = compute_loss(*args, **kwargs)
+            if torch.is_grad_enabled():  # not in evaluation
+                watched.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+            return result
+
+        watched.losses = []
+        trainer.compute_loss = watched
+    return trainer.compute_loss.losses
+
+
+def _caller(kind: type) -> Any:
+    """The nearest object of that class among the callers' ``self``, which a callback is not given; None if there is none."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]

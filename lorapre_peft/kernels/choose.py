@@ -1,0 +1,92 @@
+"""Which backend computes the row part of a step: one interface (`eager.Eager`), the same results to float32 round-off."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from .cpp import Cpp, compiler
+from .eager import Compiled, Eager
+
+
+def _compiled_needs(device: torch.device) -> str | None:
+    if device.type == "mps":
+        return "float64 inside its graphs, which Apple's MPS does not have"
+    if device.type == "cpu" and compiler() is None:
+        return "a C++ compiler (g++ or clang++) on the PATH"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    return None
+
+
+def _cpp_needs(device: torch.device) -> str | None:
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return f"a CPU under Linux, found {device} under {sys.platform}"
+    return _compiled_needs(device)
+
+
+def _triton_needs(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton (pip install triton)"
+    if torch.version.hip:
+        return "CUDA: Triton has no tf32x3 products on AMD GPUs"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"a CUDA device, found {device} (TRITON_INTERPRET=1 runs its kernels on a CPU, for tests)"
+    return None
+
+
+def _load_triton() -> Eager:
+    from .triton_kernels import Triton
+
+    return Triton()
+
+
+# name → (what it lacks on a device, or None; what makes it). The first that lacks nothing is "auto".
+_BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Eager]]] = {
+    "cpp": (_cpp_needs, Cpp),
+    "triton": (_triton_needs, _load_triton),
+    "eager": (lambda device: None, Eager),  # everywhere: float64 work of a device without it goes to the CPU
+    "compiled": (_compiled_needs, Compiled),
+}
+NAMES = ("auto", *_BACKENDS)
+
+
+def available(device: torch.device | str) -> list[str]:
+    """The backends that can run on a device, the one that "auto" takes there first."""
+    device = torch.device(device)
+    return [name for name, (lacks, _) in _BACKENDS.items() if lacks(device) is None]
+
+
+@functools.cache
+def _made(name: str) -> Eager:
+    return _BACKENDS[name][1]()
+
+
+@functools.cache
+def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
+    """At the latest the eager one, which runs everywhere and is among all names."""
+    for name in available(device):
+        if name in names and (name != "triton" or device.type == "cuda"):  # not its interpreter
+            try:
+                return _made(name)
+            except RuntimeError as error:
+                warnings.warn(f"backend {name!r} does not start, so a slower one is used: {error}", stacklevel=2)
+
+
+def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Eager:
+    """The backend for tensors on a device. "auto": the first of `available` that is in ``names``.
+
+    Raises ValueError if ``name`` cannot run there.
+    """
+    if name == "auto":
+        return _automatic(device, names)
+    missing = _BACKENDS[name][0](device)
+    if missing is not None:
+        raise ValueError(f"backend={name!r} needs {missing}. Use backend='auto', or one of {available(device)}")
+    return _made(name)

@@ -1,0 +1,228 @@
+"""AdamW's whole step in C++ for CPUs, for all matrices in one call: `kernels.cpp`, compiled on first use.
+
+The compiled library is kept in ``$XDG_CACHE_HOME/lorapre_peft`` (default ``~/.cache/lorapre_peft``), under a name that source, compiler,
+flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. State and weights are read and written where
+they lie. Each thread holds about 4k(q + 32) float32 numbers and 256 kB of its own, outside ``temporary_bytes``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import operator
+import os
+import shutil
+import subprocess
+import tempfile
+from array import array
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..lowrank.layout import Located, compressed_rank, matrix_shape
+from ..lowrank.moments import Factors
+from ..lowrank.rules import RULES
+from .eager import Eager
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = (SOURCE, *(SOURCE.with_name(f"{name}.h") for name in ("rows", "linalg", "blocks")))
+# Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are written in.
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+# By what PyTorch calls the CPU's capability; any other one gets the compiler's own default.
+_VECTORS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16"),
+    "AVX2": ("-mavx2", "-mfma", "-DLANES=8"),
+}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+# What the kernel ``adam_step`` takes of a group, in its order.
+OPTIONS = (
+    *("beta1", "beta2", "lr", "weight_decay", "eps", "residual_weight", "update_scale"),
+    *("max_norm", "sign", "bound", "newton", "damping", "seed", "stochastic"),
+)
+# Numbers that it returns of a matrix.
+FOUND = 4
+# Entries of a matrix above which its rows are split among threads.
+SPLIT_ENTRIES = 1 << 20
+_STATE = ("step", "m_B", "m_A", "v_B", "v_A")
+
+
+def compiler() -> str | None:
+    """The C++ compiler: ``$CXX``, g++ or clang++; None without one."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises RuntimeError with the compiler's output, or the loader's, if it fails."""
+    command = [str(compiler()), *_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join(command).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre_peft"
+    path = cache / f"kernels-{name}.so"
+    try:
+        if not path.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when whole: others may compile it too
+                made = Path(folder) / path.name
+                subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+                made.replace(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        raise RuntimeError(
+            f"the C++ kernels could not be compiled to {path} and loaded, with {' '.join(command)}: {said[-2000:]}"
+        ) from error
+
+
+class Table:
+    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step.
+
+    located: (group, parameter, position in the optimizer), all on the CPU and whole. rank: k of both moments, by matrix.
+    """
+
+    def __init__(self, located: list[Located], ranks: list[int], rule: str):
+        self.located = located
+        self.params = [param for _, param, _ in located]
+        self.rule = rule
+        groups = {id(group): group for group, _, _ in located}
+        self.groups = list(groups.values())
+        number = {key: i for i, key in enumerate(groups)}
+        self.shapes = array("q")
+        sizes = []
+        for (group, param, position), k in zip(located, ranks):
+            p, q = matrix_shape(param.shape)
+            types = _TYPES[param.grad.dtype], _TYPES[param.dtype]
+            self.shapes.extend((p, q, k, k, number[id(group)], position, *types))
+            sizes.append(p * q)
+        self.order = array("q", sorted(range(len(located)), key=lambda i: -sizes[i]))
+        self.names = (*_STATE, "v_energy", "v_scale") if RULES[rule].tracked else _STATE
+        self.state: list[Tensor] = []
+
+    def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
+        """Whether the state's tensors are those of the last step."""
+        found = [state[name] for name in self.names for state in states]
+        return len(found) == len(self.state) and all(map(operator.is_, found, self.state))
+
+    def take_state(self, states: list[dict[str, Tensor]]) -> None:
+        """Hold the state's tensors, all of them float32, contiguous and on the CPU afterwards."""
+        for state in states:
+            for name in self.names:
+                state[name] = state[name].to("cpu", torch.float32).contiguous()
+        self.state = [state[name] for name in self.names for state in states]
+
+
+class Tables:
+    """Of parameters that are stepped together, those that `Cpp.step` takes, by update rule, and the others."""
+
+    def __init__(self, located: list[Located], backend: Cpp):
+        self._params = [param for _, param, _ in located]
+        self._seen = self._look(located)
+        self.rest: list[int] = []
+        taken: dict[str, tuple[list[Located], list[int]]] = {}
+        for i, (group, param, position) in enumerate(located):
+            k = compressed_rank(param.shape, group["momentum_rank"])
+            if k and backend.takes(param):
+                matrices, ranks = taken.setdefault(group["update_rule"], ([], []))
+                matrices.append((group, param, position))
+                ranks.append(k)
+            else:
+                self.rest.append(i)
+        self.by_rule = [Table(matrices, ranks, rule) for rule, (matrices, ranks) in taken.items()]
+
+    def hold(self, located: list[Located]) -> bool:
+        """Whether these are the same parameters, of the same shapes, dtypes and options."""
+        same = len(located) == len(self._params) and all(
+            param is known for (_, param, _), known in zip(located, self._params)
+        )
+        return same and self._look(located) == self._seen
+
+    @staticmethod
+    def _look(located: list[Located]) -> tuple:
+        groups = {id(group): group for group, _, _ in located}
+        options = [(key, group["momentum_rank"], group["update_rule"]) for key, group in groups.items()]
+        kinds = [(id(group), param.shape, param.dtype, param.grad.dtype) for group, param, _ in located]
+        return options, kinds
+
+
+class Cpp(Eager):
+    """The kernels' calls. What is neither float32 nor bfloat16, and what is sharded, takes the eager path."""
+
+    factor_temporaries = 4
+
+    def __init__(self):
+        made, size, whole = library(), ctypes.c_int64, ctypes.c_int32
+        self._step, self._norms, self._gram, self._columns = made.adam_step, made.norms, made.gram, made.columns
+        self._step.argtypes = [*[ctypes.c_void_p] * 5, size, size, size, whole, whole]
+        self._norms.argtypes = [ctypes.c_void_p, ctypes.c_void_p, size, whole, ctypes.c_void_p, whole]
+        self._gram.argtypes = [ctypes.c_void_p, size, size, size, ctypes.c_void_p, whole]
+        self._columns.argtypes = [*[ctypes.c_void_p] * 3, size, size, size, *[ctypes.c_void_p] * 2, whole]
+
+    @staticmethod
+    def takes(param: Tensor) -> bool:
+        """Whether `step` reads and writes a matrix of this dtype, with its gradient."""
+        return param.dtype in _TYPES and param.grad.dtype in _TYPES
+
+    def step(
+        self, table: Table, options: list[tuple[float, ...]], sum_bytes: int, record: bool
+    ) -> list[tuple[float, ...]]:
+        """One AdamW step of all matrices of a table: weights, factors and counters, in place.
+
+        options: of each of the table's groups, in the order of `OPTIONS`. sum_bytes: room for the sums of split matrices. record: whether
+        to look at the updates. Returns ‖g‖_F after clipping, and of those recorded the largest update, the number that were clamped and the energy
+        that m's rows captured, by matrix.
+        """
+        params, n = table.params, len(table.params)
+        grads, written = _contiguous([param.grad for param in params]), _contiguous(params)
+        pointers = array("Q", map(Tensor.data_ptr, [*grads, *written, *table.state]))
+        if 0 in pointers:
+            raise RuntimeError(
+                "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has freed it"
+            )
+        pointers.extend([0] * (n * (2 + len(_STATE) + 2) - len(pointers)))
+        numbers = array("d", itertools.chain.from_iterable(options))
+        found = array("d", bytes(8 * n * FOUND))
+        arrays = (table.shapes, numbers, pointers, found, table.order)
+        self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, record, torch.get_num_threads())
+        if written is not params:  # what is not contiguous was copied
+            for param, value in zip(params, written):
+                if value is not param:
+                    param.copy_(value)
+        return list(zip(*[iter(found)] * FOUND))
+
+    def norms(self, grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+        if grads[0].dtype not in _TYPES:
+            return super().norms(grads, dtype)
+        grads = _contiguous(grads)
+        pointers, sizes = _pointers(grads), array("q", map(Tensor.numel, grads))
+        out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), _TYPES[grads[0].dtype]
+        self._norms(_at(pointers), _at(sizes), len(grads), kind, _at(out), torch.get_num_threads())
+        return out
+
+    def gram(self, A: Tensor) -> Tensor:
+        s, n, k, q = A.shape
+        A, out = A.contiguous(), A.new_empty(s, n, k, k, dtype=torch.float64)
+        self._gram(_at(A), s * n, k, q, _at(out), torch.get_num_threads())
+        return out
+
+    def columns(self, W: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+        s, n, k, q = factors.A.shape
+        W, A, projected = W.contiguous(), factors.A.contiguous(), factors.projected.contiguous()
+        A_new, gram = torch.empty_like(A), W.new_empty(s, n, k, k)
+        threads = torch.get_num_threads()
+        self._columns(_at(W), _at(A), _at(projected), s * n, k, q, _at(A_new), _at(gram), threads)
+        return A_new, gram
+
+
+def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    return tensors if all(map(Tensor.is_contiguous, tensors)) else [tensor.contiguous() for tensor in tensors]
+
+
+def _pointers(tensors: list[Tensor]) -> array:
+    return array("Q", map(Tensor.data_ptr, tensors))
+
+
+def _at(place: Tensor | array | None) -> int | None:
+    """The address of the first entry."""
+    return place.data_ptr() if isinstance(place, Tensor) else place and place.buffer_info()[0]

@@ -1,0 +1,313 @@
+// LoRA-Pre AdamW's whole step for many matrices in one call, on a CPU: norms, factors, weights and state where they lie, without any
+// p×q temporary. And what the eager step of other optimizers takes from here: norms, Gram matrices and columns.
+//
+// Compiled by cpp_backend.py, which says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k] and
+// A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed order, so that the result
+// depends neither on the number of threads nor on which matrices share the step. Products of a gradient are float32, the rest float64.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "blocks.h"
+#include "linalg.h"
+#include "rows.h"
+
+namespace {
+
+// The most parts that the rows of a matrix are split into.
+constexpr int64_t MAX_SPLITS = 16;
+// Up to this size a matrix, its gradient and its state stay in the second-level cache for the whole of its step.
+constexpr int64_t CACHED_ENTRIES = 1 << 17;
+// The largest gradient norm whose square float32 holds.
+const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
+
+// The fields of cpp_backend.SHAPE, OPTIONS, POINTERS and FOUND, one for one.
+struct Shape { int64_t p, q, m_rank, v_rank, group, position, grad_type, param_type; };
+struct Options {
+  double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale, max_norm, sign, bound, newton, damping, seed, stochastic;
+};
+struct Pointers {
+  const void* grad;
+  void* param;
+  float *step, *m_B, *m_A, *v_B, *v_A, *v_energy, *v_scale;  // `newton` has neither of the last two
+
+  Pointers(void* const* table, int64_t n, int64_t i)
+      : grad(table[i]), param(table[n + i]), step(f(table[2 * n + i])), m_B(f(table[3 * n + i])), m_A(f(table[4 * n + i])),
+        v_B(f(table[5 * n + i])), v_A(f(table[6 * n + i])), v_energy(f(table[7 * n + i])), v_scale(f(table[8 * n + i])) {}
+
+ private:
+  static float* f(void* at) { return static_cast<float*>(at); }
+};
+struct Found { double norm, largest, clamped, captured; };
+
+// One matrix of the step, from its norm to its new state.
+class Task {
+ public:
+  Task(const Shape& shape, const Options& options, Pointers at, Found& found, int64_t split_entries, bool metrics)
+      : shape(shape), o(options), at(at), found(found), metrics(metrics),
+        parts(std::clamp<int64_t>(shape.p * shape.q / split_entries, 1, std::min(MAX_SPLITS, shape.p))) {}
+
+  int64_t splits() const { return parts; }
+
+  double square(int64_t split) const {
+    const int64_t p = shape.p, q = shape.q, m = shape.m_rank * int64_t(sizeof(float)), v = shape.v_rank * int64_t(sizeof(float));
+    std::vector<Ahead> ahead;
+    if (p * q <= CACHED_ENTRIES)
+      ahead = {{at.param, p * q * (shape.param_type == FLOAT32 ? 4 : 2)}, {at.m_B, m * p}, {at.v_B, v * p}, {at.m_A, m * q}, {at.v_A, v * q}};
+    return sum_of_squares(at.grad, Type(shape.grad_type), begin(split) * q, begin(split + 1) * q, ahead);
+  }
+
+  // Everything that the rows need, from ‖g‖². False if the gradient cannot be used.
+  bool prepare(double square, Scratch& scratch) {
+    norm = found.norm = std::sqrt(square);
+    if (!(norm <= MAX_NORM)) return false;
+    const bool newton = o.newton != 0;
+    const double clip = norm > o.max_norm ? o.max_norm / norm : 1;
+    norm = found.norm = norm * clip;
+    count = newton || *at.v_energy > 0 ? *at.step + 1 : norm > 0;
+    const double t = std::max(count, 1.0);
+
+    s.p = shape.p, s.q = shape.q, s.stride = row_stride(shape.q);
+    s.grad = at.grad, s.param = at.param, s.grad_type = Type(shape.grad_type), s.param_type = Type(shape.param_type);
+    s.projects_new = !newton, s.metrics = metrics, s.stochastic = o.stochastic && s.param_type == BFLOAT16;
+    s.key = mix(mix(uint32_t(o.seed) + uint32_t(shape.position), 0) + uint32_t(count), 0);
+    s.salted = mix(s.key + 0x9E3779B9u, 0);
+
+    // As in eager.adam_scalars: √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²), and root is divided out.
+    const double ema = 1 - std::pow(o.beta1, t), root = std::sqrt((1 - o.beta2) / (1 - std::pow(o.beta2, t)));
+    const double scale = 1 / (ema * root), weight = 1 - o.beta1;
+    const double residual = newton ? weight : std::min(ema, o.residual_weight);
+    const double c = newton ? 1 : double(*at.v_scale);
+    s.g_scale = float(clip * o.sign), s.residual = float(residual * scale), s.eps = float(o.eps / root);
+    s.lr = float(o.lr * o.update_scale), s.decay = float(o.lr * o.weight_decay), s.bound = float(o.bound);
+    moment(0, int(shape.m_rank), at.m_B, at.m_A, o.beta1, weight, scratch);
+    s.moment[0].by_B = float(o.beta1 * scale), s.moment[0].by_X = float(newton ? 0 : (weight - residual) * scale);
+    const double root2 = std::sqrt(o.beta2);
+    moment(1, int(shape.v_rank), at.v_B, at.v_A, root2, 1 - root2, scratch);
+    s.moment[1].by_B = float(std::sqrt(c * o.beta2 / (1 - o.beta2))), s.moment[1].by_X = 0;
+    return true;
+  }
+
+  void rows(int64_t split, Scratch& scratch, Sums& sums) {
+    sums.reset(s);
+    Rows(s, scratch, sums).run(begin(split), begin(split + 1));
+  }
+
+  // The columns of both moments and the numbers of the state, from the sums over all rows.
+  void finish(const Sums& sums, Scratch& scratch) {
+    const double root2 = std::sqrt(o.beta2);
+    columns(0, sums, o.beta1, 1 - o.beta1, scratch);
+    const double squared_norm = columns(1, sums, root2, 1 - root2, scratch);
+    *at.step = float(count);
+    if (!o.newton) {
+      const double energy = o.beta2 * *at.v_energy + (1 - o.beta2) * norm * norm;
+      *at.v_energy = float(energy);
+      const double c = energy / std::max(squared_norm, std::numeric_limits<double>::min());
+      *at.v_scale = float(std::min<double>(c, std::numeric_limits<float>::max()));
+    }
+    found.largest = sums.largest, found.clamped = double(sums.clamped), found.captured = sums.captured;
+  }
+
+ private:
+  const Shape& shape;
+  const Options& o;
+  const Pointers at;
+  Found& found;
+  const bool metrics;
+  const int64_t parts;
+  Step s;
+  double norm = 0, count = 0;  // norm: after clipping
+
+  int64_t begin(int64_t split) const { return std::min(shape.p, split * ((shape.p + parts - 1) / parts)); }
+
+  // A moment of decay and weight, as rules.Als and rules.Newton have it: restarts, (A Aᵀ + damping)⁻¹, and what B' is made of.
+  void moment(int i, int k, float* B, float* A, double decay, double weight, Scratch& scratch) {
+    Moment& m = s.moment[i];
+    m.k = k, m.B = B, m.A = A, m.gram_columns = s.projects_new ? 2 * k : k;
+    m.gram.resize(k * k);
+    gram_of(A, k, s.q, m.gram.data(), scratch.sums);
+    double keep = decay, gain = weight, unit = 1, ridge = o.damping;
+    if (o.newton) {
+      keep = std::sqrt(decay), gain = weight * (1 - keep) / (1 - decay);
+    } else {
+      const double old_square = trace(m.gram.data(), k, k);
+      restart(m, scratch);
+      const double length = std::sqrt(trace(m.gram.data(), k, k));
+      const double size = std::max(keep * std::sqrt(old_square) * length, gain * norm);
+      unit = length / std::max(size, MIN_FACTOR_NORM * MIN_FACTOR_NORM);
+      ridge = o.damping * length * length / k;
+    }
+    m.keep = float(keep * unit), m.gain = float(gain * unit);
+    scratch.small.resize(k * k);
+    damped_inverse(m.gram.data(), k, k, ridge, scratch.small.data(), scratch.work);
+    m.R.assign(scratch.small.begin(), scratch.small.end());
+    m.padded_A.clear();
+    if (s.stride != s.q && s.q > NARROW) {
+      m.padded_A.assign(k * s.stride, 0.f);
+      for (int j = 0; j < k; ++j) std::copy_n(A + j * s.q, s.q, m.padded_A.data() + j * s.stride);
+    }
+  }
+
+  // As rules.Als.restart: directions whose row of A is zero start anew, from a fixed row and a column of zeros of B.
+  void restart(Moment& m, Scratch& scratch) {
+    int alive = 0;
+    for (int j = 0; j < m.k; ++j) alive += m.gram[j * m.k + j] != 0;
+    if (alive == m.k) return;
+    const double level = alive ? trace(m.gram.data(), m.k, m.k) / alive : 1, length = std::sqrt(3.0 / s.q * level);
+    for (int j = 0; j < m.k; ++j) {
+      if (m.gram[j * m.k + j] != 0) continue;
+      for (int64_t c = 0; c < s.q; ++c) {
+        const uint32_t bits = mix(mix(uint32_t(j * s.q + c), 0), mix(0x9E3779B9u, 0));
+        m.A[j * s.q + c] = float(bits >> 8) * 0x1p-24f * float(length);
+      }
+      for (int64_t r = 0; r < s.p; ++r) m.B[r * m.k + j] = 0;
+    }
+    gram_of(m.A, m.k, s.q, m.gram.data(), scratch.sums);
+  }
+
+  // A' and the balance of both factors; ‖B'A'‖²_F.
+  double columns(int i, const Sums& sums, double decay, double weight, Scratch& scratch) {
+    const Moment& m = s.moment[i];
+    const int k = m.k;
+    const double* grams = sums.grams[i].data();
+    std::vector<double>&inverse = scratch.small, &W = scratch.held, &gram_A = scratch.sums;
+    inverse.resize(k * k), W.assign(2 * k * k, 0.0), gram_A.resize(k * k);
+    if (o.newton) {
+      const double root = std::sqrt(decay), gain = weight * (1 - root) / (1 - decay);
+      damped_inverse(grams, k, k, o.damping, inverse.data(), scratch.work);
+      for (int r = 0; r < k; ++r) {
+        W[r * 2 * k + r] = root;
+        for (int c = 0; c < k; ++c) W[r * 2 * k + k + c] = gain * inverse[r * k + c];
+      }
+    } else {
+      inverse_root(grams, k, 2 * k, o.damping * trace(grams, k, 2 * k) / k, inverse.data());
+      for (int r = 0; r < k; ++r)
+        for (int l = 0; l <= r; ++l) {
+          const double part = decay * inverse[r * k + l];
+          for (int c = 0; c < k; ++c) W[r * 2 * k + c] += part * grams[l * 2 * k + k + c];
+          W[r * 2 * k + k + l] = weight * inverse[r * k + l];
+        }
+    }
+    columns_of(W.data(), m.A, sums.P[i].data(), s.stride, k, s.q, m.A, gram_A.data(), scratch.work);
+    if (o.newton) return std::numeric_limits<double>::quiet_NaN();
+    // B'ᵀB' of the orthonormal columns, which are B' L⁻ᵀ.
+    std::vector<double>&half = scratch.work, &gram_B = scratch.held;
+    half.assign(k * k, 0.0), gram_B.assign(k * k, 0.0);
+    for (int r = 0; r < k; ++r)
+      for (int l = 0; l <= r; ++l)
+        for (int c = 0; c < k; ++c) half[r * k + c] += inverse[r * k + l] * grams[l * 2 * k + c];
+    for (int r = 0; r < k; ++r)
+      for (int c = 0; c < k; ++c)
+        for (int l = 0; l <= c; ++l) gram_B[r * k + c] += half[r * k + l] * inverse[c * k + l];
+    const double norm_B = std::sqrt(trace(gram_B.data(), k, k)), norm_A = std::sqrt(trace(gram_A.data(), k, k));
+    const double common = std::max(std::sqrt(norm_B) * std::sqrt(norm_A), MIN_FACTOR_NORM);
+    const double tiny = std::numeric_limits<float>::min();
+    const double by_B = common / std::max(norm_B, tiny), by_A = common / std::max(norm_A, tiny);
+    constexpr double most = std::numeric_limits<float>::max();
+    for (double& entry : inverse) entry = std::clamp(entry * by_B, -most, most);  // of a B that is zero
+    scratch.rows.assign(inverse.begin(), inverse.end());
+    turn(m.B, s.p, k, scratch.rows.data());
+    for (int64_t j = 0; j < s.q * k; ++j) m.A[j] *= float(by_A);
+    double square = 0;
+    for (int r = 0; r < k; ++r)
+      for (int c = 0; c < k; ++c) square += gram_B[r * k + c] * gram_A[r * k + c];
+    return square * by_B * by_B * by_A * by_A;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// One step of n matrices. order: their numbers, the largest first, so that no thread is left alone with a large one. The rows of matrices
+// of more than split_entries are split among threads, and the sums of the parts that are at work together take sum_bytes.
+void adam_step(const Shape* shapes, const Options* options, void* const* pointers, Found* found,
+               const int64_t* order, int64_t n, int64_t split_entries, int64_t sum_bytes, int32_t metrics, int32_t threads) {
+  auto task = [&](int64_t i) { return Task(shapes[i], options[shapes[i].group], Pointers(pointers, n, i), found[i], split_entries, metrics); };
+  int64_t first = 0;
+  while (first < n && task(order[first]).splits() > 1) {
+    // As many of the large matrices together as the sums of their parts have room for.
+    std::vector<Task> large;
+    std::vector<int64_t> part_of, starts;
+    int64_t bytes = 0;
+    for (; first < n; ++first) {
+      Task one = task(order[first]);
+      const Shape& shape = shapes[order[first]];
+      const int64_t splits = one.splits(), more = splits * (shape.m_rank + shape.v_rank) * row_stride(shape.q) * int64_t(sizeof(float));
+      if (splits == 1 || (!large.empty() && bytes + more > sum_bytes)) break;
+      starts.push_back(part_of.size());
+      for (int64_t split = 0; split < splits; ++split) part_of.push_back(large.size());
+      large.push_back(one), bytes += more;
+    }
+    const int64_t parts = part_of.size(), count = large.size();
+    std::vector<double> squares(parts);
+    std::vector<Sums> sums(parts);
+    std::vector<char> usable(count);
+#pragma omp parallel num_threads(threads)
+    {
+      Scratch scratch;
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < parts; ++i) squares[i] = large[part_of[i]].square(i - starts[part_of[i]]);
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < count; ++i) {
+        double square = 0;
+        for (int64_t split = 0; split < large[i].splits(); ++split) square += squares[starts[i] + split];
+        usable[i] = large[i].prepare(square, scratch);
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < parts; ++i)
+        if (usable[part_of[i]]) large[part_of[i]].rows(i - starts[part_of[i]], scratch, sums[i]);
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < count; ++i) {
+        if (!usable[i]) continue;
+        for (int64_t split = 1; split < large[i].splits(); ++split) sums[starts[i]].add(sums[starts[i] + split]);
+        large[i].finish(sums[starts[i]], scratch);
+      }
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch;
+    Sums sums;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = first; i < n; ++i) {
+      Task one = task(order[i]);
+      if (!one.prepare(one.square(0), scratch)) continue;
+      one.rows(0, scratch, sums);
+      one.finish(sums, scratch);
+    }
+  }
+}
+
+// A Aᵀ of n matrices A [k, q], float64 [k, k].
+void gram(const float* A, int64_t n, int64_t k, int64_t q, double* out, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<double> part;
+#pragma omp for
+    for (int64_t i = 0; i < n; ++i) gram_of(A + i * k * q, k, q, out + i * k * k, part);
+  }
+}
+
+// A' = W [A; P] in float64, written as float32, and A' A'ᵀ; of n matrices, W [k, 2k], A and P [k, q].
+void columns(const double* W, const float* A, const float* P, int64_t n, int64_t k, int64_t q, float* out, double* gram,
+             int32_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<double> part;
+#pragma omp for
+    for (int64_t i = 0; i < n; ++i)
+      columns_of(W + i * 2 * k * k, A + i * k * q, P + i * k * q, q, k, q, out + i * k * q, gram + i * k * k, part);
+  }
+}
+
+// ‖x‖₂ of n tensors of one type, accumulated in float64.
+void norms(const void* const* x, const int64_t* sizes, int64_t n, int32_t type, double* out, int32_t threads) {
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+  for (int64_t i = 0; i < n; ++i) out[i] = std::sqrt(sum_of_squares(x[i], Type(type), 0, sizes[i]));
+}
+
+}  // extern "C"

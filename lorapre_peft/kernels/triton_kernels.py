@@ -1,0 +1,253 @@
+"""Adam's row part in two Triton kernels for all matrices of a bucket together, without any p×q temporary.
+
+The first reads the gradients once for G Aᵀ and |G| v_Aᵀ and moves the rows of both B factors on; the second reads them once more,
+rebuilds m and √v block by block, writes the weights (stochastic rounding included), and accumulates what the A factors need.
+Sums over blocks of rows are written apart and added in a fixed order, so that every replica gets the same bits. Nothing
+is read by the host. Products run in "tf32x3", float32 to within its round-off on tensor cores; accumulation is float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..lowrank.batch import rounds_stochastically, slices, tile_entries
+from ..lowrank.metrics import Metrics
+from ..lowrank.moments import Factors
+from ..lowrank.rounding import round_keys
+from .eager import Eager
+
+# Above this rank a block of a factor no longer fits the registers of a program.
+MAX_RANK = 128
+# Programs in flight that fill a large GPU: four on each of 132 multiprocessors.
+PROGRAMS = 528
+
+
+@triton.jit
+def _hash_round(bits, key):
+    """One round of lowbias32 (see `rounding`), uint32."""
+    bits = bits ^ key
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _matrix(pointer, matrix, rows, columns, stride_n, stride_r, stride_c, n_rows, n_columns):
+    """A float32 block of one matrix of a stack, zero outside it: [rows, columns]."""
+    offsets = matrix.to(tl.int64) * stride_n + rows[:, None].to(tl.int64) * stride_r + columns[None, :] * stride_c
+    inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+    return tl.load(pointer + offsets, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _contiguous(pointer, matrix, rows, columns, n_rows, n_columns):
+    """`_matrix` of a contiguous stack."""
+    return _matrix(pointer, matrix, rows, columns, n_rows.to(tl.int64) * n_columns, n_columns, 1, n_rows, n_columns)
+
+
+@triton.jit
+def _store(pointer, matrix, rows, columns, n_rows, n_columns, values):
+    """Write a block into a contiguous stack."""
+    offsets = (matrix.to(tl.int64) * n_rows + rows[:, None]) * n_columns + columns[None, :]
+    tl.store(pointer + offsets, values, mask=(rows[:, None] < n_rows) & (columns[None, :] < n_columns))
+
+
+@triton.jit
+def _fit_rows(
+    g_ptr, g_n, g_r, g_c,
+    m_B, m_A, m_R, m_B_new, v_B, v_A, v_R, v_B_new, C,
+    scalars, n, p, q, k,
+    K: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """X = x Aᵀ R and B' = keep · B + gain · X of both moments, and C = c_B B + c_X X of m, for a block of rows."""
+    matrix = tl.program_id(0)
+    rows = tl.program_id(1) * BP + tl.arange(0, BP)
+    ranks = tl.arange(0, K)
+    p, q, k = tl.cast(p, tl.int32), tl.cast(q, tl.int32), tl.cast(k, tl.int32)  # 1 comes as a constant, without `.to`
+    g_scale = tl.load(scalars + matrix)
+    m_fit = tl.zeros((BP, K), dtype=tl.float32)
+    v_fit = tl.zeros((BP, K), dtype=tl.float32)
+    for start in range(0, q, BQ):
+        columns = start + tl.arange(0, BQ)
+        g = _matrix(g_ptr, matrix, rows, columns, g_n, g_r, g_c, p, q) * g_scale
+        m_fit = tl.dot(g, tl.trans(_contiguous(m_A, matrix, ranks, columns, k, q)), m_fit, input_precision="tf32x3")
+        v_fit = tl.dot(
+            tl.abs(g), tl.trans(_contiguous(v_A, matrix, ranks, columns, k, q)), v_fit, input_precision="tf32x3"
+        )
+    m_fit = tl.dot(m_fit, _contiguous(m_R, matrix, ranks, ranks, k, k), input_precision="ieee")
+    v_fit = tl.dot(v_fit, _contiguous(v_R, matrix, ranks, ranks, k, k), input_precision="ieee")
+    m_rows = _contiguous(m_B, matrix, rows, ranks, p, k)
+    v_rows = _contiguous(v_B, matrix, rows, ranks, p, k)
+    m_new = tl.load(scalars + n + matrix) * m_rows + tl.load(scalars + 2 * n + matrix) * m_fit
+    v_new = tl.load(scalars + 3 * n + matrix) * v_rows + tl.load(scalars + 4 * n + matrix) * v_fit
+    coefficients = tl.load(scalars + 5 * n + matrix) * m_rows + tl.load(scalars + 6 * n + matrix) * m_fit
+    _store(m_B_new, matrix, rows, ranks, p, k, m_new)
+    _store(v_B_new, matrix, rows, ranks, p, k, v_new)
+    _store(C, matrix, rows, ranks, p, k, coefficients)
+
+
+@triton.jit
+def _update_block(
+    g_ptr, g_n, g_r, g_c, theta_ptr, t_n, t_r, t_c,
+    C, v_B, m_A, v_A, m_P_B, v_P_B, m_P, v_P,
+    scalars, keys, largest, clamped, n, p, q, k, bound, rows_per_split, first_row,
+    K: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
+    CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, METRICS: tl.constexpr,
+):  # fmt: skip
+    """θ ← θ − step · u − decay · θ for some rows of a block of columns, and Bᵀx of those rows for both moments.
+
+    u = (C A_m + residual · g) / (√((s v_B v_A)² + g²) + eps), clamped to ±bound.
+    """
+    matrix, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    columns = block * BQ + tl.arange(0, BQ)
+    ranks = tl.arange(0, K)
+    p, q, k = tl.cast(p, tl.int32), tl.cast(q, tl.int32), tl.cast(k, tl.int32)  # 1 comes as a constant, without `.to`
+    g_scale = tl.load(scalars + matrix)
+    residual = tl.load(scalars + 7 * n + matrix)
+    v_scale = tl.load(scalars + 8 * n + matrix)
+    eps = tl.load(scalars + 9 * n + matrix)
+    step = tl.load(scalars + 10 * n + matrix)
+    decay = tl.load(scalars + 11 * n + matrix)
+    finite = tl.load(scalars + 12 * n + matrix + 0 * columns)[None, :] > 0
+    m_columns = _contiguous(m_A, matrix, ranks, columns, k, q)
+    v_columns = _contiguous(v_A, matrix, ranks, columns, k, q)
+    m_sum = tl.zeros((K, BQ), dtype=tl.float32)
+    v_sum = tl.zeros((K, BQ), dtype=tl.float32)
+    most = tl.zeros((BQ,), dtype=tl.float32)
+    count = tl.zeros((BQ,), dtype=tl.int32)
+    first = split * rows_per_split
+    for start in range(first, min(first + rows_per_split, p), BP):
+        rows = start + tl.arange(0, BP)
+        g = _matrix(g_ptr, matrix, rows, columns, g_n, g_r, g_c, p, q) * g_scale
+        m = tl.dot(_contiguous(C, matrix, rows, ranks, p, k), m_columns, input_precision="tf32x3") + residual * g
+        root = tl.dot(_contiguous(v_B, matrix, rows, ranks, p, k) * v_scale, v_columns, input_precision="tf32x3")
+        u = m / (tl.sqrt(root * root + g * g) + eps)
+        inside = (rows[:, None] < p) & (columns[None, :] < q)
+        if METRICS:
+            size = tl.where(inside & finite, tl.abs(u), 0.0)
+            most = tl.maximum(most, tl.max(size, axis=0))
+            count += tl.sum((size > bound).to(tl.int32), axis=0)
+        if CLAMP:
+            u = tl.minimum(tl.maximum(u, -bound), bound)
+        at = matrix.to(tl.int64) * t_n + rows[:, None].to(tl.int64) * t_r + columns[None, :] * t_c
+        theta = tl.load(theta_ptr + at, mask=inside, other=0)
+        if WIDE:
+            new = theta.to(tl.float64) - (step * u + decay * theta.to(tl.float64))
+        else:
+            new = theta.to(tl.float32) - (step * u + decay * theta.to(tl.float32))
+        if STOCHASTIC:
+            bits = ((first_row + rows[:, None]) * q + columns[None, :]).to(tl.uint32)
+            bits = _hash_round(bits, tl.load(keys + matrix).to(tl.uint32))
+            bits = _hash_round(bits, tl.load(keys + n + matrix).to(tl.uint32)) & 0xFFFF
+            rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            new = tl.where(tl.abs(new) < float("inf"), rounded, new)
+        tl.store(theta_ptr + at, new.to(theta.dtype), mask=inside & finite)
+        m_sum = tl.dot(tl.trans(_contiguous(m_P_B, matrix, rows, ranks, p, k)), g, m_sum, input_precision="tf32x3")
+        v_sum = tl.dot(
+            tl.trans(_contiguous(v_P_B, matrix, rows, ranks, p, k)), tl.abs(g), v_sum, input_precision="tf32x3"
+        )
+    _store(m_P, split * n + matrix, ranks, columns, k, q, m_sum)
+    _store(v_P, split * n + matrix, ranks, columns, k, q, v_sum)
+    if METRICS:
+        program = (split * n + matrix) * tl.num_programs(1) + block
+        tl.store(largest + program, tl.max(most, axis=0))
+        tl.store(clamped + program, tl.sum(count, axis=0))
+
+
+class Triton(Eager):
+    """The kernels' launches. Ranks above `MAX_RANK` take the eager path and say so once."""
+
+    def __init__(self):
+        self._told = False
+
+    def adam(self, factors: Factors, table: Tensor, bound: float | None, metrics: Metrics | None) -> None:
+        bucket = factors.bucket
+        if bucket.wave.k > MAX_RANK:
+            if not self._told:
+                warnings.warn(
+                    f"momentum rank {bucket.wave.k} is above the Triton kernels' {MAX_RANK}: eager step", stacklevel=2
+                )
+                self._told = True
+            return super().adam(factors, table, bound, metrics)
+        p, q = bucket.all_rows.stop, bucket.shape[1]
+        if p:  # else an empty shard
+            for matrices in slices(len(bucket.params), max(1, tile_entries(bucket.group) // (p * q))):
+                self._step(factors, matrices, table, bound, metrics)
+        self.finish_rows(factors)
+
+    def _step(
+        self,
+        factors: Factors,
+        matrices: slice,
+        table: Tensor,
+        bound: float | None,
+        metrics: Metrics | None,
+    ) -> None:
+        bucket, group = factors.bucket, factors.bucket.group
+        params, k = bucket.params[matrices], bucket.wave.k
+        p, q = bucket.all_rows.stop, bucket.shape[1]
+        n, device = len(params), params[0].device
+        grads = _stacked(bucket.grads[matrices], p)
+        theta = _stacked(params, p)
+        (m_B, v_B), (m_A, v_A), (m_R, v_R) = (
+            value[:, matrices].contiguous() for value in (factors.B, factors.A, factors.R)
+        )
+        m_new, v_new = factors.B_new[:, matrices]  # each contiguous
+        C, table = torch.empty_like(m_new), table[:, matrices].contiguous()
+        stochastic = rounds_stochastically(params[0], group)
+        keys = table
+        if stochastic:
+            keys = round_keys(bucket.keys(matrices))
+
+        K, BP, BQ = block_sizes(p, q, k)
+        row_blocks, column_blocks = triton.cdiv(p, BP), triton.cdiv(q, BQ)
+        splits = min(row_blocks, max(1, PROGRAMS // (n * column_blocks)))
+        rows_per_split = triton.cdiv(row_blocks, splits) * BP
+        splits = triton.cdiv(p, rows_per_split)
+        partial = torch.empty(2, splits, n, k, q, dtype=torch.float32, device=device)
+        programs = splits * n * column_blocks if metrics is not None else 1
+        largest = torch.empty(programs, dtype=torch.float32, device=device)
+        clamped = torch.empty(programs, dtype=torch.int32, device=device)
+        projecting = (m_new, v_new) if bucket.wave.rule.projects_new else (m_B, v_B)
+        with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+            _fit_rows[(n, row_blocks)](
+                grads, *grads.stride(),
+                m_B, m_A, m_R, m_new, v_B, v_A, v_R, v_new, C,
+                table, n, p, q, k, K=K, BP=BP, BQ=BQ, num_stages=1,
+            )  # fmt: skip
+            _update_block[(n, column_blocks, splits)](
+                grads, *grads.stride(), theta, *theta.stride(),
+                C, v_B, m_A, v_A, *projecting, partial[0], partial[1],
+                table, keys, largest, clamped, n, p, q, k, float("inf") if bound is None else bound, rows_per_split,
+                bucket.rows.start,
+                K=K, BP=BP, BQ=BQ, num_stages=1,
+                CLAMP=bound is not None, STOCHASTIC=stochastic,
+                WIDE=theta.dtype == torch.float64, METRICS=metrics is not None,
+            )  # fmt: skip
+        factors.projected[:, matrices] = partial.sum(1)
+        if metrics is not None:
+            metrics.add_sizes(largest.amax(), clamped.sum(), n * p * q)
+        if theta.data_ptr() != params[0].data_ptr():
+            torch._foreach_copy_(params, [value.view(params[0].shape) for value in theta.unbind()])
+
+
+def block_sizes(p: int, q: int, k: int) -> tuple[int, int, int]:
+    """(K, BP, BQ): rank, rows and columns of a block; powers of two, at least the 16 that a product needs.
+
+    At most what fits the 99 kB of shared memory of a consumer GPU, without a second stage of loads in flight.
+    """
+    K = max(16, triton.next_power_of_2(k))
+    rows, columns = (32, 128) if K <= 32 else (32, 64) if K <= 64 else (16, 32)
+    return K, min(rows, max(16, triton.next_power_of_2(p))), min(columns, max(16, triton.next_power_of_2(q)))
+
+
+def _stacked(tensors: list[Tensor], p: int) -> Tensor:
+    """[n, p, q] in the tensors' own dtype; of one matrix a view wherever its storage allows one."""
+    if len(tensors) == 1:
+        return tensors[0].reshape(p, -1)[None]
+    return torch.stack(tensors).reshape(len(tensors), p, -1)

@@ -1,0 +1,1 @@
+"""Low-rank moments and the rules by which they follow gradients: tensors only, no optimizer."""

@@ -1,0 +1,73 @@
+"""What a run can look at: figures of a step, kept on the device until they are asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .sharding import WHOLE, Placement
+
+
+class Metrics:
+    """Sums kept on the device over one recorded step; nothing is read before `read`."""
+
+    def __init__(self) -> None:
+        self.energy: list[Tensor] = []
+        self.captured: list[Tensor] = []
+        self.largest: list[Tensor] = []
+        self.clamped: list[Tensor] = []
+        self.entries = 0
+
+    def add_energy(self, norms: Tensor) -> None:
+        """norms: ‖g‖_F of each matrix."""
+        self.energy.append(norms.square().sum())
+
+    def add_captured(self, energy: Tensor) -> None:
+        """energy: the part of the squares of some of these norms that is inside the row space of m_A."""
+        self.captured.append(energy)
+
+    def add_update(self, update: Tensor, bound: float | None) -> None:
+        """update: the normalised update before any clamp to ±bound."""
+        size = update.abs()
+        self.add_sizes(size.amax(), size.new_zeros(()) if bound is None else (size > bound).sum(), size.numel())
+
+    def add_sizes(self, largest: Tensor, clamped: Tensor, entries: int) -> None:
+        """The largest size of an entry, how many were clamped, and of how many."""
+        self.largest.append(largest)
+        self.clamped.append(clamped)
+        self.entries += entries
+
+    def add_steps(self, found: list[tuple[float, ...]], entries: int) -> None:
+        """found: ‖g‖_F, the largest update, how many were clamped and the captured energy, by matrix; of how many entries together."""
+        norms, largest, clamped, captured = torch.tensor(found, dtype=torch.float64).reshape(-1, 4).unbind(1)
+        self.add_energy(norms)
+        self.add_captured(captured.sum())
+        if found:
+            self.add_sizes(largest.amax(), clamped.sum(), entries)
+
+    def reduce(self, placement: Placement) -> None:
+        """Add what the other processes saw of the rows that they share with this one; every process has to call it."""
+        if placement is WHOLE or not self.captured:
+            return
+        entries = torch.tensor(float(self.entries), dtype=torch.float64, device=self.captured[0].device)
+        sums = [torch.stack(self.captured).double().sum(), entries]
+        sums += [torch.stack([t.double() for t in self.clamped]).sum()] if self.clamped else [entries.new_zeros(())]
+        placement.sum(sums)()
+        self.captured, self.clamped, self.entries = [sums[0]], [sums[2]], int(sums[1])
+        largest = torch.stack(self.largest).amax() if self.largest else entries.new_zeros((), dtype=torch.float32)
+        self.largest = [placement.largest(largest)] if self.entries else []
+
+    def merge(self, other: Metrics) -> None:
+        """Add what another one holds."""
+        for name in ("energy", "captured", "largest", "clamped", "entries"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def read(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        energy = sum(t.item() for t in self.energy)
+        if energy:
+            values["captured_energy"] = sum(t.item() for t in self.captured) / energy
+        if self.largest:
+            values["largest_update"] = max(t.item() for t in self.largest)
+            values["clamped_share"] = sum(t.item() for t in self.clamped) / self.entries
+        return values

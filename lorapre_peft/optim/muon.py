@@ -1,0 +1,167 @@
+"""Muon with its momentum held as low-rank factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..lowrank.batch import Bucket, Wave
+from ..lowrank.float64 import wide
+from ..lowrank.moments import Moments
+from ..lowrank.rules import MIN_FACTOR_NORM, Average
+from .adamw_path import AdamWOptions
+from .base import LoRAPreOptimizer
+from .options import check_betas, in_range
+
+# Coefficients of the quintic as in torch.optim.Muon.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
+    """Newton–Schulz iteration towards the nearest semi-orthogonal matrix: m [..., p, q], computed in m's dtype.
+
+    The quintic of `torch.optim.Muon`: singular values end between about 0.7 and 1.2. A zero matrix stays zero. torch's floor of
+    1e-7 under the norm is left out: LoRA's gradients can be smaller, and the step must not depend on their scale.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = m.mT if m.shape[-2] > m.shape[-1] else m
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # first, so that no square underflows
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(tiny)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if m.shape[-2] > m.shape[-1] else x
+
+
+def shape_scale(shape: tuple[int, int], adjust_lr_fn: str | None) -> float:
+    """The factor on the learning rate of a p×q matrix, under the names of `torch.optim.Muon`; None: 1."""
+    if adjust_lr_fn == "original":
+        return max(1.0, shape[0] / shape[1]) ** 0.5
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * max(shape) ** 0.5
+    return 1.0
+
+
+class LoRAPreMuon(LoRAPreOptimizer):
+    """Muon whose momentum of each p×q matrix is a pair of factors of rank k: (p+q)k numbers of state instead of pq.
+
+    LoRA-Pre for Muon (Wang et al., arXiv 2602.24283, Algorithm 2) with ``update_rule="newton"``: m = μ m_B m_A + g from the previous
+    factors, then Newton–Schulz, then the step. With ``"als"``, the default, the part of g outside the row space of m_A has the
+    weight min(ρ, 1−μᵗ)/(1−μ). Parameters that are no matrices, or too small to compress, take AdamW with a learning
+    rate of their own.
+
+    Args:
+        params: as in `LoRAPreAdamW`.
+        lr: learning rate of the compressed matrices, ≥ 0.
+        momentum: μ in [0, 1).
+        weight_decay: decoupled λ ≥ 0, of both paths.
+        momentum_rank, update_rule: as in `LoRAPreAdamW`.
+        residual_weight: as in `LoRAPreAdamW`, for an average of decay μ. 1−μ gives Algorithm 2's m = μ m_B m_A + g.
+        nesterov: step along g + μ m instead of m, as torch.optim.Muon does. The paper reports none: False.
+        adjust_lr_fn: ``"original"`` (√max(1, p/q)) or ``"match_rms_adamw"`` (0.2 √max(p, q): a learning rate tuned for AdamW
+            carries over), as in torch.optim.Muon; None for no scale, as in Algorithm 2 (torch's None means ``"original"``).
+        ns_steps: Newton–Schulz steps, ≥ 1.
+        adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion, which is the group's
+            ``adamw_lr_ratio`` from then on. None: ``lr``.
+        adamw_betas, adamw_eps: of the AdamW path.
+        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed and
+            backend, as `LoRAPreOptimizer` documents them. No ``"triton"``: the step is products of whole matrices.
+
+    State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q].
+
+    Raises:
+        ValueError: an option out of its range.
+        NotImplementedError: a parameter that an engine has flattened, or sharded otherwise than by rows (tensor parallelism).
+    """
+
+    moments = ("m",)
+    backend_names = ("auto", "cpp", "eager", "compiled")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        momentum_rank: int | None = None,
+        update_rule: str = "als",
+        residual_weight: float | None = None,
+        nesterov: bool = False,
+        adjust_lr_fn: str | None = None,
+        ns_steps: int = 5,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        **common: Any,
+    ):
+        own = dict(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            adjust_lr_fn=adjust_lr_fn,
+            ns_steps=ns_steps,
+            adamw_lr=adamw_lr,
+            adamw_betas=adamw_betas,
+            adamw_eps=adamw_eps,
+        )
+        ranks = dict(momentum_rank=momentum_rank, update_rule=update_rule, residual_weight=residual_weight)
+        super().__init__(params, own, **ranks, **common)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        in_range("momentum", group["momentum"], 0, 1)
+        check_betas("adamw_betas", group["adamw_betas"])
+        in_range("adamw_eps", group["adamw_eps"], 0)
+        if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+            raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: expected None, 'original' or 'match_rms_adamw'")
+        if not isinstance(group["ns_steps"], int) or group["ns_steps"] < 1:
+            raise ValueError(f"ns_steps={group['ns_steps']!r}: expected a whole number of at least 1")
+        if group["adamw_lr"] is not None:
+            in_range("adamw_lr", group["adamw_lr"], 0)
+            # Schedulers write `lr` only, so the AdamW path keeps its ratio to it; a saved group has one already.
+            if "adamw_lr_ratio" not in group:
+                if not float(group["lr"]):
+                    raise ValueError(
+                        "adamw_lr follows the schedule of lr in proportion and cannot follow lr=0: give an lr above 0"
+                    )
+                group["adamw_lr_ratio"] = group["adamw_lr"] / float(group["lr"])
+
+    def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
+        lr = group["lr"] * group.get("adamw_lr_ratio", 1.0)
+        return AdamWOptions(lr, group["adamw_betas"], group["adamw_eps"])
+
+    def _update(self, wave: Wave) -> Iterator[None]:
+        backend = self._backend(wave.device)
+        moments = Moments(backend, wave, [Average(wave.group["momentum"], 1.0)])
+        mixture = moments.mixture(wide(wave.advance(moments.started if wave.rule.tracked else None)))
+        for factors in moments:
+            bucket = factors.bucket
+            for matrices in bucket.chunks():
+                g = bucket.gradients(matrices, bucket.all_rows)
+                self._write(bucket, matrices, g, backend.momentum(factors, matrices, g, mixture))
+            backend.finish_rows(factors)
+            if self.record_metrics:
+                self._metrics.add_captured(factors.captured())
+        if self.record_metrics:
+            self._metrics.add_energy(wave.norms)
+        yield from moments.finish()
+
+    @staticmethod
+    def _write(bucket: Bucket, matrices: slice, g: Tensor, m: Tensor) -> None:
+        """The update of some matrices, from this process's rows of their gradients and momenta: [n, rows, q]."""
+        group = bucket.group
+        if group["nesterov"]:
+            m = torch.add(g, m, alpha=group["momentum"])
+        m = bucket.wave.placement.gather(m, bucket.shape[0])
+        # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
+        m = m * (m.abs().amax((-2, -1), keepdim=True) > 10 * MIN_FACTOR_NORM**2)
+        m = orthogonalize(m, group["ns_steps"])[:, bucket.rows]
+        update = m.mul(shape_scale(bucket.shape, group["adjust_lr_fn"])).contiguous()
+        bucket.write(matrices, bucket.all_rows, update)

@@ -1,0 +1,118 @@
+"""The checks of options, parameters and gradients, each with an error that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..lowrank.rules import RULES
+from ..lowrank.sharding import is_supported, local
+
+
+def above_zero(name: str, value: Any, otherwise: str = "") -> None:
+    """Raise ValueError unless value is a finite number above 0; ``otherwise``: what else the option may be."""
+    if not 0 < _number(value) < float("inf"):
+        raise ValueError(f"{name}={value!r}: expected a number above 0{otherwise}")
+
+
+def in_range(name: str, value: Any, low: float, high: float | None = None, *, closed: bool = False) -> None:
+    """Raise ValueError unless low ≤ value < high (≤ high if ``closed``); no upper bound if ``high`` is None."""
+    expected = f"a number of at least {low}" if high is None else f"a number in [{low}, {high}{']' if closed else ')'}"
+    number = _number(value)
+    below = high is None or number < high or (closed and number == high)
+    if not (low <= number and below and number != float("inf")):  # NaN fails the first comparison
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def _number(value: Any) -> float:
+    """NaN, which no comparison holds for, if it is none; a string is none ("2e-4" of a YAML file is one)."""
+    try:
+        return float("nan") if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def check_betas(name: str, betas: Any) -> None:
+    """Raise ValueError unless ``betas`` is a pair of numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{name}={betas!r}: expected a pair of numbers in [0, 1), such as (0.9, 0.95)")
+    for i, beta in enumerate(betas):
+        in_range(f"{name}[{i}]", beta, 0, 1)
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError for an option that both optimizers have and that is out of its range."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; expected a number or a tensor with one element")
+    in_range("lr", lr, 0)
+    in_range("weight_decay", group["weight_decay"], 0)
+    if group["update_rule"] not in RULES:
+        raise ValueError(f"update_rule={group['update_rule']!r}: expected one of {', '.join(map(repr, RULES))}")
+    k = group["momentum_rank"]
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
+        raise ValueError(
+            f"momentum_rank={k!r}: expected a whole number of at least 1, None (a quarter of the smaller side of each "
+            "matrix), or 0 (the whole group takes the AdamW path)"
+        )
+    rho = group["residual_weight"]
+    if rho is not None or group["update_rule"] == "als":
+        in_range("residual_weight", rho, 0, 1, closed=True)
+        if group["update_rule"] != "als":
+            raise ValueError(
+                f"residual_weight={rho} is an option of update_rule='als', found update_rule={group['update_rule']!r}: "
+                "leave it out, or use 'als'"
+            )
+    if not isinstance(group["seed"], int) or group["seed"] < 0:
+        raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
+    above_zero("update_scale", group["update_scale"])
+    if group["max_param_grad_norm"] is not None:
+        above_zero("max_param_grad_norm", group["max_param_grad_norm"], ", or None for no clipping")
+    if group["bf16_rounding"] not in ("nearest", "stochastic"):
+        raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
+    in_range("temporary_bytes", group["temporary_bytes"], 1)
+
+
+def check_parameter(param: Tensor) -> None:
+    """Raise for a parameter that no step could update."""
+    where = f"found a parameter of shape {tuple(param.shape)}"
+    if param.is_complex():
+        raise TypeError(f"{where} and dtype {param.dtype}; LoRA-Pre trains real parameters: use torch.view_as_real")
+    if not param.is_floating_point():
+        raise TypeError(f"{where} and dtype {param.dtype}; expected a floating-point parameter")
+    if hasattr(param, "_fsdp_flattened") or hasattr(param, "ds_id"):
+        engine = "DeepSpeed ZeRO-3" if hasattr(param, "ds_id") else "FSDP1"
+        raise NotImplementedError(
+            f"{where} that {engine} has flattened: LoRA-Pre needs rows and columns. Use FSDP2, DDP or one process"
+        )
+    if isinstance(param, DTensor) and not is_supported(param):
+        raise NotImplementedError(
+            f"{where} that is a DTensor with placements {param.placements}: LoRA-Pre follows FSDP2 (fully_shard), which "
+            "shards rows (Shard(0)) over one dimension of its mesh, and no tensor parallelism. Use FSDP2, DDP or one process"
+        )
+
+
+def check_gradient(param: Tensor) -> None:
+    """Raise for a gradient that the step cannot use."""
+    grad = local(param.grad)
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"found a sparse gradient of shape {tuple(grad.shape)}; LoRA-Pre needs dense ones: build the embedding with sparse=False"
+        )
+    if grad.is_complex():
+        raise RuntimeError(f"found a complex gradient of shape {tuple(grad.shape)}; LoRA-Pre needs real ones")
+
+
+def check_flattened_shards(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise if a group that was built with matrices now holds only 1-D tensors (DeepSpeed ZeRO-1 and -2 do that)."""
+    for group in groups:
+        if group.get("num_matrices") and group["params"] and all(param.ndim < 2 for param in group["params"]):
+            raise RuntimeError(
+                f"a parameter group was built with {group['num_matrices']} matrices and now holds only flat tensors of shapes "
+                f"{[tuple(param.shape) for param in group['params'][:3]]}: DeepSpeed ZeRO and FSDP1 hand the optimizer "
+                "flattened shards, which have no rows and columns to compress. Use FSDP2, DDP or one process"
+            )

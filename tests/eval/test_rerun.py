@@ -1,0 +1,289 @@
+"""The rerun: suites and plans as functions, results on disk under kills, and the smoke suite as a user runs it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from suites import finish, make_run, record, write_suite
+
+from eval import methods
+from eval.methods import METHODS, Method
+from eval.rerun.__main__ import main
+from eval.rerun.dry_run import memory_estimate, plan_table
+from eval.rerun.models import base_config
+from eval.rerun.plan import cells
+from eval.rerun.report import summary
+from eval.rerun.store import Store, _place
+from eval.rerun.suite import SUITES, load_suite, shifted
+from eval.rerun.work import train
+from lorapre_peft.integrations.summary import format_bytes
+
+ROOT = Path(__file__).parents[2]
+
+
+# ---- suites -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "places", "expected"),
+    [(2e-4, 1, 5e-4), (5e-4, 1, 1e-3), (1e-3, -1, 5e-4), (5e-3, 6, 0.5), (1e-4, -4, 5e-6)],
+)
+def test_rates_move_along_1_2_5(rate, places, expected):
+    assert shifted(rate, places) == expected
+
+
+def test_rates_off_the_series_are_refused():
+    with pytest.raises(ValueError, match="series 1, 2, 5"):
+        shifted(3e-4, 1)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SUITES.glob("*.yaml")])
+def test_shipped_suites_load_and_name_each_run_once(name):
+    suite = load_suite(name)
+    names = [run.name for cell in cells(suite) for run in cell.pending({})]
+    assert len(names) == len(set(names)) > 0
+
+
+def test_issue_methods_are_in_the_table_suites():
+    """Every method that the comparison promises, in both table suites."""
+    promised = {"lora", "rslora", "dora", "pissa", "lora-ga", "lora+", "lora-fa", "galore", "fira", "mlorc", "apollo"}
+    promised |= {"lora-pro", "shampoo", "soap", "sophia", "adamw", "muon"}
+    ours = {
+        (f"lorapre-{optimizer}{kind}", rule)
+        for optimizer in ("adam", "muon")
+        for kind in ("", "-weights")
+        for rule in ("als", "newton")
+    }
+    for name in ("table2", "table2-small"):
+        entries = load_suite(name).entries
+        assert promised <= {entry.method for entry in entries}
+        assert ours == {(e.method, e.options["update_rule"]) for e in entries if e.method.startswith("lorapre")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["adam"]}, "no method 'adam'"),
+        ({"methods": [{"method": "lora", "momentum_rank": 2}]}, "LoRA has no option momentum_rank"),
+        ({"methods": ["lora", "lora"]}, "two rows are called LoRA"),
+        (
+            {"methods": [{"method": "lora", "rates": [3e-4]}]},
+            "learning rate 0.0003: expected one of the series 1, 2, 5",
+        ),
+        ({"speed": 1}, "unexpected keyword argument 'speed'"),
+        ({"methods": ["adamw"]}, "KeyError: 'weights'"),
+    ],
+)
+def test_suite_mistakes_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        write_suite(tmp_path, **changes)
+
+
+def test_run_names_depend_on_the_whole_declaration():
+    runs = [make_run(), make_run(lr=2e-3), make_run(seed=1), make_run(answers=3), make_run("lorapre-adam")]
+    runs += [make_run("lorapre-adam", momentum_rank=1), make_run("lorapre-adam", residual_weight=0.1)]
+    assert len({run.name for run in runs}) == len(runs)
+    assert make_run().name == make_run().name
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_best_rate_inside_the_grid_then_its_other_seeds(tmp_path):
+    cell = cells(write_suite(tmp_path))[0]
+    records, order = finish(cell, lambda lr: abs(lr - 2e-3))
+    # Seed 0 at the best rate is a tuning run and is not repeated.
+    assert order == [(1e-3, 0), (2e-3, 0), (5e-3, 0), (2e-3, 1), (2e-3, 2)]
+    assert (cell.best_rate(records), cell.at_edge(records)) == (2e-3, False)
+    assert cell.expected_runs(records) == cell.done(records) == cell.expected_runs({}) == 5
+
+
+def test_grid_is_extended_while_the_best_rate_is_at_its_edge(tmp_path):
+    cell = cells(write_suite(tmp_path))[0]
+    records, _ = finish(cell, lambda lr: abs(lr - 1e-2))
+    assert cell.rates(records) == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+    assert (cell.best_rate(records), cell.at_edge(records)) == (1e-2, False)
+    records, _ = finish(cell, lambda lr: lr)  # ever lower: two extensions do not reach it
+    assert cell.rates(records) == [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]
+    assert (cell.best_rate(records), cell.at_edge(records)) == (2e-4, True)
+
+
+def test_rates_that_diverge_are_not_chosen_and_a_method_that_never_trains_ends(tmp_path):
+    cell = cells(write_suite(tmp_path))[0]
+    records, _ = finish(cell, lambda lr: math.inf if lr > 1e-3 else 1 / lr)
+    assert cell.best_rate(records) == 1e-3
+    records, order = finish(cell, lambda lr: math.inf)
+    assert cell.best_rate(records) is None
+    assert len(order) == 3
+    assert summary(cell, records, {})["failures"] == [f"lr {lr:g}, seed 0: diverged" for lr in (1e-3, 2e-3, 5e-3)]
+
+
+def test_paper_protocol_has_one_rate(tmp_path):
+    suite = write_suite(tmp_path, protocols={"paper": {"lr": "2e-5", "seeds": [0, 1]}})
+    _, order = finish(cells(suite)[0], lambda lr: 1.0)
+    assert order == [(2e-5, 0), (2e-5, 1)]
+
+
+def test_shards_are_disjoint_and_complete(tmp_path):
+    suite = write_suite(tmp_path, methods=["lora", "dora", "rslora", "pissa", "lora+"])
+    parts = [cells(suite, (i, 3)) for i in range(3)]
+    labels = [cell.entry.label for part in parts for cell in part]
+    assert sorted(labels) == sorted(entry.label for entry in suite.entries)
+
+
+# ---- results on disk --------------------------------------------------------------------------------------------------
+
+
+def test_claims_exclude_each_other_and_end_with_the_block(tmp_path):
+    first, second, run = Store(tmp_path), Store(tmp_path), make_run()
+    with first.claim(run) as mine, second.claim(run) as theirs:
+        assert (mine, theirs) == (True, False)
+    with second.claim(run) as mine:
+        assert mine
+    first.save(run, {"metrics": {}})
+    with second.claim(run) as mine:
+        assert not mine  # it is finished
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_record_that_was_not_copied_whole_is_named(tmp_path):
+    store = Store(tmp_path)
+    (store.records / "half.json").write_text('{"run": ')
+    with pytest.raises(ValueError, match=r"half\.json is no whole record .*: copy it again, or delete it"):
+        store.load()
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(SystemExit):
+        main(["smoke", "--jobs", "3", "--out", str(tmp_path)])
+    assert "--jobs 3: 2 GPUs are visible" in capsys.readouterr().err
+
+
+def test_claims_of_processes_that_are_gone_are_taken_over(tmp_path):
+    store, run = Store(tmp_path), make_run()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    claim = tmp_path / "claims" / run.name
+    for owner, age, expected in [
+        (f"{_place()} {gone.pid}", 0, True),
+        (f"{_place()} {os.getpid()}", 0, False),
+        (f"{_place()} {os.getpid()}", 10_000, True),  # a new process with an old one's number
+        ("another-machine 1", 0, False),
+        ("another-machine 1", 10_000, True),
+    ]:
+        claim.write_text(owner)
+        os.utime(claim, (time.time() - age,) * 2)
+        with store.claim(run) as mine:
+            assert mine == expected, owner
+        claim.unlink(missing_ok=True)
+
+
+def test_a_run_that_stops_its_process_stops_no_other(tmp_path, monkeypatch):
+    """Started again, all others come first."""
+    suite = write_suite(tmp_path, protocols={"paper": {"lr": 1e-3, "seeds": [0, 1]}})
+    store, part = Store(tmp_path), cells(suite)
+    poison = part[0].pending({})[0]
+
+    class Runner:
+        def __init__(self, surroundings):
+            pass
+
+        def __call__(self, run):
+            if run == poison:
+                raise OSError("No space left on device")
+            return record(run)
+
+    monkeypatch.setattr("eval.rerun.work.Runner", Runner)
+    for finished in (0, 3, 3):
+        with pytest.raises(OSError, match="No space left"):
+            train(part, store, {})
+        assert len(store.load()) == finished
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_command_that_started_them():
+    script = (
+        "import multiprocessing; from eval.rerun.work import _end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    child = multiprocessing.get_context('spawn').Process(target=_end_with_parent)\n"
+        "    child.start(); print(child.pid, flush=True); child.join()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=60)
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path):
+    store, run = Store(tmp_path), make_run()
+    with pytest.raises(ValueError, match="JSON"):
+        store.save(run, {"loss": math.nan})
+    assert list((tmp_path / "records").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(tmp_path):
+    """SIGKILL in the middle of the smoke suite; the second start repeats nothing that was finished, and names a broken package."""
+    broken = tmp_path / "packages" / "MLorc_optim"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('broken')")
+    command = [sys.executable, "-m", "eval.rerun", "smoke", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(broken.parent)}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    records = tmp_path / "records"
+    while len(list(records.glob("*.json"))) < 2:
+        assert first.poll() is None, "ended before it was killed"
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = {path: path.read_bytes() for path in records.glob("*.json")}
+    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert list((tmp_path / "claims").iterdir()) == []
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["pending"] for row in report["rows"]] == [0] * 4
+    assert [len(row["metrics"].get("test_loss", {}).get("values", [])) for row in report["rows"]] == [2, 2, 2, 0]
+    assert "mlorc-optim" in report["rows"][3]["not_run"]
+    text = (tmp_path / "report.md").read_text()
+    assert "Methods that do not run today" in text
+    assert "`python -m eval.rerun smoke --out" in text
+    for plot in ("losses", "sensitivity", "memory", "time"):
+        assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):
+    suite = write_suite(
+        tmp_path,
+        methods=["lora", "lorapre-adam", "sophia", "mlorc"],
+        step_seconds={"adapter": 30},
+        protocols={
+            "tuned": {"rates": {"adapter": [1e-3], "weights": [1e-3]}, "tuning_seeds": [0], "seeds": [0], "extend": 0}
+        },
+    )
+    text = plan_table(cells(suite), {}, {"mlorc": "broken"})
+    lora, pre, sophia, mlorc, total, _, unestimated = text.splitlines()[1:]
+    assert "0/1" in lora
+    assert "1.0 min" in lora
+    row = cells(suite)[1]
+    assert format_bytes(memory_estimate(row, base_config(row.model), {}).total) in pre
+    assert "not run: broken" in mlorc
+    assert "3.0 min" in total
+    assert "–" in sophia
+    assert unestimated.startswith("no estimate of memory for Sophia-H: RuntimeError: ")
+
+
+def test_a_package_that_does_not_import_is_named(monkeypatch):
+    method = Method("Broken", "adapter", methods._adamw, package="mlorc-optim", module="no_such_module")
+    monkeypatch.setattr(methods, "version", lambda package: "9.9")
+    assert "mlorc-optim 9.9 does not import" in method.unavailable()
+    assert METHODS["lora"].unavailable() is None

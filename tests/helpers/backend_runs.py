@@ -1,0 +1,85 @@
+"""What the tests of the backends share: which run here, a few steps on one of them, and how close they are."""
+
+import pytest
+import torch
+from roundoff import assert_same_steps, undisturbed
+from stepping import LR, products, stream, take_steps, weights
+from torch import nn
+
+from lorapre_peft import LoRAPreAdamW
+from lorapre_peft.kernels import choose as backends
+from lorapre_peft.memory.peak import AllocationTracker
+from lorapre_peft.optim.adamw import update_bound
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = [
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.skipif(name not in backends.available(DEVICE), reason=f"{name} cannot run here"),
+            *([pytest.mark.slow] if name == "compiled" else []),  # test_kernels.py runs its graphs uncompiled
+        ],
+    )
+    for name in ("eager", "compiled", "triton", "cpp")
+]
+triton_, cpp_ = (b.marks[0] for b in BACKENDS[2:])
+
+
+def parameters(shape, n=2, dtype=torch.float32):
+    return [nn.Parameter(weights(*shape, seed=i, dtype=dtype).detach().to(DEVICE)) for i in range(n)]
+
+
+def run(
+    backend,
+    shape,
+    k,
+    steps=4,
+    n=2,
+    cls=LoRAPreAdamW,
+    dtype=torch.float32,
+    grads=None,
+    prepare=undisturbed,
+    **options,
+):
+    """n matrices after some steps: (parameters, optimizer)."""
+    params = parameters(shape, n, dtype)
+    optimizer = prepare(cls(params, **{"lr": LR, "momentum_rank": k, "backend": backend} | options))
+    take_steps(optimizer, params, *(grads or [stream(shape, steps, seed=i) for i in range(n)]))
+    assert all(("m_B" in optimizer.state[param]) == (k > 0) for param in params)
+    return params, optimizer
+
+
+def tensors(params, optimizer):
+    """What two backends have in common: parameters, and of their state the counts of steps and the products of factors."""
+    states = [optimizer.state[param] for param in params]
+    return [*params, *(value for state in states for value in (state["step"], *products(state)))]
+
+
+def assert_like_eager(found, shape, k, steps=4, **options):
+    """``found``, which `run` gave for these arguments, is what the eager backend gives but for the order of sums."""
+    assert_same_steps(
+        tensors(*found), lambda prepare: tensors(*run("eager", shape, k, steps, prepare=prepare, **options))
+    )
+
+
+def assert_like_rounded(found, expected, steps=4):
+    """Half-precision weights of two backends after steps of `LR`: in the last place, where they differ.
+
+    An update that lies within round-off, 1e-6 of it, of the middle between two numbers may be rounded to the other one, and later steps
+    keep the difference: one entry in a hundred at most, as numbers around 1 are 2⁻⁸ or 2⁻¹¹ apart. It is then of one or two places of the
+    largest weight that ``steps`` updates of at most `update_bound` times `LR` can bring there.
+    """
+    for a, b in zip(found, expected):
+        eps = torch.finfo(b.dtype).eps
+        torch.testing.assert_close(a, b, rtol=2 * eps, atol=2 * eps * update_bound(0.9, 0.95) * LR * steps)
+        assert (a != b).float().mean() < 0.01
+
+
+def peak_of_a_step(optimizer, params):
+    """Bytes of the temporaries of the third step."""
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with AllocationTracker() as tracker:
+            optimizer.step()
+    return tracker.peak_bytes

@@ -1,0 +1,95 @@
+"""What the tests of trainers share: arguments, trainers, and a callback that writes down what it sees."""
+
+import copy
+from collections import Counter
+
+import torch
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from lorapre_peft import LoRAPreCallback, lorapre_optimizer
+from lorapre_peft.optim.base import LoRAPreOptimizer
+
+ALWAYS_LOGGED = {"lorapre/state_bytes", "lorapre/adamw_state_bytes", "lorapre/skipped_updates"}
+
+
+ADAMW_LOGGED = ALWAYS_LOGGED | {"lorapre/captured_energy", "lorapre/largest_update", "lorapre/clamped_share"}
+
+
+def arguments(tmp_path, config_class=TrainingArguments, **options) -> TrainingArguments:
+    defaults = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return config_class(**(defaults | options))
+
+
+def lorapre_trainer(
+    model,
+    args,
+    dataset,
+    callbacks=(),
+    kind="adamw",
+    trainer_class=Trainer,
+    eval_dataset=None,
+    callback=None,
+    **options,
+):
+    """A trainer with LoRA-Pre's optimizer, its callback after ``callbacks``; ``options`` go to the optimizer."""
+    return trainer_class(
+        model,
+        args,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        optimizer_cls_and_kwargs=lorapre_optimizer(kind, args, **options),
+        callbacks=[*callbacks, callback or LoRAPreCallback()],
+    )
+
+
+def inner(optimizer) -> LoRAPreOptimizer:
+    """The optimizer inside accelerate's wrapper."""
+    return optimizer if isinstance(optimizer, LoRAPreOptimizer) else inner(optimizer.optimizer)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def training_logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Recorder(TrainerCallback):
+    """Sees each log as a reporter does, and the optimizer just before and after each step."""
+
+    def __init__(self):
+        self.events = Counter()
+        self.logs, self.recorded, self.rates, self.gradient_norms, self.weights = [], [], [], [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.events["train_begin"] += 1
+        self.weights.append(weights(model))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        self.gradient_norms.append(torch.cat(gradients).norm().item())
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.recorded.append(inner(optimizer).record_metrics)
+        self.weights.append(weights(model))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.events["log"] += 1
+        self.logs.append(copy.deepcopy(logs))

@@ -1,0 +1,81 @@
+"""How a backend is chosen."""
+
+import copy
+import importlib.util
+import pickle
+import shutil
+
+import pytest
+import torch
+from backend_runs import cpp_, parameters, run
+from stepping import both_optimizers
+
+from lorapre_peft.kernels import choose as backends
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "triton" else find(name, *args)
+    )
+
+
+@cpp_
+def test_auto_is_the_fastest(monkeypatch, fresh_backends):
+    assert backends.choose("auto", torch.device("cpu")) is backends.choose("cpp", torch.device("cpu"))
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    backends._automatic.cache_clear()
+    assert backends.choose("auto", torch.device("cpu")) is backends.choose("eager", torch.device("cpu"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    assert backends.available("cuda") == ["triton", "eager", "compiled"]
+
+
+def test_cpp_needs_a_cpu():
+    with pytest.raises(ValueError, match=r"backend='cpp' needs a CPU under Linux, found cuda"):
+        backends.choose("cpp", torch.device("cuda"))
+
+
+def test_without_triton_auto_is_eager(without_triton, fresh_backends):
+    """A missing package costs speed only."""
+    assert backends.available("cuda:0") == ["eager"]
+    assert type(backends.choose("auto", torch.device("cuda:0"))) is backends.Eager
+    for name in ("triton", "compiled"):
+        with pytest.raises(
+            ValueError, match=rf"backend='{name}' needs the package triton.*Use backend='auto'.*\['eager'\]"
+        ):
+            backends.choose(name, torch.device("cuda:0"))
+
+
+def test_triton_needs_a_cuda_device(monkeypatch, fresh_backends):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"backend='triton' needs a CUDA device, found cpu"):
+        backends.choose("triton", torch.device("cpu"))
+
+
+def test_compiled_needs_a_compiler(monkeypatch, fresh_backends):
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    assert "compiled" not in backends.available("cpu")
+    with pytest.raises(ValueError, match=r"backend='compiled' needs a C\+\+ compiler"):
+        backends.choose("compiled", torch.device("cpu"))
+
+
+@both_optimizers
+def test_unknown_backend(cls):
+    with pytest.raises(ValueError, match=r"backend='cuda': expected one of 'auto', .*'eager', 'compiled'"):
+        cls(parameters((19, 17)), backend="cuda")
+
+
+@both_optimizers
+def test_backend_travels_with_copies_but_not_in_checkpoints(cls):
+    """A run may resume on another machine."""
+    _, optimizer = run("eager", (19, 17), 5, cls=cls)
+    saved = optimizer.state_dict()
+    assert all("backend" not in group for group in saved["param_groups"])
+    assert set(saved) == {"state", "param_groups"}
+    other = cls(parameters((19, 17)), momentum_rank=5, backend="compiled")
+    other.load_state_dict(saved)
+    assert other.backend == "compiled"
+    assert copy.deepcopy(other).backend == "compiled"
+    assert pickle.loads(pickle.dumps(other)).backend == "compiled"

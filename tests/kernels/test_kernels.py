@@ -1,0 +1,242 @@
+"""What only one backend has: blocks and ranks of Triton's kernels, threads of the C++ ones, graphs of the compiled one."""
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from backend_runs import assert_like_eager, assert_like_rounded, cpp_, parameters, peak_of_a_step, run, triton_
+from stepping import LR, both_optimizers, both_rules, stream, take_steps, weights
+from torch import nn
+from versions import skip_before
+
+from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
+from lorapre_peft.kernels import cpp as cpp_backend
+from lorapre_peft.kernels.eager import UNROLLED
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "k"), [((70, 12), 2), ((9, 140), 3)], ids=["blocks of rows", "blocks of columns"])
+@triton_
+def test_blocks_equal_one_block(monkeypatch, shape, k):
+    """Rows split among programs and walked through by one, both in more than one block."""
+    from lorapre_peft.kernels import triton_kernels as triton_backend
+
+    K, BP, BQ = triton_backend.block_sizes(*shape, k)
+    assert shape[0] > BP or shape[1] > BQ
+    assert k <= K
+    assert_like_eager(run("triton", shape, k, 3), shape, k, 3)
+    monkeypatch.setattr(triton_backend, "PROGRAMS", 1)
+    assert_like_eager(run("triton", shape, k, 3), shape, k, 3)
+
+
+@triton_
+def test_ranks_beyond_the_kernels_are_eager(monkeypatch, fresh_backends):
+    from lorapre_peft.kernels import triton_kernels as triton_backend
+
+    monkeypatch.setattr(triton_backend, "MAX_RANK", 4)
+    with pytest.warns(UserWarning, match=r"momentum rank 5 is above the Triton kernels' 4: eager") as said:
+        found, _ = run("triton", (19, 17), 5)
+    assert len(said) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, run("eager", (19, 17), 5)[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("triton", (19, 17), 5)
+
+
+@triton_
+def test_muon_has_no_kernels():
+    with pytest.raises(ValueError, match="backend='triton'"):
+        LoRAPreMuon(parameters((19, 17)), backend="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@skip_before("triton", "3.4", "cannot compile for a GPU that is not there where a number is a constant")
+def test_triton_kernels_compile_for_a_gpu(tmp_path):
+    """For compute capability 8.9, without one: in a process without the interpreter. k = 1 comes as a constant there."""
+    code = Path(__file__).parents[1] / "helpers" / "compile_triton.py"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    found = subprocess.run([sys.executable, code, "1", "100"], capture_output=True, text=True, env=env, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+    sizes = json.loads(found.stdout.splitlines()[-1])
+    assert len(sizes) == 4
+    assert max(sizes) <= 99 * 1024
+
+
+# ---- C++ ------------------------------------------------------------------------------------------------------------
+
+
+@cpp_
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "k"), [((11, 300), 7), ((300, 12), 7), ((530, 9), 1)], ids=str)
+def test_matrices_longer_than_a_block(shape, k, dtype):
+    for options in {}, {"bf16_rounding": "stochastic", "maximize": True}:
+        found = run("cpp", shape, k, dtype=dtype, **options)
+        if dtype == torch.float32:
+            assert_like_eager(found, shape, k, **options)
+        else:
+            assert_like_rounded(found[0], run("eager", shape, k, dtype=dtype, **options)[0])
+
+
+@cpp_
+@both_rules
+@pytest.mark.parametrize(("shape", "k"), [((70, 40), 3), ((600, 12), 2)], ids=str)
+def test_rows_split_among_threads(monkeypatch, rule, shape, k):
+    """The parts are cut by shape alone, so that the number of threads does not show in a single bit."""
+    options = {"n": 3, "update_rule": rule}
+    whole, _ = run("cpp", shape, k, 3, **options)
+    monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)
+    # The sums of all matrices at once, and of fewer.
+    for size in (64_000_000, 2 * 4 * 2 * shape[0] * shape[1]):
+        one, three = (run_in(threads, shape, k, temporary_bytes=size, **options) for threads in (1, 3))
+        assert all(map(torch.equal, one[0], three[0]))
+        assert not all(map(torch.equal, one[0], whole))
+        assert_like_eager(one, shape, k, 3, **options)
+
+
+def run_in(threads, shape, k, **options):
+    """Three steps in so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return run("cpp", shape, k, 3, **options)
+    finally:
+        torch.set_num_threads(before)
+
+
+@cpp_
+@both_rules
+def test_one_call_steps_all_and_company_does_not_show(monkeypatch, rule):
+    """Matrices of many shapes and groups take one call a step, and each the same bits as alone."""
+    shapes, calls = [(40, 24), (24, 40), (40, 24), (300, 8), (8, 300), (8, 5, 3, 3)], []
+    step = cpp_backend.Cpp.step
+    monkeypatch.setattr(cpp_backend.Cpp, "step", lambda self, *args: calls.append(args) or step(self, *args))
+    grads = [stream((*shape[:1], math.prod(shape[1:])), 4, seed=i) for i, shape in enumerate(shapes)]
+    grads = [[g.view(shape) for g in some] for shape, some in zip(shapes, grads)]
+
+    def trained(numbers):
+        params = [weights(*shape, seed=i) for i, shape in enumerate(shapes)]
+        groups = [{"params": [param], "lr": LR / (i + 1)} for i, param in enumerate(params)]
+        optimizer = LoRAPreAdamW(groups, momentum_rank=2, update_rule=rule, backend="cpp")
+        take_steps(optimizer, params, *(some if i in numbers else [None] * 4 for i, some in enumerate(grads)))
+        return params
+
+    together = trained(range(len(shapes)))
+    assert len(calls) == 4
+    assert all(torch.equal(param, trained([i])[i]) for i, param in enumerate(together))
+
+
+@cpp_
+def test_freed_memory_is_an_error():
+    """A tool that frees a gradient's storage and leaves the tensor would have the kernels read address 0."""
+    param = weights(20, 12)
+    param.grad = torch.ones(20, 12)
+    param.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="without memory"):
+        LoRAPreAdamW([param], lr=LR, backend="cpp").step()
+
+
+@cpp_
+def test_sums_of_split_rows_stay_within_the_bound(monkeypatch):
+    monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)  # as many parts as there may be: 270 kB of sums a matrix
+    bound, params = 200_000, [nn.Parameter(0.02 * torch.randn(64, 512)) for _ in range(2)]
+    optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=4, backend="cpp", temporary_bytes=bound)
+    assert peak_of_a_step(optimizer, params) <= bound
+
+
+@cpp_
+def test_kernels_that_do_not_compile_are_named(monkeypatch, fresh_backends, tmp_path):
+    """A compiler that fails: an error where the backend was asked for, a warning and the eager one where it was not."""
+    from lorapre_peft.kernels import cpp as cpp_backend
+
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho no such instruction >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpp_backend, "library", functools.cache(cpp_backend.library.__wrapped__))
+    with pytest.raises(RuntimeError, match=r"could not be compiled to .* with .*g\+\+ .*no such instruction"):
+        run("cpp", (19, 17), 5)
+    with pytest.warns(
+        UserWarning, match=r"backend 'cpp' does not start, so a slower one is used.*no such instruction"
+    ):
+        found, _ = run("auto", (19, 17), 5)
+    assert all(torch.equal(a, b) for a, b in zip(found, run("eager", (19, 17), 5)[0]))
+
+
+@cpp_
+def test_kernels_that_do_not_load_are_named(monkeypatch, fresh_backends):
+    """A cache where nothing may be executed, a library that is missing: what the compiler does not see."""
+    from lorapre_peft.kernels import cpp as cpp_backend
+
+    def refuse(path):
+        raise OSError("failed to map segment from shared object")
+
+    monkeypatch.setattr(cpp_backend.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(cpp_backend, "library", functools.cache(cpp_backend.library.__wrapped__))
+    with pytest.warns(UserWarning, match=r"backend 'cpp' does not start.*failed to map segment"):
+        run("auto", (19, 17), 5)
+
+
+# ---- compilation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch, fresh_backends):
+    """The graphs that torch.compile traces from now on; they are run uncompiled. A graph break would raise (fullgraph)."""
+    traced = []
+
+    def keep(graph, _):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=keep))
+    torch._dynamo.reset()
+    yield traced
+    torch._dynamo.reset()
+
+
+@skip_before("torch", "2.8", "compiles once more when betas first change")
+@both_optimizers
+@both_rules
+def test_no_recompile_as_numbers_change(graphs, cls, rule):
+    """A schedule of lr, weight decay and betas, the step count, the clipping: none of them is in a graph."""
+    params = parameters((19, 17))
+    optimizer = cls(params, lr=LR, momentum_rank=5, update_rule=rule, backend="compiled")
+    group, grads = optimizer.param_groups[0], [stream((19, 17), 8, seed=i) for i in range(2)]
+    decay = "betas" if cls is LoRAPreAdamW else "momentum"
+    changes = [{}, {}, {"lr": 0.5}, {"lr": torch.tensor(0.1)}, {"weight_decay": 0.3}, {"max_param_grad_norm": 1.0}]
+    changes += [{decay: (0.5, 0.9) if decay == "betas" else 0.5}, {"update_scale": 0.1}]
+    functions = 8 if cls is LoRAPreAdamW else 7  # of `moments` and `eager`; Adam's scalars are the eighth
+    for t, change in enumerate(changes):
+        group.update(change)
+        take_steps(optimizer, params, *([g[t]] for g in grads))
+        assert len(graphs) == functions
+
+
+def test_few_graphs_for_many_shapes(graphs):
+    """A set for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower rank."""
+    # Not two matrices first: their number would be taken for that of the moments.
+    for n, shape, k in (3, (33, 31), 7), (2, (19, 17), 5), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
+        assert_like_eager(run("compiled", shape, k, 2, n=n), shape, k, 2, n=n)
+        assert len(graphs) == 8
+    for n, k in (1, 5), (2, 1), (2, UNROLLED):
+        before = len(graphs)
+        run("compiled", (19, 17), k, n=n)
+        first = len(graphs)
+        assert (
+            before < first <= before + 8 + 3 * (k == 1)
+        )  # at k = 1 the factors of a first step have strides of their own
+        run("compiled", (48, 40), k, n=n)
+        assert len(graphs) == first
