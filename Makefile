@@ -33,7 +33,7 @@ test-all: install
 
 # The numerics with the instructions of other CPUs, of PyTorch's own kernels and so of this project's, of MKL's and of oneDNN's: one
 # machine stands in for others. The whole suite: `make test-isa NUMERICS=tests`.
-NUMERICS := tests/optim tests/kernels
+NUMERICS := tests/optim tests/backends
 
 test-isa: install
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "not slow" $(NUMERICS) $(ARGS)

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from ..lowrank.float64 import float64_device, wide
-from ..lowrank.rules import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
+from ..lowrank.linalg import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
 from .checkpoint import Checkpoint, common_names
 
 REPORT_NAME = "extraction_report.json"

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from ..lowrank.rules import RULES
+from ..optim.options import RULE_OPTIONS, check_rule_options
 
 # Beside adapter_config.json, which stays a plain LoraConfig's: PEFT warns about keys that it does not know.
 CONFIG_NAME = "lorapre_config.json"
@@ -25,11 +26,12 @@ CONFIG_NAME = "lorapre_config.json"
 class LoRAPreConfig(LoraConfig):
     """Configuration of a LoRA adapter that is trained with LoRA-Pre.
 
-    All of `peft.LoraConfig`, and for PEFT it is one: ``peft_type`` stays LORA. The three fields below are read by
+    All of `peft.LoraConfig`, and for PEFT it is one: ``peft_type`` stays LORA. The fields below are read by
     `create_lorapre_optimizer`; they change nothing about the adapter itself. They are saved beside ``adapter_config.json``
     in ``lorapre_config.json``, so that an adapter saved here opens in plain PEFT; `LoRAPreConfig.from_pretrained` reads both.
 
-    Raises ValueError for a momentum rank that is no whole number ≥ 1 or not below the adapter's rank, and for an unknown rule.
+    Raises ValueError for a momentum rank that is no whole number ≥ 1 or not below the adapter's rank, for an unknown rule, and for an
+    option that the rule does not have.
     """
 
     momentum_rank: int | None = field(
@@ -48,11 +50,24 @@ class LoRAPreConfig(LoraConfig):
         default="als",
         metadata={"help": "'als' (tracked, this project's default) or 'newton' (as published, Theorem 3.1)."},
     )
+    second_momentum_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the second moment of update_rule='als', at most momentum_rank. None: 1. Muon has none."
+        },
+    )
+    residual_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "ρ of update_rule='als' in [0, 1]: weight of the gradient outside the momentum's subspace. None: 1."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.update_rule not in RULES:
             raise ValueError(f"update_rule={self.update_rule!r}: expected one of {', '.join(map(repr, RULES))}")
+        check_rule_options({name: getattr(self, name) for name in RULE_OPTIONS})
         largest = max([self.r, *(self.rank_pattern or {}).values()])
         named = {"momentum_rank": self.momentum_rank} | {
             f"momentum_rank_pattern[{key!r}]": k for key, k in (self.momentum_rank_pattern or {}).items()
@@ -108,7 +123,7 @@ class LoRAPreConfig(LoraConfig):
         if own is None:
             warnings.warn(
                 f"{pretrained_model_name_or_path} has no {CONFIG_NAME} (a plain LoRA adapter?), or the hub cannot be asked for it and "
-                "it is not in the local cache: momentum_rank, momentum_rank_pattern and update_rule take their defaults",
+                "it is not in the local cache: the options of LoRA-Pre take their defaults",
                 stacklevel=2,
             )
             return config

@@ -17,7 +17,7 @@ from ..optim.adamw import LoRAPreAdamW
 from ..optim.base import LoRAPreOptimizer
 from ..optim.muon import LoRAPreMuon
 from .summary import state_table
-from .targets import adapter_targets, freeze_others, has_adapter, weight_targets
+from .targets import Targets, adapter_targets, freeze_others, has_adapter, weight_targets
 
 OPTIMIZERS: dict[str, type[LoRAPreOptimizer]] = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
 # Trainer's own list of names without weight decay (transformers.Trainer.get_decay_parameter_names).
@@ -33,7 +33,9 @@ def create_lorapre_optimizer(
     lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     momentum_rank: int | None = None,
+    second_momentum_rank: int | None = None,
     update_rule: str | None = None,
+    residual_weight: float | None = None,
     target_modules: str | Iterable[str] | None = None,
     others: str | None = None,
     embeddings: str | None = None,
@@ -57,7 +59,8 @@ def create_lorapre_optimizer(
         optimizer: ``"adamw"`` (`LoRAPreAdamW`) or ``"muon"`` (`LoRAPreMuon`).
         lr: learning rate of all groups. May be left out for full weights only: 2e-5, as in the paper's Table 2.
         weight_decay: decoupled, of the parameters that Trainer would decay.
-        momentum_rank, update_rule: override what the adapters' configs say, or the defaults 8 and ``"als"`` for weights.
+        momentum_rank, second_momentum_rank, update_rule, residual_weight: override what the adapters' configs say, or for weights the
+            defaults, of which momentum_rank's is 8; as in `LoRAPreAdamW`.
         target_modules: full weights only: names, a regular expression or ``"all-linear"`` (the default), as in PEFT.
         others: full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither targets nor embeddings.
         embeddings: full weights only: ``"frozen"`` (the default) or ``"adamw"``, for embeddings and head.
@@ -79,6 +82,13 @@ def create_lorapre_optimizer(
             "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), or load the adapter with "
             "PeftModel.from_pretrained(model, path, is_trainable=True, config=LoRAPreConfig.from_pretrained(path))"
         )
+    overrides = dict(
+        update_rule=update_rule, second_momentum_rank=second_momentum_rank, residual_weight=residual_weight
+    )
+    if optimizer == "muon" and second_momentum_rank is not None:
+        raise ValueError(
+            f"second_momentum_rank={second_momentum_rank} is for optimizer='adamw': Muon has no second moment"
+        )
     frozen_rows: dict[str, set[Tensor]] = {}
     if has_adapter(model):
         for name, given in (("target_modules", target_modules), ("others", others), ("embeddings", embeddings)):
@@ -88,9 +98,9 @@ def create_lorapre_optimizer(
                 )
         if lr is None:
             raise ValueError("no learning rate: give lr=… (LoRA is usually tuned to 1e-4 or above)")
-        targets = adapter_targets(model, momentum_rank, update_rule)
+        targets = adapter_targets(model, momentum_rank, overrides)
     else:
-        targets = weight_targets(model, target_modules or "all-linear", momentum_rank, update_rule)
+        targets = weight_targets(model, target_modules or "all-linear", momentum_rank, overrides)
         lr = WEIGHT_LR if lr is None else lr
         kwargs.setdefault("bf16_rounding", "stochastic")
         if others != "frozen":
@@ -98,11 +108,14 @@ def create_lorapre_optimizer(
         frozen_rows = freeze_others(model, targets, others, embeddings)
 
     groups = _param_groups(model, targets, weight_decay)
-    rho = kwargs.pop("residual_weight", None)
-    if rho is not None and all(group["update_rule"] != "als" for group in groups if group["momentum_rank"]):
-        raise ValueError(f"residual_weight={rho} is an option of update_rule='als', and no parameter uses it")
-    for group in groups:
-        group["residual_weight"] = rho if group["update_rule"] == "als" else None
+    for name in ("second_momentum_rank", "residual_weight"):
+        if overrides[name] is not None and all(
+            group["update_rule"] != "als" for group in groups if group["momentum_rank"]
+        ):
+            raise ValueError(f"{name}={overrides[name]} is an option of update_rule='als', and no parameter uses it")
+    if optimizer == "muon":
+        for group in groups:
+            del group["second_momentum_rank"]
     built = OPTIMIZERS[optimizer](groups, lr=lr, **kwargs)
     if not any(compressed_rank(p.shape, g["momentum_rank"]) for g in built.param_groups for p in g["params"]):
         shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
@@ -133,20 +146,14 @@ def _warn_of_experts(model: nn.Module) -> None:
         )
 
 
-def _param_groups(
-    model: nn.Module, targets: dict[Tensor, tuple[int, str]], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Named parameters by weight decay, momentum rank and rule, in the model's order; rank 0 is the AdamW path."""
+def _param_groups(model: nn.Module, targets: Targets, weight_decay: float) -> list[dict[str, Any]]:
+    """Return named parameters by weight decay and the options of their compression, in the model's order; rank 0 is the AdamW path."""
     decayed = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, NO_DECAY))
+    plain = {"momentum_rank": 0, "update_rule": "als", "second_momentum_rank": None, "residual_weight": None}
     groups: dict[tuple, dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            k, rule = targets.get(param, (0, "als"))
-            options = {
-                "weight_decay": weight_decay if name in decayed else 0.0,
-                "momentum_rank": k,
-                "update_rule": rule,
-            }
+            options = {"weight_decay": weight_decay if name in decayed else 0.0, **targets.get(param, plain)}
             group = groups.setdefault(tuple(options.values()), {"params": [], **options})
             group["params"].append((name, param))
     return list(groups.values())

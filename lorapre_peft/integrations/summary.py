@@ -6,7 +6,6 @@ import math
 
 from torch import Tensor
 
-from ..lowrank.layout import compressed_rank
 from ..optim.base import LoRAPreOptimizer
 
 
@@ -18,8 +17,9 @@ def state_table(optimizer: LoRAPreOptimizer, frozen: dict[str, list[Tensor]]) ->
     rows: dict[str, list[int]] = {}  # tensors, parameters, state bytes, AdamW's state bytes
     for group in optimizer.param_groups:
         for param in group["params"]:
-            k = compressed_rank(param.shape, group["momentum_rank"])
-            row = rows.setdefault(f"compressed, k={k}, {group['update_rule']}" if k else "AdamW path", [0, 0, 0, 0])
+            ranks = optimizer.ranks(param, group)
+            label = f"compressed, k={','.join(map(str, ranks))}, {group['update_rule']}" if ranks else "AdamW path"
+            row = rows.setdefault(label, [0, 0, 0, 0])
             counts = (1, param.numel(), optimizer.param_state_bytes(param, group), adamw_state_bytes(param))
             row[:] = [total + count for total, count in zip(row, counts)]
     order = sorted(rows, key=lambda name: (name == "AdamW path", name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
+from ..lowrank.rules import RULES
+from ..optim.options import RULE_OPTIONS
 from .config import LoRAPreConfig, default_momentum_rank
 
 # LoRA's two matrices. An embedding's A (r × vocabulary) is missing on purpose: it holds one vector per token, nearly all of
@@ -21,7 +24,7 @@ COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
 # The paper's momentum rank for fine-tuning the weights of 7B and 8B models (Table 2).
 WEIGHT_MOMENTUM_RANK = 8
 
-Targets = dict[Tensor, tuple[int, str]]  # parameter: (k, update rule)
+Targets = dict[Tensor, dict[str, Any]]  # parameter: momentum_rank and `RULE_OPTIONS`
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
@@ -58,7 +61,19 @@ def has_adapter(model: nn.Module) -> bool:
     return False
 
 
-def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: str | None) -> Targets:
+def rule_options(config: LoraConfig | None, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `RULE_OPTIONS` as they are given, or else as an adapter's config says; those that the rule does not have are None."""
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    found = {name: given.get(name, getattr(config, name, None)) for name in RULE_OPTIONS}
+    rule = RULES.get(found["update_rule"] or "als")
+    if rule is None:  # the optimizer says what there is
+        return found
+    return {"update_rule": rule.name} | {
+        name: found[name] if getattr(rule, name) is not None else None for name in RULE_OPTIONS[1:]
+    }
+
+
+def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str, Any] | None) -> Targets:
     """The LoRA matrices of every adapter, as the adapters' configs and the overrides say; warns of patterns that name no module."""
     configs: dict[str, LoraConfig] = {}
     targets: Targets = {}
@@ -83,8 +98,8 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, update_rule: st
                     f"momentum_rank={k} is not below r={r} of {module_name}: nothing would be compressed there; use 1..{r - 1}, or "
                     "a smaller one for this module in momentum_rank_pattern"
                 )
-            rule = update_rule or getattr(config, "update_rule", "als")
-            targets |= {param: (k, rule) for param in matrices if param.ndim >= 2}
+            options = {"momentum_rank": k, **rule_options(config, given)}
+            targets |= {param: options for param in matrices if param.ndim >= 2}
     for adapter, keys in unused.items():
         if keys:
             warnings.warn(
@@ -102,7 +117,7 @@ def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
 
 
 def weight_targets(
-    model: nn.Module, target_modules: str | Iterable[str], momentum_rank: int | None, update_rule: str | None
+    model: nn.Module, target_modules: str | Iterable[str], momentum_rank: int | None, given: dict[str, Any] | None
 ) -> Targets:
     """The weights of the modules that ``target_modules`` names, as in PEFT: names, a regular expression, or "all-linear".
 
@@ -122,7 +137,7 @@ def weight_targets(
         else:
             matched = check_target_module_exists(config, module_name)
         if matched:
-            targets[weight] = (k, update_rule or "als")
+            targets[weight] = {"momentum_rank": k, **rule_options(None, given)}
     if not targets:
         linear = sorted(
             {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}

@@ -22,9 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..lowrank.layout import Located, compressed_rank, matrix_shape
-from ..lowrank.moments import Factors
-from ..lowrank.rules import RULES
+from ..lowrank.layout import Member
 from .eager import Eager
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -46,7 +44,8 @@ OPTIONS = (
 FOUND = 4
 # Entries of a matrix above which its rows are split among threads.
 SPLIT_ENTRIES = 1 << 20
-_STATE = ("step", "m_B", "m_A", "v_B", "v_A")
+# Pointers that it takes of a matrix: gradient, weights, and the state's step, m_B, m_A, v_B, v_A, v_energy and v_scale.
+POINTERS = 9
 
 
 def compiler() -> str | None:
@@ -77,32 +76,26 @@ def library() -> ctypes.CDLL:
 
 
 class Table:
-    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step.
+    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step."""
 
-    located: (group, parameter, position in the optimizer), all on the CPU and whole. rank: k of both moments, by matrix.
-    """
-
-    def __init__(self, located: list[Located], ranks: list[int], rule: str):
-        self.located = located
-        self.params = [param for _, param, _ in located]
-        self.rule = rule
-        groups = {id(group): group for group, _, _ in located}
+    def __init__(self, members: list[Member]):
+        self.members = members
+        self.params = [member.param for member in members]
+        groups = {id(member.group): member.group for member in members}
         self.groups = list(groups.values())
         number = {key: i for i, key in enumerate(groups)}
         self.shapes = array("q")
-        sizes = []
-        for (group, param, position), k in zip(located, ranks):
-            p, q = matrix_shape(param.shape)
-            types = _TYPES[param.grad.dtype], _TYPES[param.dtype]
-            self.shapes.extend((p, q, k, k, number[id(group)], position, *types))
-            sizes.append(p * q)
-        self.order = array("q", sorted(range(len(located)), key=lambda i: -sizes[i]))
-        self.names = (*_STATE, "v_energy", "v_scale") if RULES[rule].tracked else _STATE
+        for member in members:
+            types = _TYPES[member.param.grad.dtype], _TYPES[member.param.dtype]
+            self.shapes.extend((*member.shape, *member.ranks, number[id(member.group)], member.position, *types))
+        sizes = [param.numel() for param in self.params]
+        self.order = array("q", sorted(range(len(members)), key=lambda i: -sizes[i]))
+        self.names = tuple(members[0].state_shapes)
         self.state: list[Tensor] = []
 
     def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
         """Whether the state's tensors are those of the last step."""
-        found = [state[name] for name in self.names for state in states]
+        found = [state.get(name) for name in self.names for state in states]
         return len(found) == len(self.state) and all(map(operator.is_, found, self.state))
 
     def take_state(self, states: list[dict[str, Tensor]]) -> None:
@@ -111,39 +104,6 @@ class Table:
             for name in self.names:
                 state[name] = state[name].to("cpu", torch.float32).contiguous()
         self.state = [state[name] for name in self.names for state in states]
-
-
-class Tables:
-    """Of parameters that are stepped together, those that `Cpp.step` takes, by update rule, and the others."""
-
-    def __init__(self, located: list[Located], backend: Cpp):
-        self._params = [param for _, param, _ in located]
-        self._seen = self._look(located)
-        self.rest: list[int] = []
-        taken: dict[str, tuple[list[Located], list[int]]] = {}
-        for i, (group, param, position) in enumerate(located):
-            k = compressed_rank(param.shape, group["momentum_rank"])
-            if k and backend.takes(param):
-                matrices, ranks = taken.setdefault(group["update_rule"], ([], []))
-                matrices.append((group, param, position))
-                ranks.append(k)
-            else:
-                self.rest.append(i)
-        self.by_rule = [Table(matrices, ranks, rule) for rule, (matrices, ranks) in taken.items()]
-
-    def hold(self, located: list[Located]) -> bool:
-        """Whether these are the same parameters, of the same shapes, dtypes and options."""
-        same = len(located) == len(self._params) and all(
-            param is known for (_, param, _), known in zip(located, self._params)
-        )
-        return same and self._look(located) == self._seen
-
-    @staticmethod
-    def _look(located: list[Located]) -> tuple:
-        groups = {id(group): group for group, _, _ in located}
-        options = [(key, group["momentum_rank"], group["update_rule"]) for key, group in groups.items()]
-        kinds = [(id(group), param.shape, param.dtype, param.grad.dtype) for group, param, _ in located]
-        return options, kinds
 
 
 class Cpp(Eager):
@@ -180,7 +140,7 @@ class Cpp(Eager):
             raise RuntimeError(
                 "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has freed it"
             )
-        pointers.extend([0] * (n * (2 + len(_STATE) + 2) - len(pointers)))
+        pointers.extend([0] * (n * POINTERS - len(pointers)))
         numbers = array("d", itertools.chain.from_iterable(options))
         found = array("d", bytes(8 * n * FOUND))
         arrays = (table.shapes, numbers, pointers, found, table.order)
@@ -201,17 +161,17 @@ class Cpp(Eager):
         return out
 
     def gram(self, A: Tensor) -> Tensor:
-        s, n, k, q = A.shape
-        A, out = A.contiguous(), A.new_empty(s, n, k, k, dtype=torch.float64)
-        self._gram(_at(A), s * n, k, q, _at(out), torch.get_num_threads())
+        n, k, q = A.shape
+        A, out = A.contiguous(), A.new_empty(n, k, k, dtype=torch.float64)
+        self._gram(_at(A), n, k, q, _at(out), torch.get_num_threads())
         return out
 
-    def columns(self, W: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-        s, n, k, q = factors.A.shape
-        W, A, projected = W.contiguous(), factors.A.contiguous(), factors.projected.contiguous()
-        A_new, gram = torch.empty_like(A), W.new_empty(s, n, k, k)
+    def columns(self, W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        n, k, q = A.shape
+        W, A, projected = W.contiguous(), A.contiguous(), projected.contiguous()
+        A_new, gram = torch.empty_like(A), W.new_empty(n, k, k)
         threads = torch.get_num_threads()
-        self._columns(_at(W), _at(A), _at(projected), s * n, k, q, _at(A_new), _at(gram), threads)
+        self._columns(_at(W), _at(A), _at(projected), n, k, q, _at(A_new), _at(gram), threads)
         return A_new, gram
 
 

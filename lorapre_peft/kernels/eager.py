@@ -1,71 +1,66 @@
 """The row part of a step in tensor operations, eager or compiled: the interface of all backends, and what each of them falls back on.
 
-A backend does what is larger than k×k. It reads a bucket's gradients and old factors (`moments.Factors`), writes the parameters, and
-leaves what the rule's column part needs: B_new, projected and grams. It knows neither the rule nor where rows live.
+A backend computes what is larger than k×k. It reads a batch's gradients and the old factors of its moments (`lowrank.moments.Moment`),
+writes the parameters, and fills in what the rule's column part needs: B_new, projected and grams. It knows neither the rule nor where
+rows live.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..lowrank.batch import TEMPORARIES, Wave
+from ..lowrank.batch import Batch
 from ..lowrank.float64 import narrow, wide
+from ..lowrank.layout import TEMPORARIES
+from ..lowrank.linalg import gram_rows
 from ..lowrank.metrics import Metrics
-from ..lowrank.rules import Mixture, gram_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ..lowrank.moments import Factors
+from ..lowrank.moments import Moment
+from ..lowrank.rules import Mixture
 
 # A product of inner size k is bound by memory: up to here the compiler writes it out inside the pass that uses it.
 UNROLLED = 4
 
-
-# Rows of the table of numbers that Adam's row part takes for each matrix, [len(TABLE), N] float32. Bias corrections and v's energy are
-# inside: m/(√v + ε) becomes ((c_B B_m + c_X X_m) A_m + residual · g) / (√((v_scale v_B v_A)² + g²) + eps).
+# What Adam's row part takes of each matrix, the rows of a table [len(TABLE), n] float32. Bias corrections and v's energy are inside:
+# m/(√v + ε) becomes u = ((c_B B_m + c_X X_m) A_m + residual · g) / (√((v_scale v_B v_A)² + g²) + eps), and the weight
+# θ ← θ − (step · u + decay · θ) where ``updates`` is 1.
 TABLE = (
-    "g_scale",
-    "m_keep",
-    "m_gain",
-    "v_keep",
-    "v_gain",
-    "c_B",
-    "c_X",
-    "residual",
-    "v_scale",
-    "eps",
-    "step",
-    "decay",
-    "updates",
+    *("g_scale", "m_keep", "m_gain", "v_keep", "v_gain", "c_B", "c_X"),
+    *("residual", "v_scale", "eps", "step", "decay", "updates"),
 )
 
 
-def adam_scalars(m: Mixture, t: Tensor, c: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
-    """Five rows of the table, c_B to eps, [5, N] float32.
+def adam_scalars(
+    m: Mixture, t: Tensor, c: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the rows c_B, c_X, residual, v_scale and eps of the table, [n] float64 like all arguments.
 
-    From the mixture of m, the counts t and what (v_B v_A)² is multiplied by: all [N] float64.
+    m: the mixture of the first moment; t: the counts of the bias corrections; c: what (v_B v_A)² is multiplied by.
     """
+    m_keep, m_gain, residual = m
     # √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²): what is common is divided out of the momentum and of ε.
     root = ((1 - beta2) / (1 - beta2**t)).sqrt()
     scale = 1 / ((1 - beta1**t) * root)
-    numbers = m.m_keep * scale, m.m_gain * scale, m.residual * scale, (c * (beta2 / (1 - beta2))).sqrt(), eps / root
-    return torch.stack(numbers).float()
+    return m_keep * scale, m_gain * scale, residual * scale, (c * (beta2 / (1 - beta2))).sqrt(), eps / root
 
 
-def adam_table(wave: Wave, keep: Tensor, gain: Tensor, scalars: Tensor) -> Tensor:
-    """The whole table. keep, gain: [2, N, 1, 1]; scalars: of `adam_scalars`."""
-    group, one = wave.group, torch.ones_like(scalars[0])
-    lr = group["lr"].to(one.device).reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-    coefficients = torch.stack([keep, gain], 1).flatten(0, 1)[..., 0, 0]  # of m, then of v
-    scale = one if wave.scale is None else wave.scale
-    updates = one if wave.finite is None else wave.finite.float()
-    rest = [one * lr * group["update_scale"], one * lr * group["weight_decay"], updates]
-    return torch.cat([scale[None], coefficients, scalars, torch.stack(rest)])
+def adam_table(batch: Batch, m: Moment, v: Moment, scalars: tuple[Tensor, ...]) -> Tensor:
+    """Return the whole table; scalars: of `adam_scalars`."""
+    step, decay = batch.steps()
+    one = torch.ones_like(step)
+    rows = dict(
+        g_scale=one if batch.scale is None else batch.scale,
+        **{"m_keep": m.keep, "m_gain": m.gain, "v_keep": v.keep, "v_gain": v.gain},
+        **dict(zip(("c_B", "c_X", "residual", "v_scale", "eps"), (narrow(x, batch.device) for x in scalars))),
+        step=step,
+        decay=0 * one if decay is None else decay,
+        updates=one if batch.update is None else batch.update.float(),
+    )
+    return torch.stack([rows[name].reshape(-1) for name in TABLE])
 
 
 # ---- tiles, eager or compiled ---------------------------------------------------------------------------------------
@@ -99,7 +94,7 @@ def _transposed_times(B: Tensor, x: Tensor) -> Tensor:
 def follow_rows(
     x: Tensor, B: Tensor, A: Tensor, R: Tensor, keep: Tensor, gain: Tensor, projects_new: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """X = x Aᵀ R, B' = keep · B + gain · X, and B'ᵀx (or Bᵀx). x: [n, rows, q]; keep, gain: [n, 1, 1]."""
+    """Return X = x Aᵀ R, B' = keep · B + gain · X, and B'ᵀx (or Bᵀx). x: [n, rows, q]; keep, gain: [n, 1, 1]."""
     X = _times_transposed(x, A) @ R
     B_new = keep * B + gain * X
     return X, B_new, _transposed_times(B_new if projects_new else B, x)
@@ -112,9 +107,9 @@ def adam_rows(
     scalars: Tensor,
     projects_new: bool,
 ) -> tuple[Tensor, ...]:
-    """The normalised update of a tile before any clamp, then B_new and projected of m and of v.
+    """Return the normalised update of a tile before any clamp, then B_new and projected of m and of v.
 
-    g: [n, rows, q] float32. m, v: what `follow_rows` takes after x. scalars: as `adam_scalars` gives them, [5, n].
+    g: [n, rows, q] float32. m, v: what `follow_rows` takes after x. scalars: the table's rows c_B to eps, [5, n].
     """
     c_B, c_X, residual, v_scale, eps = scalars[..., None, None].unbind()
     size = g.abs()
@@ -128,14 +123,14 @@ def adam_rows(
 def momentum_rows(
     g: Tensor, m: tuple[Tensor, ...], rows: tuple[Tensor, Tensor, Tensor], projects_new: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The momentum (c_B B + c_X X) A + residual · g of a tile, then B_new and projected. rows: c_B, c_X, residual."""
+    """Return the momentum (c_B B + c_X X) A + residual · g of a tile, then B_new and projected. rows: c_B, c_X, residual."""
     c_B, c_X, residual = rows
     X, B_new, projected = follow_rows(g, *m, projects_new)
     return _outer(c_B * m[0] + c_X * X, m[1]).addcmul_(g, residual), B_new, projected
 
 
 def gram_columns(B: Tensor, B_new: Tensor, projects_new: bool) -> Tensor:
-    """B'ᵀ[B' | B] or BᵀB in float64; [..., p, k]."""
+    """Return B'ᵀ[B' | B] or BᵀB in float64; B, B_new: [..., p, k]."""
     B = wide(B)
     if not projects_new:
         return B.mT @ B
@@ -144,7 +139,7 @@ def gram_columns(B: Tensor, B_new: Tensor, projects_new: bool) -> Tensor:
 
 
 def new_columns(W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-    """A' = W [A; projected] and A' A'ᵀ, both float64. W: [..., k, 2k] float64."""
+    """Return A' = W [A; projected] and A' A'ᵀ, both float64. W: [..., k, 2k] float64."""
     A_new = W @ wide(torch.cat([A, projected], -2))
     return A_new, A_new @ A_new.mT
 
@@ -152,78 +147,79 @@ def new_columns(W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor
 class Eager:
     """Batched tensor operations, tile by tile."""
 
-    # Float32 temporaries of the size of a wave's factors that a step holds at once, at most.
+    # Float32 temporaries of the size of a batch's factors that a step holds at once, at most.
     factor_temporaries = TEMPORARIES
 
     def run(self, function: Callable, *args: Any) -> Any:
-        """A function of tensors, computed the way of this backend."""
+        """Call a function of tensors, the way of this backend."""
         return function(*args)
 
     def norms(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """‖x‖_F of tensors of one dtype, accumulated in ``dtype``: [n] float64."""
+        """Return ‖x‖_F of tensors of one dtype, accumulated in ``dtype``: [n] float64."""
         return wide(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
 
     def gram(self, A: Tensor) -> Tensor:
-        """A Aᵀ of [s, n, k, q] in float64."""
+        """Return A Aᵀ of [n, k, q] in float64."""
         return self.run(gram_rows, A)
 
-    def columns(self, W: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-        """A' = W [A; projected] and A' A'ᵀ [s, n, k, k] float64. W: [s, n, k, 2k] float64."""
-        return self.run(new_columns, W, factors.A, factors.projected)
+    def columns(self, W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A' = W [A; projected] and A' A'ᵀ [n, k, k] float64. W: [n, k, 2k] float64."""
+        return self.run(new_columns, W, A, projected)
 
-    @staticmethod
-    def _operands(factors: Factors, moment: int, matrices: slice, rows: slice) -> tuple[Tensor, ...]:
-        others = (factors.A, factors.R, factors.keep, factors.gain)
-        return (factors.B[moment, matrices, rows], *(value[moment, matrices] for value in others))
+    def adam(
+        self, batch: Batch, m: Moment, v: Moment, table: Tensor, bound: Tensor | None, metrics: Metrics | None
+    ) -> None:
+        """Compute Adam's row part: write the parameters, and fill in what `move_on` needs of both moments.
 
-    @staticmethod
-    def _take(factors: Factors, moment: int, matrices: slice, rows: slice, B_new: Tensor, projected: Tensor) -> None:
-        factors.B_new[moment, matrices, rows] = B_new
-        factors.projected[moment, matrices] += projected
-
-    def finish_rows(self, factors: Factors) -> None:
-        """The Gram matrices of a bucket's rows, old and new."""
-        projects_new = factors.bucket.wave.rule.projects_new
-        factors.grams = self.run(gram_columns, factors.B, factors.B_new, projects_new)
-
-    def adam(self, factors: Factors, table: Tensor, bound: float | None, metrics: Metrics | None) -> None:
-        """Adam's row part: writes a bucket's parameters, fills its factors. bound: the clamp of the normalised update.
-
-        table: [len(TABLE), n].
+        table: [len(TABLE), n]. bound: the clamp of the normalised update, [n] float32, or None.
         """
-        bucket = factors.bucket
         scalars = table[TABLE.index("c_B") : TABLE.index("eps") + 1]
-        for matrices, rows in bucket.tiles():
+        step, decay = batch.steps()
+        for matrices, rows in batch.tiles():
             update, m_B, m_projected, v_B, v_projected = self.run(
                 adam_rows,
-                bucket.gradients(matrices, rows),
-                self._operands(factors, 0, matrices, rows),
-                self._operands(factors, 1, matrices, rows),
+                batch.gradients(matrices, rows),
+                _operands(m, matrices, rows),
+                _operands(v, matrices, rows),
                 scalars[:, matrices],
-                bucket.wave.rule.projects_new,
+                batch.rule.projects_new,
             )
-            self._take(factors, 0, matrices, rows, m_B, m_projected)
-            self._take(factors, 1, matrices, rows, v_B, v_projected)
-            bucket.mask(matrices, update)
+            _fill(m, matrices, rows, m_B, m_projected)
+            _fill(v, matrices, rows, v_B, v_projected)
+            batch.mask(matrices, update)
+            limit = None if bound is None else bound[matrices, None, None]
             if metrics is not None:
-                metrics.add_update(update, bound)
-            if bound is not None:
-                update.clamp_(-bound, bound)
-            bucket.write(matrices, rows, update)
-        self.finish_rows(factors)
+                metrics.add_update(update, limit)
+            if limit is not None:
+                update.clamp_(-limit, limit)
+            batch.write(matrices, rows, update, step, decay)
+        self.finish_rows(m)
+        self.finish_rows(v)
 
-    def momentum(self, factors: Factors, matrices: slice, g: Tensor, m: Mixture) -> Tensor:
-        """Muon's row part of some matrices, g [n, rows, q]: their momenta; fills their factors, up to `finish_rows`.
+    def momentum(self, m: Moment, matrices: slice, g: Tensor, mixture: Mixture) -> Tensor:
+        """Return the momenta of some matrices, Muon's row part, and fill in what `finish_rows` needs.
 
-        m: of all matrices of the wave.
+        g: the gradients of these matrices [n, rows, q]. mixture: of all matrices of the batch.
         """
-        rows = factors.bucket.all_rows
-        scalars = tuple(narrow(value[factors.bucket.part][matrices], g.device)[:, None, None] for value in m)
-        projects_new = factors.bucket.wave.rule.projects_new
-        operands = self._operands(factors, 0, matrices, rows)
-        update, B_new, projected = self.run(momentum_rows, g, operands, scalars, projects_new)
-        self._take(factors, 0, matrices, rows, B_new, projected)
+        rows = m.batch.all_rows
+        numbers = tuple(narrow(value[matrices], g.device)[:, None, None] for value in mixture)
+        operands = _operands(m, matrices, rows)
+        update, B_new, projected = self.run(momentum_rows, g, operands, numbers, m.batch.rule.projects_new)
+        _fill(m, matrices, rows, B_new, projected)
         return update
+
+    def finish_rows(self, m: Moment) -> None:
+        """Fill in the Gram matrices of the rows, old and new."""
+        m.grams = self.run(gram_columns, m.B, m.B_new, m.batch.rule.projects_new)
+
+
+def _operands(m: Moment, matrices: slice, rows: slice) -> tuple[Tensor, ...]:
+    return (m.B[matrices, rows], *(value[matrices] for value in (m.A, m.R, m.keep, m.gain)))
+
+
+def _fill(m: Moment, matrices: slice, rows: slice, B_new: Tensor, projected: Tensor) -> None:
+    m.B_new[matrices, rows] = B_new
+    m.projected[matrices] += projected
 
 
 class Compiled(Eager):
@@ -239,7 +235,8 @@ class Compiled(Eager):
 
 
 def _without_bases(args: tuple) -> tuple:
-    """The same tensors, not known as views: torch.compile makes a graph for every shape of what a tensor is a view of."""
+    """Return the same tensors, not known as views: torch.compile makes a graph for every shape of what a tensor is a view of."""
     return tuple(
-        _without_bases(arg) if type(arg) is tuple else arg.detach() if isinstance(arg, Tensor) else arg for arg in args
+        _without_bases(arg) if isinstance(arg, tuple) else arg.detach() if isinstance(arg, Tensor) else arg
+        for arg in args
     )

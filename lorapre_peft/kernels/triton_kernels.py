@@ -1,4 +1,4 @@
-"""Adam's row part in two Triton kernels for all matrices of a bucket together, without any p×q temporary.
+"""Adam's row part in two Triton kernels for all matrices of a batch together, without any p×q temporary.
 
 The first reads the gradients once for G Aᵀ and |G| v_Aᵀ and moves the rows of both B factors on; the second reads them once more,
 rebuilds m and √v block by block, writes the weights (stochastic rounding included), and accumulates what the A factors need.
@@ -15,16 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lowrank.batch import rounds_stochastically, slices, tile_entries
+from ..lowrank.batch import Batch
 from ..lowrank.metrics import Metrics
-from ..lowrank.moments import Factors
+from ..lowrank.moments import Moment
 from ..lowrank.rounding import round_keys
-from .eager import Eager
+from .eager import TABLE, Eager
 
 # Above this rank a block of a factor no longer fits the registers of a program.
 MAX_RANK = 128
 # Programs in flight that fill a large GPU: four on each of 132 multiprocessors.
 PROGRAMS = 528
+# The rows of the table of numbers by their names in `TABLE`, as the kernels read them.
+(
+    G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, EPS, STEP, DECAY, UPDATES,
+) = map(tl.constexpr, range(len(TABLE)))  # fmt: skip
 
 
 @triton.jit
@@ -61,42 +65,43 @@ def _store(pointer, matrix, rows, columns, n_rows, n_columns, values):
 def _fit_rows(
     g_ptr, g_n, g_r, g_c,
     m_B, m_A, m_R, m_B_new, v_B, v_A, v_R, v_B_new, C,
-    scalars, n, p, q, k,
-    K: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
+    scalars, n, p, q, k_m, k_v,
+    K_M: tl.constexpr, K_V: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """X = x Aᵀ R and B' = keep · B + gain · X of both moments, and C = c_B B + c_X X of m, for a block of rows."""
     matrix = tl.program_id(0)
     rows = tl.program_id(1) * BP + tl.arange(0, BP)
-    ranks = tl.arange(0, K)
-    p, q, k = tl.cast(p, tl.int32), tl.cast(q, tl.int32), tl.cast(k, tl.int32)  # 1 comes as a constant, without `.to`
-    g_scale = tl.load(scalars + matrix)
-    m_fit = tl.zeros((BP, K), dtype=tl.float32)
-    v_fit = tl.zeros((BP, K), dtype=tl.float32)
+    m_ranks, v_ranks = tl.arange(0, K_M), tl.arange(0, K_V)
+    p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # 1 comes as a constant, without `.to`
+    k_m, k_v = tl.cast(k_m, tl.int32), tl.cast(k_v, tl.int32)
+    g_scale = tl.load(scalars + G_SCALE * n + matrix)
+    m_fit = tl.zeros((BP, K_M), dtype=tl.float32)
+    v_fit = tl.zeros((BP, K_V), dtype=tl.float32)
     for start in range(0, q, BQ):
         columns = start + tl.arange(0, BQ)
         g = _matrix(g_ptr, matrix, rows, columns, g_n, g_r, g_c, p, q) * g_scale
-        m_fit = tl.dot(g, tl.trans(_contiguous(m_A, matrix, ranks, columns, k, q)), m_fit, input_precision="tf32x3")
-        v_fit = tl.dot(
-            tl.abs(g), tl.trans(_contiguous(v_A, matrix, ranks, columns, k, q)), v_fit, input_precision="tf32x3"
-        )
-    m_fit = tl.dot(m_fit, _contiguous(m_R, matrix, ranks, ranks, k, k), input_precision="ieee")
-    v_fit = tl.dot(v_fit, _contiguous(v_R, matrix, ranks, ranks, k, k), input_precision="ieee")
-    m_rows = _contiguous(m_B, matrix, rows, ranks, p, k)
-    v_rows = _contiguous(v_B, matrix, rows, ranks, p, k)
-    m_new = tl.load(scalars + n + matrix) * m_rows + tl.load(scalars + 2 * n + matrix) * m_fit
-    v_new = tl.load(scalars + 3 * n + matrix) * v_rows + tl.load(scalars + 4 * n + matrix) * v_fit
-    coefficients = tl.load(scalars + 5 * n + matrix) * m_rows + tl.load(scalars + 6 * n + matrix) * m_fit
-    _store(m_B_new, matrix, rows, ranks, p, k, m_new)
-    _store(v_B_new, matrix, rows, ranks, p, k, v_new)
-    _store(C, matrix, rows, ranks, p, k, coefficients)
+        m_columns = _contiguous(m_A, matrix, m_ranks, columns, k_m, q)
+        v_columns = _contiguous(v_A, matrix, v_ranks, columns, k_v, q)
+        m_fit = tl.dot(g, tl.trans(m_columns), m_fit, input_precision="tf32x3")
+        v_fit = tl.dot(tl.abs(g), tl.trans(v_columns), v_fit, input_precision="tf32x3")
+    m_fit = tl.dot(m_fit, _contiguous(m_R, matrix, m_ranks, m_ranks, k_m, k_m), input_precision="ieee")
+    v_fit = tl.dot(v_fit, _contiguous(v_R, matrix, v_ranks, v_ranks, k_v, k_v), input_precision="ieee")
+    m_rows = _contiguous(m_B, matrix, rows, m_ranks, p, k_m)
+    v_rows = _contiguous(v_B, matrix, rows, v_ranks, p, k_v)
+    m_new = tl.load(scalars + M_KEEP * n + matrix) * m_rows + tl.load(scalars + M_GAIN * n + matrix) * m_fit
+    v_new = tl.load(scalars + V_KEEP * n + matrix) * v_rows + tl.load(scalars + V_GAIN * n + matrix) * v_fit
+    coefficients = tl.load(scalars + C_B * n + matrix) * m_rows + tl.load(scalars + C_X * n + matrix) * m_fit
+    _store(m_B_new, matrix, rows, m_ranks, p, k_m, m_new)
+    _store(v_B_new, matrix, rows, v_ranks, p, k_v, v_new)
+    _store(C, matrix, rows, m_ranks, p, k_m, coefficients)
 
 
 @triton.jit
 def _update_block(
     g_ptr, g_n, g_r, g_c, theta_ptr, t_n, t_r, t_c,
     C, v_B, m_A, v_A, m_P_B, v_P_B, m_P, v_P,
-    scalars, keys, largest, clamped, n, p, q, k, bound, rows_per_split, first_row,
-    K: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
+    scalars, bounds, keys, largest, clamped, n, p, q, k_m, k_v, rows_per_split, first_row,
+    K_M: tl.constexpr, K_V: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
     CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
     """θ ← θ − step · u − decay · θ for some rows of a block of columns, and Bᵀx of those rows for both moments.
@@ -105,31 +110,33 @@ def _update_block(
     """
     matrix, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = block * BQ + tl.arange(0, BQ)
-    ranks = tl.arange(0, K)
-    p, q, k = tl.cast(p, tl.int32), tl.cast(q, tl.int32), tl.cast(k, tl.int32)  # 1 comes as a constant, without `.to`
-    g_scale = tl.load(scalars + matrix)
-    residual = tl.load(scalars + 7 * n + matrix)
-    v_scale = tl.load(scalars + 8 * n + matrix)
-    eps = tl.load(scalars + 9 * n + matrix)
-    step = tl.load(scalars + 10 * n + matrix)
-    decay = tl.load(scalars + 11 * n + matrix)
-    finite = tl.load(scalars + 12 * n + matrix + 0 * columns)[None, :] > 0
-    m_columns = _contiguous(m_A, matrix, ranks, columns, k, q)
-    v_columns = _contiguous(v_A, matrix, ranks, columns, k, q)
-    m_sum = tl.zeros((K, BQ), dtype=tl.float32)
-    v_sum = tl.zeros((K, BQ), dtype=tl.float32)
+    m_ranks, v_ranks = tl.arange(0, K_M), tl.arange(0, K_V)
+    p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # 1 comes as a constant, without `.to`
+    k_m, k_v = tl.cast(k_m, tl.int32), tl.cast(k_v, tl.int32)
+    g_scale = tl.load(scalars + G_SCALE * n + matrix)
+    residual = tl.load(scalars + RESIDUAL * n + matrix)
+    v_scale = tl.load(scalars + V_SCALE * n + matrix)
+    eps = tl.load(scalars + EPS * n + matrix)
+    step = tl.load(scalars + STEP * n + matrix)
+    decay = tl.load(scalars + DECAY * n + matrix)
+    updates = tl.load(scalars + UPDATES * n + matrix + 0 * columns)[None, :] > 0
+    bound = tl.load(bounds + matrix)
+    m_columns = _contiguous(m_A, matrix, m_ranks, columns, k_m, q)
+    v_columns = _contiguous(v_A, matrix, v_ranks, columns, k_v, q)
+    m_sum = tl.zeros((K_M, BQ), dtype=tl.float32)
+    v_sum = tl.zeros((K_V, BQ), dtype=tl.float32)
     most = tl.zeros((BQ,), dtype=tl.float32)
     count = tl.zeros((BQ,), dtype=tl.int32)
     first = split * rows_per_split
     for start in range(first, min(first + rows_per_split, p), BP):
         rows = start + tl.arange(0, BP)
         g = _matrix(g_ptr, matrix, rows, columns, g_n, g_r, g_c, p, q) * g_scale
-        m = tl.dot(_contiguous(C, matrix, rows, ranks, p, k), m_columns, input_precision="tf32x3") + residual * g
-        root = tl.dot(_contiguous(v_B, matrix, rows, ranks, p, k) * v_scale, v_columns, input_precision="tf32x3")
+        m = tl.dot(_contiguous(C, matrix, rows, m_ranks, p, k_m), m_columns, input_precision="tf32x3") + residual * g
+        root = tl.dot(_contiguous(v_B, matrix, rows, v_ranks, p, k_v) * v_scale, v_columns, input_precision="tf32x3")
         u = m / (tl.sqrt(root * root + g * g) + eps)
         inside = (rows[:, None] < p) & (columns[None, :] < q)
         if METRICS:
-            size = tl.where(inside & finite, tl.abs(u), 0.0)
+            size = tl.where(inside & updates, tl.abs(u), 0.0)
             most = tl.maximum(most, tl.max(size, axis=0))
             count += tl.sum((size > bound).to(tl.int32), axis=0)
         if CLAMP:
@@ -146,13 +153,13 @@ def _update_block(
             bits = _hash_round(bits, tl.load(keys + n + matrix).to(tl.uint32)) & 0xFFFF
             rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
             new = tl.where(tl.abs(new) < float("inf"), rounded, new)
-        tl.store(theta_ptr + at, new.to(theta.dtype), mask=inside & finite)
-        m_sum = tl.dot(tl.trans(_contiguous(m_P_B, matrix, rows, ranks, p, k)), g, m_sum, input_precision="tf32x3")
-        v_sum = tl.dot(
-            tl.trans(_contiguous(v_P_B, matrix, rows, ranks, p, k)), tl.abs(g), v_sum, input_precision="tf32x3"
-        )
-    _store(m_P, split * n + matrix, ranks, columns, k, q, m_sum)
-    _store(v_P, split * n + matrix, ranks, columns, k, q, v_sum)
+        tl.store(theta_ptr + at, new.to(theta.dtype), mask=inside & updates)
+        m_rows = _contiguous(m_P_B, matrix, rows, m_ranks, p, k_m)
+        v_rows = _contiguous(v_P_B, matrix, rows, v_ranks, p, k_v)
+        m_sum = tl.dot(tl.trans(m_rows), g, m_sum, input_precision="tf32x3")
+        v_sum = tl.dot(tl.trans(v_rows), tl.abs(g), v_sum, input_precision="tf32x3")
+    _store(m_P, split * n + matrix, m_ranks, columns, k_m, q, m_sum)
+    _store(v_P, split * n + matrix, v_ranks, columns, k_v, q, v_sum)
     if METRICS:
         program = (split * n + matrix) * tl.num_programs(1) + block
         tl.store(largest + program, tl.max(most, axis=0))
@@ -165,85 +172,82 @@ class Triton(Eager):
     def __init__(self):
         self._told = False
 
-    def adam(self, factors: Factors, table: Tensor, bound: float | None, metrics: Metrics | None) -> None:
-        bucket = factors.bucket
-        if bucket.wave.k > MAX_RANK:
+    def adam(
+        self, batch: Batch, m: Moment, v: Moment, table: Tensor, bound: Tensor | None, metrics: Metrics | None
+    ) -> None:
+        if max(batch.ranks) > MAX_RANK:
             if not self._told:
                 warnings.warn(
-                    f"momentum rank {bucket.wave.k} is above the Triton kernels' {MAX_RANK}: eager step", stacklevel=2
+                    f"momentum rank {max(batch.ranks)} is above the Triton kernels' {MAX_RANK}: eager step",
+                    stacklevel=2,
                 )
                 self._told = True
-            return super().adam(factors, table, bound, metrics)
-        p, q = bucket.all_rows.stop, bucket.shape[1]
-        if p:  # else an empty shard
-            for matrices in slices(len(bucket.params), max(1, tile_entries(bucket.group) // (p * q))):
-                self._step(factors, matrices, table, bound, metrics)
-        self.finish_rows(factors)
+            return super().adam(batch, m, v, table, bound, metrics)
+        if batch.all_rows.stop:  # else an empty shard
+            for matrices in batch.chunks():
+                self._step(batch, m, v, matrices, table, bound, metrics)
+        self.finish_rows(m)
+        self.finish_rows(v)
 
     def _step(
         self,
-        factors: Factors,
+        batch: Batch,
+        m: Moment,
+        v: Moment,
         matrices: slice,
         table: Tensor,
-        bound: float | None,
+        bound: Tensor | None,
         metrics: Metrics | None,
     ) -> None:
-        bucket, group = factors.bucket, factors.bucket.group
-        params, k = bucket.params[matrices], bucket.wave.k
-        p, q = bucket.all_rows.stop, bucket.shape[1]
-        n, device = len(params), params[0].device
-        grads = _stacked(bucket.grads[matrices], p)
-        theta = _stacked(params, p)
-        (m_B, v_B), (m_A, v_A), (m_R, v_R) = (
-            value[:, matrices].contiguous() for value in (factors.B, factors.A, factors.R)
-        )
-        m_new, v_new = factors.B_new[:, matrices]  # each contiguous
+        params, device = batch.params[matrices], batch.device
+        n, p, q, (k_m, k_v) = len(params), batch.all_rows.stop, batch.shape[1], batch.ranks
+        grads, theta = _stacked(batch.grads[matrices], p), _stacked(params, p)
+        m_B, m_A, m_R, v_B, v_A, v_R = (x[matrices].contiguous() for y in (m, v) for x in (y.B, y.A, y.R))
+        m_new, v_new = m.B_new[matrices], v.B_new[matrices]  # each contiguous
         C, table = torch.empty_like(m_new), table[:, matrices].contiguous()
-        stochastic = rounds_stochastically(params[0], group)
-        keys = table
-        if stochastic:
-            keys = round_keys(bucket.keys(matrices))
+        bounds = torch.full_like(table[0], float("inf")) if bound is None else bound[matrices]
+        keys = round_keys(batch.keys(matrices)) if batch.rounds_stochastically else table
 
-        K, BP, BQ = block_sizes(p, q, k)
+        K_M, K_V, BP, BQ = block_sizes(p, q, k_m, k_v)
         row_blocks, column_blocks = triton.cdiv(p, BP), triton.cdiv(q, BQ)
         splits = min(row_blocks, max(1, PROGRAMS // (n * column_blocks)))
         rows_per_split = triton.cdiv(row_blocks, splits) * BP
         splits = triton.cdiv(p, rows_per_split)
-        partial = torch.empty(2, splits, n, k, q, dtype=torch.float32, device=device)
+        m_partial, v_partial = (torch.empty(splits, n, k, q, device=device) for k in (k_m, k_v))
         programs = splits * n * column_blocks if metrics is not None else 1
         largest = torch.empty(programs, dtype=torch.float32, device=device)
         clamped = torch.empty(programs, dtype=torch.int32, device=device)
-        projecting = (m_new, v_new) if bucket.wave.rule.projects_new else (m_B, v_B)
+        projecting = (m_new, v_new) if batch.rule.projects_new else (m_B, v_B)
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
             _fit_rows[(n, row_blocks)](
                 grads, *grads.stride(),
                 m_B, m_A, m_R, m_new, v_B, v_A, v_R, v_new, C,
-                table, n, p, q, k, K=K, BP=BP, BQ=BQ, num_stages=1,
+                table, n, p, q, k_m, k_v, K_M=K_M, K_V=K_V, BP=BP, BQ=BQ, num_stages=1,
             )  # fmt: skip
             _update_block[(n, column_blocks, splits)](
                 grads, *grads.stride(), theta, *theta.stride(),
-                C, v_B, m_A, v_A, *projecting, partial[0], partial[1],
-                table, keys, largest, clamped, n, p, q, k, float("inf") if bound is None else bound, rows_per_split,
-                bucket.rows.start,
-                K=K, BP=BP, BQ=BQ, num_stages=1,
-                CLAMP=bound is not None, STOCHASTIC=stochastic,
+                C, v_B, m_A, v_A, *projecting, m_partial, v_partial,
+                table, bounds, keys, largest, clamped, n, p, q, k_m, k_v, rows_per_split, batch.rows.start,
+                K_M=K_M, K_V=K_V, BP=BP, BQ=BQ, num_stages=1,
+                CLAMP=bound is not None, STOCHASTIC=batch.rounds_stochastically,
                 WIDE=theta.dtype == torch.float64, METRICS=metrics is not None,
             )  # fmt: skip
-        factors.projected[:, matrices] = partial.sum(1)
+        m.projected[matrices], v.projected[matrices] = m_partial.sum(0), v_partial.sum(0)
         if metrics is not None:
             metrics.add_sizes(largest.amax(), clamped.sum(), n * p * q)
         if theta.data_ptr() != params[0].data_ptr():
             torch._foreach_copy_(params, [value.view(params[0].shape) for value in theta.unbind()])
 
 
-def block_sizes(p: int, q: int, k: int) -> tuple[int, int, int]:
-    """(K, BP, BQ): rank, rows and columns of a block; powers of two, at least the 16 that a product needs.
+def block_sizes(p: int, q: int, k_m: int, k_v: int) -> tuple[int, int, int, int]:
+    """Return (K_M, K_V, BP, BQ), ranks, rows and columns of a block; powers of two, at least the 16 that a product needs.
 
     At most what fits the 99 kB of shared memory of a consumer GPU, without a second stage of loads in flight.
     """
-    K = max(16, triton.next_power_of_2(k))
+    K_M, K_V = (max(16, triton.next_power_of_2(k)) for k in (k_m, k_v))
+    K = max(K_M, K_V)
     rows, columns = (32, 128) if K <= 32 else (32, 64) if K <= 64 else (16, 32)
-    return K, min(rows, max(16, triton.next_power_of_2(p))), min(columns, max(16, triton.next_power_of_2(q)))
+    return K_M, K_V, min(rows, max(16, triton.next_power_of_2(p))), min(columns, max(16, triton.next_power_of_2(q)))
 
 
 def _stacked(tensors: list[Tensor], p: int) -> Tensor:

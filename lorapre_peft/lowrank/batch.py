@@ -1,77 +1,126 @@
-"""What a step works on: equal matrices stacked into buckets, and buckets gathered into waves."""
+"""`Batch`: equal matrices that one step updates together, and what it reads and writes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .packed import StateStack
-from .rounding import filled, random_keys, write_stochastic
-from .rules import Als, Newton
+from .float64 import narrow, wide
+from .layout import Member, slices, tile_entries
+from .rounding import random_keys, write_stochastic
+from .rules import RULES
 from .sharding import Placement, local
 
-# The eager backend holds at most this many float32 temporaries of a tile at once, and of the factors of a wave; a test counts them.
-TEMPORARIES = 8
 # The largest gradient norm whose square float32 holds; second moments beyond it would be infinite.
 MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 
 
-def tile_entries(group: dict[str, Any], temporaries: int = TEMPORARIES) -> int:
-    """Entries of one float32 temporary: all of them together stay within half of the group's ``temporary_bytes``."""
-    return max(1, int(group["temporary_bytes"]) // (2 * 4 * temporaries))
+@functools.lru_cache(maxsize=1024)
+def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the values as a tensor [n], filled entry by entry: a copy from the host could not be captured in a CUDA graph."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
-def slices(count: int, size: int) -> Iterator[slice]:
-    """0 to ``count`` in order, at most ``size`` at a time."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+class Batch:
+    """n matrices p×q of one shape, dtype, update rule and ranks on one device, during one step.
 
+    Stacked tensors are [n, rows, columns], float32. Of matrices that are sharded over processes, parameters, gradients and B
+    factors are this process's rows.
 
-@dataclass
-class Bucket:
-    """Parameters of one shape, each a matrix p×q, in a `Wave`. Stacked tensors are [n, rows, columns], float32.
-
-    Of matrices that are sharded over processes, parameters, gradients and B factors are this process's rows.
+    Attributes:
+        params, grads: this process's rows of each matrix and of its gradient.
+        norms: ‖g‖_F of the whole matrices after clipping, [n] float64 on the `float64_device`.
+        scale: what each gradient is multiplied by, for clipping and, negated, to maximize: [n] float32; None stands for 1.
+        update: false where a matrix has no usable gradient and keeps its values, [n] bool; None: all are updated.
     """
 
-    wave: Wave
-    shape: tuple[int, int]
-    first: int  # of its matrices among the wave's
-    states: list[dict[str, Tensor]] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)  # of the parameters in the optimizer
-    indices: list[int] = field(default_factory=list)  # of the parameters among those of this step
-    params: list[Tensor] = field(default_factory=list)  # of this step, as are
-    grads: list[Tensor] = field(default_factory=list)
-    B: StateStack | None = None  # [s·n, p, k], moment after moment
-    A: StateStack | None = None  # [s·n, k, q]
+    def __init__(
+        self,
+        members: list[Member],
+        states: list[dict[str, Tensor]],
+        grads: list[Tensor],
+        norms: Tensor,
+        update: Tensor | None,
+        placement: Placement,
+    ):
+        self.members, self.states, self.grads, self.placement = members, states, grads, placement
+        self.params = [local(member.param) for member in members]
+        self.device = self.params[0].device
+        self.shape, self.ranks = members[0].shape, members[0].ranks
+        self.groups = list({id(member.group): member.group for member in members}.values())
+        self.rule = RULES[self.groups[0]["update_rule"]]
+        self.rows = placement.rows(self.shape[0])  # of the p×q matrices, those that are here
+        self.norms = norms if update is None else norms.where(update, 0)
+        self.scale = gradient_scale(self.norms, self.numbers("max_param_grad_norm"), self.numbers("maximize"))
+        if self.scale is not None:
+            self.norms = self.norms * self.scale.abs()
+            self.scale = narrow(self.scale, self.device)
+        self.update = None if update is None else update.to(self.device)
 
-    @property
-    def group(self) -> dict[str, Any]:
-        return self.wave.group
+    def __len__(self) -> int:
+        return len(self.members)
 
-    @property
-    def part(self) -> slice:
-        """Of the wave's matrices."""
-        return slice(self.first, self.first + len(self.indices))
+    # ---- hyperparameters --------------------------------------------------------------------------------------------
 
-    @property
-    def rows(self) -> slice:
-        """The rows of the p×q matrices that are here."""
-        return self.wave.placement.rows(self.shape[0])
+    def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor | None:
+        """Return an option of each matrix's group, or a function of its options: [n] float64. None if it is None or False in all."""
+        values = [group[option] if isinstance(option, str) else option(group) for group in self.groups]
+        if all(value is None or value is False for value in values):
+            return None
+        if any(isinstance(value, Tensor) for value in values):
+            by_group = torch.stack([self._number(value) for value in values])
+        else:
+            by_group = constants(tuple(float("inf") if v is None else float(v) for v in values), self.norms.device)
+        if len(values) == 1:
+            return by_group.repeat(len(self))
+        numbers = {id(group): i for i, group in enumerate(self.groups)}
+        order = tuple(numbers[id(member.group)] for member in self.members)
+        return by_group.gather(0, constants(order, self.norms.device, torch.int64))
 
-    @property
-    def scale(self) -> Tensor | None:
-        """[n] float32, what each gradient is multiplied by; None: 1."""
-        return None if self.wave.scale is None else self.wave.scale[self.part]
+    def _number(self, value: float | Tensor) -> Tensor:
+        """A learning rate that is a tensor on the parameters' device is not read by the host."""
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            return wide(value.detach().reshape(()))
+        return torch.full((), float(value), dtype=torch.float64, device=self.norms.device)
 
-    @property
-    def finite(self) -> Tensor | None:
-        """[n] bool, false where the update is skipped; None: the host has seen that all are true."""
-        return None if self.wave.finite is None else self.wave.finite[self.part]
+    def steps(self) -> tuple[Tensor, Tensor | None]:
+        """Return what multiplies the update and the weight in θ ← θ − (step · update + decay · θ): [n] float32; None for no decay."""
+        lr, decay = self.numbers("lr"), self.numbers("weight_decay")
+        step = narrow(lr * self.numbers("update_scale"), self.device)
+        none = not any(group["weight_decay"] for group in self.groups)
+        return step, None if none else narrow(lr * decay, self.device)
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor of each matrix's state, stacked: [n, ...] float32."""
+        found = [local(state[name]) for state in self.states]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
+
+    def save(self, name: str, values: Tensor) -> None:
+        """Write values [n, ...], of any dtype, into the state; matrices that are not updated keep theirs."""
+        targets = [local(state[name]) for state in self.states]
+        values = narrow(values, self.device)
+        if self.update is not None:
+            values = torch.where(self.update.view(-1, *[1] * (values.ndim - 1)), values, self.read(name))
+        torch._foreach_copy_(targets, list(values.unbind()))
+
+    def advance(self, started: Tensor | None) -> Tensor:
+        """Count one step for every matrix, and return the t ≥ 1 of the bias corrections: [n] float32.
+
+        The count begins at the first gradient that is not zero where ``started`` [n] is false; with None all have started.
+        """
+        counts = self.read("step") + 1
+        if started is not None:
+            counts = torch.where(started, counts, (self.norms > 0).to(self.device).to(counts.dtype))
+        self.save("step", counts)
+        return counts.clamp_min(1)
+
+    # ---- gradients and weights --------------------------------------------------------------------------------------
 
     @property
     def all_rows(self) -> slice:
@@ -79,19 +128,22 @@ class Bucket:
         return slice(0, self.rows.stop - self.rows.start)
 
     def chunks(self) -> Iterator[slice]:
-        """Matrices whose p×q entries are at most `tile_entries` together, or one; the same on every process."""
-        return slices(len(self.params), max(1, tile_entries(self.group) // (self.shape[0] * self.shape[1])))
+        """Yield matrices whose p×q entries are at most `tile_entries` together, or one; the same on every process."""
+        return slices(len(self), self._tile_entries // (self.shape[0] * self.shape[1]))
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """(matrices, rows) of at most `tile_entries` entries: whole matrices together, or rows of one."""
-        limit = tile_entries(self.group)
+        """Yield (matrices, rows) of at most `tile_entries` entries: whole matrices together, or rows of one."""
         here, q = self.all_rows.stop, self.shape[1]
-        for matrices in slices(len(self.params), max(1, limit // max(1, here * q))):
-            for rows in slices(here, max(1, limit // q)):
+        for matrices in slices(len(self), self._tile_entries // max(1, here * q)):
+            for rows in slices(here, self._tile_entries // q):
                 yield matrices, rows
 
+    @property
+    def _tile_entries(self) -> int:
+        return min(map(tile_entries, self.groups))
+
     def gradients(self, matrices: slice, rows: slice) -> Tensor:
-        """A tile of the gradients, clipped, and negated to maximize: [n, rows, q] float32, not to be written to."""
+        """Return a tile of the gradients, clipped, and negated to maximize: [n, rows, q] float32, not to be written to."""
         grads = self.grads[matrices]
         parts = grads if rows == slice(0, len(grads[0])) else [grad[rows] for grad in grads]
         stacked = parts[0][None] if len(parts) == 1 else torch.stack(parts)
@@ -99,144 +151,52 @@ class Bucket:
         return stacked if self.scale is None else stacked * self.scale[matrices, None, None]
 
     def mask(self, matrices: slice, update: Tensor) -> None:
-        """Zero what is to be skipped."""
-        if self.finite is not None:
-            skipped = ~self.finite[matrices].to(update.device)
+        """Set the updates of matrices that are not updated to zero, in place."""
+        if self.update is not None:
+            skipped = ~self.update[matrices].to(update.device)
             update.masked_fill_(skipped.view(-1, *[1] * (update.ndim - 1)), 0)
 
-    def write(self, matrices: slice, rows: slice, update: Tensor) -> None:
-        """θ ← θ − lr (scale · update + λ θ) for a tile, rounded once to the parameter's dtype; ``update`` is used up."""
-        group, params = self.group, self.params[matrices]
-        lr, decay = group["lr"], group["weight_decay"]
-        if isinstance(lr, Tensor):
-            lr = float(lr) if lr.device.type == "cpu" else lr.reshape(())
+    def write(self, matrices: slice, rows: slice, update: Tensor, step: Tensor, decay: Tensor | None) -> None:
+        """θ ← θ − (step · update + decay · θ) for a tile, rounded once to the parameter's dtype; ``update`` is used up.
+
+        step, decay: of `steps`.
+        """
+        params = self.params[matrices]
         targets = params if rows == slice(0, len(params[0])) else [param[rows] for param in params]
-        update = update.view(len(params), *targets[0].shape)
-        if group["update_scale"] != 1:
-            update.mul_(group["update_scale"])
-        if decay:
-            update.add_(targets[0] if len(params) == 1 else torch.stack(targets), alpha=decay)
+        update = update.mul_(step[matrices, None, None])
+        if decay is not None:
+            theta = targets[0][None] if len(params) == 1 else torch.stack(targets)
+            update.addcmul_(theta.view(update.shape), decay[matrices, None, None].to(update.dtype))
         self.mask(matrices, update)
-        if rounds_stochastically(params[0], group):
-            update = update.mul_(-lr).add_(targets[0] if len(params) == 1 else torch.stack(targets))
+        update = update.view(len(params), *targets[0].shape)
+        if self.rounds_stochastically:
+            update = update.neg_().add_(targets[0] if len(params) == 1 else torch.stack(targets))
             write_stochastic(targets, update, self.keys(matrices), (self.rows.start + rows.start) * self.shape[1])
-        elif isinstance(lr, Tensor):
-            torch._foreach_add_(targets, list(update.mul_(-lr).unbind()))
         else:
-            torch._foreach_add_(targets, list(update.unbind()), alpha=-lr)
-
-    def keys(self, matrices: slice) -> Tensor:
-        """What names each matrix and step to the generator of stochastic rounding: int64 [n]."""
-        steps = self.wave.stacks["step"].values[self.part]
-        return random_keys(self.group["seed"], self.positions[matrices], steps[matrices])
-
-
-@dataclass
-class Wave:
-    """Buckets of one group, rank and rule whose k×k work is done together. Stacked tensors are [N, ...] over all their matrices."""
-
-    group: dict[str, Any]
-    rule: Als | Newton
-    k: int
-    placement: Placement
-    buckets: list[Bucket] = field(default_factory=list)
-    norms: Tensor | None = None  # of this step: [N] float64 on the `float64_device`, ‖g‖_F after clipping
-    scale: Tensor | None = None  # [N] float32, what each gradient is multiplied by: clipping, −1 to maximize; None: 1
-    finite: Tensor | None = (
-        None  # [N] bool, false where the update is skipped; None: the host has seen that all are true
-    )
-    keeps: bool = False  # whether stacks of the state replace it, rather than being copies (`StateStack`)
-    stacks: dict[str, StateStack] = field(default_factory=dict)  # of the state that is one number a matrix
-    _order: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.buckets[-1].part.stop if self.buckets else 0
+            torch._foreach_sub_(targets, list(update.unbind()))
 
     @property
-    def device(self) -> torch.device:
-        """Of the parameters and of the state."""
-        return self.buckets[0].params[0].device
+    def rounds_stochastically(self) -> bool:
+        """Whether the parameters are written with stochastic rounding."""
+        return rounds_stochastically(self.params[0], self.groups[0])
 
-    def begin(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        norms: Tensor,
-        finite: Tensor | None,
-        moments: tuple[str, ...],
-    ) -> None:
-        """A step: all parameters and gradients of it, ‖g‖_F [M] float64 and which are usable, as the buckets' ``indices`` name them."""
-        if self._order is None:
-            order = [i for bucket in self.buckets for i in bucket.indices]
-            self._order = filled(order, norms.device)
-        self.norms = norms.gather(0, self._order)
-        self.finite = None if finite is None else finite.gather(0, self._order)
-        if self.finite is not None:
-            self.norms = self.norms.where(self.finite, 0)
-        self.scale = gradient_scale(self.norms, self.group)
-        if self.scale is not None:
-            self.norms = self.norms * self.scale.abs()
-        if not self.stacks:
-            states = [state for bucket in self.buckets for state in bucket.states]
-            numbers = [name for name, value in states[0].items() if value.ndim == 0]
-            self.stacks = {name: StateStack(states, [name], self.placement, self.keeps) for name in numbers}
-            for bucket in self.buckets:
-                names = ([f"{moment}_{side}" for moment in moments] for side in ("B", "A"))
-                bucket.B, bucket.A = (StateStack(bucket.states, both, self.placement, self.keeps) for both in names)
-        for stack in self._all_stacks():
-            stack.refresh()
-        for bucket in self.buckets:
-            bucket.grads = [grads[i] for i in bucket.indices]
-            # What is local of a sharded parameter is another tensor once its module has been moved to the CPU and back.
-            bucket.params = [local(params[i]) for i in bucket.indices]
-        self.finite, self.scale = (None if x is None else x.to(self.device) for x in (self.finite, self.scale))
-
-    def end(self) -> None:
-        """Let go of what belongs to the step."""
-        self.norms = self.scale = self.finite = None
-        for bucket in self.buckets:
-            bucket.params, bucket.grads = [], []
-        for stack in self._all_stacks():
-            stack.release()
-
-    def _all_stacks(self) -> list[StateStack]:
-        return [*self.stacks.values(), *(stack for bucket in self.buckets for stack in (bucket.B, bucket.A))]
-
-    def read(self, name: str) -> Tensor:
-        """A number of each matrix's state: [N] float32."""
-        return self.stacks[name].values
-
-    def write(self, name: str, values: Tensor) -> None:
-        """What is to be skipped keeps its own."""
-        self.stacks[name].write(values, self.finite)
-
-    def advance(self, started: Tensor | None) -> Tensor:
-        """Count one step for every matrix; what divides its bias corrections, t ≥ 1: [N] float32.
-
-        started: [N] bool; where it is false, the count begins at the first gradient that is not zero. None: all have started.
-        """
-        step = self.read("step")
-        counts = (
-            step + 1
-            if started is None
-            else torch.where(started, step + 1, (self.norms > 0).to(step.device).to(step.dtype))
-        )
-        self.write("step", counts)
-        return counts.clamp_min(1)
+    def keys(self, matrices: slice) -> Tensor:
+        """Return what names each matrix and step to the generator of stochastic rounding: int64 [n]."""
+        named = [(member.group["seed"], member.position) for member in self.members[matrices]]
+        return random_keys(tuple(named), self.read("step")[matrices])
 
 
 def usable(norms: Any) -> Any:
-    """Of a gradient's norm, or a tensor of them: whether there is a gradient, all of it finite and its squares within float32."""
+    """Whether a gradient of this norm, or of each of these, exists, is finite and has squares within float32; −1 stands for none."""
     return (norms >= 0) & (norms <= MAX_NORM)  # NaN is neither
 
 
-def gradient_scale(norms: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """What gradients of these norms [n] are multiplied by: clipped each to its own norm, negated to maximize; None: nothing."""
-    bound, maximize = group["max_param_grad_norm"], group["maximize"]
-    if bound is None and not maximize:
+def gradient_scale(norms: Tensor, bound: Tensor | None, maximize: Tensor | None) -> Tensor | None:
+    """Return what gradients of these norms [n] are multiplied by: clipped to ``bound`` each, negated to maximize; None for 1."""
+    if bound is None and maximize is None:
         return None
-    scale = torch.ones_like(norms) if bound is None else (bound / norms.clamp_min(bound))
-    return (-scale if maximize else scale).float()
+    scale = torch.ones_like(norms) if bound is None else torch.where(norms > bound, bound / norms, 1.0)
+    return scale if maximize is None else scale * (1 - 2 * maximize)
 
 
 def rounds_stochastically(param: Tensor, group: dict[str, Any]) -> bool:

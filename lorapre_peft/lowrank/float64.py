@@ -4,7 +4,7 @@ Apple's MPS has no float64, and lacks some of the factorisations (Cholesky, QR, 
 on the CPU for it. Float32 would not do: the damping of `als` is 1e-6/k of a Gram matrix's trace, and float32's round-off in it is up to
 6e-8·k of that trace, which is more from k = 5 on, so that a Cholesky factorisation may fail. Sums of two float32 numbers have the
 digits, but need products without round-off, which no matrix product of MPS gives. On the CPU the results are those of every other
-device, and what travels is small: the factors of a wave, k(p+q) numbers a matrix and moment there and kq back, in memory that
+device, and what travels is small: the factors of a batch, k(p+q) numbers a matrix and moment there and kq back, in memory that
 an Apple GPU shares with its CPU.
 """
 
@@ -27,3 +27,8 @@ def wide(x: Tensor) -> Tensor:
 def narrow(x: Tensor, device: torch.device) -> Tensor:
     """x in float32, on ``device``."""
     return x.float().to(device)
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host reads a tensor there without waiting for anything."""
+    return device.type == "cpu"

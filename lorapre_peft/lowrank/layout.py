@@ -1,36 +1,31 @@
-"""Which matrices are stepped together: worked out once, and kept as long as the same parameters take part."""
+"""Which parameters are compressed, at which ranks, and which of them are stepped together."""
 
 from __future__ import annotations
 
 import functools
 import math
-import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Bucket, Wave, tile_entries
-from .packed import fill_their_storages
-from .rules import RULES
-from .sharding import WHOLE, Placement
+from .sharding import Placement, placement_of
 
-Located = tuple[dict[str, Any], Tensor, int]  # group, parameter, position of the parameter in the optimizer
-# What of a group's options decides how its matrices are stepped together.
-_OPTIONS = ("momentum_rank", "update_rule", "temporary_bytes")
+# Temporaries of the size of a tile, or of a batch's factors, that the eager backend holds at once, at most; a test counts them.
+TEMPORARIES = 8
 
 
 @functools.lru_cache(maxsize=4096)
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """The p×q under which a tensor of two or more dimensions is compressed: trailing dimensions are flattened."""
+    """Return the p×q under which a tensor of two or more dimensions is compressed: trailing dimensions are flattened."""
     return shape[0], math.prod(shape[1:])
 
 
 @functools.lru_cache(maxsize=4096)
 def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
-    """The k at which a parameter of this shape is compressed; 0 if it takes the AdamW path.
+    """Return the rank k of the first moment of a parameter of this shape; 0 if the parameter takes the AdamW path.
 
     None stands for a quarter of the smaller side, at least 1. A matrix is compressed when k < min(p, q) and the factors,
     k(p+q) numbers, are smaller than the p·q that they replace.
@@ -42,102 +37,80 @@ def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
     return k if 0 < k < min(p, q) and k * (p + q) < p * q else 0
 
 
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A parameter that a step updates: its group, its position in the optimizer, the ranks of its moments, and the shapes of its state.
+
+    ``ranks`` has one number for each factored moment, of m and, where there is one, of v. It is empty on the AdamW path.
+    """
+
+    group: dict[str, Any]
+    param: Tensor
+    position: int
+    ranks: tuple[int, ...]
+    state_shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The p×q of a compressed parameter."""
+        return matrix_shape(self.param.shape)
+
+
 @dataclass
-class Plan:
-    """Of the parameters of a step that live in one place: the compressed ones in waves, and what takes the AdamW path.
+class Part:
+    """The parameters of a step that live on one device and, if they are sharded, are shared by the same processes.
 
-    Numbers are indices of the step's parameters. It holds until `key` or a state changes.
+    ``tables`` holds what a backend that has a kernel for a whole step takes; ``members`` are the others. ``plain`` holds the indices of
+    the members that take the AdamW path, group by group; ``batches`` holds those of the compressed members that are stepped together.
     """
 
-    key: tuple
-    waves: list[Wave] = field(default_factory=list)
-    plain: list[tuple[dict[str, Any], list[int]]] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)  # the counters of the states that it was made with
-
-    def holds(self, key: tuple, steps: list[Tensor]) -> bool:
-        """Whether it is the plan of these parameters with these counters."""
-        return self.key == key and all(map(operator.is_, self.steps, steps))
+    device: torch.device
+    placement: Placement
+    members: list[Member]
+    tables: list[Any] = field(default_factory=list)
+    plain: list[list[int]] = field(default_factory=list)
+    batches: list[list[int]] = field(default_factory=list)
 
 
-def plan_key(todo: list[Located]) -> tuple:
-    """All that a plan depends on but the state."""
-    groups = {id(group): group for group, _, _ in todo}
-    options = tuple(tuple(map(group.__getitem__, _OPTIONS)) for group in groups.values())
-    return options, [(id(group), id(param), param.shape, param.dtype) for group, param, _ in todo]
+def parts_of(members: Iterable[Member]) -> list[Part]:
+    """Divide parameters by device and by the processes among which they are sharded."""
+    found: dict[Any, Part] = {}
+    for member in members:
+        param, placement = member.param, placement_of(member.param)
+        part = found.setdefault((param.device, placement), Part(param.device, placement, []))
+        part.members.append(member)
+    return list(found.values())
 
 
-def make_plan(
-    todo: list[Located],
-    states: list[dict[str, Tensor]],
-    placement: Placement,
-    moments: int,
-    temporaries: int,
-) -> Plan:
-    """The plan of a step's parameters and their states.
+def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: int) -> None:
+    """Fill ``part.plain`` and ``part.batches``.
 
-    moments: how many a matrix has. temporaries: the backend's `factor_temporaries`.
+    alike(group) gives the options that the matrices of a batch must have in common. The factors of a batch fit ``temporaries``
+    times into half of its ``temporary_bytes``, unless it is a single matrix.
     """
-    plan = Plan(plan_key(todo))
-    plain: dict[int, tuple[dict[str, Any], list[int]]] = {}
-    # By what one wave has in common, then by what one bucket has.
-    alike: dict[tuple, dict[tuple, list[int]]] = {}
-    for i, (group, param, _) in enumerate(todo):
-        k = compressed_rank(param.shape, group["momentum_rank"])
-        if k == 0:
-            plain.setdefault(id(group), (group, []))[1].append(i)
-            continue
-        buckets = alike.setdefault((id(group), k), {})
-        # By the whole shape: a step stacks gradients as they are, and a linear layer may be as large as a flattened convolution.
-        buckets.setdefault((param.shape, param.dtype), []).append(i)
-    plan.plain = list(plain.values())
-    for (_, k), buckets in alike.items():
-        group = todo[next(iter(buckets.values()))[0]][0]
-        plan.waves += _waves(
-            Wave(group, RULES[group["update_rule"]], k, placement),
-            buckets,
-            todo,
-            states,
-            moments,
-            tile_entries(group, temporaries),
-        )
-    if placement is WHOLE:
-        held = (
-            value
-            for wave in plan.waves
-            for bucket in wave.buckets
-            for state in bucket.states
-            for value in state.values()
-        )
-        keeps = fill_their_storages(held)
-        for wave in plan.waves:
-            wave.keeps = keeps
-    return plan
+    plain: dict[int, list[int]] = {}
+    equal: dict[tuple, list[int]] = {}
+    for i, member in enumerate(part.members):
+        group, param = member.group, member.param
+        if member.ranks:
+            # The whole shape: a step stacks gradients as they are, and a linear layer may be as large as a flattened convolution.
+            equal.setdefault((param.shape, param.dtype, member.ranks, alike(group)), []).append(i)
+        else:
+            plain.setdefault(id(group), []).append(i)
+    part.plain, part.batches = list(plain.values()), []
+    for indices in equal.values():
+        first = part.members[indices[0]]
+        limit = min(tile_entries(part.members[i].group, temporaries) for i in indices)
+        part.batches += map(indices.__getitem__, slices(len(indices), limit // (sum(first.ranks) * sum(first.shape))))
 
 
-def _waves(
-    empty: Wave,
-    buckets: dict[tuple, list[int]],
-    todo: list[Located],
-    states: list[dict[str, Tensor]],
-    moments: int,
-    limit: int,
-) -> Iterable[Wave]:
-    """Waves whose factors have at most ``limit`` entries, or of a single matrix."""
-    filled = 0
-    wave: Wave | None = None
-    for (whole, _), members in buckets.items():
-        shape = matrix_shape(whole)
-        size = moments * empty.k * sum(shape)
-        bucket: Bucket | None = None
-        for i in members:
-            if wave is None or filled + size > limit:
-                wave = Wave(empty.group, empty.rule, empty.k, empty.placement)
-                bucket, filled = None, 0
-                yield wave
-            if bucket is None:
-                bucket = Bucket(wave, shape, len(wave))
-                wave.buckets.append(bucket)
-            bucket.states.append(states[i])
-            bucket.positions.append(todo[i][2])
-            bucket.indices.append(i)
-            filled += size
+def tile_entries(group: dict[str, Any], temporaries: int = TEMPORARIES) -> int:
+    """Return the entries of one float32 temporary of which ``temporaries`` fit into half of the group's ``temporary_bytes``."""
+    return max(1, int(group["temporary_bytes"]) // (2 * 4 * temporaries))
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Cut 0 to ``count`` into slices of at most ``size``, and of at least 1."""
+    size = max(1, size)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -26,7 +26,7 @@ class Metrics:
         """energy: the part of the squares of some of these norms that is inside the row space of m_A."""
         self.captured.append(energy)
 
-    def add_update(self, update: Tensor, bound: float | None) -> None:
+    def add_update(self, update: Tensor, bound: Tensor | None) -> None:
         """update: the normalised update before any clamp to ±bound."""
         size = update.abs()
         self.add_sizes(size.amax(), size.new_zeros(()) if bound is None else (size > bound).sum(), size.numel())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,40 +15,45 @@ _SALT = 0x9E3779B9
 
 
 def mix(value: int | Tensor) -> int | Tensor:
-    """lowbias32 of the low 32 bits of a Python integer or of int64 entries."""
+    """Return the hash lowbias32 of the low 32 bits of a Python integer or of int64 entries."""
     value = value & _MASK
     value = ((value ^ value >> 16) * _M1) & _MASK
     value = ((value ^ value >> 15) * _M2) & _MASK
     return value ^ value >> 16
 
 
-def filled(values: list[int], device: torch.device) -> Tensor:
-    """int64 [n], filled one by one: a copy from the host could not be captured in a CUDA graph."""
-    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
-
-
 def _signed(value: int | Tensor) -> int | Tensor:
-    """The int32 with the same 32 bits."""
+    """Return the int32 with the same 32 bits."""
     return ((value & _MASK) ^ 0x80000000) - 0x80000000
 
 
-def random_keys(seed: int, positions: list[int], steps: Tensor) -> Tensor:
-    """32 bits that name each parameter at its step of one run: int64 [n]; steps: [n], on any device, not read by the host."""
-    return mix(filled([mix(mix(seed) + position) for position in positions], steps.device) + steps.long())
+def random_keys(named: tuple[tuple[int, int], ...], steps: Tensor) -> Tensor:
+    """Return 32 bits that name each parameter at its step of one run: int64 [n].
+
+    named: seed of the run and position in the optimizer of each parameter. steps: [n], on any device, not read by the host.
+    """
+    return mix(_parameter_keys(named, steps.device) + steps.long())
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameter_keys(named: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Filled entry by entry: a copy from the host could not be captured in a CUDA graph."""
+    keys = [mix(mix(seed) + position) for seed, position in named]
+    return torch.stack([torch.full((), key, dtype=torch.int64, device=device) for key in keys])
 
 
 def round_keys(keys: Tensor) -> Tensor:
-    """Of the two rounds of the hash: int64 [2, n]."""
+    """Return the keys of the two rounds of the hash: int64 [2, n]."""
     return torch.stack([keys, mix(keys + _SALT)])
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical shift of int32 bits."""
+    """Shift int32 bits to the right, and fill with zeros."""
     return (bits >> count).bitwise_and_((1 << 32 - count) - 1)
 
 
 def random_bits(shape: torch.Size, keys: Tensor, offset: int) -> Tensor:
-    """Hash of (key, offset + i) for every entry i in row-major order of each of the n arrays: int32, all 32 bits random.
+    """Return the hash of (key, offset + i) for every entry i of each of n arrays in row-major order: int32, all 32 bits random.
 
     shape: (n, ...). keys: int64 [n].
     """

@@ -3,142 +3,43 @@
 A running average ``M ← decay · M + weight · x`` of p×q matrices is held as ``M ≈ B A`` with ``B`` p×k and ``A`` k×q. A rule
 says how ``B`` and ``A`` change when ``x`` arrives. Both rules are written as a *row part* and a *column part*:
 
-* the row part (`Rows`: five numbers) needs nothing but some rows of ``B`` and ``x``, and all of ``A``;
+* the row part (`Rows`) needs nothing but some rows of ``B`` and ``x``, and all of ``A``;
 * the column part (``columns``) needs only sums over the rows: Gram matrices, k×k or k×2k, and ``Bᵀx``, k×q.
 
-So a step can work through a matrix in tiles of rows, or in shards of rows on several devices, with the same result. What is here
-is k×k: matrices of all shapes go through it together, [..., k, k], and what is p×k, k×q or p×q is a backend's. The Gram
-matrices are formed and inverted in float64: they cost nothing beside the p×q products, a Cholesky factorisation of a
+So a step can work through a matrix in tiles of rows, or in shards of rows on several devices, with the same result. This module computes
+what is k×k, for n matrices together; a backend computes what is p×k, k×q or p×q. Numbers that belong to a matrix are tensors [n] of
+float64, so that matrices of groups with different options can share a step. The Gram matrices are formed and inverted in float64: they cost nothing beside the p×q products, a Cholesky factorisation of a
 positive matrix plus a relative 1e-6 of its diagonal then does not fail, and an inverse whose entries reach 1/δ would turn
 float32's round-off in ``Bᵀx`` into momentum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .float64 import float64_device, wide
+from .linalg import damped_inverse, inverse_root
 from .rounding import random_bits
 
-# Up to this rank a Gram matrix is inverted by a few operations on all matrices at once: LAPACK takes 2 µs for each matrix of a batch.
-ELIMINATED = 4
-# Below this side length an exact SVD takes less time than subspace iteration (`top_factors`).
-EXACT_SVD_SIZE = 128
-# Extra directions and power steps of the subspace iteration: Halko, Martinsson and Tropp (2011), section 4.4 and 4.5.
-OVERSAMPLING = 8
-POWER_STEPS = 3
 # A factor's Frobenius norm never decays below this, so that a long run of zero gradients cannot underflow the factors to
 # zero, from where no gradient could bring them back. The product's norm, 1e-24, is below what float32 moments resolve.
 MIN_FACTOR_NORM = 1e-12
 
 
 class Average(NamedTuple):
-    """A running average ``M ← decay · M + weight · x``. Adam's first moment is (β1, 1−β1), Muon's heavy-ball sum (μ, 1)."""
+    """A running average ``M ← decay · M + weight · x`` of each matrix: [n] float64.
 
-    decay: float
-    weight: float
-
-
-def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
-    """(gram + ridge·I)⁻¹ in float64; gram: [..., k, k] float64, symmetric and not negative. ridge: [...] or a number, ≥ 0.
-
-    By Cholesky, or for small k by elimination. Where that fails, and on a GPU nobody looks, the diagonal alone is inverted: a
-    shorter step, and no NaN.
+    Adam's first moment is (β1, 1−β1), the root of its second (√β2, 1−√β2), Muon's heavy-ball sum (μ, 1).
     """
-    k = gram.shape[-1]
-    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # float64 round-off in a Gram matrix is relative to its trace: an absolute ridge below that would not keep it positive.
-    floor = 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny
-    ridge = floor.clamp_min(ridge) if isinstance(ridge, float) else torch.maximum(ridge, floor)
-    damped = gram + ridge[..., None, None] * identity
-    if k <= ELIMINATED:
-        inverse, failed = _eliminated(damped)
-    else:
-        factor, info = torch.linalg.cholesky_ex(damped)
-        failed = info > 0
-        factor = torch.where(failed[..., None, None], identity, factor)
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-        inverse = inverse.mT @ inverse
-    return torch.where(failed[..., None, None], torch.diag_embed(1 / (diagonal + ridge[..., None])), inverse)
 
-
-def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse by symmetric Gauss–Jordan elimination along the diagonal, and where a pivot was not positive: [...] bool.
-
-    A positive matrix needs no other pivots (Higham, Accuracy and Stability of Numerical Algorithms, section 14.4).
-    """
-    swept, pivots = matrix.clone(), []
-    for j in range(matrix.shape[-1]):
-        column = swept[..., j].clone()
-        pivots.append(column[..., j])
-        row = column / pivots[-1][..., None]
-        swept -= column[..., :, None] * row[..., None, :]
-        swept[..., j] = swept[..., j, :] = row
-        swept[..., j, j] = -1 / pivots[-1]
-    return -swept, ~(torch.stack(pivots, -1) > 0).all(-1)
-
-
-def inverse_root(gram: Tensor, ridge: Tensor) -> Tensor:
-    """L⁻¹ of the Cholesky factor L Lᵀ = gram + ridge·I, lower triangular; arguments as in `damped_inverse`."""
-    k = gram.shape[-1]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    ridge = torch.maximum(ridge, 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny)
-    damped = gram + ridge[..., None, None] * torch.eye(k, dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    factor = torch.where(info[..., None, None] > 0, torch.diag_embed((diagonal + ridge[..., None]).sqrt()), factor)
-    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-
-
-def gram_rows(A: Tensor) -> Tensor:
-    """A Aᵀ in float64; A: [..., k, q]."""
-    A = wide(A)
-    return A @ A.mT
-
-
-def top_factors(
-    times: Callable[[Tensor], Tensor],
-    transposed_times: Callable[[Tensor], Tensor],
-    shape: tuple[int, int],
-    rank: int,
-    like: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Rank-k factors of a large matrix x by subspace iteration from a fixed test matrix: B [..., p, k], A [..., k, q].
-
-    times(Q) gives x Q and transposed_times(Y) gives xᵀ Y, so that x need not exist at once. The test matrix comes from a
-    generator of its own, so that every process computes the same factors. ``like`` gives batch shape, dtype and device.
-    """
-    p, q = shape
-    width = min(rank + OVERSAMPLING, p, q)
-    generator = torch.Generator().manual_seed(0)
-    test = torch.randn(q, width, generator=generator, dtype=torch.float64, device="cpu").to(like.dtype).to(like.device)
-    basis = _orthonormal(times(test.expand(*like.shape[:-2], q, width)))
-    for _ in range(POWER_STEPS):
-        basis = _orthonormal(times(_orthonormal(transposed_times(basis))))
-    B, A = best_factors(transposed_times(basis).mT, rank)
-    return basis @ B, A
-
-
-def _orthonormal(x: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of x [..., p, c]."""
-    return torch.linalg.qr(x.to(float64_device(x.device)))[0].to(x.device)
-
-
-def best_factors(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-k approximation of x [..., p, q] as B [..., p, k] and A [..., k, q] of equal Frobenius norms."""
-    parts = torch.linalg.svd(x.to(float64_device(x.device)), full_matrices=False)
-    U, S, Vh = (part.to(x.device) for part in parts)
-    root = S[..., :rank].sqrt()
-    return U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]
+    decay: Tensor
+    weight: Tensor
 
 
 def test_rows(k: int, q: int, device: torch.device) -> Tensor:
-    """The rows that directions of `als` start from: [k, q] float32, uniform in [0, 1), the same on every device and process.
+    """Return the rows that directions of `als` start from: [k, q] float32, uniform in [0, 1), the same on every device and process.
 
     They are positive because |g| is: a row of random signs would see little of its leading direction.
     """
@@ -151,21 +52,22 @@ RESIDUAL_WEIGHT = 1.0
 
 
 class Rows(NamedTuple):
-    """The row part of a rule for one average, with X = x Aᵀ (A Aᵀ + damping)⁻¹ the least-squares fit of x to A's rows:
+    """The row part of a rule: B' = (keep · B + gain · X) · unit, where X = x Aᵀ (A Aᵀ + damping)⁻¹ fits x to A's rows. [n] float64."""
 
-    B' = (keep · B + gain · X) · unit.
-    """
-
-    keep: float
-    gain: float
+    keep: Tensor
+    gain: Tensor
 
 
 class Mixture(NamedTuple):
-    """The momentum of a rule at step t, from the old factors: (m_keep · B + m_gain · X) A + residual · x. Each [N] float64."""
+    """A rule's momentum at step t, from the old factors: (m_keep · B + m_gain · X) A + residual · x. Each [n] float64."""
 
     m_keep: Tensor
     m_gain: Tensor
     residual: Tensor
+
+
+def _as_matrix(numbers: Tensor) -> Tensor:
+    return numbers[..., None, None]
 
 
 class Newton:
@@ -178,44 +80,43 @@ class Newton:
     name = "newton"
     tracked = False  # no energy correction of v, no clamp, no residual weight
     projects_new = False  # the step is simultaneous: A's new rows come from the old B, and from BᵀB
+    second_momentum_rank = None  # v has the rank of m, as published
+    residual_weight = None  # what lies outside the factors has Adam's own weight
 
     def __init__(self, damping: float = 1e-6, init_std: float = 0.02):
         self.damping = damping
         self.init_std = init_std
 
     def init_columns(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """A ~ N(0, 0.02²), float32 on the CPU; shape: (k, q)."""
+        """Draw A ~ N(0, 0.02²) of shape (k, q), float32 on the CPU."""
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
 
     def inverse(self, gram: Tensor) -> Tensor:
-        """(gram + δI)⁻¹, float64."""
+        """Return (gram + δI)⁻¹, float64."""
         return damped_inverse(gram, self.damping)
 
     def rows(self, average: Average) -> Rows:
-        """The row part."""
-        return Rows(average.decay**0.5, average.weight * (1 - average.decay**0.5) / (1 - average.decay))
+        """Return the row part."""
+        root = average.decay.sqrt()
+        return Rows(root, average.weight * (1 - root) / (1 - average.decay))
 
     def mixture(self, average: Average, residual_weight: None, t: Tensor) -> Mixture:
-        """m = decay · B A + weight · x at every step t [N] float64."""
-        one = torch.ones_like(t)
-        return Mixture(average.decay * one, 0 * one, average.weight * one)
+        """Return m = decay · B A + weight · x, whatever the step."""
+        return Mixture(average.decay, torch.zeros_like(t), average.weight)
 
-    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
-        """What B' is multiplied by: 1, as nothing rescales it afterwards."""
-        return torch.ones_like(norm, dtype=torch.float64).expand(gram.shape[:-2])
+    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, rows: Rows) -> Tensor:
+        """Return what B' is multiplied by: 1, as nothing rescales it afterwards."""
+        return torch.ones_like(norm)
 
-    def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """W with A' = W [A; Bᵀx], from BᵀB over all rows: [..., k, 2k]. decay, weight: the average's, [..., 1, 1]. All float64.
-
-        And what B' is multiplied by from the right: None, nothing.
-        """
-        root = decay.sqrt()
+    def columns(self, grams: Tensor, average: Average) -> tuple[Tensor, Tensor | None]:
+        """Return W with A' = W [A; Bᵀx], from BᵀB over all rows: [n, k, 2k] float64; and None: B' is not multiplied from the right."""
+        root = average.decay.sqrt()
         identity = torch.eye(grams.shape[-2], dtype=grams.dtype, device=grams.device)
-        step = (weight * (1 - root) / (1 - decay)) * self.inverse(grams)
-        return torch.cat([(root * identity).expand_as(step), step], dim=-1), None
+        step = _as_matrix(average.weight * (1 - root) / (1 - average.decay)) * self.inverse(grams)
+        return torch.cat([(_as_matrix(root) * identity).expand_as(step), step], dim=-1), None
 
     def balance(self, grams: Tensor, turn: None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What B' and A' are multiplied by, and ‖B'A'‖²_F, which this rule does not know: 1, 1 and NaN, [...] float64."""
+        """Return what B' and A' are multiplied by, and ‖B'A'‖²_F, which this rule does not know: 1, 1 and NaN, [n] float64."""
         one = grams.new_ones(grams.shape[:-2])
         return one, one, torch.full_like(one, float("nan"))
 
@@ -234,67 +135,72 @@ class Als:
     name = "als"
     tracked = True  # v keeps Adam's energy, the normalised update is clamped, directions of zeros start anew
     projects_new = True  # A is solved given the new B: from B'ᵀ [B' | B] and B'ᵀx
+    second_momentum_rank = 1  # of v where none is given
+    residual_weight = RESIDUAL_WEIGHT
 
     def __init__(self, damping: float = 1e-6):
         self.damping = damping
 
     def inverse(self, gram: Tensor) -> Tensor:
-        """(gram + δ'I)⁻¹, float64."""
-        return damped_inverse(gram, self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1))
+        """Return (gram + δ'I)⁻¹, float64."""
+        return damped_inverse(gram, self._ridge(gram))
+
+    def _ridge(self, gram: Tensor) -> Tensor:
+        return self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
 
     def restart(self, A: Tensor, B: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B in which every direction whose row of A is zero starts anew: its row of A is a test row, its column of B zero.
+        """Return A and B in which every direction whose row of A is zero starts anew: its row of A is a test row, its column of B zero.
 
         Zeros are how a state begins, and what resets (ReLoRA) and pruning leave behind. From B = 0 the first sweep is one step of
         subspace iteration on x. A test row is as long as the mean row that is not zero, or has length 1 if all are.
-        A: [..., k, q], B: [..., p, k], gram: A Aᵀ in float64.
+        A: [n, k, q], B: [n, p, k], gram: A Aᵀ in float64.
         """
         k, q = A.shape[-2:]
         squares = gram.diagonal(dim1=-2, dim2=-1)
         dead = squares == 0
         level = squares.sum(-1) / (~dead).sum(-1)
-        length = (3 / q * torch.where(dead.all(-1), 1.0, level)).sqrt()[
-            ..., None, None
-        ]  # a test row's mean square is 1/3
-        rows = test_rows(k, q, A.device) * length.to(A.dtype).to(A.device)
+        length = (3 / q * torch.where(dead.all(-1), 1.0, level)).sqrt()  # a test row's mean square is 1/3
+        rows = test_rows(k, q, A.device) * _as_matrix(length).to(A.dtype).to(A.device)
         dead = dead.to(A.device)
         return torch.where(dead[..., None], rows, A), B.masked_fill(dead[..., None, :], 0)
 
     def rows(self, average: Average) -> Rows:
-        """The row part."""
+        """Return the row part."""
         return Rows(*average)
 
-    def mixture(self, average: Average, residual_weight: float, t: Tensor) -> Mixture:
-        """The momentum at step t [N] float64: after bias correction what lies outside A's rows has the weight min(1, ρ/(1−βᵗ)).
+    def mixture(self, average: Average, residual_weight: Tensor, t: Tensor) -> Mixture:
+        """Return the momentum at step t; after bias correction what lies outside A's rows has the weight min(1, ρ/(1−βᵗ)).
 
         At ρ = 1 it enters as it is, from the first step on; at ρ = 1−β its weight is Adam's own. Stated for an EMA; another average is
         its multiple.
         """
         beta, weight = average
-        residual = (1 - beta**t).clamp_max(residual_weight) * (weight / (1 - beta))
-        return Mixture(torch.full_like(t, beta), weight - residual, residual)
+        residual = torch.minimum(1 - beta**t, residual_weight) * (weight / (1 - beta))
+        return Mixture(beta, weight - residual, residual)
 
-    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, keep: Tensor, gain: Tensor) -> Tensor:
-        """What B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows float32: [...] float64.
+    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, rows: Rows) -> Tensor:
+        """Return what B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows float32: [n] float64.
 
-        gram: A Aᵀ [..., k, k] and old_square: ‖A‖²_F before any restart; norm: ‖x‖_F, and keep and gain, [...]. With a = ‖A‖,
-        ‖B‖² is old_square and ‖X‖ ≈ ‖x‖/a; `balance` rescales B'.
+        gram: A Aᵀ [n, k, k] and old_square: ‖A‖²_F before any restart; norm: ‖x‖_F. With a = ‖A‖, ‖B‖² is old_square and ‖X‖ ≈ ‖x‖/a;
+        `balance` rescales B'.
         """
         length = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
-        size = torch.maximum(keep * old_square.sqrt() * length, gain * norm)
+        size = torch.maximum(rows.keep * old_square.sqrt() * length, rows.gain * norm)
         return length / size.clamp_min(MIN_FACTOR_NORM**2)
 
-    def columns(self, grams: Tensor, decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """W with A' = W [A; B'ᵀx], from B'ᵀ [B' | B] over all rows: [..., k, 2k]. decay, weight: the average's, [..., 1, 1].
+    def columns(self, grams: Tensor, average: Average) -> tuple[Tensor, Tensor]:
+        """Return W with A' = W [A; B'ᵀx], from B'ᵀ [B' | B] over all rows: [n, k, 2k] float64.
 
-        And L⁻ᵀ, by which B' is multiplied from the right: [..., k, k]. All float64.
+        The second tensor is L⁻ᵀ, by which B' is multiplied from the right: [n, k, k] float64.
         """
         gram, cross = grams.chunk(2, dim=-1)
-        root = inverse_root(gram, self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1))
-        return torch.cat([decay * (root @ cross), weight * root], dim=-1), root.mT
+        root = inverse_root(gram, self._ridge(gram))
+        return torch.cat(
+            [_as_matrix(average.decay) * (root @ cross), _as_matrix(average.weight) * root], dim=-1
+        ), root.mT
 
     def balance(self, grams: Tensor, turn: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What B' and A' are multiplied by for equal Frobenius norms, and ‖B'A'‖²_F then: [...] float64.
+        """Return what B' and A' are multiplied by for equal Frobenius norms, and ‖B'A'‖²_F then: [n] float64.
 
         grams: as in `columns`; turn: what that multiplies B' by; gram_A: A' A'ᵀ.
         """

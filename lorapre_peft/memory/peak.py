@@ -25,9 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
 from ..integrations.create import create_lorapre_optimizer
-from ..lowrank.batch import tile_entries
-from ..lowrank.layout import Located, compressed_rank, matrix_shape
-from ..optim.base import LoRAPreOptimizer
+from ..lowrank.layout import matrix_shape, tile_entries
+from ..optim.base import Located, LoRAPreOptimizer
 from .models import meta_model
 
 
@@ -181,20 +180,22 @@ def estimate(
 
 
 def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
-    """Peak of the first two steps without the state: `als` starts its factors in the first and follows from then on."""
+    """Return the peak of the first two steps without the state: `als` starts its factors in the first and follows from then on."""
     peak = 0
     for located in _distinct_updates(optimizer, in_backward):
         for _, param, _ in located:
             param.grad = torch.empty_like(param)
-        # Norms above the clipping threshold, if there is one: clipped gradients take a temporary more.
-        known = [2 * (group["max_param_grad_norm"] or 0.5) for group, _, _ in located]
-        norms = torch.empty(len(known), dtype=torch.float64, device="meta")
+        (part,) = optimizer._layout(located)
+        members = part.members
+        norms = torch.empty(len(members), dtype=torch.float64, device="meta")
         for step in range(2):
             with torch.no_grad(), AllocationTracker() as tracker:
-                if step == 0:
-                    _init_states(optimizer, located)
-                states = [optimizer.state[param] for _, param, _ in located]
-                optimizer._apply_normed(located, states, [param.grad for _, param, _ in located], norms, known)
+                states = [optimizer._state_of(member) for member in members]
+                for member, state in zip(members, states):
+                    if step == 0 and not member.ranks:
+                        state["step"] = torch.zeros(())  # torch's AdamW reads it
+                grads = [member.param.grad for member in members]
+                optimizer._update_part(part, states, grads, norms, [True] * len(members), None)
             for _, param, _ in located:
                 for value in optimizer.state[param].values():
                     tracker.leave_out(value)
@@ -205,25 +206,18 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
     return peak
 
 
-def _init_states(optimizer: LoRAPreOptimizer, located: list[Located]) -> None:
-    for group, param, position in located:
-        optimizer._init_state(group, param, position)
-        if compressed_rank(param.shape, group["momentum_rank"]) == 0:
-            optimizer.state[param]["step"] = torch.zeros(())  # torch's AdamW reads it
-
-
 def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[list[Located]]:
-    """Enough of the updates that happen at once to hold their peak: equal matrices take equal memory, chunk after chunk."""
+    """Return enough of the updates that happen at once to hold their peak: equal matrices take equal memory, chunk after chunk."""
     counts: Counter[tuple] = Counter()
     kept: list[Located] = []  # in the optimizer's order, on which the AdamW path's packing depends
     for group, param, position in optimizer._located():
-        k = compressed_rank(param.shape, group["momentum_rank"])
-        shape = matrix_shape(param.shape) if k else tuple(param.shape)
-        key = (id(group), k, shape, param.dtype)
+        ranks = optimizer.ranks(param, group)
+        shape = matrix_shape(param.shape) if ranks else tuple(param.shape)
+        key = (id(group), ranks, shape, param.dtype)
         if in_backward:
             most = 1
-        elif k:
-            most = max(1, tile_entries(group) // (len(optimizer.moments) * k * sum(shape)))
+        elif ranks:
+            most = max(1, tile_entries(group) // (sum(ranks) * sum(shape)))
         else:
             most = sys.maxsize  # the AdamW path packs parameters of all shapes together
         if param.numel() and counts[key] < most:

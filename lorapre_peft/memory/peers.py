@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="folder of a saved model, config.json, built-in name, or name on the hub")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--momentum-rank", type=int, default=8, help="k, also the rank of one GaLore row (default 8)")
+    parser.add_argument(
+        "--second-momentum-rank", type=int, help="rank of the second moment (default: 1 with als, else k)"
+    )
     parser.add_argument("--update-rule", choices=sorted(RULES), default="als")
     parser.add_argument("--embeddings", choices=["frozen", "adamw"], default="frozen", help="embeddings and head")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="LoRA-Pre's")
@@ -107,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
-    options = dict(momentum_rank=args.momentum_rank, update_rule=args.update_rule, embeddings=args.embeddings)
+    names = ("momentum_rank", "second_momentum_rank", "update_rule", "embeddings")
+    options = {name: getattr(args, name) for name in names}
     name = f"LoRA-Pre {'AdamW' if args.optimizer == 'adamw' else 'Muon'}, {args.update_rule} k={args.momentum_rank}"
     try:
         config, origin = find_config(args.model)

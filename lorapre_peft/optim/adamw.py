@@ -9,27 +9,27 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..kernels.cpp import Cpp, Table, Tables
+from ..kernels.cpp import Cpp, Table
 from ..kernels.eager import adam_scalars, adam_table
-from ..lowrank.batch import Wave, usable
-from ..lowrank.float64 import wide
-from ..lowrank.layout import Located
-from ..lowrank.moments import Moments
+from ..lowrank.batch import Batch, usable
+from ..lowrank.float64 import narrow, wide
+from ..lowrank.layout import Part
+from ..lowrank.moments import Moment, move_on
 from ..lowrank.rounding import mix
 from ..lowrank.rules import RULES, Average
+from ..lowrank.sharding import WHOLE
 from .adamw_path import AdamWOptions
 from .base import LoRAPreOptimizer
 from .options import check_betas, in_range
-from .state import check_held_states
 
 
 def update_bound(beta1: float, beta2: float) -> float:
-    """C = (1−β1)/√((1−β2)(1−β1²/β2)): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1² < β2. 1.165 at (0.9, 0.95)."""
+    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), 1.165 at (0.9, 0.95): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1² < β2."""
     return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
 
 
 class LoRAPreAdamW(LoRAPreOptimizer):
-    """AdamW whose moments of each p×q matrix are factors of rank k: 2(p+q)k numbers of state instead of 2pq.
+    """AdamW whose moments of each p×q matrix are factors of ranks k and k_v: (p+q)(k+k_v) numbers of state instead of 2pq.
 
     LoRA-Pre for Adam (Wang et al., "Taming Momentum", arXiv 2602.24283, Theorem 3.1 and Algorithm 1) with
     ``update_rule="newton"``; with ``"als"``, the default, this project's tracked rule on the same state. Parameters that
@@ -49,11 +49,12 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         residual_weight: ρ in [0, 1] of ``als``: the part of the gradient outside the momentum's subspace has the weight min(1, ρ/(1−β1ᵗ))
             in m̂. None: 1, the sum of the weights that Adam gives one gradient over the steps; that part is then moved by in one step,
             which the clamp shortens where gradients are noise. 1−β1 gives m = β1 m_B m_A + (1−β1) g.
-        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed and
-            backend, as `LoRAPreOptimizer` documents them.
+        second_momentum_rank: rank k_v ≥ 1 of the second moment, at most k. None: 1 with ``als``, k with ``newton``, which has no other.
+        update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend: as
+            `LoRAPreOptimizer` documents them.
 
-    State per compressed matrix, all float32: ``step`` [], ``m_B`` and ``v_B`` [p, k], ``m_A`` and ``v_A`` [k, q], and with
-    ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``,
+    State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q], ``v_B`` [p, k_v], ``v_A`` [k_v, q], and
+    with ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``,
     float64 for float64 parameters.
 
     Raises:
@@ -72,26 +73,52 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         weight_decay: float = 0.0,
         *,
         momentum_rank: int | None = None,
+        second_momentum_rank: int | None = None,
         update_rule: str = "als",
         residual_weight: float | None = None,
-        **common: Any,
+        update_scale: float = 1.0,
+        max_param_grad_norm: float | None = None,
+        bf16_rounding: str = "nearest",
+        update_in_backward: bool = False,
+        temporary_bytes: int = 64_000_000,
+        maximize: bool = False,
+        seed: int = 0,
+        backend: str = "auto",
     ):
-        ranks = dict(momentum_rank=momentum_rank, update_rule=update_rule, residual_weight=residual_weight)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), **ranks, **common)
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum_rank=momentum_rank,
+            second_momentum_rank=second_momentum_rank,
+            update_rule=update_rule,
+            residual_weight=residual_weight,
+            update_scale=update_scale,
+            max_param_grad_norm=max_param_grad_norm,
+            bf16_rounding=bf16_rounding,
+            update_in_backward=update_in_backward,
+            temporary_bytes=temporary_bytes,
+            maximize=maximize,
+            seed=seed,
+        )
+        super().__init__(params, defaults, backend)
 
-    def _reset(self, backend: str) -> None:
-        super()._reset(backend)
-        self._tables: dict[int, Tables] = {}  # by the position of a step's first parameter
+    def _resolve(self, group: dict[str, Any]) -> None:
+        super()._resolve(group)
+        rule = RULES.get(group["update_rule"])
+        if group["second_momentum_rank"] is None and rule is not None:
+            group["second_momentum_rank"] = rule.second_momentum_rank
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for an option out of its range."""
+        super().check_group(group)
         in_range("eps", group["eps"], 0)
-        self._check_betas(group)
 
     def _check_betas(self, group: dict[str, Any]) -> None:
         check_betas("betas", group["betas"])
         beta1, beta2 = group["betas"]
-        if group["update_rule"] == "als" and not beta1**2 < beta2:
+        if RULES[group["update_rule"]].tracked and not beta1**2 < beta2:
             raise ValueError(
                 f"betas={beta1, beta2}: update_rule='als' needs betas[0]² < betas[1], found {beta1**2:g} and {beta2:g}; "
                 "without it Adam's own update has no bound. Raise betas[1] or lower betas[0]; the paper has (0.9, 0.95)"
@@ -100,52 +127,63 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
         return AdamWOptions(group["lr"], group["betas"], group["eps"])
 
-    def _update(self, wave: Wave) -> Iterator[None]:
-        beta1, beta2 = wave.group["betas"]
-        self._check_betas(wave.group)  # a scheduler that cycles momentum may have moved them
-        backend = self._backend(wave.device)
-        averages = [Average(beta1, 1 - beta1), Average(beta2**0.5, 1 - beta2**0.5)]
-        moments = Moments(backend, wave, averages)
-        t = wide(wave.advance(wave.read("v_energy") > 0 if wave.rule.tracked else None))
-        energy = wide(wave.read("v_scale")) if wave.rule.tracked else torch.ones_like(t)
-        scalars = backend.run(adam_scalars, moments.mixture(t), t, energy, beta1, beta2, _positive(wave.group["eps"]))
-        bound = update_bound(beta1, beta2) if wave.rule.tracked else None
+    def ranks(self, param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
+        """Return the ranks of m and of v of a parameter; empty if it takes the AdamW path."""
+        first = super().ranks(param, group)
+        return (*first, min(*first, group["second_momentum_rank"] or first[0])) if first else ()
+
+    # ---- the step, batch by batch -----------------------------------------------------------------------------------
+
+    def _update(self, batch: Batch) -> Iterator[None]:
+        backend, tracked = self._backend(batch.device), batch.rule.tracked
+        beta1, beta2 = (batch.numbers(lambda group, i=i: group["betas"][i]) for i in (0, 1))
+        m = Moment(backend, batch, "m", Average(beta1, 1 - beta1))
+        v = Moment(backend, batch, "v", Average(beta2.sqrt(), 1 - beta2.sqrt()))
+        t = wide(batch.advance(batch.read("v_energy") > 0 if tracked else None))
+        c = wide(batch.read("v_scale")) if tracked else torch.ones_like(t)
+        mixture = batch.rule.mixture(m.average, batch.numbers("residual_weight"), t)
+        eps = batch.numbers(lambda group: _positive(group["eps"]))
+        table = adam_table(batch, m, v, backend.run(adam_scalars, mixture, t, c, beta1, beta2, eps))
+        bound = None
+        if tracked:
+            bound = narrow(batch.numbers(lambda group: update_bound(*group["betas"])), batch.device)
         metrics = self._metrics if self.record_metrics else None
-        table = adam_table(wave, moments.keep, moments.gain, scalars.to(wave.device))
-        for factors in moments:
-            backend.adam(factors, table[:, factors.bucket.part], bound, metrics)
-            if metrics is not None:
-                metrics.add_captured(factors.captured())
+        backend.adam(batch, m, v, table, bound, metrics)
         if metrics is not None:
-            metrics.add_energy(wave.norms)
-        squared_norm = (yield from moments.finish())[1]
-        if wave.rule.tracked:
+            metrics.add_captured(m.captured())
+            metrics.add_energy(batch.norms)
+        squared_norm = (yield from move_on(backend, batch, [m, v]))[1]
+        if tracked:
             # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
-            energy = beta2 * wide(wave.read("v_energy")) + (1 - beta2) * wave.norms.square()
-            wave.write("v_energy", energy)
+            energy = beta2 * wide(batch.read("v_energy")) + (1 - beta2) * batch.norms.square()
             scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
-            wave.write("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))
+            batch.save("v_energy", energy)
+            batch.save("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))
 
-    def _step_in_one_call(self, some: list[Located], backend: Any) -> list[Located]:
-        """With C++ kernels, step the matrices that they take; what is left: (group, parameter, position)."""
-        if not isinstance(backend, Cpp):
-            return some
-        first = some[0][2]
-        tables = self._tables.get(first)
-        if tables is None or not tables.hold(some):
-            tables = self._tables[first] = Tables(some, backend)
-        for table in tables.by_rule:
-            self._step_table(table, backend)
-        return [some[i] for i in tables.rest]
+    # ---- the step in one call of a kernel ---------------------------------------------------------------------------
 
-    def _step_table(self, table: Table, backend: Cpp) -> None:
-        states = [self.state[param] or self._init_state(group, param, i) for group, param, i in table.located]
-        if not table.holds_state(states):
-            check_held_states(self, table.located, states)
-            table.take_state(states)
+    def _divide(self, part: Part) -> None:
+        backend = self._backend(part.device)
+        if isinstance(backend, Cpp) and part.placement is WHOLE:
+            taken = [member for member in part.members if member.ranks and backend.takes(member.param)]
+            part.members = [member for member in part.members if not (member.ranks and backend.takes(member.param))]
+            for rule in RULES:
+                of_rule = [member for member in taken if member.group["update_rule"] == rule]
+                if of_rule:
+                    part.tables.append(Table(of_rule))
+        super()._divide(part)
+
+    def _step_part(self, part: Part) -> None:
+        for table in part.tables:
+            self._step_table(table)
+        super()._step_part(part)
+
+    def _step_table(self, table: Table) -> None:
+        if not table.holds_state([self.state[param] for param in table.params]):
+            table.take_state([self._state_of(member) for member in table.members])
         options = [self._kernel_options(group) for group in table.groups]
         sum_bytes = min(int(group["temporary_bytes"]) for group in table.groups) // 2
-        found = backend.step(table, options, sum_bytes, self.record_metrics)
+        found = self._backend(torch.device("cpu")).step(table, options, sum_bytes, self.record_metrics)
         for norm, *_ in found:
             if not usable(norm):
                 self._skips.add(norm)
@@ -154,8 +192,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             self._metrics.add_steps([found[i] for i in kept], sum(table.params[i].numel() for i in kept))
 
     def _kernel_options(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """What `cpp_backend.OPTIONS` names, of a group as it is now."""
-        self._check_betas(group)
+        """Return what `cpp.OPTIONS` names, of a group as it is now."""
         rule, bound, clip = RULES[group["update_rule"]], float("inf"), group["max_param_grad_norm"]
         if rule.tracked:
             bound = update_bound(*group["betas"])
@@ -168,7 +205,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 
 
 def _positive(eps: float) -> float:
-    """ε, or for a smaller one the √ of the smallest normal float32: what is below that, v cannot hold.
+    """Return ε, or for a smaller one the √ of the smallest normal float32: what is below that, v cannot hold.
 
     So an entry that never had a gradient gives 0 and not 0/0, and after many zero gradients the update fades.
     """

@@ -1,114 +1,118 @@
-"""The AdamW path: what is not compressed takes `torch.optim.AdamW`'s own step, in pieces of bounded size."""
+"""The AdamW path: parameters that are not compressed take `torch.optim.AdamW`'s own step, in pieces of bounded size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..lowrank.batch import gradient_scale, rounds_stochastically, slices, tile_entries
+from ..lowrank.batch import gradient_scale, rounds_stochastically
+from ..lowrank.layout import Member, slices, tile_entries
 from ..lowrank.rounding import random_keys, write_stochastic
 from ..lowrank.sharding import Placement, local
 
 
 class AdamWOptions(NamedTuple):
-    """The AdamW path's hyperparameters of a group at this step."""
+    """The hyperparameters of the AdamW path of a group, at its current learning rate."""
 
     lr: float | Tensor
     betas: tuple[float, float]
     eps: float
 
 
-class Item(NamedTuple):
-    """A parameter with a gradient, of a sharded one this process's part, and its position in the optimizer."""
+@dataclass(eq=False)
+class Item:
+    """A parameter with its gradient, or of a sharded one this process's rows of both.
 
-    param: Tensor
+    norm: ‖g‖_F, [] float64. update: [] bool, false if the parameter keeps its value; None: the host knows that it does not.
+    """
+
+    member: Member
     grad: Tensor
     state: dict[str, Tensor]
-    norm: Tensor  # [], ‖g‖_F
-    finite: Tensor | None  # [] bool, false if the update is to be skipped; None: the host knows that it is not
-    position: int
-    offset: int  # entries of the whole parameter before this part
+    norm: Tensor
+    update: Tensor | None
+    placement: Placement
 
+    def __post_init__(self) -> None:
+        self.param = local(self.member.param)
+        self.state = {name: local(value) for name, value in self.state.items()}
 
-def make_item(
-    param: Tensor,
-    position: int,
-    state: dict[str, Tensor],
-    grad: Tensor,
-    norm: Tensor,
-    finite: Tensor | None,
-    placement: Placement,
-) -> Item:
-    """Of a parameter that may be sharded, and this process's part of its gradient."""
-    offset = placement.rows(param.shape[0]).start * param.shape[1:].numel() if param.ndim else 0
-    here = {name: local(value) for name, value in state.items()}
-    return Item(local(param), grad, here, norm, finite, position, offset)
+    def first_entry(self, index: Any) -> int:
+        """Return how many entries of the whole parameter come before the rows ``index`` of this process's part."""
+        shape = self.param.shape
+        if not shape:
+            return 0
+        return (self.placement.rows(self.member.param.shape[0]).start + index.start) * shape[1:].numel()
 
 
 def adamw_dtype(param: Tensor) -> torch.dtype:
-    """Of the moments and the arithmetic: float32, or float64 for float64 parameters."""
+    """Return the dtype of the moments and of the arithmetic: float32, or float64 for float64 parameters."""
     return torch.promote_types(param.dtype, torch.float32)
 
 
 def adamw_path(group: dict[str, Any], options: AdamWOptions, items: list[Item]) -> None:
-    """One AdamW step of these parameters of one group, in place, through torch's functional AdamW."""
+    """Take one AdamW step with these parameters of one group, in place, through torch's functional AdamW."""
     limit = tile_entries(group)
-    batch: list[tuple[Item, Any]] = []
+    pieces: list[tuple[Item, Any]] = []
     size = 0
     for piece in _pieces(items, limit):
         count = piece[0].param[piece[1]].numel()
-        if batch and size + count > limit:
-            _step(group, options, batch)
-            batch, size = [], 0
-        batch.append(piece)
+        if pieces and size + count > limit:
+            _step(group, options, pieces)
+            pieces, size = [], 0
+        pieces.append(piece)
         size += count
-    if batch:  # a process may hold no row of any of them
-        _step(group, options, batch)
+    if pieces:  # a process may hold no row of any of them
+        _step(group, options, pieces)
     for item in items:
-        item.state["step"] += 1 if item.finite is None else item.finite
+        item.state["step"] += 1 if item.update is None else item.update
 
 
 def _pieces(items: list[Item], limit: int) -> Iterator[tuple[Item, Any]]:
-    """(item, index of a piece) in blocks of rows of at most ``limit`` entries; scalars whole."""
+    """Yield (item, index of a piece) in blocks of rows of at most ``limit`` entries; scalars whole."""
     for item in items:
         shape = item.param.shape
-        rows = max(1, limit // max(1, shape[1:].numel())) if shape else 1
+        rows = limit // max(1, shape[1:].numel())
         yield from ((item, index) for index in slices(shape[0], rows)) if shape else [(item, ...)]
 
 
-def _step(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]]) -> None:
-    if batch[0][0].finite is None:
-        _adamw(group, options, batch, None)
+def _step(group: dict[str, Any], options: AdamWOptions, pieces: list[tuple[Item, Any]]) -> None:
+    if pieces[0][0].update is None:
+        _adamw(group, options, pieces, None)
     else:
-        for piece in batch:  # torch's fused AdamW skips all of a call or nothing
-            _adamw(group, options, [piece], piece[0].finite)
+        for piece in pieces:  # torch's fused AdamW skips all of a call or nothing
+            _adamw(group, options, [piece], piece[0].update)
 
 
-def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item, Any]], finite: Tensor | None) -> None:
-    targets = [item.param[index] for item, index in batch]
+def _adamw(
+    group: dict[str, Any], options: AdamWOptions, pieces: list[tuple[Item, Any]], update: Tensor | None
+) -> None:
+    targets = [item.param[index] for item, index in pieces]
     # Contiguous like the moments: the fused kernel takes tensors of equal strides only.
     wide = [target.to(adamw_dtype(target)).contiguous() for target in targets]
-    grads = [item.grad[index].to(adamw_dtype(item.param)).contiguous() for item, index in batch]
-    if group["max_param_grad_norm"] is not None:
-        norms = torch.stack([item.norm for item, _ in batch])
-        scales = gradient_scale(norms, {**group, "maximize": False}).to(wide[0].device)
+    grads = [item.grad[index].to(adamw_dtype(item.param)).contiguous() for item, index in pieces]
+    bound = group["max_param_grad_norm"]
+    if bound is not None:
+        norms = torch.stack([item.norm for item, _ in pieces])
+        scales = gradient_scale(norms, torch.full_like(norms, bound), None).float().to(wide[0].device)
         grads = [grad * scale for grad, scale in zip(grads, scales)]
-    moments = [[item.state[name][index] for item, index in batch] for name in ("exp_avg", "exp_avg_sq")]
+    moments = [[item.state[name][index] for item, index in pieces] for name in ("exp_avg", "exp_avg_sq")]
     on_gpu = wide[0].device.type == "cuda"
-    masked = [] if finite is None or on_gpu else [*wide, *moments[0], *moments[1]]  # unfused, AdamW knows no found_inf
+    masked = [] if update is None or on_gpu else [*wide, *moments[0], *moments[1]]  # unfused, AdamW knows no found_inf
     kept = [value.clone() for value in masked]
     adamw(
         wide,
         grads,
         *moments,
         [],
-        [item.state["step"].clone() for item, _ in batch],  # adamw counts it up, once per piece
+        [item.state["step"].clone() for item, _ in pieces],  # adamw counts it up, once per piece
         fused=on_gpu,
-        found_inf=(~finite).float() if finite is not None and on_gpu else None,
+        found_inf=(~update).float() if update is not None and on_gpu else None,
         amsgrad=False,
         beta1=options.betas[0],
         beta2=options.betas[1],
@@ -118,11 +122,11 @@ def _adamw(group: dict[str, Any], options: AdamWOptions, batch: list[tuple[Item,
         maximize=group["maximize"],
     )
     for value, before in zip(masked, kept):
-        value.copy_(torch.where(finite, value, before))
-    for (item, index), target, value in zip(batch, targets, wide):
+        value.copy_(torch.where(update, value, before))
+    for (item, index), target, value in zip(pieces, targets, wide):
         if rounds_stochastically(target, group):
-            start = item.offset + (index.start * item.param.shape[1:].numel() if isinstance(index, slice) else 0)
-            keys = random_keys(group["seed"], [item.position], item.state["step"][None].to(target.device) + 1)
-            write_stochastic([target], value[None], keys, start)
+            step = item.state["step"][None].to(target.device) + 1
+            keys = random_keys(((group["seed"], item.member.position),), step)
+            write_stochastic([target], value[None], keys, item.first_entry(index))
         elif value is not target:
             target.copy_(value)

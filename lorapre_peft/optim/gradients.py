@@ -1,37 +1,36 @@
-"""The gradients of a step before any update: whose turn it is, their norms, and the count of those that cannot be used."""
+"""The gradients of a step before any update: which parameters take part, their norms, and the count of those that cannot be used."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..kernels.eager import Eager
 from ..lowrank.sharding import WHOLE, Placement, local, placement_of
 from .adamw_path import adamw_dtype
 
-if TYPE_CHECKING:
-    from ..kernels.eager import Eager
-
 
 def takes_part(param: Tensor) -> bool:
-    """Whether a step updates the parameter. Of sharded ones all take part, with zeros, so that no collective waits for them."""
-    return param.grad is not None or (param.requires_grad and placement_of(param) is not WHOLE)
+    """Whether a step updates the parameter. Sharded ones all take part, with zeros, so that no collective waits for them."""
+    if param.grad is None:
+        return param.requires_grad and placement_of(param) is not WHOLE and param.numel() > 0
+    return param.numel() > 0
+
+
+def kind_of_gradient(param: Tensor) -> tuple | None:
+    """Return what a step has to know of a gradient beside its values: dtype and layout; None if there is none."""
+    return None if param.grad is None else (param.grad.dtype, param.grad.layout)
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """This process's part of a parameter's gradient; zeros where it has none."""
+    """Return this process's part of a parameter's gradient; zeros where it has none."""
     return torch.zeros_like(local(param)) if param.grad is None else local(param.grad)
 
 
-def reads_are_free(device: torch.device) -> bool:
-    """Whether the host reads a tensor there without waiting for anything."""
-    return device.type == "cpu"
-
-
 def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement, backend: Eager) -> Tensor:
-    """‖g‖_F of gradients in one place, not read: [N] float64 on their `float64_device`, −1 where no process has a gradient."""
+    """Return ‖g‖_F of gradients on one device, not read: [N] float64 on the `float64_device`, −1 where no process has a gradient."""
     alike: dict[torch.dtype, list[int]] = {}
     for i, grad in enumerate(grads):
         alike.setdefault(grad.dtype, []).append(i)
@@ -53,7 +52,7 @@ def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement
 
 
 class Skips:
-    """How many updates of single parameters were skipped, on the host or, uncounted by it, on a device. It warns once."""
+    """Counts the updates of single parameters that were skipped, as the host or, unread, a device sees them; it warns once."""
 
     def __init__(self) -> None:
         self._by_host = 0
@@ -61,17 +60,17 @@ class Skips:
         self._warned = False
 
     def add(self, norm: float) -> None:
-        """One that the host has seen."""
+        """Count one that the host has seen."""
         self._by_host += 1
         self._warn(str(norm))
 
     def add_unread(self, usable: Tensor, norms: Tensor) -> None:
-        """Of gradients' norms [N]: those that are not usable, without those that do not exist (−1)."""
+        """Count, of gradients' norms [N], those that are not usable, without those that do not exist (−1)."""
         skipped = (~usable & ~(norms < 0)).sum()
         self._by_device.setdefault(norms.device, torch.zeros_like(skipped)).add_(skipped)
 
     def count(self) -> int:
-        """Reads the devices."""
+        """Return the count; this reads the devices."""
         by_device = sum(int(count) for count in self._by_device.values())
         if by_device:
             self._warn("nan or inf, or one whose square float32 cannot hold")

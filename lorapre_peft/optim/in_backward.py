@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, MutableMapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-if TYPE_CHECKING:
-    from .base import LoRAPreOptimizer
-
 # The hook on each parameter: its latest optimizer's only.
 _HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
 
 
-def register_hooks(optimizer: LoRAPreOptimizer, params: Iterable[Tensor]) -> None:
-    """Have ``optimizer`` update these parameters in the backward pass, if it does, for as long as it exists; no earlier one any more."""
+def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, params: Iterable[Tensor]) -> None:
+    """Have the backward pass call ``method(owner, param)`` once a parameter's gradient is made, for as long as ``owner`` exists.
+
+    Hooks of earlier owners are removed; with None that is all.
+    """
     for param in params:
         if param in _HOOKS:
             _HOOKS.pop(param).remove()
-        if optimizer.defaults["update_in_backward"] and param.requires_grad:
-            hook = functools.partial(_update, weakref.ref(optimizer))
+        if method is not None and param.requires_grad:
+            hook = functools.partial(_call, method, weakref.ref(owner))
             _HOOKS[param] = param.register_post_accumulate_grad_hook(hook)
 
 
-def _update(owner: weakref.ref[LoRAPreOptimizer], param: Tensor) -> None:
-    optimizer = owner()
-    if optimizer is not None:  # else nobody can call its step any more
-        optimizer.update_in_backward(param)
+def _call(method: Callable[[Any, Tensor], None], owner: weakref.ref, param: Tensor) -> None:
+    alive = owner()
+    if alive is not None:  # else nobody can call its step any more
+        method(alive, param)

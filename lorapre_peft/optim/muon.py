@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..lowrank.batch import Bucket, Wave
-from ..lowrank.float64 import wide
-from ..lowrank.moments import Moments
+from ..lowrank.batch import Batch
+from ..lowrank.float64 import narrow, wide
+from ..lowrank.moments import Moment, move_on
 from ..lowrank.rules import MIN_FACTOR_NORM, Average
 from .adamw_path import AdamWOptions
 from .base import LoRAPreOptimizer
@@ -69,8 +69,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion, which is the group's
             ``adamw_lr_ratio`` from then on. None: ``lr``.
         adamw_betas, adamw_eps: of the AdamW path.
-        common: update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed and
-            backend, as `LoRAPreOptimizer` documents them. No ``"triton"``: the step is products of whole matrices.
+        update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend: as
+            `LoRAPreOptimizer` documents them. No ``backend="triton"``: the step is products of whole matrices.
 
     State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q].
 
@@ -81,6 +81,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     moments = ("m",)
     backend_names = ("auto", "cpp", "eager", "compiled")
+    shared_options = (*LoRAPreOptimizer.shared_options, "nesterov", "ns_steps")
 
     def __init__(
         self,
@@ -98,26 +99,45 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        **common: Any,
+        update_scale: float = 1.0,
+        max_param_grad_norm: float | None = None,
+        bf16_rounding: str = "nearest",
+        update_in_backward: bool = False,
+        temporary_bytes: int = 64_000_000,
+        maximize: bool = False,
+        seed: int = 0,
+        backend: str = "auto",
     ):
-        own = dict(
+        defaults = dict(
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
+            momentum_rank=momentum_rank,
+            update_rule=update_rule,
+            residual_weight=residual_weight,
             nesterov=nesterov,
             adjust_lr_fn=adjust_lr_fn,
             ns_steps=ns_steps,
             adamw_lr=adamw_lr,
             adamw_betas=adamw_betas,
             adamw_eps=adamw_eps,
+            update_scale=update_scale,
+            max_param_grad_norm=max_param_grad_norm,
+            bf16_rounding=bf16_rounding,
+            update_in_backward=update_in_backward,
+            temporary_bytes=temporary_bytes,
+            maximize=maximize,
+            seed=seed,
         )
-        ranks = dict(momentum_rank=momentum_rank, update_rule=update_rule, residual_weight=residual_weight)
-        super().__init__(params, own, **ranks, **common)
+        super().__init__(params, defaults, backend)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
+    def _check_betas(self, group: dict[str, Any]) -> None:
         in_range("momentum", group["momentum"], 0, 1)
         check_betas("adamw_betas", group["adamw_betas"])
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for an option out of its range."""
+        super().check_group(group)
         in_range("adamw_eps", group["adamw_eps"], 0)
         if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
             raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: expected None, 'original' or 'match_rms_adamw'")
@@ -137,31 +157,33 @@ class LoRAPreMuon(LoRAPreOptimizer):
         lr = group["lr"] * group.get("adamw_lr_ratio", 1.0)
         return AdamWOptions(lr, group["adamw_betas"], group["adamw_eps"])
 
-    def _update(self, wave: Wave) -> Iterator[None]:
-        backend = self._backend(wave.device)
-        moments = Moments(backend, wave, [Average(wave.group["momentum"], 1.0)])
-        mixture = moments.mixture(wide(wave.advance(moments.started if wave.rule.tracked else None)))
-        for factors in moments:
-            bucket = factors.bucket
-            for matrices in bucket.chunks():
-                g = bucket.gradients(matrices, bucket.all_rows)
-                self._write(bucket, matrices, g, backend.momentum(factors, matrices, g, mixture))
-            backend.finish_rows(factors)
-            if self.record_metrics:
-                self._metrics.add_captured(factors.captured())
+    def _update(self, batch: Batch) -> Iterator[None]:
+        backend = self._backend(batch.device)
+        mu = batch.numbers("momentum")
+        m = Moment(backend, batch, "m", Average(mu, torch.ones_like(mu)))
+        t = wide(batch.advance(m.started if batch.rule.tracked else None))
+        mixture = batch.rule.mixture(m.average, batch.numbers("residual_weight"), t)
+        step, decay = batch.steps()
+        step = step * narrow(
+            batch.numbers(lambda group: shape_scale(batch.shape, group["adjust_lr_fn"])), batch.device
+        )
+        for matrices in batch.chunks():
+            g = batch.gradients(matrices, batch.all_rows)
+            momentum = backend.momentum(m, matrices, g, mixture)
+            batch.write(matrices, batch.all_rows, self._direction(batch, matrices, g, momentum), step, decay)
+        backend.finish_rows(m)
         if self.record_metrics:
-            self._metrics.add_energy(wave.norms)
-        yield from moments.finish()
+            self._metrics.add_captured(m.captured())
+            self._metrics.add_energy(batch.norms)
+        yield from move_on(backend, batch, [m])
 
     @staticmethod
-    def _write(bucket: Bucket, matrices: slice, g: Tensor, m: Tensor) -> None:
-        """The update of some matrices, from this process's rows of their gradients and momenta: [n, rows, q]."""
-        group = bucket.group
+    def _direction(batch: Batch, matrices: slice, g: Tensor, m: Tensor) -> Tensor:
+        """Return the orthogonalized momenta of some matrices, from this process's rows of them and of the gradients: [n, rows, q]."""
+        group = batch.groups[0]
         if group["nesterov"]:
-            m = torch.add(g, m, alpha=group["momentum"])
-        m = bucket.wave.placement.gather(m, bucket.shape[0])
+            m = torch.addcmul(g, m, narrow(batch.numbers("momentum")[matrices], m.device)[:, None, None])
+        m = batch.placement.gather(m, batch.shape[0])
         # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
         m = m * (m.abs().amax((-2, -1), keepdim=True) > 10 * MIN_FACTOR_NORM**2)
-        m = orthogonalize(m, group["ns_steps"])[:, bucket.rows]
-        update = m.mul(shape_scale(bucket.shape, group["adjust_lr_fn"])).contiguous()
-        bucket.write(matrices, bucket.all_rows, update)
+        return orthogonalize(m, group["ns_steps"])[:, batch.rows].contiguous()

@@ -28,6 +28,10 @@ def in_range(name: str, value: Any, low: float, high: float | None = None, *, cl
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
 def _number(value: Any) -> float:
     """NaN, which no comparison holds for, if it is none; a string is none ("2e-4" of a YAML file is one)."""
     try:
@@ -54,20 +58,13 @@ def check_options(group: dict[str, Any]) -> None:
     if group["update_rule"] not in RULES:
         raise ValueError(f"update_rule={group['update_rule']!r}: expected one of {', '.join(map(repr, RULES))}")
     k = group["momentum_rank"]
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 0):
+    if k is not None and not _is_whole(k, 0):
         raise ValueError(
             f"momentum_rank={k!r}: expected a whole number of at least 1, None (a quarter of the smaller side of each "
             "matrix), or 0 (the whole group takes the AdamW path)"
         )
-    rho = group["residual_weight"]
-    if rho is not None or group["update_rule"] == "als":
-        in_range("residual_weight", rho, 0, 1, closed=True)
-        if group["update_rule"] != "als":
-            raise ValueError(
-                f"residual_weight={rho} is an option of update_rule='als', found update_rule={group['update_rule']!r}: "
-                "leave it out, or use 'als'"
-            )
-    if not isinstance(group["seed"], int) or group["seed"] < 0:
+    check_rule_options(group)
+    if not _is_whole(group["seed"], 0):
         raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
     above_zero("update_scale", group["update_scale"])
     if group["max_param_grad_norm"] is not None:
@@ -75,6 +72,26 @@ def check_options(group: dict[str, Any]) -> None:
     if group["bf16_rounding"] not in ("nearest", "stochastic"):
         raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
     in_range("temporary_bytes", group["temporary_bytes"], 1)
+
+
+# The options that belong to an update rule.
+RULE_OPTIONS = ("update_rule", "second_momentum_rank", "residual_weight")
+
+
+def check_rule_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for an option of an update rule that is out of its range, or that the rule does not have."""
+    rule, second, rho = RULES[options["update_rule"]], options.get("second_momentum_rank"), options["residual_weight"]
+    for name, value in (("second_momentum_rank", second), ("residual_weight", rho)):
+        if value is not None and getattr(rule, name) is None:
+            raise ValueError(
+                f"{name}={value} is an option of update_rule='als', found update_rule={rule.name!r}: leave it out, or use 'als'"
+            )
+    if second is not None and not _is_whole(second, 1):
+        raise ValueError(
+            f"second_momentum_rank={second!r}: expected a whole number of at least 1, or None for the rule's default"
+        )
+    if rho is not None:
+        in_range("residual_weight", rho, 0, 1, closed=True)
 
 
 def check_parameter(param: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 Every function takes and returns plain tensors of one dtype (float64 for a test) and changes nothing in place. θ is the
 parameter, g its gradient, t the step from 1, λ the decoupled weight decay. State is a dict of m_B [p, k], m_A [k, q], the same for
-v with Adam; with ``als`` also E and the count t (numbers).
+v with Adam, at a rank of its own; with ``als`` also E and the count t (numbers).
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return B, A
 
 
-def no_momentum(theta: Tensor, k: int, moments: str) -> State:
-    """The state of ``als`` before the first gradient: zeros."""
+def no_momentum(theta: Tensor, **ranks: int) -> State:
+    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8 and v=1."""
     factors = {}
-    for moment in moments:
+    for moment, k in ranks.items():
         factors |= {
             f"{moment}_B": theta.new_zeros(theta.shape[0], k),
             f"{moment}_A": theta.new_zeros(k, theta.shape[1]),

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..lowrank.layout import Member
 from ..lowrank.sharding import local, place
 from .adamw_path import adamw_dtype
 
-if TYPE_CHECKING:
-    from ..lowrank.layout import Located
-    from .base import LoRAPreOptimizer
+# The options that decide the shapes of a parameter's state.
+RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule")
+# Every name that a state of this project's can have.
+OWN_STATE = {"step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale", "exp_avg", "exp_avg_sq"}
+
+
+class StateOwner(Protocol):
+    """What the checks need of an optimizer."""
+
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Any]]
+
+    def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of a parameter's state."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for options out of their ranges."""
 
 
 def state_dtype(param: Tensor, name: str) -> torch.dtype:
-    """float32; the AdamW path of a float64 parameter keeps float64 moments."""
+    """Return float32; the AdamW path of a float64 parameter keeps float64 moments."""
     return adamw_dtype(param) if name.startswith("exp_avg") else torch.float32
 
 
-def matched_states(
-    optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]
-) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
-    """(parameter, saved state) pairs: parameters are matched by their order in the groups, as torch does it."""
+def matched_states(optimizer: StateOwner, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield (parameter, saved state): parameters are matched by their order in the groups, as torch does it."""
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for saved_id, param in zip(saved_ids, params):
@@ -33,28 +47,38 @@ def matched_states(
             yield param, state_dict["state"][saved_id]
 
 
-def restore_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> None:
-    """Put the saved tensors back as they were saved, after torch has cast its copies to the parameters' dtypes."""
+def restore_state(optimizer: StateOwner, state_dict: dict[str, Any]) -> None:
+    """Put the optimizer's own saved tensors back as they were saved, after torch has cast its copies to the parameters' dtypes."""
+    group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
     for param, saved in matched_states(optimizer, state_dict):
-        for name, value in saved.items():
-            placed = value.detach().to(device=param.device, dtype=state_dtype(param, name), copy=True)
+        for name in saved.keys() & optimizer.state_shapes(param, group_of[param]).keys():
+            placed = saved[name].detach().to(device=param.device, dtype=state_dtype(param, name), copy=True)
             optimizer.state[param][name] = placed
 
 
-def check_held_states(optimizer: LoRAPreOptimizer, todo: Iterable[Located], states: list[dict[str, Tensor]]) -> None:
+def check_held_state(member: Member, state: dict[str, Tensor]) -> None:
     """Raise ValueError if a parameter's shape or its group's options have changed into what its state is not made for."""
-    for (group, param, _), state in zip(todo, states):
-        found = {key: tuple(value.shape) for key, value in state.items()}
-        expected = optimizer.state_shapes(param, group)
-        if found != expected:
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} with momentum_rank={group['momentum_rank']}, update_rule={group['update_rule']!r} "
-                f"has the state {found}, expected {expected}: its shape or these options have changed since its first step. Build a new "
-                "optimizer, or delete optimizer.state[param] to start without it"
-            )
+    expected = member.state_shapes
+    if all(name in state and state[name].shape == shape for name, shape in expected.items()):
+        return
+    raise ValueError(
+        f"a parameter of shape {tuple(member.param.shape)} with {_rank_options(member.group)} has the state {shapes_of(state)}, expected {expected}: its shape "
+        "or these options have changed since its first step. Build a new optimizer, or delete optimizer.state[param] to start without it"
+    )
 
 
-def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) -> None:
+def _rank_options(group: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={group[name]!r}" for name in RANK_OPTIONS if name in group)
+
+
+def shapes_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the shapes of a state's tensors, and the types of what else it holds."""
+    return {
+        key: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for key, value in state.items()
+    }
+
+
+def check_loaded_state(optimizer: StateOwner, state_dict: dict[str, Any]) -> None:
     """Raise ValueError if ``state_dict`` was not saved by this kind of optimizer over the same parameters."""
     name = type(optimizer).__name__
     if not isinstance(state_dict, dict) or not (
@@ -81,35 +105,28 @@ def check_loaded_state(optimizer: LoRAPreOptimizer, state_dict: dict[str, Any]) 
     group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
     for index, (param, saved) in enumerate(matched_states(optimizer, state_dict)):
         group = group_of[param]
-        expected = optimizer.state_shapes(param, group)
-        found = {
-            key: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            for key, value in saved.items()
-        }
-        if found == expected:
-            _check_placements(index, param, saved)
-        else:
+        expected, found = optimizer.state_shapes(param, group), shapes_of(saved)
+        # Other tools keep keys of their own there, such as a Lookahead's slow weights; also beside a state that has not begun.
+        if any(found.get(key) != shape for key, shape in expected.items()) and found.keys() & OWN_STATE:
             raise ValueError(
                 f"the saved state of parameter {index} of shape {tuple(param.shape)} is {found}; {name} with "
-                f"momentum_rank={group['momentum_rank']}, update_rule={group['update_rule']!r} expects {expected}. "
+                f"{_rank_options(group)} expects {expected}. "
                 "Build the optimizer with the options of the saved run, or start without its state"
             )
+        _check_placements(index, param, {key: saved[key] for key in expected if key in saved})
 
 
-def check_saved_group(optimizer: LoRAPreOptimizer, group: dict[str, Any], saved: dict[str, Any]) -> None:
+def check_saved_group(optimizer: StateOwner, group: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise ValueError if the saved options are out of their ranges, or another rank or rule than the group's.
 
     Loading takes over all other options, as in torch. Factors of another rank, or kept by another rule, are no start for
     this one's; before the first step there are none, but the run would still not be the one that its options say.
     """
-    optimizer._check_group(saved | {"update_in_backward": group["update_in_backward"]})
+    optimizer.check_group(saved | {"update_in_backward": group["update_in_backward"]})
     for param in group["params"]:
         same_rule = saved["update_rule"] == group["update_rule"] or "exp_avg" in optimizer.state_shapes(param, group)
         if not same_rule or optimizer.state_shapes(param, saved) != optimizer.state_shapes(param, group):
-            found, expected = (
-                f"momentum_rank={options['momentum_rank']}, update_rule={options['update_rule']!r}"
-                for options in (saved, group)
-            )
+            found, expected = _rank_options(saved), _rank_options(group)
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} was saved with {found}; this {type(optimizer).__name__} has {expected}, "
                 "and factors are not converted. Build the optimizer with the options of the saved run, or start without its state"

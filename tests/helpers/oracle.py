@@ -89,12 +89,17 @@ def bound(betas):
 
 
 class Adam:
-    """Factored Adam (Algorithm 1 for `newton`; the tracked rule for `als`). starts: (m_A, v_A) of `newton`."""
+    """Factored Adam (Algorithm 1 for `newton`; the tracked rule for `als`). starts: (m_A, v_A) of `newton`.
 
-    def __init__(self, rule, k, *, betas=(0.9, 0.95), eps=1e-8, rho=None, damping=1e-6, starts=(None, None)):
+    second: the rank of v; None: 1 for `als` and k for `newton`.
+    """
+
+    def __init__(
+        self, rule, k, *, second=None, betas=(0.9, 0.95), eps=1e-8, rho=None, damping=1e-6, starts=(None, None)
+    ):
         self.rule, self.eps, self.rho = rule, eps, 1.0 if rho is None else rho
         self.m = Factors(rule, None, None, k, starts[0], damping)
-        self.v = Factors(rule, None, None, k, starts[1], damping)
+        self.v = Factors(rule, None, None, second or (1 if rule == "als" else k), starts[1], damping)
         self.redecay(betas)
         self.t, self.energy = 0, 0.0
 

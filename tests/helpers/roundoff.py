@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from lorapre_peft.lowrank.rules import damped_inverse
+from lorapre_peft.lowrank.linalg import damped_inverse
 
 TRIES = 3  # disturbed runs, of which the largest distance counts
 

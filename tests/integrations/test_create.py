@@ -51,11 +51,11 @@ def test_printed_table_is_what_the_state_takes(make_llama, batch, capsys):
     lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
     train(optimizer, lambda: model(**batch).loss, steps=1)
 
-    rows = {"compressed, k=2, als": [], "compressed, k=3, als": [], "AdamW path": []}
+    rows = {"compressed, k=2,1, als": [], "compressed, k=3,1, als": [], "AdamW path": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
             k = 0 if not any(part in name for part in LORA_MATRICES) else 3 if "q_proj" in name else 2
-            rows[f"compressed, k={k}, als" if k else "AdamW path"].append(p)
+            rows[f"compressed, k={k},1, als" if k else "AdamW path"].append(p)
     rows["trained"] = [p for row in rows.values() for p in row]
 
     def row_of(params):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from roundoff import gamma
 
-from lorapre_peft.lowrank.rules import best_factors, top_factors
+from lorapre_peft.lowrank.linalg import best_factors, top_factors
 
 
 def decaying(p, q, ratio=0.6, seed=0):

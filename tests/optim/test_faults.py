@@ -35,7 +35,7 @@ def killed(tmp_path_factory) -> Path:
     """A folder for each file of FILES, of a run that was killed while it wrote that file."""
     folder = tmp_path_factory.mktemp("killed")
     script = Path(__file__).parents[1] / "helpers" / "killed_saves.py"
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (script.parents[2], script.parents[1])))}
     subprocess.run([sys.executable, script, folder], check=True, env=environment)
     return folder
 

@@ -60,7 +60,7 @@ def test_defaults_of_a_plain_model(make_llama, capsys):
     assert (group["lr"], group["betas"], group["bf16_rounding"]) == (WEIGHT_LR, (0.9, 0.95), "stochastic")
     table = capsys.readouterr().out
     assert "embeddings and head, frozen" in table
-    assert "compressed, k=8, als" in table
+    assert "compressed, k=8,1, als" in table
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_in_backward_under_trainer_applies_the_scheduled_rate(tmp_path, make_lla
 
 
 def key(seed=0, step=1, position=0):
-    return random_keys(seed, [position], torch.tensor([float(step)]))
+    return random_keys(((seed, position),), torch.tensor([float(step)]))
 
 
 def rounded(value, keys, offset=0):
@@ -314,7 +314,7 @@ def test_rounding_does_not_depend_on_tiles():
 
 def test_rounding_of_a_stack_is_that_of_each():
     values = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
-    keys = random_keys(1, [4, 0, 9], torch.tensor([3.0, 3.0, 8.0]))
+    keys = random_keys(((1, 4), (1, 0), (1, 9)), torch.tensor([3.0, 3.0, 8.0]))
     alone = [
         rounded(value[None], key(1, step, position)) for value, step, position in zip(values, (3, 3, 8), (4, 0, 9))
     ]

@@ -315,6 +315,6 @@ def test_state_shapes_and_bytes_are_the_real_ones(cls, rule, dtype):
         state = optimizer.state[param]
         assert {name: tuple(value.shape) for name, value in state.items()} == names
         assert sum(value.numel() * value.element_size() for value in state.values()) == size
-    moments = 2 if cls is LoRAPreAdamW else 1
+    ranks = 2 + (cls is LoRAPreAdamW and (1 if rule == "als" else 2))  # of m and of v
     scalars = 1 + 2 * (cls is LoRAPreAdamW and rule == "als")  # step; v_energy, v_scale
-    assert promised[0][1] == 4 * (moments * 2 * (20 + 12) + scalars)
+    assert promised[0][1] == 4 * (ranks * (20 + 12) + scalars)

@@ -15,7 +15,7 @@ from lorapre_peft import LoRAPreAdamW
 from lorapre_peft.extract.lora import _factors, _norm
 from lorapre_peft.kernels import choose as backends
 from lorapre_peft.lowrank import float64 as precision
-from lorapre_peft.lowrank.rules import EXACT_SVD_SIZE
+from lorapre_peft.lowrank.linalg import EXACT_SVD_SIZE
 
 # Factored by elimination and by Cholesky; a convolution, and a vector.
 PARAMETERS = [((20, 12), 3), ((20, 12), 3), ((12, 40), 7), ((8, 4, 3, 3), 3), ((140, 132), 5), ((12,), 0)]
@@ -47,7 +47,7 @@ def run(device, cls, parameters=PARAMETERS, steps=4, broken=None, **options):
                 grad = grad * float("nan") if (t, i) == (broken, 1) else grad
                 param.grad = grad.view(param.shape).to(dtype).to(device)
                 if optimizer.defaults["update_in_backward"]:
-                    optimizer.update_in_backward(param)
+                    optimizer._update_in_backward(param)
             optimizer.step()
         states = [{name: value.cpu() for name, value in optimizer.state[param].items()} for param in params]
         return [param.detach().cpu() for param in params], states, optimizer.metrics(), optimizer.skipped_updates

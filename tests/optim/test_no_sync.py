@@ -60,7 +60,7 @@ def as_on_a_gpu(monkeypatch):
         raise AssertionError("read by the host")
 
     def begin():
-        for module in ("optimizer", "moments"):
+        for module in ("optim.base", "lowrank.moments"):
             monkeypatch.setattr(f"lorapre_peft.{module}.reads_are_free", lambda device: False)
         for name in ("tolist", "numpy"):
             monkeypatch.setattr(torch.Tensor, name, refuse)

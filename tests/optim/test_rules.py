@@ -10,13 +10,20 @@ from roundoff import assert_same_steps, chain, gamma, oracle_room, undisturbed
 
 from lorapre_peft import LoRAPreAdamW
 from lorapre_peft.kernels.eager import gram_columns, new_columns
-from lorapre_peft.lowrank.rules import RULES, Als, Average, Newton, gram_rows
+from lorapre_peft.lowrank.linalg import gram_rows
+from lorapre_peft.lowrank.rules import RULES, Als, Average, Newton
 from lorapre_peft.optim import reference as ref
 from lorapre_peft.optim.adamw import update_bound
 
 BETAS = (0.9, 0.95)
 C = update_bound(*BETAS)
-ADAM_M, ADAM_V, MUON_M = Average(0.9, 0.1), Average(0.95**0.5, 1 - 0.95**0.5), Average(0.95, 1.0)
+
+
+def average(decay, weight):
+    return Average(torch.tensor(decay, dtype=torch.float64), torch.tensor(weight, dtype=torch.float64))
+
+
+ADAM_M, ADAM_V, MUON_M = average(0.9, 0.1), average(0.95**0.5, 1 - 0.95**0.5), average(0.95, 1.0)
 # Shapes around square, tall, wide and k = 1, up to k just below the smaller side.
 CASES = [((7, 5), 2), ((5, 9), 4), ((30, 20), 6), ((12, 40), 1), ((16, 16), 8)]
 
@@ -42,15 +49,23 @@ def newton_state(shape, k, moments):
 
 @pytest.mark.parametrize(("shape", "k"), CASES)
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-@pytest.mark.parametrize("rule", ["newton", "als"])
-def test_reference_equals_oracle(rule, optimizer, shape, k):
-    """Two statements of the method, written apart, both in float64."""
+@pytest.mark.parametrize(("rule", "second"), [("newton", None), ("als", 1), ("als", 2)])
+def test_reference_equals_oracle(rule, second, optimizer, shape, k):
+    """Two statements of the method, written apart, both in float64. second: the rank of v."""
     theta = random(*shape, seed=3)
     stream = oracle.gradients(shape, 60)
     moments = {"adam": ("m", "v"), "muon": ("m",)}[optimizer]
-    state = newton_state(shape, k, moments) if rule == "newton" else ref.no_momentum(theta, k, moments)
+    state = (
+        newton_state(shape, k, moments)
+        if rule == "newton"
+        else ref.no_momentum(theta, **dict(zip(moments, (k, second))))
+    )
     starts = tuple(state[f"{moment}_A"].numpy() if rule == "newton" else None for moment in moments)
-    truth = oracle.Adam(rule, k, starts=starts) if optimizer == "adam" else oracle.Muon(rule, k, start=starts[0])
+    truth = (
+        oracle.Adam(rule, k, second=second, starts=starts)
+        if optimizer == "adam"
+        else oracle.Muon(rule, k, start=starts[0])
+    )
     room, product_room = oracle_room(truth, theta.numpy(), stream, 0.01, 0.1, dtype=torch.float64)
     path = oracle.train(truth, theta.numpy(), stream, lr=0.01, weight_decay=0.1)
 
@@ -67,7 +82,7 @@ def test_reference_equals_oracle(rule, optimizer, shape, k):
 def test_residual_weight_equals_oracle(optimizer, rho):
     shape, k = (12, 9), 3
     theta, stream = random(*shape), oracle.gradients(shape, 20)
-    state = ref.no_momentum(theta, k, "mv" if optimizer == "adam" else "m")
+    state = ref.no_momentum(theta, m=k, **({"v": 1} if optimizer == "adam" else {}))
     truth = oracle.Adam("als", k, rho=rho) if optimizer == "adam" else oracle.Muon("als", k, rho=rho)
     room, _ = oracle_room(truth, theta.numpy(), stream, 0.01, dtype=torch.float64)
     path = oracle.train(truth, theta.numpy(), stream, lr=0.01)
@@ -92,17 +107,17 @@ def test_bound_is_adams_supremum():
 
 
 def sweep(rule, B, A, x, average, cuts, rho=0.25, t=1000):
-    """Step t of a rule in row tiles that end at ``cuts``: (momentum, new B, new A), as a bucket does it."""
+    """Step t of a rule in row tiles that end at ``cuts``: (momentum, new B, new A), as a backend does it."""
     edges = [0, *cuts, x.shape[-2]]
     gram = gram_rows(A)
     old_square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if rule.tracked:
         A, B = rule.restart(A, B, gram)
         gram = gram_rows(A)
-    part, mixture = rule.rows(average), rule.mixture(average, rho, torch.tensor(t, dtype=torch.float64))
+    rho, t = (torch.tensor(number, dtype=torch.float64) for number in (rho, t))
+    part, mixture = rule.rows(average), rule.mixture(average, rho, t)
     inverse = rule.inverse(gram).to(x.dtype)
-    decay, weight, keep, gain = (torch.tensor(c, dtype=torch.float64) for c in (*average, part.keep, part.gain))
-    unit = rule.unit(gram, old_square, torch.linalg.matrix_norm(x), keep, gain).to(x.dtype)[..., None, None]
+    unit = rule.unit(gram, old_square, torch.linalg.matrix_norm(x), part).to(x.dtype)[..., None, None]
     momentum, rows, grams, projected = [], [], 0.0, 0.0
     for tile in (slice(a, b) for a, b in itertools.pairwise(edges)):
         x_tile, B_tile = x[..., tile, :], B[..., tile, :]
@@ -111,7 +126,7 @@ def sweep(rule, B, A, x, average, cuts, rho=0.25, t=1000):
         rows.append((part.keep * B_tile + part.gain * X) * unit)
         grams = grams + gram_columns(B_tile, rows[-1], rule.projects_new)
         projected = projected + (rows[-1] if rule.projects_new else B_tile).mT @ x_tile
-    W, turn = rule.columns(grams, decay, weight)
+    W, turn = rule.columns(grams, average)
     A_new, gram_A = new_columns(W, A, projected)
     scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
     B_new = torch.cat(rows, -2) if turn is None else torch.cat(rows, -2) @ turn.to(x.dtype)
@@ -139,7 +154,7 @@ def test_batched_tiles_equal_reference(name, average, cuts, shape, k):
     rule, (p, q), n = RULES[name], shape, 3
     B, A, x = random(n, p, k, seed=1), random(n, k, q, seed=2), random(n, p, q, seed=3)
     momentum, B_new, A_new = sweep(rule, B, A, x, average, cuts)
-    keep, weight = average
+    keep, weight = map(float, average)
     for i in range(n):
         if name == "newton":
             gain = weight * (1 - keep**0.5) / (1 - keep)
@@ -198,7 +213,7 @@ def test_als_at_full_rank_is_adams_first_moment(shape):
     damping, 1e-14, and round-off, times the squared condition of what is solved with, A and the new B: up to 3e4 where p < q.
     """
     k, rule, theta, m, room = min(shape), Als(damping=1e-14), torch.zeros(shape).double(), 0.0, 0.0
-    error, state = 1e-14 + gamma(chain(shape, k), torch.float64), ref.no_momentum(theta, k, "mv")
+    error, state = 1e-14 + gamma(chain(shape, k), torch.float64), ref.no_momentum(theta, m=k, v=1)
     B, A = state["m_B"], state["m_A"]
     for t, g in enumerate(map(torch.from_numpy, oracle.gradients(shape, 60)), start=1):
         before = ref.restarted(state["m_B"], state["m_A"])[1]

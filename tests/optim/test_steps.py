@@ -6,13 +6,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from backend_runs import BACKENDS, DEVICE
 from roundoff import assert_same_steps, chain, disturbed, gamma, oracle_room, undisturbed
 from stepping import LR, both_optimizers, both_rules, flat, products, stream, take_steps, truth_of, weights
 from torch import nn
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
-from lorapre_peft.lowrank.batch import TEMPORARIES, Bucket
-from lorapre_peft.lowrank.layout import compressed_rank
+from lorapre_peft.lowrank.batch import Batch
+from lorapre_peft.lowrank.layout import TEMPORARIES, compressed_rank
 from lorapre_peft.optim.muon import orthogonalize
 
 needs_torch_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is new in torch 2.9")
@@ -36,6 +37,20 @@ def test_equals_oracle(cls, rule, shape, k):
         take_steps(optimizer, [param], [g])
         np.testing.assert_allclose(param.detach().reshape(shape[0], -1), expected, rtol=0, atol=atol)
     assert "m_B" in optimizer.state[param]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("k", "second", "held"), [(5, 2, 2), (5, 5, 5), (5, 9, 5)])
+def test_second_moments_of_other_ranks(backend, k, second, held):
+    """v has a rank of its own, at most that of m."""
+    param, grads = nn.Parameter(weights(20, 12).detach().to(DEVICE)), stream((20, 12), 30)
+    optimizer = LoRAPreAdamW([param], lr=LR, momentum_rank=k, second_momentum_rank=second, backend=backend)
+    truth, start = truth_of(optimizer, k, "als", second=held), param.detach().cpu().double().numpy()
+    room, _ = oracle_room(truth, start, flat(grads), LR)
+    path = oracle.train(truth, start, flat(grads), LR)
+    take_steps(optimizer, [param], grads)
+    np.testing.assert_allclose(param.detach().cpu(), path[-1], rtol=0, atol=room[-1])
+    assert optimizer.state[param]["v_A"].shape == (held, 12)
 
 
 @both_optimizers
@@ -132,13 +147,13 @@ def bytes_for_tiles_of(entries):
 
 def watch_tiles(monkeypatch):
     """{((matrices), (rows)), …}: the tiles of gradients that are read from now on."""
-    seen, gradients = set(), Bucket.gradients
+    seen, gradients = set(), Batch.gradients
 
-    def spy(bucket, matrices, rows):
+    def spy(batch, matrices, rows):
         seen.add(((matrices.start, matrices.stop), (rows.start, rows.stop)))
-        return gradients(bucket, matrices, rows)
+        return gradients(batch, matrices, rows)
 
-    monkeypatch.setattr(Bucket, "gradients", spy)
+    monkeypatch.setattr(Batch, "gradients", spy)
     return seen
 
 
@@ -165,17 +180,23 @@ def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
     assert {tile for _, tile in seen} == {(0, p)} | {(i, min(i + step, p)) for i in range(0, p, step)}
 
 
-def test_waves_equal_whole(monkeypatch):
-    """Matrices too many for the bound are stepped in waves, of several shapes where they fit: the same steps."""
-    shapes, sizes, update = [(12, 10)] * 3 + [(8, 14)] * 2, [], LoRAPreAdamW._update
+def watch_batches(monkeypatch):
+    """[n, …]: how many matrices each batch has that is stepped from now on."""
+    sizes, update = [], LoRAPreAdamW._update
 
-    def spy(optimizer, wave):
-        sizes.append([len(bucket.params) for bucket in wave.buckets])
-        return update(optimizer, wave)
+    def spy(optimizer, batch):
+        sizes.append(len(batch))
+        return update(optimizer, batch)
 
     monkeypatch.setattr(LoRAPreAdamW, "_update", spy)
+    return sizes
+
+
+def test_batches_equal_whole(monkeypatch):
+    """Matrices too many for the bound are stepped in several batches: the same steps."""
+    shapes, sizes = [(12, 10)] * 3 + [(8, 14)] * 2, watch_batches(monkeypatch)
     grads = [stream(shape, 10, seed=i) for i, shape in enumerate(shapes)]
-    factors = 2 * 2 * 22  # entries: two moments of k(p+q), the same for both shapes
+    factors = (2 + 1) * 22  # entries: moments of k(p+q) and of p+q, the same for both shapes
 
     def trained(temporary_bytes, prepare=undisturbed):
         sizes.clear()
@@ -185,9 +206,40 @@ def test_waves_equal_whole(monkeypatch):
         return params
 
     found = trained(bytes_for_tiles_of(2 * factors))
-    assert sizes == [[2], [1, 1], [1]] * 10
+    assert sizes == [2, 1, 2] * 10
     assert_same_steps(found, partial(trained, 64_000_000))
-    assert sizes == [[3, 2]] * 10
+    assert sizes == [3, 2] * 10
+
+
+@both_rules
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_groups_share_batches(monkeypatch, rule, backend):
+    """Matrices of groups that differ in every number are stepped together, each by its own group's."""
+    sizes = watch_batches(monkeypatch)
+    own = [
+        dict(lr=LR),
+        dict(lr=3 * LR, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1, update_scale=0.5),
+        dict(lr=LR, max_param_grad_norm=1.0, maximize=True, **({"residual_weight": 0.3} if rule == "als" else {})),
+    ]
+    grads = [stream((20, 12), 10, seed=i) for i in range(3)]
+
+    def trained(groups, prepare=undisturbed):
+        params = [group["params"][0] for group in groups]
+        take_steps(prepare(LoRAPreAdamW(groups, momentum_rank=2, update_rule=rule, backend=backend)), params, *grads)
+        return params
+
+    def alone(prepare):
+        found = []
+        for i, options in enumerate(own):
+            params = [weights(20, 12, seed=j) for j in range(3)]  # the positions, which `newton` starts from, stay
+            optimizer = LoRAPreAdamW(params, momentum_rank=2, update_rule=rule, backend="eager", **options)
+            take_steps(prepare(optimizer), params, *grads)
+            found.append(params[i])
+        return found
+
+    found = trained([{"params": [weights(20, 12, seed=i)], **options} for i, options in enumerate(own)])
+    assert sizes == ([3] * 10 if backend == "eager" else [])
+    assert_same_steps(found, alone)
 
 
 @both_optimizers

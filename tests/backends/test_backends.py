@@ -23,7 +23,7 @@ from torch import nn
 from versions import skip_before
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
-from lorapre_peft.lowrank.batch import TEMPORARIES
+from lorapre_peft.lowrank.layout import TEMPORARIES
 
 # No power of two divides these, and the first two are the smallest that are compressed. Few ranks, for each below 5 is a
 # graph of its own to compile.
@@ -144,17 +144,23 @@ def test_stochastic_rounding_of_real_updates(backend):
     assert_like_rounded(found, expected)
 
 
+def batches(optimizer):
+    """The indices of the matrices that the last step took together."""
+    ((_, (part,)),) = optimizer._layouts.values()
+    return part.batches
+
+
 @both_rules
 @both_optimizers
 @pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=cpp_)])
 def test_many_small_matrices_stay_within_the_bound(backend, cls, rule):
-    """Their factors are most of what a step holds; the bound is of several waves."""
+    """Their factors are most of what a step holds; the bound is of several batches."""
     bound, shapes = 200_000, [(8, 300), (300, 8)] * 12
     params = [nn.Parameter(0.02 * torch.randn(shape, device=DEVICE)) for shape in shapes]
     optimizer = cls(params, lr=LR, momentum_rank=2, update_rule=rule, backend=backend, temporary_bytes=bound)
     assert peak_of_a_step(optimizer, params) <= bound
     one_by_one = backend == "cpp" and cls is LoRAPreAdamW
-    assert one_by_one or len(optimizer._plans[0].waves) > 1
+    assert one_by_one or len(batches(optimizer)) > 2
 
 
 @both_rules
@@ -162,7 +168,7 @@ def test_muon_takes_whole_matrices_a_few_at_a_time(rule):
     bound, params = 200_000, [nn.Parameter(0.02 * torch.randn(40, 40, device=DEVICE)) for _ in range(24)]
     optimizer = LoRAPreMuon(params, lr=LR, momentum_rank=1, update_rule=rule, temporary_bytes=bound)
     assert peak_of_a_step(optimizer, params) <= bound
-    assert len(optimizer._plans[0].waves) == 1  # all of them in one bucket, with 154 kB for each temporary
+    assert len(batches(optimizer)) == 1  # all of them in one, with 12 kB for each temporary
 
 
 @both_rules

@@ -30,12 +30,15 @@ def test_blocks_equal_one_block(monkeypatch, shape, k):
     """Rows split among programs and walked through by one, both in more than one block."""
     from lorapre_peft.kernels import triton_kernels as triton_backend
 
-    K, BP, BQ = triton_backend.block_sizes(*shape, k)
+    second = 2
+    K_M, K_V, BP, BQ = triton_backend.block_sizes(*shape, k, second)
     assert shape[0] > BP or shape[1] > BQ
-    assert k <= K
-    assert_like_eager(run("triton", shape, k, 3), shape, k, 3)
+    assert k <= K_M
+    assert second <= K_V
+    options = dict(second_momentum_rank=second)
+    assert_like_eager(run("triton", shape, k, 3, **options), shape, k, 3, **options)
     monkeypatch.setattr(triton_backend, "PROGRAMS", 1)
-    assert_like_eager(run("triton", shape, k, 3), shape, k, 3)
+    assert_like_eager(run("triton", shape, k, 3, **options), shape, k, 3, **options)
 
 
 @triton_
@@ -213,7 +216,8 @@ def graphs(monkeypatch, fresh_backends):
 def test_no_recompile_as_numbers_change(graphs, cls, rule):
     """A schedule of lr, weight decay and betas, the step count, the clipping: none of them is in a graph."""
     params = parameters((19, 17))
-    optimizer = cls(params, lr=LR, momentum_rank=5, update_rule=rule, backend="compiled")
+    own = {"second_momentum_rank": 5} if cls is LoRAPreAdamW and rule == "als" else {}
+    optimizer = cls(params, lr=LR, momentum_rank=5, update_rule=rule, backend="compiled", **own)
     group, grads = optimizer.param_groups[0], [stream((19, 17), 8, seed=i) for i in range(2)]
     decay = "betas" if cls is LoRAPreAdamW else "momentum"
     changes = [{}, {}, {"lr": 0.5}, {"lr": torch.tensor(0.1)}, {"weight_decay": 0.3}, {"max_param_grad_norm": 1.0}]
@@ -227,16 +231,17 @@ def test_no_recompile_as_numbers_change(graphs, cls, rule):
 
 def test_few_graphs_for_many_shapes(graphs):
     """A set for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower rank."""
-    # Not two matrices first: their number would be taken for that of the moments.
+    # Moments of one rank: of two, each has a set.
     for n, shape, k in (3, (33, 31), 7), (2, (19, 17), 5), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
-        assert_like_eager(run("compiled", shape, k, 2, n=n), shape, k, 2, n=n)
+        options = dict(n=n, second_momentum_rank=k)
+        assert_like_eager(run("compiled", shape, k, 2, **options), shape, k, 2, **options)
         assert len(graphs) == 8
     for n, k in (1, 5), (2, 1), (2, UNROLLED):
         before = len(graphs)
-        run("compiled", (19, 17), k, n=n)
+        run("compiled", (19, 17), k, n=n, second_momentum_rank=k)
         first = len(graphs)
         assert (
             before < first <= before + 8 + 3 * (k == 1)
         )  # at k = 1 the factors of a first step have strides of their own
-        run("compiled", (48, 40), k, n=n)
+        run("compiled", (48, 40), k, n=n, second_momentum_rank=k)
         assert len(graphs) == first
