@@ -218,7 +218,8 @@ class LoRAPreOptimizer(Optimizer):
         key, first = (groups, kinds), located[0][2]
         if first not in self._layouts or self._layouts[first][0] != key:
             for _, param, _ in located:
-                check_gradient(param)
+                if param.grad is not None:
+                    check_gradient(param)
             members = [
                 Member(group, param, i, self.ranks(param, group), self.state_shapes(param, group))
                 for group, param, i in located

@@ -198,11 +198,14 @@ def counted(world):
 
 
 def test_collectives_of_a_step(tmp_path):
-    """A bucket: the norms, kq projections and 2k² Gram entries of each moment and matrix; of Muon also its whole momentum."""
+    """A batch: the norms, kq projections and 2k² Gram entries of each moment and matrix; of Muon also its whole momentum.
+
+    v has the rank 1.
+    """
     n, p, q, k = 3, 20, 12, 2
     norms = n + n  # and whether there is a gradient at all
     adamw, muon = run(2, tmp_path / "run", counted, 2)[0]
-    assert adamw == [norms, 2 * n * k * q, 2 * n * 2 * k * k]
+    assert adamw == [norms, n * (k + 1) * q, n * 2 * (k * k + 1)]
     assert muon == [norms, n * p * q, n * k * q, n * 2 * k * k]
 
 

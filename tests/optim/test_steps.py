@@ -14,7 +14,7 @@ from torch import nn
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.lowrank.batch import Batch
 from lorapre_peft.lowrank.layout import TEMPORARIES, compressed_rank
-from lorapre_peft.optim.muon import orthogonalize
+from lorapre_peft.optim.muon import NEWTON_SCHULZ, orthogonalize
 
 needs_torch_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is new in torch 2.9")
 
@@ -348,6 +348,21 @@ def orthogonal_room(m, dtype):
     """How far the iteration may be from that of the oracle: what the round-off of the first one grows to."""
     rough = disturbed(m, gamma(chain(m.shape, 0), dtype), np.random.default_rng(0))
     return np.abs(oracle.newton_schulz(rough) - oracle.newton_schulz(m)).max()
+
+
+@needs_torch_muon
+@pytest.mark.parametrize("shape", [(64, 64), (8, 300), (300, 8)], ids=str)
+def test_orthogonalize_in_bfloat16_is_as_exact_as_torchs(shape):
+    """Of the same iteration in the same dtype; round-off differs, so that one matrix's error may be twice the other's."""
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    m = np.random.default_rng(0).normal(size=shape)
+    theirs = _zeropower_via_newtonschulz(torch.as_tensor(m, dtype=torch.float32), NEWTON_SCHULZ, 5, 1e-7)
+    ours = orthogonalize(torch.as_tensor(m, dtype=torch.float32), 5, torch.bfloat16)
+    assert ours.dtype == torch.float32
+    exact = torch.from_numpy(oracle.newton_schulz(m))
+    error, allowed = ((x.double() - exact).norm().item() for x in (ours, theirs))
+    assert 0 < error < 2 * allowed
 
 
 def test_orthogonalize_batches_and_keeps_zero():

@@ -83,7 +83,7 @@ def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, c
     assert "(AT THE GRID'S EDGE: widen it)" in printed
     assert "(the only rate)" in printed
     assert len(list(folder.glob("*_seed0.json"))) == 3
-    # Both train the matrices of attention and MLP alone: AdamW's two moments, beside factors of rank 8 (and v's scales).
+    # Both train the matrices of attention and MLP alone: AdamW's two moments, beside factors of ranks 8 and 1 (and v's scales).
     shapes = [
         p.shape for name, p in AutoModelForCausalLM.from_pretrained(llama_path).named_parameters() if "_proj" in name
     ]
@@ -91,7 +91,7 @@ def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, c
     assert state["adamw_lr0.001_seed0"] == sum(8 * p * q + 4 for p, q in shapes)
     for lr in ("0.001", "0.01"):
         assert state[f"lorapre_k8_lr{lr}_seed0"] == pytest.approx(
-            sum(2 * 4 * 8 * (p + q) + 12 for p, q in shapes), rel=0.01
+            sum(4 * (8 + 1) * (p + q) + 12 for p, q in shapes), rel=0.01
         )
     run(full_weights, *options)
     assert "run 1 of" not in capsys.readouterr().out
