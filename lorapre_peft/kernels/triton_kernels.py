@@ -2,6 +2,7 @@
 
 The first reads the gradients once for G Aᵀ and |G| v_Aᵀ and moves the rows of both B factors on; the second reads them once more,
 rebuilds m and √v block by block, writes the weights (stochastic rounding included), and accumulates what the A factors need.
+Gradients and weights are read and written where they lie, through a table of their addresses; the factors are stacked.
 Sums over blocks of rows are written apart and added in a fixed order, so that every replica gets the same bits. Nothing
 is read by the host. Products run in "tf32x3", float32 to within its round-off on tensor cores; accumulation is float32.
 """
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lowrank.batch import Batch
+from ..lowrank.batch import Batch, constants
 from ..lowrank.metrics import Metrics
 from ..lowrank.moments import Moment
 from ..lowrank.rounding import round_keys
@@ -23,8 +24,10 @@ from .eager import TABLE, Eager
 
 # Above this rank a block of a factor no longer fits the registers of a program.
 MAX_RANK = 128
-# Programs in flight that fill a large GPU: four on each of 132 multiprocessors.
+# Programs in flight that fill a large GPU: four on each of 132 multiprocessors; and warps of each.
 PROGRAMS = 528
+WARPS = 8
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 # The rows of the table of numbers by their names in `TABLE`, as the kernels read them.
 (
     G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, EPS, STEP, DECAY, UPDATES,
@@ -41,32 +44,39 @@ def _hash_round(bits, key):
 
 
 @triton.jit
-def _matrix(pointer, matrix, rows, columns, stride_n, stride_r, stride_c, n_rows, n_columns):
-    """A float32 block of one matrix of a stack, zero outside it: [rows, columns]."""
-    offsets = matrix.to(tl.int64) * stride_n + rows[:, None].to(tl.int64) * stride_r + columns[None, :] * stride_c
+def _own(addresses, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to the first entry of one matrix, from a table of addresses."""
+    pointer = tl.load(addresses + matrix).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, [16]) if ALIGNED else pointer
+
+
+@triton.jit
+def _block(pointer, rows, columns, n_rows, n_columns):
+    """A float32 block of a matrix, zero outside it: [rows, columns]."""
+    offsets = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
     inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
     return tl.load(pointer + offsets, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
-def _contiguous(pointer, matrix, rows, columns, n_rows, n_columns):
-    """`_matrix` of a contiguous stack."""
-    return _matrix(pointer, matrix, rows, columns, n_rows.to(tl.int64) * n_columns, n_columns, 1, n_rows, n_columns)
+def _stacked(pointer, matrix, rows, columns, n_rows, n_columns):
+    """`_block` of one matrix of a stack."""
+    return _block(pointer + matrix.to(tl.int64) * n_rows * n_columns, rows, columns, n_rows, n_columns)
 
 
 @triton.jit
 def _store(pointer, matrix, rows, columns, n_rows, n_columns, values):
-    """Write a block into a contiguous stack."""
+    """Write a block into one matrix of a stack."""
     offsets = (matrix.to(tl.int64) * n_rows + rows[:, None]) * n_columns + columns[None, :]
     tl.store(pointer + offsets, values, mask=(rows[:, None] < n_rows) & (columns[None, :] < n_columns))
 
 
 @triton.jit
 def _fit_rows(
-    g_ptr, g_n, g_r, g_c,
-    m_B, m_A, m_R, m_B_new, v_B, v_A, v_R, v_B_new, C,
+    grads, m_B, m_A, m_R, m_B_new, v_B, v_A, v_R, v_B_new, C,
     scalars, n, p, q, k_m, k_v,
     K_M: tl.constexpr, K_V: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """X = x Aᵀ R and B' = keep · B + gain · X of both moments, and C = c_B B + c_X X of m, for a block of rows."""
     matrix = tl.program_id(0)
@@ -75,19 +85,20 @@ def _fit_rows(
     p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # 1 comes as a constant, without `.to`
     k_m, k_v = tl.cast(k_m, tl.int32), tl.cast(k_v, tl.int32)
     g_scale = tl.load(scalars + G_SCALE * n + matrix)
+    g_ptr = _own(grads, matrix, GRAD, ALIGNED)
     m_fit = tl.zeros((BP, K_M), dtype=tl.float32)
     v_fit = tl.zeros((BP, K_V), dtype=tl.float32)
     for start in range(0, q, BQ):
         columns = start + tl.arange(0, BQ)
-        g = _matrix(g_ptr, matrix, rows, columns, g_n, g_r, g_c, p, q) * g_scale
-        m_columns = _contiguous(m_A, matrix, m_ranks, columns, k_m, q)
-        v_columns = _contiguous(v_A, matrix, v_ranks, columns, k_v, q)
+        g = _block(g_ptr, rows, columns, p, q) * g_scale
+        m_columns = _stacked(m_A, matrix, m_ranks, columns, k_m, q)
+        v_columns = _stacked(v_A, matrix, v_ranks, columns, k_v, q)
         m_fit = tl.dot(g, tl.trans(m_columns), m_fit, input_precision="tf32x3")
         v_fit = tl.dot(tl.abs(g), tl.trans(v_columns), v_fit, input_precision="tf32x3")
-    m_fit = tl.dot(m_fit, _contiguous(m_R, matrix, m_ranks, m_ranks, k_m, k_m), input_precision="ieee")
-    v_fit = tl.dot(v_fit, _contiguous(v_R, matrix, v_ranks, v_ranks, k_v, k_v), input_precision="ieee")
-    m_rows = _contiguous(m_B, matrix, rows, m_ranks, p, k_m)
-    v_rows = _contiguous(v_B, matrix, rows, v_ranks, p, k_v)
+    m_fit = tl.dot(m_fit, _stacked(m_R, matrix, m_ranks, m_ranks, k_m, k_m), input_precision="tf32x3")
+    v_fit = tl.dot(v_fit, _stacked(v_R, matrix, v_ranks, v_ranks, k_v, k_v), input_precision="tf32x3")
+    m_rows = _stacked(m_B, matrix, rows, m_ranks, p, k_m)
+    v_rows = _stacked(v_B, matrix, rows, v_ranks, p, k_v)
     m_new = tl.load(scalars + M_KEEP * n + matrix) * m_rows + tl.load(scalars + M_GAIN * n + matrix) * m_fit
     v_new = tl.load(scalars + V_KEEP * n + matrix) * v_rows + tl.load(scalars + V_GAIN * n + matrix) * v_fit
     coefficients = tl.load(scalars + C_B * n + matrix) * m_rows + tl.load(scalars + C_X * n + matrix) * m_fit
@@ -98,10 +109,10 @@ def _fit_rows(
 
 @triton.jit
 def _update_block(
-    g_ptr, g_n, g_r, g_c, theta_ptr, t_n, t_r, t_c,
-    C, v_B, m_A, v_A, m_P_B, v_P_B, m_P, v_P,
+    grads, thetas, C, v_B, m_A, v_A, m_P_B, v_P_B, m_P, v_P,
     scalars, bounds, keys, largest, clamped, n, p, q, k_m, k_v, rows_per_split, first_row,
     K_M: tl.constexpr, K_V: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
+    GRAD: tl.constexpr, THETA: tl.constexpr, ALIGNED: tl.constexpr,
     CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
     """θ ← θ − step · u − decay · θ for some rows of a block of columns, and Bᵀx of those rows for both moments.
@@ -113,6 +124,8 @@ def _update_block(
     m_ranks, v_ranks = tl.arange(0, K_M), tl.arange(0, K_V)
     p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # 1 comes as a constant, without `.to`
     k_m, k_v = tl.cast(k_m, tl.int32), tl.cast(k_v, tl.int32)
+    g_ptr = _own(grads, matrix, GRAD, ALIGNED)
+    theta_ptr = _own(thetas, matrix, THETA, ALIGNED)
     g_scale = tl.load(scalars + G_SCALE * n + matrix)
     residual = tl.load(scalars + RESIDUAL * n + matrix)
     v_scale = tl.load(scalars + V_SCALE * n + matrix)
@@ -121,8 +134,8 @@ def _update_block(
     decay = tl.load(scalars + DECAY * n + matrix)
     updates = tl.load(scalars + UPDATES * n + matrix + 0 * columns)[None, :] > 0
     bound = tl.load(bounds + matrix)
-    m_columns = _contiguous(m_A, matrix, m_ranks, columns, k_m, q)
-    v_columns = _contiguous(v_A, matrix, v_ranks, columns, k_v, q)
+    m_columns = _stacked(m_A, matrix, m_ranks, columns, k_m, q)
+    v_columns = _stacked(v_A, matrix, v_ranks, columns, k_v, q)
     m_sum = tl.zeros((K_M, BQ), dtype=tl.float32)
     v_sum = tl.zeros((K_V, BQ), dtype=tl.float32)
     most = tl.zeros((BQ,), dtype=tl.float32)
@@ -130,9 +143,9 @@ def _update_block(
     first = split * rows_per_split
     for start in range(first, min(first + rows_per_split, p), BP):
         rows = start + tl.arange(0, BP)
-        g = _matrix(g_ptr, matrix, rows, columns, g_n, g_r, g_c, p, q) * g_scale
-        m = tl.dot(_contiguous(C, matrix, rows, m_ranks, p, k_m), m_columns, input_precision="tf32x3") + residual * g
-        root = tl.dot(_contiguous(v_B, matrix, rows, v_ranks, p, k_v) * v_scale, v_columns, input_precision="tf32x3")
+        g = _block(g_ptr, rows, columns, p, q) * g_scale
+        m = tl.dot(_stacked(C, matrix, rows, m_ranks, p, k_m), m_columns, input_precision="tf32x3") + residual * g
+        root = tl.dot(_stacked(v_B, matrix, rows, v_ranks, p, k_v) * v_scale, v_columns, input_precision="tf32x3")
         u = m / (tl.sqrt(root * root + g * g) + eps)
         inside = (rows[:, None] < p) & (columns[None, :] < q)
         if METRICS:
@@ -141,7 +154,7 @@ def _update_block(
             count += tl.sum((size > bound).to(tl.int32), axis=0)
         if CLAMP:
             u = tl.minimum(tl.maximum(u, -bound), bound)
-        at = matrix.to(tl.int64) * t_n + rows[:, None].to(tl.int64) * t_r + columns[None, :] * t_c
+        at = rows[:, None].to(tl.int64) * q + columns[None, :]
         theta = tl.load(theta_ptr + at, mask=inside, other=0)
         if WIDE:
             new = theta.to(tl.float64) - (step * u + decay * theta.to(tl.float64))
@@ -154,8 +167,8 @@ def _update_block(
             rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
             new = tl.where(tl.abs(new) < float("inf"), rounded, new)
         tl.store(theta_ptr + at, new.to(theta.dtype), mask=inside & updates)
-        m_rows = _contiguous(m_P_B, matrix, rows, m_ranks, p, k_m)
-        v_rows = _contiguous(v_P_B, matrix, rows, v_ranks, p, k_v)
+        m_rows = _stacked(m_P_B, matrix, rows, m_ranks, p, k_m)
+        v_rows = _stacked(v_P_B, matrix, rows, v_ranks, p, k_v)
         m_sum = tl.dot(tl.trans(m_rows), g, m_sum, input_precision="tf32x3")
         v_sum = tl.dot(tl.trans(v_rows), tl.abs(g), v_sum, input_precision="tf32x3")
     _store(m_P, split * n + matrix, m_ranks, columns, k_m, q, m_sum)
@@ -184,29 +197,22 @@ class Triton(Eager):
                 self._told = True
             return super().adam(batch, m, v, table, bound, metrics)
         if batch.all_rows.stop:  # else an empty shard
-            for matrices in batch.chunks():
-                self._step(batch, m, v, matrices, table, bound, metrics)
+            self._step(batch, m, v, table, bound, metrics)
         self.finish_rows(m)
         self.finish_rows(v)
 
     def _step(
-        self,
-        batch: Batch,
-        m: Moment,
-        v: Moment,
-        matrices: slice,
-        table: Tensor,
-        bound: Tensor | None,
-        metrics: Metrics | None,
+        self, batch: Batch, m: Moment, v: Moment, table: Tensor, bound: Tensor | None, metrics: Metrics | None
     ) -> None:
-        params, device = batch.params[matrices], batch.device
-        n, p, q, (k_m, k_v) = len(params), batch.all_rows.stop, batch.shape[1], batch.ranks
-        grads, theta = _stacked(batch.grads[matrices], p), _stacked(params, p)
-        m_B, m_A, m_R, v_B, v_A, v_R = (x[matrices].contiguous() for y in (m, v) for x in (y.B, y.A, y.R))
-        m_new, v_new = m.B_new[matrices], v.B_new[matrices]  # each contiguous
-        C, table = torch.empty_like(m_new), table[:, matrices].contiguous()
-        bounds = torch.full_like(table[0], float("inf")) if bound is None else bound[matrices]
-        keys = round_keys(batch.keys(matrices)) if batch.rounds_stochastically else table
+        device, n, p, q, (k_m, k_v) = batch.device, len(batch), batch.all_rows.stop, batch.shape[1], batch.ranks
+        grads, thetas = ([x.contiguous() for x in tensors] for tensors in (batch.grads, batch.params))
+        pointers = [tuple(map(Tensor.data_ptr, tensors)) for tensors in (grads, thetas)]
+        aligned = not any(address % 16 for addresses in pointers for address in addresses)
+        # Filled entry by entry where they are new; gradients mostly return to the addresses of the step before.
+        g_table, theta_table = (constants(addresses, device, torch.int64) for addresses in pointers)
+        C = torch.empty_like(m.B)
+        bounds = torch.full_like(table[0], float("inf")) if bound is None else bound
+        keys = round_keys(batch.keys(slice(None))) if batch.rounds_stochastically else table
 
         K_M, K_V, BP, BQ = block_sizes(p, q, k_m, k_v)
         row_blocks, column_blocks = triton.cdiv(p, BP), triton.cdiv(q, BQ)
@@ -217,41 +223,36 @@ class Triton(Eager):
         programs = splits * n * column_blocks if metrics is not None else 1
         largest = torch.empty(programs, dtype=torch.float32, device=device)
         clamped = torch.empty(programs, dtype=torch.int32, device=device)
-        projecting = (m_new, v_new) if batch.rule.projects_new else (m_B, v_B)
+        projecting = (m.B_new, v.B_new) if batch.rule.projects_new else (m.B, v.B)
+        types = dict(GRAD=TYPES[grads[0].dtype], ALIGNED=aligned)
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
             _fit_rows[(n, row_blocks)](
-                grads, *grads.stride(),
-                m_B, m_A, m_R, m_new, v_B, v_A, v_R, v_new, C,
-                table, n, p, q, k_m, k_v, K_M=K_M, K_V=K_V, BP=BP, BQ=BQ, num_stages=1,
+                g_table, m.B, m.A, m.R, m.B_new, v.B, v.A, v.R, v.B_new, C,
+                table, n, p, q, k_m, k_v, K_M=K_M, K_V=K_V, BP=BP, BQ=BQ, num_stages=1, num_warps=WARPS, **types,
             )  # fmt: skip
             _update_block[(n, column_blocks, splits)](
-                grads, *grads.stride(), theta, *theta.stride(),
-                C, v_B, m_A, v_A, *projecting, m_partial, v_partial,
+                g_table, theta_table, C, v.B, m.A, v.A, *projecting, m_partial, v_partial,
                 table, bounds, keys, largest, clamped, n, p, q, k_m, k_v, rows_per_split, batch.rows.start,
-                K_M=K_M, K_V=K_V, BP=BP, BQ=BQ, num_stages=1,
+                K_M=K_M, K_V=K_V, BP=BP, BQ=BQ, num_stages=1, num_warps=WARPS, **types, THETA=TYPES[thetas[0].dtype],
                 CLAMP=bound is not None, STOCHASTIC=batch.rounds_stochastically,
-                WIDE=theta.dtype == torch.float64, METRICS=metrics is not None,
+                WIDE=thetas[0].dtype == torch.float64, METRICS=metrics is not None,
             )  # fmt: skip
-        m.projected[matrices], v.projected[matrices] = m_partial.sum(0), v_partial.sum(0)
+        torch.sum(m_partial, 0, out=m.projected)
+        torch.sum(v_partial, 0, out=v.projected)
         if metrics is not None:
             metrics.add_sizes(largest.amax(), clamped.sum(), n * p * q)
-        if theta.data_ptr() != params[0].data_ptr():
-            torch._foreach_copy_(params, [value.view(params[0].shape) for value in theta.unbind()])
+        for param, theta in zip(batch.params, thetas):
+            if theta is not param and theta.data_ptr() != param.data_ptr():
+                param.copy_(theta)
 
 
 def block_sizes(p: int, q: int, k_m: int, k_v: int) -> tuple[int, int, int, int]:
     """Return (K_M, K_V, BP, BQ), ranks, rows and columns of a block; powers of two, at least the 16 that a product needs.
 
-    At most what fits the 99 kB of shared memory of a consumer GPU, without a second stage of loads in flight.
+    At most what fits the 99 kB of shared memory of a consumer GPU, without a second stage of loads in flight, and up to rank 32 the
+    registers of compute capabilities 8.0 to 9.0 (`tests/helpers/compile_triton.py` lists both).
     """
     K_M, K_V = (max(16, triton.next_power_of_2(k)) for k in (k_m, k_v))
     K = max(K_M, K_V)
-    rows, columns = (32, 128) if K <= 32 else (32, 64) if K <= 64 else (16, 32)
+    rows, columns = (32, 64) if K <= 16 else (32, 32) if K <= 32 else (16, 32)
     return K_M, K_V, min(rows, max(16, triton.next_power_of_2(p))), min(columns, max(16, triton.next_power_of_2(q)))
-
-
-def _stacked(tensors: list[Tensor], p: int) -> Tensor:
-    """[n, p, q] in the tensors' own dtype; of one matrix a view wherever its storage allows one."""
-    if len(tensors) == 1:
-        return tensors[0].reshape(p, -1)[None]
-    return torch.stack(tensors).reshape(len(tensors), p, -1)

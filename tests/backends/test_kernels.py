@@ -65,16 +65,20 @@ def test_muon_has_no_kernels():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @skip_before("triton", "3.4", "cannot compile for a GPU that is not there where a number is a constant")
 def test_triton_kernels_compile_for_a_gpu(tmp_path):
-    """For compute capability 8.9, without one: in a process without the interpreter. k = 1 comes as a constant there."""
+    """For compute capabilities 8.0, 8.9 and 9.0, without one: in a process without the interpreter. k = 1 comes as a constant there."""
     code = Path(__file__).parents[1] / "helpers" / "compile_triton.py"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)
     }
-    found = subprocess.run([sys.executable, code, "1", "100"], capture_output=True, text=True, env=env, check=False)
+    found = subprocess.run(
+        [sys.executable, code, "1,1", "32,1", "100,100"], capture_output=True, text=True, env=env, check=False
+    )
     assert found.returncode == 0, found.stderr[-2000:]
-    sizes = json.loads(found.stdout.splitlines()[-1])
-    assert len(sizes) == 4
-    assert max(sizes) <= 99 * 1024
+    kernels = json.loads(found.stdout.splitlines()[-1])
+    assert len(kernels) == 9
+    assert all(kernel["shared"] <= 99 * 1024 for pair in kernels.values() for kernel in pair)
+    small = [kernel for name, pair in kernels.items() if "100" not in name for kernel in pair]
+    assert not any(kernel["spilled"] for kernel in small)
 
 
 # ---- C++ ------------------------------------------------------------------------------------------------------------
