@@ -6,6 +6,7 @@ from typing import Any
 from .integrations.config import LoRAPreConfig
 from .integrations.create import create_lorapre_optimizer
 from .optim.adamw import LoRAPreAdamW
+from .optim.in_backward import ddp_update_hook
 from .optim.muon import LoRAPreMuon
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "LoRAPreConfig",
     "LoRAPreMuon",
     "create_lorapre_optimizer",
+    "ddp_update_hook",
     "extract_lora",
     "last_complete_checkpoint",
     "lorapre_optimizer",

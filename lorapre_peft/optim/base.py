@@ -7,6 +7,7 @@ A subclass says what it does with the moments of the compressed matrices (`_upda
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,10 +22,10 @@ from ..lowrank.float64 import reads_are_free
 from ..lowrank.layout import Member, Part, compressed_rank, lay_out, matrix_shape, parts_of
 from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
-from ..lowrank.sharding import WHOLE, place, world_size
+from ..lowrank.sharding import WHOLE, place, placement_of, world_size
 from .adamw_path import AdamWOptions, Item, adamw_path
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
-from .in_backward import register_hooks
+from .in_backward import has_hook, register_hooks
 from .options import check_flattened_shards, check_gradient, check_options, check_parameter
 from .state import check_held_state, check_loaded_state, restore_state, state_dtype
 
@@ -45,7 +46,8 @@ class LoRAPreOptimizer(Optimizer):
             bf16_rounding: how bfloat16 parameters are written: ``"nearest"``, or ``"stochastic"``, which keeps the mean of
                 updates too small for bfloat16's 8 bits. The random bits depend on (seed, step, parameter) alone.
             update_in_backward: update each parameter, and free its gradient, as soon as `backward` has made it; `step` then
-                only closes the step. Without gradient accumulation, global-norm clipping, GradScaler or several processes.
+                only closes the step. Without gradient accumulation, global-norm clipping or GradScaler. In several processes it works
+                under FSDP2, and under DDP with `ddp_update_hook`.
             temporary_bytes: bound on all temporaries of a compressed matrix's step together. Outside it are Muon's
                 orthogonalization, which needs the matrix whole, and what each thread of ``backend="cpp"`` holds (`kernels.cpp`).
             maximize: maximize the objective.
@@ -69,11 +71,6 @@ class LoRAPreOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str):
         if backend not in self.backend_names:
             raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, self.backend_names))}")
-        if defaults["update_in_backward"] and world_size() > 1:
-            raise NotImplementedError(
-                f"update_in_backward=True in a run of {world_size()} processes: gradients would be used before they are "
-                "averaged. Use update_in_backward=False, or one process"
-            )
         self._reset(backend)
         super().__init__(params, defaults)
 
@@ -82,6 +79,7 @@ class LoRAPreOptimizer(Optimizer):
         self.record_metrics = False
         self._metrics = Metrics()
         self._updated: set[Tensor] = set()  # parameters that this backward pass has already updated
+        self._averaged: set[Tensor] = set()  # those of them whose gradients DDP will put back at its end
         self._places: dict[Tensor, Located] = {}  # of every parameter, for the hooks; empty until one asks
         self._layouts: dict[int, tuple[tuple, list[Part]]] = {}  # by the position of a step's first parameter
         self._skips = Skips()
@@ -165,24 +163,64 @@ class LoRAPreOptimizer(Optimizer):
         if not self.defaults["update_in_backward"]:
             self._metrics = Metrics()
         check_flattened_shards(self.param_groups)
-        # With update_in_backward the hooks have left no gradients; what was set by hand is still applied.
-        self._step([located for located in self._located() if takes_part(located[1])])
-        self._updated.clear()
+        located = [located for located in self._located() if takes_part(located[1])]
+        if self.defaults["update_in_backward"]:
+            located = self._left_over(located)
+        self._step(located)
+        self._forget_backward()
         return loss
+
+    def _left_over(self, located: list[Located]) -> list[Located]:
+        """Return the parameters that the backward pass has not updated and that have a gradient, such as one that was set by hand.
+
+        An engine may have replaced parameters since their hooks were made: then it is all of them, once, and the new ones get hooks.
+        """
+        for param in self._averaged:
+            param.grad = None
+        found = [(group, param, i) for group, param, i in located if param.grad is not None]
+        if any(not has_hook(param) for _, param, _ in found):
+            for group in self.param_groups:
+                self._register_hooks(group)
+            self._places.clear()
+        if world_size() > 1 and any(placement_of(param) is WHOLE for _, param, _ in found):
+            warnings.warn(
+                "update_in_backward=True in several processes: parameters that are not sharded are updated by step(), as their gradients "
+                "are averaged after the backward pass has made them. Under DDP register the hook that updates them earlier: "
+                "ddp_model.register_comm_hook(optimizer, lorapre_peft.ddp_update_hook)",
+                stacklevel=4,
+            )
+        return found
+
+    def _forget_backward(self) -> None:
+        self._updated.clear()
+        self._averaged.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in `torch.optim.Optimizer`; a backward pass that broke off under ``update_in_backward`` may be repeated after it."""
         super().zero_grad(set_to_none)
-        self._updated.clear()
+        self._forget_backward()
 
     def _located(self) -> list[Located]:
         """Return every parameter, from the groups as they are now."""
         pairs = [(group, param) for group in self.param_groups for param in group["params"]]
         return [(group, param, position) for position, (group, param) in enumerate(pairs)]
 
-    @torch.no_grad()
     def _update_in_backward(self, param: Tensor) -> None:
         """Update a parameter whose gradient the backward pass has just made; the parameter's hook calls this."""
+        if world_size() == 1 or placement_of(param) is not WHOLE:
+            self._update_one(param)
+
+    def update_averaged(self, param: Tensor) -> None:
+        """Update a parameter whose gradient DDP has just averaged; `ddp_update_hook` calls this."""
+        if not self.defaults["update_in_backward"]:
+            raise ValueError(
+                "ddp_update_hook updates parameters in the backward pass: build the optimizer with update_in_backward=True"
+            )
+        self._update_one(param)
+        self._averaged.add(param)
+
+    @torch.no_grad()
+    def _update_one(self, param: Tensor) -> None:
         if param in self._updated:
             raise RuntimeError(
                 f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): gradients "

@@ -1,18 +1,33 @@
-"""Which optimizer updates a parameter as soon as the backward pass has made its gradient."""
+"""Updates in the backward pass: each parameter is updated, and its gradient freed, as soon as the gradient is there.
+
+In one process, and under FSDP2, a hook on the parameter does it: FSDP2 calls such hooks on the sharded parameter after each
+reduce-scatter, in the same order on every process. Under DDP a parameter's hook comes before the gradient is averaged, so that
+`ddp_update_hook` does it instead.
+"""
 
 from __future__ import annotations
 
 import functools
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # The hook on each parameter: its latest optimizer's only.
 _HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
+
+
+class Updater(Protocol):
+    """An optimizer that updates single parameters."""
+
+    def update_averaged(self, param: Tensor) -> None:
+        """Update a parameter with its gradient, which is averaged over the processes."""
 
 
 def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, params: Iterable[Tensor]) -> None:
@@ -28,7 +43,31 @@ def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, par
             _HOOKS[param] = param.register_post_accumulate_grad_hook(hook)
 
 
+def has_hook(param: Tensor) -> bool:
+    """Whether the backward pass calls an optimizer for this parameter."""
+    return param in _HOOKS
+
+
 def _call(method: Callable[[Any, Tensor], None], owner: weakref.ref, param: Tensor) -> None:
     alive = owner()
     if alive is not None:  # else nobody can call its step any more
         method(alive, param)
+
+
+def ddp_update_hook(optimizer: Updater, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP communication hook that updates each parameter of a bucket once the bucket is averaged.
+
+    Register it with ``ddp_model.register_comm_hook(optimizer, ddp_update_hook)``, for an optimizer with ``update_in_backward=True``.
+    DDP keeps its buckets, which are as large as all gradients; ``gradient_as_bucket_view=True`` spares the gradients beside them.
+    """
+    averaged = allreduce_hook(None, bucket).wait()
+    for param, grad in zip(bucket.parameters(), bucket.gradients()):
+        param.grad = grad
+        optimizer.update_averaged(param)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(averaged)
+    return done
+
+
+# DDP compares the annotations with these objects; as strings, which the import from __future__ makes of them, they are refused.
+ddp_update_hook.__annotations__ |= {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}

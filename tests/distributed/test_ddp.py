@@ -1,5 +1,7 @@
 """DistributedDataParallel on the CPU: the ranks stay bit-identical, and equal to one process."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from roundoff import assert_same_steps
 from stepping import products
 from torch.nn.parallel import DistributedDataParallel
 
-from lorapre_peft import LoRAPreAdamW, LoRAPreConfig, create_lorapre_optimizer
+from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer, ddp_update_hook
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 RUNS = {
@@ -81,12 +83,44 @@ def tensors(params, states):
     return [*params, *(product for state in states for product in products(state))]
 
 
-def update_in_backward():
-    try:
-        LoRAPreAdamW([torch.nn.Parameter(torch.ones(8, 8))], update_in_backward=True)
-    except NotImplementedError as error:
-        return str(error)
+def in_backward(names, views, hooked):
+    """Parameters and states with updates in the backward pass, and by ordinary steps; and what was said."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = []
+    for name in names:
+        adapters, options = RUNS[name]
+        for early in (True, False):
+            inner = build(adapters)
+            options = options | {"update_in_backward": early, "max_param_grad_norm": 0.5}
+            optimizer = create_lorapre_optimizer(inner, lr=1e-2, **options)
+            # Small buckets, so that there are several.
+            model = DistributedDataParallel(inner, gradient_as_bucket_view=views, bucket_cap_mb=0.002)
+            if early and hooked:
+                model.register_comm_hook(optimizer, ddp_update_hook)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                found = train(model, optimizer, batches(6, world)[:, rank : rank + 1])
+            results.append((*found, sum("not sharded are updated by step" in str(w.message) for w in said)))
+    return results
 
 
-def test_updating_in_the_backward_pass_is_refused(tmp_path):
-    assert "update_in_backward=True in a run of 2 processes" in run(2, tmp_path / "run", update_in_backward)[0]
+@pytest.mark.parametrize("views", [False, True], ids=["copies", "bucket views"])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_updates_in_the_backward_pass_are_the_ordinary_ones(tmp_path, world, views):
+    """Each parameter once its bucket is averaged: every bit is the ordinary step's, and the same on all ranks."""
+    first, *others = run(world, tmp_path / "run", in_backward, list(RUNS), views, True)
+    for early, ordinary in zip(first[::2], first[1::2]):
+        if "v_B" in early[1][0]:  # Muon's batches are products whose sums depend on what they hold
+            torch.testing.assert_close(early[:2], ordinary[:2], rtol=0, atol=0)
+        assert early[2] == 0
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
+
+
+def test_without_the_hook_of_ddp_step_updates_and_says_so(tmp_path):
+    for early, ordinary in zip(
+        *[iter(run(2, tmp_path / "run", in_backward, ["adapters-adamw"], False, False)[0])] * 2
+    ):
+        torch.testing.assert_close(early[:2], ordinary[:2], rtol=0, atol=0)
+        assert early[2] > 0
+        assert ordinary[2] == 0

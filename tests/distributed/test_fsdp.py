@@ -1,5 +1,6 @@
 """FSDP2: matrices sharded by rows over 2, 3 and 4 processes give the steps of one process."""
 
+import itertools
 import warnings
 
 import pytest
@@ -10,7 +11,9 @@ from roundoff import assert_same_steps, undisturbed
 from stepping import stream, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from versions import skip_before
 
 import lorapre_peft.lowrank.moments
 import lorapre_peft.optim.base
@@ -207,6 +210,50 @@ def test_collectives_of_a_step(tmp_path):
     adamw, muon = run(2, tmp_path / "run", counted, 2)[0]
     assert adamw == [norms, n * (k + 1) * q, n * 2 * (k * k + 1)]
     assert muon == [norms, n * p * q, n * k * q, n * 2 * k * k]
+
+
+def in_backward(world):
+    """What several optimizers make of a sharded model in the backward pass and by ordinary steps; layers with fewer rows than processes too."""
+    results = {}
+    for cls, rule in itertools.product((LoRAPreAdamW, LoRAPreMuon), ("als", "newton")):
+        for early in (True, False):
+            torch.manual_seed(0)
+            layers = [nn.Linear(12, 33), nn.Tanh(), nn.Linear(33, 20), nn.Tanh(), nn.Linear(20, 3)]
+            model = nn.Sequential(*layers)
+            for layer in model:
+                fully_shard(layer)
+            fully_shard(model)
+            options = dict(momentum_rank=2, update_rule=rule, update_in_backward=early, max_param_grad_norm=0.5)
+            optimizer = cls(model.parameters(), lr=0.01, **options)
+            held = []
+            for step in range(5):
+                rows = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+                model(rows.chunk(world)[dist.get_rank()]).square().mean().backward()
+                held.append(sum(param.grad is not None for param in model.parameters()))
+                optimizer.step()
+                optimizer.zero_grad()
+            states = [optimizer.state[param] for param in model.parameters()]
+            results[f"{cls.__name__} {rule} {early}"] = {
+                "params": [whole(param) for param in model.parameters()],
+                "states": [products({name: whole(value) for name, value in state.items()}) for state in states],
+                "held": held,
+            }
+    return results
+
+
+@skip_before("torch", "2.8", "adds FSDP2's gradients up over processes on CPUs, where it should average them")
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_updates_in_the_backward_pass_are_the_ordinary_ones(tmp_path, world):
+    """FSDP2 calls the hooks after each reduce-scatter; stepped one by one or together, a matrix's step is the same but for sums' order."""
+    first, *others = run(world, tmp_path / "run", in_backward, world)
+    for name in [name for name in first if name.endswith("True")]:
+        early, ordinary = first[name], first[name.replace("True", "False")]
+        assert early["held"] == [0] * 5
+        assert ordinary["held"] == [6] * 5
+        torch.testing.assert_close(early["params"], ordinary["params"])
+        torch.testing.assert_close(early["states"], ordinary["states"])
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
 def moved():
