@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from eval.peers import trained
 from lorapre_peft.integrations.config import default_momentum_rank
-from lorapre_peft.integrations.targets import WEIGHT_MOMENTUM_RANK, weight_targets
+from lorapre_peft.integrations.targets import weight_targets
+from lorapre_peft.lowrank.layout import MOMENTUM_RANK
 from lorapre_peft.memory.models import find_config, meta_model
 
 GRADIENT_RANK = 4  # of the part of a synthetic gradient that is not noise
@@ -144,7 +145,7 @@ def _adapters(label: str, model: str, ranks: dict[int, int | None]) -> list[Case
 
 
 def _weights(label: str, model: str, layers: int | None) -> list[Case]:
-    return [Case(f"{label} weights", WEIGHT_MOMENTUM_RANK, model, None, layers)]
+    return [Case(f"{label} weights", MOMENTUM_RANK, model, None, layers)]
 
 
 def _sweep(what: str, values: dict[int, tuple[int, tuple[int, int, int]]]) -> list[Case]:

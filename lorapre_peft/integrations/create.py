@@ -50,7 +50,7 @@ def create_lorapre_optimizer(
 
     Without adapters the **weights** are trained: those of ``target_modules`` compressed at rank 8 unless told otherwise,
     the ``others`` (norms, biases) by AdamW, embeddings and head not at all. What is not trained is frozen here
-    (``requires_grad_(False)``), so that it costs no gradient memory; bfloat16 weights are written with stochastic rounding.
+    (``requires_grad_(False)``), so that it costs no gradient memory.
 
     Weight decay is split as `transformers.Trainer` does it. Tied weights count once.
 
@@ -102,7 +102,6 @@ def create_lorapre_optimizer(
     else:
         targets = weight_targets(model, target_modules or "all-linear", momentum_rank, overrides)
         lr = WEIGHT_LR if lr is None else lr
-        kwargs.setdefault("bf16_rounding", "stochastic")
         if others != "frozen":
             _warn_of_experts(model)
         frozen_rows = freeze_others(model, targets, others, embeddings)

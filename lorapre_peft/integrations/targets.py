@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
+from ..lowrank.layout import MOMENTUM_RANK
 from ..lowrank.rules import RULES
 from ..optim.options import RULE_OPTIONS
 from .config import LoRAPreConfig, default_momentum_rank
@@ -21,8 +22,6 @@ from .config import LoRAPreConfig, default_momentum_rank
 # LoRA's two matrices. An embedding's A (r × vocabulary) is missing on purpose: it holds one vector per token, nearly all of
 # them without a gradient at any one step, which no low-rank factor of |g| can say; it takes the AdamW path.
 COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
-# The paper's momentum rank for fine-tuning the weights of 7B and 8B models (Table 2).
-WEIGHT_MOMENTUM_RANK = 8
 
 Targets = dict[Tensor, dict[str, Any]]  # parameter: momentum_rank and `RULE_OPTIONS`
 
@@ -123,7 +122,7 @@ def weight_targets(
 
     Raises ValueError if it matches no module with a trainable matrix.
     """
-    k = WEIGHT_MOMENTUM_RANK if momentum_rank is None else momentum_rank
+    k = MOMENTUM_RANK if momentum_rank is None else momentum_rank
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=names)
     heads = {*output_heads(model), *_classifiers(model)}

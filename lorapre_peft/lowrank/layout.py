@@ -15,6 +15,8 @@ from .sharding import Placement, placement_of
 
 # Temporaries of the size of a tile, or of a batch's factors, that the eager backend holds at once, at most; a test counts them.
 TEMPORARIES = 8
+# The paper's momentum rank for fine-tuning the weights of 7B and 8B models (Table 2).
+MOMENTUM_RANK = 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -27,13 +29,13 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 def compressed_rank(shape: torch.Size, momentum_rank: int | None) -> int:
     """Return the rank k of the first moment of a parameter of this shape; 0 if the parameter takes the AdamW path.
 
-    None stands for a quarter of the smaller side, at least 1. A matrix is compressed when k < min(p, q) and the factors,
+    None stands for 8, or a quarter of the smaller side if that is less, at least 1. A matrix is compressed when k < min(p, q) and the factors,
     k(p+q) numbers, are smaller than the p·q that they replace.
     """
     if len(shape) < 2 or math.prod(shape) == 0:
         return 0
     p, q = matrix_shape(shape)
-    k = max(1, min(p, q) // 4) if momentum_rank is None else momentum_rank
+    k = max(1, min(MOMENTUM_RANK, min(p, q) // 4)) if momentum_rank is None else momentum_rank
     return k if 0 < k < min(p, q) and k * (p + q) < p * q else 0
 
 

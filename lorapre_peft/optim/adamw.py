@@ -37,14 +37,14 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 
     Args:
         params: parameters, named parameters or groups, as in `torch.optim`. Floating-point, of any dtype; tensors of more
-            than two dimensions are flattened to (first, rest). State is float32 whatever their dtype. Bare parameters are compressed
-            whatever they are for: embeddings belong into a group with momentum_rank=0.
+            than two dimensions are flattened to (first, rest). State is float32 whatever their dtype.
         lr: learning rate, ≥ 0; a number or a one-element tensor.
         betas: decays (β1, β2) in [0, 1); the paper's (0.9, 0.95). ``als`` needs β1² < β2. β2 = 0.999 makes the start-up
             bias of ``newton`` far worse.
         eps: ε ≥ 0 in m̂/(√v̂ + ε).
         weight_decay: decoupled λ ≥ 0, as in `torch.optim.AdamW` but 0 by default.
-        momentum_rank: k ≥ 1. None: a quarter of the smaller side of each matrix, at least 1. 0: the AdamW path for all.
+        momentum_rank: k ≥ 1. 0: the AdamW path for all. None: 8, or a quarter of a matrix's smaller side if that is less, at least 1;
+            matrices that are plainly embeddings or heads then take the AdamW path, and a warning says what was chosen.
         update_rule: ``"als"`` or ``"newton"``.
         residual_weight: ρ in [0, 1] of ``als``: the part of the gradient outside the momentum's subspace has the weight min(1, ρ/(1−β1ᵗ))
             in m̂. None: 1, the sum of the weights that Adam gives one gradient over the steps; that part is then moved by in one step,
@@ -78,7 +78,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         residual_weight: float | None = None,
         update_scale: float = 1.0,
         max_param_grad_norm: float | None = None,
-        bf16_rounding: str = "nearest",
+        bf16_rounding: str = "stochastic",
         update_in_backward: bool = False,
         temporary_bytes: int = 64_000_000,
         maximize: bool = False,

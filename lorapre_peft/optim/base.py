@@ -24,6 +24,7 @@ from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
 from ..lowrank.sharding import WHOLE, place, placement_of, world_size
 from .adamw_path import AdamWOptions, Item, adamw_path
+from .bare import is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
 from .in_backward import has_hook, register_hooks
 from .options import check_flattened_shards, check_gradient, check_options, check_parameter
@@ -38,13 +39,15 @@ class LoRAPreOptimizer(Optimizer):
     Args:
         params, defaults: as in `torch.optim.Optimizer`; ``defaults`` holds all options of a group. Those that both optimizers have are:
 
-            momentum_rank: k ≥ 1. None: a quarter of the smaller side of each matrix, at least 1. 0: the AdamW path for all.
+            momentum_rank: k ≥ 1. 0: the AdamW path for all. None: 8, or a quarter of a matrix's smaller side if that is less, at least
+                1; matrices that are plainly embeddings or heads (`is_embedding`) then take the AdamW path. A group that has a
+                ``momentum_rank`` of its own, as those of `create_lorapre_optimizer`, is compressed as it says, embeddings included.
             update_rule: ``"als"`` or ``"newton"``.
             residual_weight: ρ of ``als``, in [0, 1]; None: 1.
             update_scale: factor on the update of compressed matrices, > 0; the paper's pre-training uses 0.25, as GaLore does.
             max_param_grad_norm: clip each parameter's gradient to this norm > 0, by itself; None: no clipping.
-            bf16_rounding: how bfloat16 parameters are written: ``"nearest"``, or ``"stochastic"``, which keeps the mean of
-                updates too small for bfloat16's 8 bits. The random bits depend on (seed, step, parameter) alone.
+            bf16_rounding: how bfloat16 parameters are written: ``"stochastic"``, which keeps the mean of updates too small for bfloat16's
+                8 bits, or ``"nearest"``. The random bits depend on (seed, step, parameter) alone.
             update_in_backward: update each parameter, and free its gradient, as soon as `backward` has made it; `step` then
                 only closes the step. Without gradient accumulation, global-norm clipping or GradScaler. In several processes it works
                 under FSDP2, and under DDP with `ddp_update_hook`.
@@ -73,6 +76,32 @@ class LoRAPreOptimizer(Optimizer):
             raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, self.backend_names))}")
         self._reset(backend)
         super().__init__(params, defaults)
+        self._say_what_was_chosen()
+
+    def _say_what_was_chosen(self) -> None:
+        """Warn if nobody said which matrices are compressed, and at which rank."""
+        ranks: set[int] = set()
+        spared: list[tuple[int, ...]] = []
+        for group in self.param_groups:
+            if group["momentum_rank"] is None:
+                ranks |= {rank for param in group["params"] for rank in self.ranks(param, group)[:1]}
+            spared += [tuple(group["params"][i].shape) for i in group["uncompressed"]]
+        if ranks or spared:
+            at = (
+                f"are compressed at the momentum ranks {sorted(ranks)}, as none was given"
+                if ranks
+                else "are compressed"
+            )
+            but = (
+                f"; {len(spared)} that look like embeddings or heads, such as {spared[0]}, take the AdamW path"
+                if spared
+                else ""
+            )
+            warnings.warn(
+                f"matrices {at}{but}. To choose, give momentum_rank (in a group: its matrices whatever they look like; 0: the AdamW path), "
+                "or build the optimizer with create_lorapre_optimizer(model, …), which knows the modules",
+                stacklevel=4,
+            )
 
     def _reset(self, backend: str) -> None:
         self.backend = backend
@@ -101,8 +130,12 @@ class LoRAPreOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim.Optimizer`; its options are checked like the constructor's."""
+        told = param_group.get("momentum_rank") is not None
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        names = group.get("param_names") or [None] * len(group["params"])
+        found = [i for i, param in enumerate(group["params"]) if is_embedding(names[i], param.shape)]
+        group.setdefault("uncompressed", [] if told else found)
         self._resolve(group)
         try:
             self.check_group(group)
@@ -143,6 +176,8 @@ class LoRAPreOptimizer(Optimizer):
 
     def ranks(self, param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
         """Return the rank of each factored moment of a parameter; empty if it takes the AdamW path."""
+        if any(group["params"][i] is param for i in group.get("uncompressed", ())):
+            return ()
         k = compressed_rank(param.shape, group["momentum_rank"])
         return (k,) if k else ()
 

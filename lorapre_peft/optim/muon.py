@@ -107,7 +107,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         adamw_eps: float = 1e-8,
         update_scale: float = 1.0,
         max_param_grad_norm: float | None = None,
-        bf16_rounding: str = "nearest",
+        bf16_rounding: str = "stochastic",
         update_in_backward: bool = False,
         temporary_bytes: int = 64_000_000,
         maximize: bool = False,

@@ -60,8 +60,8 @@ def check_options(group: dict[str, Any]) -> None:
     k = group["momentum_rank"]
     if k is not None and not _is_whole(k, 0):
         raise ValueError(
-            f"momentum_rank={k!r}: expected a whole number of at least 1, None (a quarter of the smaller side of each "
-            "matrix), or 0 (the whole group takes the AdamW path)"
+            f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's smaller side "
+            "if that is less), or 0 (the whole group takes the AdamW path)"
         )
     check_rule_options(group)
     if not _is_whole(group["seed"], 0):

@@ -123,6 +123,7 @@ def check_saved_group(optimizer: StateOwner, group: dict[str, Any], saved: dict[
     this one's; before the first step there are none, but the run would still not be the one that its options say.
     """
     optimizer.check_group(saved | {"update_in_backward": group["update_in_backward"]})
+    saved = saved | {"params": group["params"]}
     for param in group["params"]:
         same_rule = saved["update_rule"] == group["update_rule"] or "exp_avg" in optimizer.state_shapes(param, group)
         if not same_rule or optimizer.state_shapes(param, saved) != optimizer.state_shapes(param, group):

@@ -89,7 +89,9 @@ def test_half_precision_rounds_once(cls, rule, dtype, shape):
     """State stays float32, the new weight is rounded once: bit for bit the rounded float32 step."""
     param, wide, grads = weights(*shape, dtype=dtype), weights(*shape), stream((20, 12), 20)
     # Eager: there both are the same float32 operations, where the C++ kernels are compiled for each dtype (test_backends.py has them).
-    options = dict(lr=LR, weight_decay=0.1, momentum_rank=2, update_rule=rule, backend="eager")
+    options = dict(
+        lr=LR, weight_decay=0.1, momentum_rank=2, bf16_rounding="nearest", update_rule=rule, backend="eager"
+    )
     optimizers = [cls([p], **options) for p in (param, wide)]
     for g in grads:
         g = (g if len(shape) == 2 else g[0]).to(dtype)

@@ -265,4 +265,4 @@ def test_no_warning_in_a_plain_run(one):
     params, closure = problem()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(one.optim_cls(params), closure, 3)
+        run(one.optim_cls(params, momentum_rank=2), closure, 3)
