@@ -58,7 +58,7 @@ NAMES = ("auto", *_BACKENDS)
 
 
 def available(device: torch.device | str) -> list[str]:
-    """The backends that can run on a device, the one that "auto" takes there first."""
+    """Return the names of the backends that can run on a device, the one that "auto" takes there first."""
     device = torch.device(device)
     return [name for name, (lacks, _) in _BACKENDS.items() if lacks(device) is None]
 
@@ -70,7 +70,7 @@ def _made(name: str) -> Eager:
 
 @functools.cache
 def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
-    """At the latest the eager one, which runs everywhere and is among all names."""
+    """Return the first backend that starts; the eager one runs everywhere and is among all names."""
     for name in available(device):
         if name in names and (name != "triton" or device.type == "cuda"):  # not its interpreter
             try:
@@ -80,7 +80,7 @@ def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
 
 
 def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Eager:
-    """The backend for tensors on a device. "auto": the first of `available` that is in ``names``.
+    """Return the backend for tensors on a device. "auto" is the first of `available` that is in ``names``.
 
     Raises ValueError if ``name`` cannot run there.
     """

@@ -1,4 +1,4 @@
-"""AdamW's whole step in C++ for CPUs, for all matrices in one call: `kernels.cpp`, compiled on first use.
+"""The backend that computes AdamW's whole step in C++ for CPUs, all matrices in one call; `kernels.cpp` is compiled on first use.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/lorapre_peft`` (default ``~/.cache/lorapre_peft``), under a name that source, compiler,
 flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. State and weights are read and written where
@@ -49,13 +49,13 @@ POINTERS = 9
 
 
 def compiler() -> str | None:
-    """The C++ compiler: ``$CXX``, g++ or clang++; None without one."""
+    """Return the C++ compiler: ``$CXX``, g++ or clang++; None without one."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels. Raises RuntimeError with the compiler's output, or the loader's, if it fails."""
+    """Return the compiled kernels. Raises RuntimeError with the compiler's output, or the loader's, if it fails."""
     command = [str(compiler()), *_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
     name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join(command).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre_peft"
@@ -107,7 +107,7 @@ class Table:
 
 
 class Cpp(Eager):
-    """The kernels' calls. What is neither float32 nor bfloat16, and what is sharded, takes the eager path."""
+    """Calls the kernels. What is neither float32 nor bfloat16, and what is sharded, takes the eager path."""
 
     factor_temporaries = 4
 
@@ -127,7 +127,7 @@ class Cpp(Eager):
     def step(
         self, table: Table, options: list[tuple[float, ...]], sum_bytes: int, record: bool
     ) -> list[tuple[float, ...]]:
-        """One AdamW step of all matrices of a table: weights, factors and counters, in place.
+        """Take one AdamW step with all matrices of a table: weights, factors and counters, in place.
 
         options: of each of the table's groups, in the order of `OPTIONS`. sum_bytes: room for the sums of split matrices. record: whether
         to look at the updates. Returns ‖g‖_F after clipping, and of those recorded the largest update, the number that were clamped and the energy
@@ -184,5 +184,5 @@ def _pointers(tensors: list[Tensor]) -> array:
 
 
 def _at(place: Tensor | array | None) -> int | None:
-    """The address of the first entry."""
+    """Return the address of the first entry."""
     return place.data_ptr() if isinstance(place, Tensor) else place and place.buffer_info()[0]

@@ -1,4 +1,4 @@
-"""What a run can look at: figures of a step, kept on the device until they are asked for."""
+"""Figures of a step, such as the share of clamped entries, kept on the device until they are asked for."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class Metrics:
         self.entries = 0
 
     def add_energy(self, norms: Tensor) -> None:
-        """norms: ‖g‖_F of each matrix."""
+        """Add the squared norms of gradients; norms: ‖g‖_F of each matrix."""
         self.energy.append(norms.square().sum())
 
     def add_captured(self, energy: Tensor) -> None:
-        """energy: the part of the squares of some of these norms that is inside the row space of m_A."""
+        """Add the part of those squares that lies inside the row space of m_A."""
         self.captured.append(energy)
 
     def add_update(self, update: Tensor, bound: Tensor | None) -> None:
-        """update: the normalised update before any clamp to ±bound."""
+        """Look at a normalised update before any clamp to ±bound."""
         size = update.abs()
         self.add_sizes(size.amax(), size.new_zeros(()) if bound is None else (size > bound).sum(), size.numel())
 
     def add_sizes(self, largest: Tensor, clamped: Tensor, entries: int) -> None:
-        """The largest size of an entry, how many were clamped, and of how many."""
+        """Add the largest size of an entry, how many entries were clamped, and of how many."""
         self.largest.append(largest)
         self.clamped.append(clamped)
         self.entries += entries
 
     def add_steps(self, found: list[tuple[float, ...]], entries: int) -> None:
-        """found: ‖g‖_F, the largest update, how many were clamped and the captured energy, by matrix; of how many entries together."""
+        """Add ‖g‖_F, the largest update, the number of clamped entries and the captured energy of each matrix, of so many entries together."""
         norms, largest, clamped, captured = torch.tensor(found, dtype=torch.float64).reshape(-1, 4).unbind(1)
         self.add_energy(norms)
         self.add_captured(captured.sum())
@@ -46,7 +46,7 @@ class Metrics:
             self.add_sizes(largest.amax(), clamped.sum(), entries)
 
     def reduce(self, placement: Placement) -> None:
-        """Add what the other processes saw of the rows that they share with this one; every process has to call it."""
+        """Add what the other processes saw of the rows that they share with this one; every process has to call this."""
         if placement is WHOLE or not self.captured:
             return
         entries = torch.tensor(float(self.entries), dtype=torch.float64, device=self.captured[0].device)
@@ -63,6 +63,7 @@ class Metrics:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def read(self) -> dict[str, float]:
+        """Return the figures by name, as `LoRAPreOptimizer.metrics` documents them; this reads the device."""
         values: dict[str, float] = {}
         energy = sum(t.item() for t in self.energy)
         if energy:

@@ -1,4 +1,4 @@
-"""Per-parameter state: where it lives, whether a saved one fits, and how it comes back from a checkpoint."""
+"""The state of parameters: whether a saved one fits, and how it comes back from a checkpoint."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def check_saved_group(optimizer: StateOwner, group: dict[str, Any], saved: dict[
 
 
 def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor]) -> None:
-    """Raise ValueError for state that lies otherwise over the processes than this parameter's does."""
+    """Raise ValueError for state that is distributed over the processes otherwise than this parameter's is."""
     for key, value in saved.items():
         like = place(torch.empty(value.shape, device="meta"), param, key)
         expected, found = (
