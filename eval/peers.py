@@ -111,7 +111,7 @@ def _project_galore(optimizer: Optimizer) -> None:
 
 
 def _mlorc(model: nn.Module, lr: float, rank: int) -> Optimizer:
-    from eval.mlorc import MLorcAdamW
+    from eval.optimizers.mlorc import MLorcAdamW
 
     return MLorcAdamW(trained(model), lr=lr, rank=rank)
 

@@ -283,7 +283,7 @@ def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):
 
 
 def test_a_package_that_does_not_import_is_named(monkeypatch):
-    method = Method("Broken", "adapter", methods._adamw, package="mlorc-optim", module="no_such_module")
+    method = Method("Broken", "adapter", methods.method.build_adamw, package="mlorc-optim", module="no_such_module")
     monkeypatch.setattr(methods, "version", lambda package: "9.9")
     assert "mlorc-optim 9.9 does not import" in method.unavailable()
     assert METHODS["lora"].unavailable() is None

@@ -334,7 +334,7 @@ def test_peft_format_names_every_argument_of_other_optimizers(name):
 
 
 def test_mlorc_compresses_matrices_as_they_are():
-    MLorcAdamW = pytest.importorskip("eval.mlorc").MLorcAdamW  # the package by itself does not import
+    MLorcAdamW = pytest.importorskip("eval.optimizers.mlorc").MLorcAdamW  # the package by itself does not import
     matrix = torch.nn.Parameter(torch.zeros(9, 16))  # 144 entries: the package alone makes it 12×12
     optimizer = MLorcAdamW([matrix], lr=1.0, betas=(0.9, 0.9), rank=1, use_bias_correction=True)
     matrix.grad = torch.outer(torch.arange(1.0, 10), torch.arange(1.0, 17))

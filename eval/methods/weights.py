@@ -1,0 +1,320 @@
+"""Methods that train the weights of attention and MLP themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+
+from eval.optimizers.chained import ChainedOptimizer
+from eval.optimizers.mofasgd import MoFaSGD
+from eval.optimizers.racs import RACS, Alice
+from eval.optimizers.scale import Scale
+from eval.optimizers.sinkgd import SinkGD
+from lorapre_peft.integrations.targets import embedding_parameters, output_heads
+
+from .method import Build, Method, Options, adam_options, build_adamw, trained
+
+
+def _without_momentum(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    return build_adamw(model, args, {"betas": (0.0, args.adam_beta2)})
+
+
+def _adamw8bit(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(trained(model), **adam_options(args))
+
+
+def _adam_mini(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from adam_mini import Adam_mini
+
+    width, heads = model.config.hidden_size, model.config.num_attention_heads
+    head_dim = getattr(model.config, "head_dim", None) or width // heads
+    if width % head_dim:
+        raise ValueError(
+            f"found heads of {head_dim} numbers in a model {width} wide; adam-mini needs a width that they divide, "
+            "for it takes a head's size to be width² over the number of heads"
+        )
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    return Adam_mini(named, dim=width, n_heads=width // head_dim, verbose=False, **adam_options(args))
+
+
+def _adafactor(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    return torch.optim.Adafactor(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay)
+
+
+def _adalomo(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from transformers.optimization import Adafactor
+
+    fixed = dict(scale_parameter=True, relative_step=False, warmup_init=False)
+    return Adafactor(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **fixed)
+
+
+def _muon(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    return torch.optim.Muon(
+        trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+
+
+def _projected(
+    model: nn.Module, args: TrainingArguments, options: Options, optimizer: type[Optimizer], **more: Any
+) -> Optimizer:
+    """GaLore and those that took over its interface: a group with a rank has its gradients projected."""
+    built = optimizer(
+        [{"params": trained(model), **options}], no_deprecation_warning=True, **adam_options(args), **more
+    )
+    built.register_step_post_hook(_compact_projections)
+    return built
+
+
+def _compact_projections(optimizer: Optimizer, *_: Any) -> None:
+    """Of float32 gradients GaLore and Fira keep a view of all singular vectors as the projection; what it shows is enough."""
+    for state in optimizer.state.values():
+        projection = getattr(state.get("projector"), "ortho_matrix", None)
+        if projection is not None and projection.untyped_storage().nbytes() > projection.nbytes:
+            state["projector"].ortho_matrix = projection.clone(memory_format=torch.contiguous_format)
+
+
+def _galore(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from galore_torch import GaLoreAdamW
+
+    return _projected(model, args, options, GaLoreAdamW)
+
+
+def _fira(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from fira import FiraAdamW
+
+    return _projected(model, args, options, FiraAdamW)
+
+
+def _apollo(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from apollo_torch import APOLLOAdamW
+
+    return _projected(model, args, options, APOLLOAdamW)
+
+
+def _apollo_mini(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from apollo_torch import APOLLOAdamW
+
+    return _projected(model, args, options, APOLLOAdamW, scale_front=True)
+
+
+def _conda(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from pytorch_optimizer import Conda
+
+    return Conda(trained(model), **options, **adam_options(args))
+
+
+def _mlorc(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from eval.optimizers.mlorc import MLorcAdamW
+
+    return MLorcAdamW(trained(model), use_bias_correction=True, **options, **adam_options(args))
+
+
+def _own(cls: Callable[..., Optimizer]) -> Build:
+    """A builder of one of this project's own classes, which take parameters, rate, weight decay and the method's options."""
+
+    def build(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+        return cls(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+
+    return build
+
+
+def _scale_others(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    """SCALE's own way: momentum in the head alone, embeddings normalised over the tokens, norms by AdamW; one learning rate."""
+    heads = {param for head in output_heads(model) for param in head.parameters()}
+    embedded = embedding_parameters(model) - heads
+    head, embedding, rest = [], [], []
+    for param in trained(model):
+        matrices = head if param in heads else embedding if param in embedded else rest
+        (matrices if param.ndim == 2 else rest).append(param)
+    groups = [{"params": head, "momentum": 0.9}, {"params": embedding, "dim": 0}]
+    scale = Scale([group for group in groups if group["params"]], args.learning_rate, weight_decay=args.weight_decay)
+    return ChainedOptimizer(scale, torch.optim.AdamW(rest, **adam_options(args)))
+
+
+_PROJECTION = dict(rank=8, update_proj_gap=200, proj_type="std")
+_PROJECTED_STATE = "4*rank*(min(p, q) + 2*max(p, q))"
+_PYTORCH_OPTIMIZER = dict(package="pytorch-optimizer", module="pytorch_optimizer")
+
+WEIGHTS: dict[str, Method] = {
+    # Dense state.
+    "adamw": Method("AdamW", "weights", build_adamw, paper="Loshchilov and Hutter, arXiv 1711.05101", state="8*p*q"),
+    "adamw-no-momentum": Method(
+        "AdamW, β1 = 0",
+        "weights",
+        _without_momentum,
+        paper="Loshchilov and Hutter, arXiv 1711.05101",
+        state="8*p*q",
+        note="torch.optim.AdamW keeps a first moment here too, the last gradient; the rule needs half of the state",
+    ),
+    "muon": Method(
+        "Muon",
+        "weights",
+        _muon,
+        paper="Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982 for the rate's scale",
+        state="4*p*q",
+    ),
+    "conda": Method(
+        "Conda",
+        "weights",
+        _conda,
+        {"update_proj_gap": 2000, "scale": 0.25},
+        **_PYTORCH_OPTIMIZER,
+        rate_shift=2,
+        paper="Wang et al., arXiv 2509.24218",
+        state="4*(2*p*q + min(p, q)**2)",
+    ),
+    # Quantised or shared second moments.
+    "adamw-8bit": Method(
+        "AdamW, 8-bit",
+        "weights",
+        _adamw8bit,
+        package="bitsandbytes",
+        module="bitsandbytes",
+        paper="Dettmers et al., arXiv 2110.02861",
+        state="2*p*q + 8*p*q/256",
+        others=_adamw8bit,
+        note="matrices of fewer than 4,096 entries keep float32 moments",
+    ),
+    "adam-mini": Method(
+        "Adam-mini",
+        "weights",
+        _adam_mini,
+        package="adam-mini",
+        module="adam_mini",
+        paper="Zhang et al., arXiv 2406.16793",
+        state="4*(p*q + p)",
+        others=_adam_mini,
+        note="one second moment for each row, and in queries and keys for each head, which takes less state than stated",
+    ),
+    "adafactor": Method(
+        "Adafactor",
+        "weights",
+        _adafactor,
+        rate_shift=5,
+        paper="Shazeer and Stern, arXiv 1804.04235",
+        state="4*(p + q)",
+        others=_adafactor,
+        note="the rate is relative to the root mean square of the matrix, and PyTorch caps it at 1/√step",
+    ),
+    "adalomo": Method(
+        "AdaLomo",
+        "weights",
+        _adalomo,
+        rate_shift=5,
+        paper="Lv et al., arXiv 2310.10195",
+        state="4*(p + q + 1)",
+        others=_adalomo,
+        note="transformers' Adafactor with the options that make it AdaLomo's rule, which is Adafactor's without the cap of the rate. The "
+        "authors' package updates within the backward pass, where gradients cannot be accumulated or clipped by their "
+        "common norm; that concerns memory, not the rule",
+    ),
+    # Low-rank state.
+    "galore": Method(
+        "GaLore",
+        "weights",
+        _galore,
+        _PROJECTION | {"scale": 0.25},
+        package="galore-torch",
+        module="galore_torch",
+        rate_shift=2,
+        paper="Zhao et al., arXiv 2403.03507",
+        state=_PROJECTED_STATE,
+    ),
+    "fira": Method(
+        "Fira",
+        "weights",
+        _fira,
+        _PROJECTION | {"alpha": 0.25},
+        package="fira",
+        module="fira",
+        rate_shift=2,
+        paper="Chen et al., arXiv 2410.01623",
+        state=_PROJECTED_STATE,
+        note="the authors' package takes G − α P Pᵀ G for what is outside the subspace, where the paper has G − P Pᵀ G",
+    ),
+    "apollo": Method(
+        "APOLLO",
+        "weights",
+        _apollo,
+        _PROJECTION | {"scale": 1.0, "scale_type": "channel", "proj": "random"},
+        package="apollo-torch",
+        module="apollo_torch",
+        rate_shift=2,
+        paper="Zhu et al., arXiv 2412.05270",
+        state=_PROJECTED_STATE,
+        note="the authors' package keeps the random projection, which the paper would make anew from its seed",
+    ),
+    "apollo-mini": Method(
+        "APOLLO-Mini",
+        "weights",
+        _apollo_mini,
+        _PROJECTION | {"rank": 1, "scale": 128.0, "scale_type": "tensor", "proj": "random"},
+        package="apollo-torch",
+        module="apollo_torch",
+        rate_shift=2,
+        paper="Zhu et al., arXiv 2412.05270",
+        state=_PROJECTED_STATE,
+        note="the scale is multiplied in before the limiter of the norm's growth, as in the authors' runs",
+    ),
+    "mlorc": Method(
+        "MLorc",
+        "weights",
+        _mlorc,
+        {"rank": 8},
+        package="mlorc-optim",
+        module="eval.optimizers.mlorc",
+        paper="Shen et al., arXiv 2506.01897",
+        state="8*rank*(p + q + 1)",
+        note="with Adam's bias correction",
+    ),
+    "alice": Method(
+        "Alice",
+        "weights",
+        _own(Alice),
+        {"rank": 8, "leading": 3},
+        rate_shift=4,
+        paper="Gong et al., arXiv 2502.07752",
+        state="4*(rank*(min(p, q) + rank + 2*max(p, q)) + max(p, q) + 1)",
+        note="the share of leading directions is that of the paper's 60M run, 40 of 128. pytorch-optimizer's Alice takes the rows for the "
+        "smaller side, and starts from the axes instead of the gradient's directions",
+    ),
+    "mofasgd": Method(
+        "MoFaSGD",
+        "weights",
+        _own(MoFaSGD),
+        {"rank": 8, "beta": 0.95},
+        rate_shift=4,
+        paper="Mahdavinia and Mahdavi, arXiv 2507.08091",
+        state="4*rank*(p + q + 1)",
+        note="the paper's algorithm; the authors' code starts from the weight's SVD and divides by clipped singular values",
+    ),
+    # A vector or nothing.
+    "racs": Method(
+        "RACS",
+        "weights",
+        _own(RACS),
+        rate_shift=4,
+        paper="Gong et al., arXiv 2502.07752",
+        state="4*(p + q + 1)",
+        note="pytorch-optimizer's RACS takes means of squares for the fixed point of Eq. 16, so that its steps grow as gradients shrink",
+    ),
+    "sinkgd": Method(
+        "SinkGD", "weights", _own(SinkGD), {"iterations": 5}, paper="Scetbon et al., arXiv 2502.06742", state="0"
+    ),
+    "scale": Method(
+        "SCALE",
+        "weights",
+        _own(Scale),
+        paper="Glentis et al., arXiv 2506.16659",
+        state="0",
+        others=_scale_others,
+        note="beside these matrices the authors keep a momentum in the output head, p q numbers there",
+    ),
+}

@@ -1,0 +1,56 @@
+"""MoFaSGD: a momentum held as a truncated SVD, and its spectral direction as the update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .matrix import MatrixOptimizer
+
+
+class MoFaSGD(MatrixOptimizer):
+    """Momentum factorised SGD (Mahdavinia and Mahdavi, arXiv 2507.08091, Algorithm 1).
+
+    The momentum M = U diag(σ) Vᵀ of rank r starts as the best approximation of the first gradient. At each later step the gradient
+    is projected onto the tangent space of the rank-r matrices at M, ĝ = U Uᵀ g + g V Vᵀ − U Uᵀ g V Vᵀ, and M becomes the best
+    rank-r approximation of β M + ĝ, found from two QR factorisations and an SVD of 2r×2r numbers. The update is u = U Vᵀ, whose singular
+    values are 1. State: r (p + q + 1) numbers.
+
+    The authors' code differs from their paper: it starts from the SVD of the weight, divides by clipped singular values instead of
+    replacing them by 1, and can add the gradient outside both subspaces; this class is the paper's algorithm.
+
+    Args:
+        params: matrices, or groups of them.
+        lr: learning rate.
+        rank: r.
+        beta: β.
+        weight_decay: decoupled λ.
+    """
+
+    def __init__(self, params: ParamsT, lr: float = 0.05, *, rank: int, beta: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, rank=rank, beta=beta, weight_decay=weight_decay))
+
+    def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        rank = min(group["rank"], *gradient.shape)
+        if not state:
+            left, middle, right = (
+                torch.eye(len(gradient)).to(gradient),
+                gradient,
+                torch.eye(gradient.shape[1]).to(gradient),
+            )
+        else:
+            U, sigma, V = state["U"], state["sigma"], state["V"]
+            projected, across = gradient @ V, U.T @ gradient
+            left, left_r = torch.linalg.qr(torch.cat([U, projected], dim=1))
+            right, right_r = torch.linalg.qr(torch.cat([V, across.T], dim=1))
+            one = torch.eye(rank).to(gradient)
+            blocks = [[torch.diag(group["beta"] * sigma) - across @ V, one], [one, torch.zeros_like(one)]]
+            middle = left_r @ torch.cat([torch.cat(row, dim=1) for row in blocks]) @ right_r.T
+        found_left, found, found_right = torch.linalg.svd(middle, full_matrices=False)
+        state["U"] = left @ found_left[:, :rank]
+        state["sigma"] = found[:rank].clone()
+        state["V"] = right @ found_right[:rank].T
+        return state["U"] @ state["V"].T

@@ -1,0 +1,38 @@
+"""SinkGD: gradients whose rows and columns are normalised in turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .matrix import MatrixOptimizer
+
+
+class SinkGD(MatrixOptimizer):
+    """SinkGD (Scetbon, Ma, Gong and Meeds, "Gradient Multi-Normalization for Stateless and Scalable LLM Training", arXiv 2502.06742).
+
+    u is the gradient after ``iterations`` rounds of Algorithm 3: every row scaled to the norm √q, then every column to √p. It has no
+    state. A row or column of zeros stays zero. The root mean square of u is 1. (The paper multiplies the rate of these
+    matrices by 0.05, for it shares one rate with Adam's parameters; here the rate is the matrices' own.)
+
+    Args:
+        params: matrices, or groups of them.
+        lr: learning rate.
+        iterations: 5 in the paper.
+        weight_decay: decoupled λ.
+    """
+
+    def __init__(self, params: ParamsT, lr: float = 1e-3, iterations: int = 5, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, iterations=iterations, weight_decay=weight_decay))
+
+    def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        # Before squares are taken: those of small gradients would underflow.
+        x = gradient / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
+        for _ in range(group["iterations"]):
+            for dim in (1, 0):
+                norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+                x = x * (x.shape[dim] ** 0.5 / norm.clamp_min(torch.finfo(x.dtype).tiny))
+        return x
