@@ -6,10 +6,16 @@ from functools import partial
 
 import torch
 from peft import LoraGAConfig
-from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
+
+from eval.optimizers.flatlora import perturb
+from eval.optimizers.loft import LoFTAdamW
+from eval.optimizers.oplora import OPLoRA
+from eval.optimizers.pairs import lora_layers, lora_pairs
+from eval.optimizers.sora import ProximalAdamW, add_gates, gates
 
 from .method import Method, Options, adam_options, build_adamw, fused, trained
 
@@ -59,6 +65,58 @@ def _sophia(model: nn.Module, args: TrainingArguments, options: Options) -> Opti
         SophiaH.compute_hutchinson_hessian, alpha=args.gradient_accumulation_steps
     )
     return built
+
+
+def _riemannian(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    return create_riemannian_optimizer(model, torch.optim.AdamW, fused=fused(model), **options, **adam_options(args))
+
+
+def _lorarite(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from pytorch_optimizer import LoRARite
+
+    # The package's own ε, 1e-6: it is added to roots of matrix eigenvalues, not to Adam's by entry.
+    adam = {name: value for name, value in adam_options(args).items() if name != "eps"}
+    return LoRARite(lora_pairs(model), **options, **adam)
+
+
+def _loft(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    return LoFTAdamW(lora_pairs(model), **adam_options(args))
+
+
+def _oplora(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    return OPLoRA(model, lr=args.learning_rate, **options)
+
+
+def _flatlora(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    if args.max_steps <= 0:
+        raise ValueError("Flat-LoRA's noise grows over the whole run: expected max_steps, found a run of epochs")
+    return perturb(model, build_adamw(model, args, {}), options["rho"], args.max_steps)
+
+
+def _sora(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    gated = gates(model)
+    rest = [param for param in trained(model) if not any(param is gate for gate in gated)]
+    groups = [{"params": rest}, {"params": gated, "weight_decay": 0.0, "threshold": options["threshold"]}]
+    return ProximalAdamW(groups, fused=fused(model), **adam_options(args))
+
+
+LORA_ONE_GAMMA = 128  # the authors' stable_gamma
+
+
+def _one_step_start(model: nn.Module) -> None:
+    """LoRA-One's start: B A is the best approximation of the negative gradient of W, with the largest singular value 1/γ.
+
+    As in the authors' code (github.com/YuanheZ/LoRA-One, run_exp.py): B = U √(Σ/(γ σ_1)), A = √(Σ/(γ σ_1)) Vᵀ; W stays as it is.
+    """
+    for layer, A, B in lora_layers(model):
+        base = layer.get_base_layer()
+        rank = len(A.weight)
+        U, sigma, V = torch.svd_lowrank(-base._peft_loraga_grad.float(), q=min(4 * rank, *base.weight.shape), niter=16)
+        root = (sigma[:rank] / (LORA_ONE_GAMMA * sigma[0])).sqrt()
+        with torch.no_grad():
+            B.weight.copy_(U[:, :rank] * root)
+            A.weight.copy_((V[:, :rank] * root).T)
+        del base._peft_loraga_grad
 
 
 _PYTORCH_OPTIMIZER = dict(package="pytorch-optimizer", module="pytorch_optimizer")
@@ -138,5 +196,64 @@ ADAPTERS: dict[str, Method] = {
         second_order=True,
         **_PYTORCH_OPTIMIZER,
         paper="Liu et al., arXiv 2305.14342",
+    ),
+    "riemannian": Method(
+        "Riemannian LoRA",
+        "adapter",
+        _riemannian,
+        {"reg": 1e-2},
+        paper="Zhang and Pilanci, arXiv 2402.02347",
+        note="PEFT's factory holds the pairs outside of the optimizer's groups: under FSDP2, which replaces them, it does nothing",
+    ),
+    "lora-rite": Method(
+        "LoRA-RITE",
+        "adapter",
+        _lorarite,
+        {"clip_unmagnified_grad": 1.0, "update_skipping": 1.0},
+        **_PYTORCH_OPTIMIZER,
+        rate_shift=-1,
+        paper="Yen et al., arXiv 2410.20625",
+        note="as in the authors' code, gradients of the product are clipped to norm 1 and ones with a root mean square above 1 are dropped, "
+        "so that the loss's scale matters",
+    ),
+    "loft": Method(
+        "LoFT",
+        "adapter",
+        _loft,
+        rate_shift=-4,
+        paper="Tastan et al., arXiv 2505.21289",
+        note="the second moment follows the moving factor as the first does; the authors' code exchanges R and Rᵀ there",
+    ),
+    "oplora": Method(
+        "OPLoRA",
+        "adapter",
+        _oplora,
+        {"momentum": 0.9, "damping": 1e-2},
+        rate_shift=6,
+        paper="Almansoori et al., September 2025; LoRSum in arXiv 2602.16456",
+        note="follows gradient descent with momentum, not Adam. Clipping by the norm of A's and B's gradients does not reach it",
+    ),
+    # Other ways to train or to shape the adapter.
+    "lora-one": Method(
+        "LoRA-One",
+        "adapter",
+        build_adamw,
+        lora={"use_rslora": True},
+        start=_one_step_start,
+        rate_shift=-2,
+        paper="Zhang et al., arXiv 2502.01235",
+        note="without the preconditioner, whose code the authors have not released",
+    ),
+    "flat-lora": Method(
+        "Flat-LoRA", "adapter", _flatlora, {"rho": 0.05}, paper="Li et al., arXiv 2409.14396", note="under AdamW"
+    ),
+    "sora": Method(
+        "SoRA",
+        "adapter",
+        _sora,
+        {"threshold": 3e-4},
+        adapt=add_gates,
+        paper="Ding et al., arXiv 2311.11696",
+        note="the proximal step alone; the authors' runs add the L1 norm of the gates to the loss, with a weight for each task",
     ),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.loraga import preprocess_loraga
+from peft.tuners.lora.loraga import estimate_gradients, preprocess_loraga
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
@@ -28,10 +28,11 @@ class Method:
     title: as the table names it. trains: ``"adapter"`` or ``"weights"`` (of attention and MLP).
     build: makes the optimizer of the model's trainable parameters from the prepared model, the trainer's arguments and the
     options. options: what a suite may set, with defaults. lora: fields of the adapter's configuration. config: its class, and
-    config_options the options that are fields of it. adapt: changes the model after the adapter is in it. package, module:
-    what the method is installed and imported as, where it is none of this project's own requirements. rate_shift: how many
-    places its learning rates lie above AdamW's of the same kind, on the series 1, 2, 5, 10, … second_order: the optimizer
-    differentiates the gradients once more.
+    config_options the options that are fields of it. adapt: changes the model after the adapter is in it. start: sets the
+    adapter's weights, with the gradients of the base weights at hand (``_peft_loraga_grad`` of each base layer). package,
+    module: what the method is installed and imported as, where it is none of this project's own requirements. rate_shift: how
+    many places its learning rates lie above AdamW's of the same kind, on the series 1, 2, 5, 10, … second_order: the
+    optimizer differentiates the gradients once more.
 
     paper: where the method was published. state: bytes of optimizer state that a float32 matrix of p rows and q columns takes, as
     an expression in p, q and the options; empty for adapters. others: how the authors train embeddings, head and norms
@@ -46,6 +47,7 @@ class Method:
     config: type[LoraConfig] = LoraConfig
     config_options: tuple[str, ...] = ()
     adapt: Callable[[nn.Module], None] | None = None
+    start: Callable[[nn.Module], None] | None = None
     package: str | None = None
     module: str | None = None
     rate_shift: int = 0
@@ -103,7 +105,12 @@ class Method:
         config = self.adapter_config(rank, options, model)
         if config is not None and config.init_lora_weights == "lora_ga":
             preprocess_loraga(model, config, accumulate_gradients)
-        return self.attach(model, config)
+        if self.start is None:
+            return self.attach(model, config)
+        estimate_gradients(model, config, accumulate_gradients)
+        adapted = self.attach(model, config)
+        self.start(adapted)
+        return adapted
 
     def attach(self, model: PreTrainedModel, config: LoraConfig | None) -> nn.Module:
         """The model with the adapter, or, without one, with its matrices alone trainable."""

@@ -93,7 +93,6 @@ class Alice(MatrixOptimizer):
         betas: (β1, β2, β3).
         alpha, alpha_c, gamma: α, α_c and γ.
         gap: steps between two switches.
-        eps: added to √v.
         weight_decay: decoupled λ.
     """
 
@@ -109,13 +108,12 @@ class Alice(MatrixOptimizer):
         alpha_c: float = 0.4,
         gamma: float = 1.01,
         gap: int = 200,
-        eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
         if not 1 <= leading <= rank:
             raise ValueError(f"leading={leading}: expected 1 to rank={rank}")
         options = dict(lr=lr, rank=rank, leading=leading, betas=betas, alpha=alpha, alpha_c=alpha_c, gamma=gamma)
-        super().__init__(params, options | dict(gap=gap, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, options | dict(gap=gap, weight_decay=weight_decay))
 
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
         if gradient.shape[0] > gradient.shape[1]:
@@ -144,9 +142,10 @@ class Alice(MatrixOptimizer):
         outside = g - U @ sigma
         # The squares' sum of what is outside is the difference in Algorithm 3, without its cancellation.
         state["energy"].lerp_(outside.square().sum(0), 1 - beta1)
-        scale = state["energy"].clamp_min(torch.finfo(g.dtype).tiny).rsqrt()
+        tiny = torch.finfo(g.dtype).tiny
+        scale = state["energy"].clamp_min(tiny).rsqrt()
         compensation = limited((g.shape[0] - rank) ** 0.5 * outside * scale, state, group["gamma"])
-        inside = U @ (state["m"] / (state["v"].sqrt() + group["eps"]))
+        inside = U @ (state["m"] * state["v"].clamp_min(tiny).rsqrt())
         return group["alpha"] * (inside + group["alpha_c"] * compensation)
 
 

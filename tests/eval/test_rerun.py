@@ -13,8 +13,8 @@ import psutil
 import pytest
 from suites import finish, make_run, record, write_suite
 
-from eval import methods
 from eval.methods import METHODS, Method
+from eval.methods.method import build_adamw
 from eval.rerun.__main__ import main
 from eval.rerun.dry_run import memory_estimate, plan_table
 from eval.rerun.models import base_config
@@ -283,7 +283,7 @@ def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):
 
 
 def test_a_package_that_does_not_import_is_named(monkeypatch):
-    method = Method("Broken", "adapter", methods.method.build_adamw, package="mlorc-optim", module="no_such_module")
-    monkeypatch.setattr(methods, "version", lambda package: "9.9")
+    method = Method("Broken", "adapter", build_adamw, package="mlorc-optim", module="no_such_module")
+    monkeypatch.setattr("eval.methods.method.version", lambda package: "9.9")
     assert "mlorc-optim 9.9 does not import" in method.unavailable()
     assert METHODS["lora"].unavailable() is None

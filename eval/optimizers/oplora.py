@@ -1,0 +1,96 @@
+"""OPLoRA: the full gradient step, brought back to rank r by alternating least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .pairs import damped_gram, lora_layers, lora_pairs
+
+
+LEAST_DAMPING = 1e-6  # what the authors' code adds to each Gram matrix, which is singular where B = 0 and the rate is 0
+
+
+class FullGradient:
+    """The gradient G of a LoRA layer's merged weight W + s B A, summed over backward passes until it is taken."""
+
+    def __init__(self, layer: LoraLayer):
+        self._sum: Tensor | None = None
+        layer.register_forward_hook(self._watch)
+
+    def _watch(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if layer.training and output.requires_grad:
+            inputs = args[0].detach()
+            output.register_hook(lambda gradient: self._add(inputs, gradient))
+
+    def _add(self, inputs: Tensor, gradient: Tensor) -> None:
+        gradient, inputs = (
+            x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32)) for x in (gradient, inputs)
+        )
+        found = gradient.T @ inputs
+        self._sum = found if self._sum is None else self._sum + found
+
+    def take(self) -> Tensor | None:
+        """The sum, p×q, which starts anew; None where there was no backward pass."""
+        found, self._sum = self._sum, None
+        return found
+
+
+def nearest(target: Tensor, A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """One round of alternating least squares from (A, B): A to the minimum of ‖B A − T‖² + damping ‖change of A‖², then B likewise."""
+    new_A = torch.linalg.solve(damped_gram(B.T, damping), damping * A + B.T @ target)
+    new_B = torch.linalg.solve(damped_gram(new_A, damping), damping * B.T + new_A @ target.T).T
+    return new_A, new_B
+
+
+class OPLoRA(Optimizer):
+    """OPLoRA (Almansoori et al., "Faster Than SVD, Smarter Than SGD: The OPLoRA Alternating Update", September 2025), with momentum.
+
+    A step of gradient descent with momentum on the full weight would take the adapter's B A to T = B A − (lr/s) (G + β M). OPLoRA takes it to a matrix
+    of rank r near T by one round of alternating least squares from where it is (`nearest`; LoRSum in arXiv 2602.16456). The momentum
+    β M + G is held at rank r by such rounds too. G (p×q) comes from hooks on the layers; s is the adapter's scaling. State: r (p + q) numbers,
+    and G from the backward pass to the step, which the authors hold as layers' inputs and output gradients.
+
+    Clipping by `torch.nn.utils.clip_grad_norm_` does nothing here, for it sees the gradients of A and B only.
+
+    Args:
+        model: a model with LoRA adapters of linear layers.
+        lr: learning rate, as of gradient descent on the weights.
+        momentum: β.
+        damping: δ of ``damping = lr δ`` in `nearest`, as in the authors' code.
+    """
+
+    def __init__(self, model: nn.Module, lr: float = 0.1, momentum: float = 0.9, damping: float = 1e-2):
+        layers = [layer for layer, _, _ in lora_layers(model)]
+        self.gradients = [FullGradient(layer) for layer in layers]
+        self.scalings = [scaling for layer in layers for scaling in layer.scaling.values()]
+        super().__init__(lora_pairs(model), dict(lr=lr, momentum=momentum, damping=damping))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        (group,) = self.param_groups
+        damping, beta = max(group["lr"] * group["damping"], LEAST_DAMPING), group["momentum"]
+        for watched, scaling, A, B in zip(self.gradients, self.scalings, group["params"][::2], group["params"][1::2]):
+            gradient = watched.take()
+            if gradient is None:
+                continue
+            state = self.state[A]
+            if not state:  # a start that a first gradient can be fitted from
+                generator = torch.Generator().manual_seed(0)
+                state["A"] = torch.randn(A.shape, generator=generator).to(gradient)
+                state["B"] = torch.zeros_like(B, dtype=gradient.dtype)
+            momentum = beta * state["B"] @ state["A"]
+            full = B.to(gradient) @ A.to(gradient) - group["lr"] / scaling * (gradient + momentum)
+            for factor, found in zip((A, B), nearest(full, A.to(gradient), B.to(gradient), damping)):
+                factor.copy_(found)
+            state["A"], state["B"] = nearest(momentum + gradient, state["A"], state["B"], damping)
+        return loss

@@ -1,0 +1,229 @@
+"""Float64 statements of the rival optimizers in numpy, written from their papers' equations.
+
+They share no code with the packages and classes under test. Each takes one p×q matrix: ``step(gradient, theta)`` returns the matrix after the
+step. Weight decay is 0.
+"""
+
+import copy
+
+import numpy as np
+from roundoff import TRIES, disturbed, gamma
+
+
+class Rule:
+    """Options as attributes, a step counter, and θ ← θ − lr u."""
+
+    def __init__(self, lr, **options):
+        self.t, self.lr = 0, lr
+        vars(self).update(options)
+
+    def step(self, g, theta):
+        self.t += 1
+        return theta - self.lr * self.u(g, theta)
+
+
+def moments(rule, x):
+    """Adam's m and v of one more x, kept on the rule."""
+    beta1, beta2 = rule.betas
+    rule.m = beta1 * getattr(rule, "m", 0.0) + (1 - beta1) * x
+    rule.v = beta2 * getattr(rule, "v", 0.0) + (1 - beta2) * x**2
+    return rule.m, rule.v
+
+
+def corrected(rule, m, v):
+    """m̂/(√v̂ + ε)"""
+    beta1, beta2 = rule.betas
+    return m / (1 - beta1**rule.t) / (np.sqrt(v / (1 - beta2**rule.t)) + rule.eps)
+
+
+def late(rule):
+    """What GaLore, Fira, APOLLO and Conda multiply m/(√v + ε) by, so that their ε is not corrected: √(1−β2ᵗ)/(1−β1ᵗ)."""
+    beta1, beta2 = rule.betas
+    return np.sqrt(1 - beta2**rule.t) / (1 - beta1**rule.t)
+
+
+def best_left(g, rank):
+    """The rank best left singular vectors."""
+    return np.linalg.svd(g, full_matrices=False)[0][:, :rank]
+
+
+def limit(rule, x, name="norm", growth=1.01):
+    """Fira's limiter: the norm of x grows at most by this factor a step."""
+    last, norm = vars(rule).get(name), np.linalg.norm(x)
+    if last is not None and norm > growth * last:
+        x, norm = x * (growth * last / norm), growth * last
+    vars(rule)[name] = norm
+    return x
+
+
+class Adam(Rule):
+    def u(self, g, theta):
+        return corrected(self, *moments(self, g))
+
+
+class AdamMini(Rule):
+    """arXiv 2406.16793, Algorithm 1: one v for each block of rows, the mean of its squares."""
+
+    def u(self, g, theta):
+        beta1, beta2 = self.betas
+        blocks = g.reshape(len(g) // self.rows, -1)
+        mean = np.repeat((blocks**2).mean(axis=1), self.rows)[:, None]
+        self.m = beta1 * getattr(self, "m", 0.0) + (1 - beta1) * g
+        self.v = beta2 * getattr(self, "v", 0.0) + (1 - beta2) * mean
+        return corrected(self, self.m, self.v)
+
+
+class Adafactor(Rule):
+    """arXiv 1804.04235, Algorithm 4, with decay 1 − t^(−0.8), clipping at 1 and steps relative to the matrix; ``cap``: of the rate, by 1/√t."""
+
+    def u(self, g, theta):
+        decay = 1 - self.t**-0.8
+        self.row = decay * getattr(self, "row", 0.0) + (1 - decay) * (g**2).mean(axis=1)
+        self.column = decay * getattr(self, "column", 0.0) + (1 - decay) * (g**2).mean(axis=0)
+        update = g / np.sqrt(np.outer(self.row, self.column) / self.row.mean())
+        update /= max(1.0, np.sqrt((update**2).mean()))
+        rate = min(self.lr, self.t**-0.5) if self.cap else self.lr
+        return rate / self.lr * max(1e-3, np.sqrt((theta**2).mean())) * update
+
+
+class Muon(Rule):
+    """Nesterov momentum of 0.95 and five quintic Newton–Schulz iterations; 0.2 √max(p, q) gives them AdamW's length (arXiv 2502.16982)."""
+
+    coefficients = (3.4445, -4.7750, 2.0315)
+
+    def u(self, g, theta):
+        self.m = 0.95 * getattr(self, "m", 0.0) + 0.05 * g
+        x = 0.95 * self.m + 0.05 * g
+        x = x.T if len(g) > g.shape[1] else x
+        x = x / np.linalg.norm(x)
+        a, b, c = self.coefficients
+        for _ in range(5):
+            square = x @ x.T
+            x = a * x + (b * square + c * square @ square) @ x
+        return 0.2 * np.sqrt(max(g.shape)) * (x.T if len(g) > g.shape[1] else x)
+
+
+class GaLore(Rule):
+    """arXiv 2403.03507, Algorithm 2, for p ≤ q, with one projection."""
+
+    def u(self, g, theta):
+        self.basis = getattr(self, "basis", best_left(g, self.rank))
+        m, v = moments(self, self.basis.T @ g)
+        return late(self) * self.scale * self.basis @ (m / (np.sqrt(v) + self.eps))
+
+
+class Fira(Rule):
+    """arXiv 2410.01623, Algorithm 1, for p ≤ q, with one projection, and α where the authors' package has it."""
+
+    def u(self, g, theta):
+        self.basis = getattr(self, "basis", best_left(g, self.rank))
+        inside = self.basis.T @ g
+        m, v = moments(self, inside)
+        direction = m / (np.sqrt(v) + self.eps)
+        scaling = np.linalg.norm(direction, axis=0) / np.linalg.norm(inside, axis=0)
+        outside = limit(self, (g - self.alpha * self.basis @ inside) * scaling)
+        return late(self) * (self.alpha * self.basis @ direction + outside)
+
+
+class Apollo(Rule):
+    """arXiv 2412.05270, Algorithm 1, for p ≤ q and a given projection (r×p): scales by column, or one for the matrix (Mini)."""
+
+    def u(self, g, theta):
+        small = self.projection @ g
+        m, v = moments(self, small)
+        axis = 0 if self.by_column else None
+        factor = np.linalg.norm(m / (np.sqrt(v) + self.eps), axis=axis) / np.linalg.norm(small, axis=axis)
+        return late(self) * limit(self, np.sqrt(self.scale) * g * factor)
+
+
+class Conda(Rule):
+    """arXiv 2509.24218, Algorithm 1, for p ≤ q: Adam's v in the momentum's own singular basis, made anew each ``gap`` steps."""
+
+    def u(self, g, theta):
+        beta1, beta2 = self.betas
+        self.m = beta1 * getattr(self, "m", 0.0) + (1 - beta1) * g
+        if self.t == 1 or self.t % self.gap == 0:
+            self.basis = best_left(self.m, len(g))
+        self.v = beta2 * getattr(self, "v", 0.0) + (1 - beta2) * (self.basis.T @ g) ** 2
+        return late(self) * self.scale * self.basis @ (self.basis.T @ self.m / (np.sqrt(self.v) + self.eps))
+
+
+class RACS(Rule):
+    """arXiv 2502.07752, Eq. 16 with matrices S and Q as they stand there, and Algorithm 1."""
+
+    def u(self, g, theta):
+        Q = np.eye(len(g))
+        for _ in range(5):
+            S = np.diag(np.diag(g.T @ Q @ g)) / np.linalg.norm(Q) ** 2
+            Q = np.diag(np.diag(g @ S @ g.T)) / np.linalg.norm(S) ** 2
+        self.s = 0.9 * getattr(self, "s", 0.0) + 0.1 * np.diag(S)
+        self.q = 0.9 * getattr(self, "q", 0.0) + 0.1 * np.diag(Q)
+        return 0.05 * limit(self, np.diag(self.q**-0.5) @ g @ np.diag(self.s**-0.5))
+
+
+class Alice(Rule):
+    """arXiv 2502.07752, Algorithms 3 and 4, for p ≤ q, before the first switch."""
+
+    def u(self, g, theta):
+        self.basis = getattr(self, "basis", best_left(g, self.rank))
+        sigma = self.basis.T @ g
+        self.m = 0.9 * getattr(self, "m", 0.0) + 0.1 * sigma
+        self.v = 0.9 * getattr(self, "v", 0.0) + 0.1 * sigma**2
+        energy = (g**2).sum(axis=0) - (sigma**2).sum(axis=0)
+        self.energy = 0.9 * getattr(self, "energy", 0.0) + 0.1 * energy
+        outside = np.sqrt(len(g) - self.rank) * (g - self.basis @ sigma) @ np.diag(self.energy**-0.5)
+        return 0.3 * (self.basis @ (self.m / np.sqrt(self.v)) + 0.4 * limit(self, outside))
+
+
+class SinkGD(Rule):
+    """arXiv 2502.06742, Algorithm 3, as products with diagonal matrices."""
+
+    def u(self, g, theta):
+        p, q = g.shape
+        for _ in range(5):
+            g = np.sqrt(q) * np.diag(1 / np.linalg.norm(g, axis=1)) @ g
+            g = np.sqrt(p) * g @ np.diag(1 / np.linalg.norm(g, axis=0))
+        return g
+
+
+class Scale(Rule):
+    """arXiv 2506.16659, Algorithm 1; a column of the paper's inputs × outputs is a row here, and its norm is over √q."""
+
+    def u(self, g, theta):
+        self.m = self.momentum * getattr(self, "m", 0.0) + (1 - self.momentum) * g
+        return np.sqrt(self.m.shape[1]) * self.m / np.linalg.norm(self.m, axis=1, keepdims=True)
+
+
+class MoFaSGD(Rule):
+    """arXiv 2507.08091, Algorithm 1, with dense matrices."""
+
+    def u(self, g, theta):
+        if self.t > 1:
+            left, right = self.U @ self.U.T, self.V @ self.V.T
+            g = self.beta * self.M + left @ g + g @ right - left @ g @ right
+        U, sigma, Vt = np.linalg.svd(g, full_matrices=False)
+        self.U, self.V = U[:, : self.rank], Vt[: self.rank].T
+        self.M = self.U @ np.diag(sigma[: self.rank]) @ self.V.T
+        return self.U @ self.V.T
+
+
+def room(rule, theta, grads, dtype, *, spectral=False):
+    """How far a run in arithmetic of ``dtype`` may be from a rule that has not stepped, largest entry after all steps.
+
+    By runs whose gradients are disturbed by γ of the operations that a number of a step goes through (four sums over rows and columns and
+    some twenty by entry) and whose weights are rounded. spectral: where singular vectors are computed, which are those of a
+    matrix γ of the largest singular value away.
+    """
+    size = gamma(4 * sum(theta.shape) + 20, dtype)
+    exact = copy.deepcopy(rule)
+    expected = theta
+    for g in grads:
+        expected = exact.step(g, expected)
+    found = 0.0
+    for seed in range(TRIES):
+        rng, rough, value = np.random.default_rng(seed), copy.deepcopy(rule), theta
+        for g in grads:
+            noise = np.linalg.norm(g, 2) * rng.choice((-1.0, 1.0), g.shape) if spectral else 0.0
+            value = disturbed(rough.step(disturbed(g, size, rng) + size * noise, value), gamma(4, dtype), rng)
+        found = max(found, np.abs(value - expected).max())
+    return found
