@@ -1,8 +1,9 @@
 """The methods that `python -m eval.rerun` and the pre-training recipe compare: one entry of `METHODS` each.
 
-An entry says what is trained, how the adapter is made, how the optimizer is built, and where its learning rates lie. To add
-one, write its builder and its entry in the file of its family; the runners need no change. Packages are imported inside the
-builders, so that one that is missing or broken costs its own rows only (`Method.unavailable`).
+An entry says what is trained, how the adapter is made, how the optimizer is built, and where its learning rates lie.
+To add one, write its builder and its entry in the file of its family; the runners need no change. Packages are
+imported inside the builders, so that one that is missing or broken costs its own rows only (`Method.unavailable`).
+`python -m eval.methods` prints them all.
 """
 
 from .adapters import ADAPTERS
@@ -13,4 +14,15 @@ from .weights import WEIGHTS
 
 METHODS: dict[str, Method] = {**ADAPTERS, **WEIGHTS, **LORAPRE}
 
-__all__ = ["METHODS", "Method", "adam_options", "pretraining_optimizer"]
+WITHOUT_ROW = {
+    "AdaPM (arXiv 2510.09103)": (
+        "its authors announce code and have released none, and only the abstract was at hand, which does not give the "
+        "rule of its corrected low-rank momentum"
+    ),
+    "RunLoRA (arXiv 2312.03415)": (
+        "the cheapest order of LoRA's products: the same numbers in less time, a matter for `eval.speed`"
+    ),
+}
+"""Methods that the comparisons leave out, and why."""
+
+__all__ = ["METHODS", "WITHOUT_ROW", "Method", "adam_options", "pretraining_optimizer"]

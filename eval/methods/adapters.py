@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from peft import LoraGAConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
@@ -15,6 +16,7 @@ from eval.optimizers.flatlora import perturb
 from eval.optimizers.loft import LoFTAdamW
 from eval.optimizers.oplora import OPLoRA
 from eval.optimizers.pairs import lora_layers, lora_pairs
+from eval.optimizers.riemannion import Riemannion
 from eval.optimizers.sora import ProximalAdamW, add_gates, gates
 
 from .method import Method, Options, adam_options, build_adamw, fused, trained
@@ -60,7 +62,7 @@ def _sophia(model: nn.Module, args: TrainingArguments, options: Options) -> Opti
 
     # Its own betas (0.96, 0.99): the second is of a curvature that is measured at every tenth step only.
     built = SophiaH(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
-    # The graph that it differentiates is of the last micro-batch (`SecondOrderTrainer`), one of so many shares of the loss.
+    # The graph that it differentiates is of the last micro-batch (`SecondOrderTrainer`), a share of the loss.
     built.compute_hutchinson_hessian = partial(
         SophiaH.compute_hutchinson_hessian, alpha=args.gradient_accumulation_steps
     )
@@ -100,23 +102,53 @@ def _sora(model: nn.Module, args: TrainingArguments, options: Options) -> Optimi
     return ProximalAdamW(groups, fused=fused(model), **adam_options(args))
 
 
+def _riemannion(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    return Riemannion(lora_pairs(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+
+
 LORA_ONE_GAMMA = 128  # the authors' stable_gamma
 
 
+@torch.no_grad()
 def _one_step_start(model: nn.Module) -> None:
-    """LoRA-One's start: B A is the best approximation of the negative gradient of W, with the largest singular value 1/γ.
+    """LoRA-One's start: B A is the best approximation of the negative gradient of W, its largest singular value 1/γ.
 
-    As in the authors' code (github.com/YuanheZ/LoRA-One, run_exp.py): B = U √(Σ/(γ σ_1)), A = √(Σ/(γ σ_1)) Vᵀ; W stays as it is.
+    As in the authors' code (github.com/YuanheZ/LoRA-One, run_exp.py): B = U √(Σ/(γ σ_1)), A = √(Σ/(γ σ_1)) Vᵀ; W stays
+    as it is.
     """
     for layer, A, B in lora_layers(model):
-        base = layer.get_base_layer()
         rank = len(A.weight)
-        U, sigma, V = torch.svd_lowrank(-base._peft_loraga_grad.float(), q=min(4 * rank, *base.weight.shape), niter=16)
+        U, sigma, V = _gradient_svd(layer, rank)
         root = (sigma[:rank] / (LORA_ONE_GAMMA * sigma[0])).sqrt()
-        with torch.no_grad():
-            B.weight.copy_(U[:, :rank] * root)
-            A.weight.copy_((V[:, :rank] * root).T)
-        del base._peft_loraga_grad
+        B.weight.copy_(-U[:, :rank] * root)
+        A.weight.copy_((V[:, :rank] * root).T)
+
+
+@torch.no_grad()
+def _locally_optimal_start(model: nn.Module) -> None:
+    """Riemannion's start: s B A = α U_{1..r} V_{r+1..2r}ᵀ of the gradient, taken off W.
+
+    No other tangent space holds more of the gradient. α = 0.01/√r, as the paper's default is quoted.
+    """
+    for layer, A, B in lora_layers(model):
+        rank = len(A.weight)
+        U, _, V = _gradient_svd(layer, 2 * rank)
+        (scaling,) = layer.scaling.values()
+        root = (0.01 / rank**0.5 / scaling) ** 0.5
+        B.weight.copy_(root * U[:, :rank])
+        A.weight.copy_(root * V[:, rank : 2 * rank].T)
+        layer.get_base_layer().weight -= scaling * B.weight @ A.weight
+
+
+def _gradient_svd(layer: LoraLayer, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``rank`` singular triples of the gradient that `Method.start` finds at a layer and drops."""
+    gradient = layer.get_base_layer()._peft_loraga_grad.float()
+    del layer.get_base_layer()._peft_loraga_grad
+    if rank > min(gradient.shape):
+        raise ValueError(
+            f"found a weight of shape {tuple(gradient.shape)}; expected {rank} singular values: take a smaller r"
+        )
+    return torch.svd_lowrank(gradient, q=min(2 * rank, *gradient.shape), niter=16)
 
 
 _PYTORCH_OPTIMIZER = dict(package="pytorch-optimizer", module="pytorch_optimizer")
@@ -168,8 +200,8 @@ ADAPTERS: dict[str, Method] = {
         "Shampoo",
         "adapter",
         _shampoo,
-        # The momentum as an average: the package's default, a sum, makes steps ten times AdamW's. Blocks of 128 bound the
-        # preconditioners, so that no side is too long for them.
+        # The momentum as an average: the package's default, a sum, makes steps ten times AdamW's. Blocks of 128 bound
+        # the preconditioners, so that no side is too long for them.
         {
             "block_size": 128,
             "start_preconditioning_step": 5,
@@ -203,7 +235,8 @@ ADAPTERS: dict[str, Method] = {
         _riemannian,
         {"reg": 1e-2},
         paper="Zhang and Pilanci, arXiv 2402.02347",
-        note="PEFT's factory holds the pairs outside of the optimizer's groups: under FSDP2, which replaces them, it does nothing",
+        note="PEFT's factory holds the pairs outside of the optimizer's groups: under FSDP2, which replaces them, it "
+        "does nothing",
     ),
     "lora-rite": Method(
         "LoRA-RITE",
@@ -213,8 +246,8 @@ ADAPTERS: dict[str, Method] = {
         **_PYTORCH_OPTIMIZER,
         rate_shift=-1,
         paper="Yen et al., arXiv 2410.20625",
-        note="as in the authors' code, gradients of the product are clipped to norm 1 and ones with a root mean square above 1 are dropped, "
-        "so that the loss's scale matters",
+        note="as in the authors' code, gradients of the product are clipped to norm 1 and ones with a root mean "
+        "square above 1 are dropped, so that the loss's scale matters",
     ),
     "loft": Method(
         "LoFT",
@@ -222,7 +255,19 @@ ADAPTERS: dict[str, Method] = {
         _loft,
         rate_shift=-4,
         paper="Tastan et al., arXiv 2505.21289",
-        note="the second moment follows the moving factor as the first does; the authors' code exchanges R and Rᵀ there",
+        note="the second moment follows the moving factor as the first does; the authors' code exchanges R and Rᵀ "
+        "there",
+    ),
+    "riemannion": Method(
+        "Riemannion",
+        "adapter",
+        _riemannion,
+        {"beta": 0.9},
+        start=_locally_optimal_start,
+        rate_shift=3,
+        paper="Bogachev et al., arXiv 2507.12142",
+        note="Muon on the manifold of rank r, from implementations that quote the paper; the authors' code is of an "
+        "earlier variant",
     ),
     "oplora": Method(
         "OPLoRA",
@@ -231,7 +276,8 @@ ADAPTERS: dict[str, Method] = {
         {"momentum": 0.9, "damping": 1e-2},
         rate_shift=6,
         paper="Almansoori et al., September 2025; LoRSum in arXiv 2602.16456",
-        note="follows gradient descent with momentum, not Adam. Clipping by the norm of A's and B's gradients does not reach it",
+        note="follows gradient descent with momentum, not Adam. Clipping by the norm of A's and B's gradients does "
+        "not reach it",
     ),
     # Other ways to train or to shape the adapter.
     "lora-one": Method(
@@ -254,6 +300,7 @@ ADAPTERS: dict[str, Method] = {
         {"threshold": 3e-4},
         adapt=add_gates,
         paper="Ding et al., arXiv 2311.11696",
-        note="the proximal step alone; the authors' runs add the L1 norm of the gates to the loss, with a weight for each task",
+        note="the proximal step alone; the authors' runs add the L1 norm of the gates to the loss, with a weight for "
+        "each task",
     ),
 }

@@ -25,18 +25,19 @@ Build = Callable[[nn.Module, TrainingArguments, Options], Optimizer]
 class Method:
     """One row of a table.
 
-    title: as the table names it. trains: ``"adapter"`` or ``"weights"`` (of attention and MLP).
-    build: makes the optimizer of the model's trainable parameters from the prepared model, the trainer's arguments and the
-    options. options: what a suite may set, with defaults. lora: fields of the adapter's configuration. config: its class, and
-    config_options the options that are fields of it. adapt: changes the model after the adapter is in it. start: sets the
-    adapter's weights, with the gradients of the base weights at hand (``_peft_loraga_grad`` of each base layer). package,
-    module: what the method is installed and imported as, where it is none of this project's own requirements. rate_shift: how
-    many places its learning rates lie above AdamW's of the same kind, on the series 1, 2, 5, 10, … second_order: the
-    optimizer differentiates the gradients once more.
+    title: as the table names it. trains: ``"adapter"`` or ``"weights"`` (of attention and MLP). build: makes the
+    optimizer of the model's trainable parameters from the prepared model, the trainer's arguments and the options.
+    options: what a suite may set, with defaults. lora: fields of the adapter's configuration. config: its class, and
+    config_options the options that are fields of it. adapt: changes the model after the adapter is in it. start: sets
+    the adapter's weights, with the gradients of the base weights at hand (``_peft_loraga_grad`` of each base layer).
+    package, module: what the method is installed and imported as, where it is none of this project's own requirements.
+    rate_shift: how many places its learning rates lie above AdamW's of the same kind, on the series 1, 2, 5, 10, …
+    second_order: the optimizer differentiates the gradients once more.
 
-    paper: where the method was published. state: bytes of optimizer state that a float32 matrix of p rows and q columns takes, as
-    an expression in p, q and the options; empty for adapters. others: how the authors train embeddings, head and norms
-    beside these matrices; None says by AdamW at the same learning rate. note: what a reader of its figures must know.
+    paper: where the method was published. state: bytes of optimizer state that a float32 matrix of p rows and q
+    columns takes, as an expression in p, q and the options; empty for adapters. others: how the authors train
+    embeddings, head and norms beside these matrices; None says by AdamW at the same learning rate. note: what a reader
+    of its figures must know.
     """
 
     title: str
@@ -58,11 +59,12 @@ class Method:
     note: str = ""
 
     def merged(self, options: Options) -> dict[str, Any]:
-        """The options with the defaults of those not given. Raises ValueError for one that the method does not have."""
+        """The options with the defaults of those not given. Raises ValueError for one that the method lacks."""
         unknown = set(options) - set(self.options)
         if unknown:
             raise ValueError(
-                f"{self.title} has no option {', '.join(sorted(unknown))}; expected: {', '.join(self.options) or 'none'}"
+                f"{self.title} has no option {', '.join(sorted(unknown))}; "
+                f"expected: {', '.join(self.options) or 'none'}"
             )
         return {**self.options, **options}
 
@@ -87,7 +89,7 @@ class Method:
         return None
 
     def adapter_config(self, rank: int, options: Options, model: nn.Module | None = None) -> LoraConfig | None:
-        """The adapter of all linear layers, alpha = 2r, no dropout; by module names if the model is given. None for weights."""
+        """The adapter of all linear layers (named if the model is given), alpha = 2r, no dropout. None for weights."""
         if self.trains == "weights":
             return None
         targets = "all-linear" if model is None else linear_names(model)
@@ -99,8 +101,8 @@ class Method:
     ) -> nn.Module:
         """The model as it is trained (`attach`), its adapter at the start that the method prescribes.
 
-        accumulate_gradients: runs forward and backward passes of the given model on training batches, for starts that need
-        gradients.
+        accumulate_gradients: runs forward and backward passes of the given model on training batches, for starts that
+        need gradients.
         """
         config = self.adapter_config(rank, options, model)
         if config is not None and config.init_lora_weights == "lora_ga":

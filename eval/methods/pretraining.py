@@ -32,8 +32,8 @@ def pretraining_optimizer(
         model: a plain model, before it is wrapped.
         args: the trainer's arguments: learning rate, Adam's hyperparameters and weight decay.
         options: the method's, as `Method.merged` completes them.
-        others_lr: the learning rate of embeddings, head and norms, by AdamW without weight decay: the same in every row of a
-            comparison of what happens to the matrices alone. None: the authors' own way (`Method.others`), at
+        others_lr: the learning rate of embeddings, head and norms, by AdamW without weight decay: the same in every
+            row of a comparison of what happens to the matrices alone. None: the authors' own way (`Method.others`), at
             ``args.learning_rate``.
 
     Raises:

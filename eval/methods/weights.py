@@ -73,7 +73,7 @@ def _projected(
 
 
 def _compact_projections(optimizer: Optimizer, *_: Any) -> None:
-    """Of float32 gradients GaLore and Fira keep a view of all singular vectors as the projection; what it shows is enough."""
+    """Copy projections out: of float32 gradients GaLore and Fira keep a view of all singular vectors."""
     for state in optimizer.state.values():
         projection = getattr(state.get("projector"), "ortho_matrix", None)
         if projection is not None and projection.untyped_storage().nbytes() > projection.nbytes:
@@ -117,7 +117,7 @@ def _mlorc(model: nn.Module, args: TrainingArguments, options: Options) -> Optim
 
 
 def _own(cls: Callable[..., Optimizer]) -> Build:
-    """A builder of one of this project's own classes, which take parameters, rate, weight decay and the method's options."""
+    """A builder of one of this project's classes, which take parameters, rate, weight decay and options."""
 
     def build(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
         return cls(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
@@ -126,7 +126,7 @@ def _own(cls: Callable[..., Optimizer]) -> Build:
 
 
 def _scale_others(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
-    """SCALE's own way: momentum in the head alone, embeddings normalised over the tokens, norms by AdamW; one learning rate."""
+    """SCALE's own way, at one rate: momentum in the head, embeddings normalised over the tokens, norms by AdamW."""
     heads = {param for head in output_heads(model) for param in head.parameters()}
     embedded = embedding_parameters(model) - heads
     head, embedding, rest = [], [], []
@@ -191,7 +191,7 @@ WEIGHTS: dict[str, Method] = {
         paper="Zhang et al., arXiv 2406.16793",
         state="4*(p*q + p)",
         others=_adam_mini,
-        note="one second moment for each row, and in queries and keys for each head, which takes less state than stated",
+        note="one second moment for each row, and in queries and keys for each head, which takes less than stated",
     ),
     "adafactor": Method(
         "Adafactor",
@@ -211,9 +211,9 @@ WEIGHTS: dict[str, Method] = {
         paper="Lv et al., arXiv 2310.10195",
         state="4*(p + q + 1)",
         others=_adalomo,
-        note="transformers' Adafactor with the options that make it AdaLomo's rule, which is Adafactor's without the cap of the rate. The "
-        "authors' package updates within the backward pass, where gradients cannot be accumulated or clipped by their "
-        "common norm; that concerns memory, not the rule",
+        note="transformers' Adafactor with the options that make it AdaLomo's rule, which is Adafactor's without the "
+        "cap of the rate. The authors' package updates within the backward pass, where gradients cannot be "
+        "accumulated or clipped by their common norm; that concerns memory, not the rule",
     ),
     # Low-rank state.
     "galore": Method(
@@ -237,7 +237,7 @@ WEIGHTS: dict[str, Method] = {
         rate_shift=2,
         paper="Chen et al., arXiv 2410.01623",
         state=_PROJECTED_STATE,
-        note="the authors' package takes G − α P Pᵀ G for what is outside the subspace, where the paper has G − P Pᵀ G",
+        note="outside the subspace the authors' package has G − α P Pᵀ G, where the paper has G − P Pᵀ G",
     ),
     "apollo": Method(
         "APOLLO",
@@ -282,8 +282,8 @@ WEIGHTS: dict[str, Method] = {
         rate_shift=4,
         paper="Gong et al., arXiv 2502.07752",
         state="4*(rank*(min(p, q) + rank + 2*max(p, q)) + max(p, q) + 1)",
-        note="the share of leading directions is that of the paper's 60M run, 40 of 128. pytorch-optimizer's Alice takes the rows for the "
-        "smaller side, and starts from the axes instead of the gradient's directions",
+        note="the share of leading directions is that of the paper's 60M run, 40 of 128. pytorch-optimizer's Alice "
+        "takes the rows for the smaller side, and starts from the axes instead of the gradient's directions",
     ),
     "mofasgd": Method(
         "MoFaSGD",
@@ -293,7 +293,8 @@ WEIGHTS: dict[str, Method] = {
         rate_shift=4,
         paper="Mahdavinia and Mahdavi, arXiv 2507.08091",
         state="4*rank*(p + q + 1)",
-        note="the paper's algorithm; the authors' code starts from the weight's SVD and divides by clipped singular values",
+        note="the paper's algorithm; the authors' code starts from the weight's SVD and divides by clipped singular "
+        "values",
     ),
     # A vector or nothing.
     "racs": Method(
@@ -303,7 +304,8 @@ WEIGHTS: dict[str, Method] = {
         rate_shift=4,
         paper="Gong et al., arXiv 2502.07752",
         state="4*(p + q + 1)",
-        note="pytorch-optimizer's RACS takes means of squares for the fixed point of Eq. 16, so that its steps grow as gradients shrink",
+        note="pytorch-optimizer's RACS takes means of squares for the fixed point of Eq. 16, so that its steps grow "
+        "as gradients shrink",
     ),
     "sinkgd": Method(
         "SinkGD", "weights", _own(SinkGD), {"iterations": 5}, paper="Scetbon et al., arXiv 2502.06742", state="0"

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 class ChainedOptimizer(Optimizer):
     """Optimizers of disjoint parameters as one: its step is a step of each, in order.
 
-    ``param_groups`` are the parts' own, so that a learning-rate scheduler reaches them. The state is in the parts (``optimizers``);
-    `state_dict` joins theirs, parameters counted through, and `load_state_dict` hands each its own.
+    ``param_groups`` are the parts' own, so that a learning-rate scheduler reaches them. The state is in the parts
+    (``optimizers``); `state_dict` joins theirs, parameters counted through, and `load_state_dict` hands each its own.
     Raises ValueError if two parts have a parameter in common.
     """
 

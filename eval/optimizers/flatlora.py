@@ -16,10 +16,11 @@ from .pairs import lora_layers
 class FilterNoise:
     """Noise on the base weight of a LoRA layer from the first forward pass in training to the optimizer's step.
 
-    Flat-LoRA (Li et al., "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", arXiv 2409.14396): row i of the merged weight
-    M = W + s B A (p×q) is disturbed by N(0, σ_i²) with σ_i = ρ_t ‖M_i‖/√q, where ρ_t rises from 0 to ρ as ρ (1 − cos(π t/T))/2.
-    One noise serves all backward passes of a step. The weight itself is kept aside, so that it is the same afterwards bit for bit; the
-    authors make the noise twice from a seed instead, which saves the copy and rounds the weight.
+    Flat-LoRA (Li et al., "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", arXiv 2409.14396): row i of the
+    merged weight M = W + s B A (p×q) is disturbed by N(0, σ_i²) with σ_i = ρ_t ‖M_i‖/√q, and ρ_t rises from 0 to ρ as
+    ρ (1 − cos(π t/T))/2.
+    One noise serves all backward passes of a step. The weight itself is kept aside, so that it is the same afterwards
+    bit for bit; the authors make the noise twice from a seed instead, which saves the copy and rounds the weight.
 
     Args:
         layer: a LoRA layer of a linear layer.
@@ -53,7 +54,7 @@ class FilterNoise:
 
 
 def perturb(model: nn.Module, optimizer: Optimizer, rho: float, steps: int) -> Optimizer:
-    """The optimizer, with `FilterNoise` on every LoRA layer of the model that is taken away before each of its steps."""
+    """The optimizer, with `FilterNoise` on every LoRA layer of the model, taken away before each of its steps."""
     for layer, _, _ in lora_layers(model):
         optimizer.register_step_pre_hook(FilterNoise(layer, rho, steps).remove)
     return optimizer

@@ -20,7 +20,8 @@ class LoFTAdamW(PairOptimizer):
         m ← β1 m + (1−β1) g̃,  P_i ← β2 P_i + (1−β2) g̃_i g̃_iᵀ       P_i: r×r for each row i of B
         u = m̂ A / (√v̂ + ε),  v_ij = A_jᵀ P_i A_j     Adam's update of the product
         B ← B − lr u Aᵀ C
-    Both factors' moments move at each step; the factors themselves are updated in turns, B first. State: (p + q) r (r + 2) numbers.
+    Both factors' moments move at each step; the factors themselves are updated in turns, B first. State:
+    (p + q) r (r + 2) numbers.
 
     The authors' code recalibrates the second moment with R and Rᵀ exchanged; this class follows from m ← m R.
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 class MatrixOptimizer(Optimizer, ABC):
     """An optimizer whose update of a matrix depends on that matrix's gradients alone: θ ← θ − lr (u + λ θ).
 
-    A subclass says what u is. Arithmetic and state are float32, and float64 for float64 parameters. Every group needs the
-    options ``lr`` and ``weight_decay`` λ. Raises ValueError for a parameter that is not a matrix.
+    A subclass says what u is. Arithmetic and state are float32, and float64 for float64 parameters. Every group needs
+    the options ``lr`` and ``weight_decay`` λ. Raises ValueError for a parameter that is not a matrix.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -23,8 +23,8 @@ class MatrixOptimizer(Optimizer, ABC):
         for param in self.param_groups[-1]["params"]:
             if param.ndim != 2:
                 raise ValueError(
-                    f"{type(self).__name__} got a parameter of shape {tuple(param.shape)}; expected matrices: give norms and biases to "
-                    "torch.optim.AdamW, and join the two by ChainedOptimizer"
+                    f"{type(self).__name__} got a parameter of shape {tuple(param.shape)}; expected matrices: give "
+                    "norms and biases to torch.optim.AdamW, and join the two by ChainedOptimizer"
                 )
 
     @torch.no_grad()
@@ -47,7 +47,7 @@ class MatrixOptimizer(Optimizer, ABC):
         """The matrix u of one step, p×q as the gradient, which it must not change. ``state`` starts empty."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer` does, but tensors keep the dtype that they were saved in instead of taking the parameter's."""
+        """As `torch.optim.Optimizer` does, but tensors keep the dtype that they were saved in, not the parameter's."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for param, key in zip(group["params"], saved["params"]):

@@ -1,8 +1,8 @@
 """MLorc's optimizer from its published package, with two mends of 0.1.8.
 
-It cannot be imported: it says `..utilX` where its files are `util/X.py`. And it reshapes every matrix to the sides nearest to its
-square root, by the number of entries alone, which tears rows apart (576×1536 becomes 1024×864); the paper (arXiv 2506.01897)
-compresses matrices as they are, and the package's own text speaks of one-dimensional vectors.
+It cannot be imported: it says `..utilX` where its files are `util/X.py`. And it reshapes every matrix to the sides
+nearest to its square root, by the number of entries alone, which tears rows apart (576×1536 becomes 1024×864); the
+paper (arXiv 2506.01897) compresses matrices as they are, and the package's own text speaks of one-dimensional vectors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _near_square = _module._get_effective_shape
 
 
 class MLorcAdamW(_module.MLorc_AdamW):
-    """`MLorc_AdamW` that leaves matrices their shape; tensors of more than two dimensions are flattened to (first, rest)."""
+    """`MLorc_AdamW` that leaves matrices their shape; tensors of more dimensions are flattened to (first, rest)."""
 
     def step_parameter(self, p: Tensor, group: dict[str, Any], i: int | None = None) -> None:
         _module._get_effective_shape = _near_square if p.ndim < 2 else lambda numel: (p.shape[0], numel // p.shape[0])

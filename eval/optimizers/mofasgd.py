@@ -14,13 +14,13 @@ from .matrix import MatrixOptimizer
 class MoFaSGD(MatrixOptimizer):
     """Momentum factorised SGD (Mahdavinia and Mahdavi, arXiv 2507.08091, Algorithm 1).
 
-    The momentum M = U diag(σ) Vᵀ of rank r starts as the best approximation of the first gradient. At each later step the gradient
-    is projected onto the tangent space of the rank-r matrices at M, ĝ = U Uᵀ g + g V Vᵀ − U Uᵀ g V Vᵀ, and M becomes the best
-    rank-r approximation of β M + ĝ, found from two QR factorisations and an SVD of 2r×2r numbers. The update is u = U Vᵀ, whose singular
-    values are 1. State: r (p + q + 1) numbers.
+    The momentum M = U diag(σ) Vᵀ of rank r starts as the best approximation of the first gradient. Later gradients are
+    projected onto the tangent space of the rank-r matrices at M, ĝ = U Uᵀ g + g V Vᵀ − U Uᵀ g V Vᵀ, and M becomes
+    the best rank-r approximation of β M + ĝ, found from two QR factorisations and an SVD of 2r×2r numbers. The update
+    is u = U Vᵀ, whose singular values are 1. State: r (p + q + 1) numbers.
 
-    The authors' code differs from their paper: it starts from the SVD of the weight, divides by clipped singular values instead of
-    replacing them by 1, and can add the gradient outside both subspaces; this class is the paper's algorithm.
+    The authors' code starts from the SVD of the weight instead, and divides by clipped singular values where the
+    paper's update has 1.
 
     Args:
         params: matrices, or groups of them.

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from .pairs import damped_gram, lora_layers, lora_pairs
 
-
-LEAST_DAMPING = 1e-6  # what the authors' code adds to each Gram matrix, which is singular where B = 0 and the rate is 0
+LEAST_DAMPING = 1e-6  # what the authors' code adds to each Gram matrix, which is singular where B = 0
 
 
 class FullGradient:
@@ -42,19 +41,20 @@ class FullGradient:
 
 
 def nearest(target: Tensor, A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """One round of alternating least squares from (A, B): A to the minimum of ‖B A − T‖² + damping ‖change of A‖², then B likewise."""
+    """One round of alternating least squares: A to the least ‖B A − T‖² + damping ‖its change‖², then B likewise."""
     new_A = torch.linalg.solve(damped_gram(B.T, damping), damping * A + B.T @ target)
     new_B = torch.linalg.solve(damped_gram(new_A, damping), damping * B.T + new_A @ target.T).T
     return new_A, new_B
 
 
 class OPLoRA(Optimizer):
-    """OPLoRA (Almansoori et al., "Faster Than SVD, Smarter Than SGD: The OPLoRA Alternating Update", September 2025), with momentum.
+    """OPLoRA with momentum (Almansoori et al., "Faster Than SVD, Smarter Than SGD", September 2025).
 
-    A step of gradient descent with momentum on the full weight would take the adapter's B A to T = B A − (lr/s) (G + β M). OPLoRA takes it to a matrix
-    of rank r near T by one round of alternating least squares from where it is (`nearest`; LoRSum in arXiv 2602.16456). The momentum
-    β M + G is held at rank r by such rounds too. G (p×q) comes from hooks on the layers; s is the adapter's scaling. State: r (p + q) numbers,
-    and G from the backward pass to the step, which the authors hold as layers' inputs and output gradients.
+    A step of gradient descent with momentum on the full weight would take the adapter's B A to T = B A − (lr/s) (G + β
+    M). OPLoRA takes it to a matrix of rank r near T by one round of alternating least squares from where it is
+    (`nearest`; LoRSum in arXiv 2602.16456). The momentum β M + G is held at rank r by such rounds too. G (p×q) comes
+    from hooks on the layers; s is the adapter's scaling. State: r (p + q) numbers, and G from the backward pass to the
+    step, which the authors hold as layers' inputs and output gradients.
 
     Clipping by `torch.nn.utils.clip_grad_norm_` does nothing here, for it sees the gradients of A and B only.
 

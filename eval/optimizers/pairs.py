@@ -39,8 +39,8 @@ class PairOptimizer(Optimizer, ABC):
             len(A) != 2 or len(B) != 2 or A[0] != B[1] for A, B in zip(shapes[::2], shapes[1::2])
         ):
             raise ValueError(
-                f"{type(self).__name__} got parameters of shapes {shapes[:4]}…; expected LoRA's A (r×q) and B (p×r) in turns, as "
-                "lora_pairs(model) has them"
+                f"{type(self).__name__} got parameters of shapes {shapes[:4]}…; expected LoRA's A (r×q) and B (p×r) "
+                "in turns, as lora_pairs(model) has them"
             )
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""RACS and Alice, both from a structured approximation of the Fisher matrix (Gong, Scetbon, Ma and Meeds, arXiv 2502.07752)."""
+"""RACS and Alice, from structured approximations of the Fisher matrix (Gong et al., arXiv 2502.07752)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .matrix import MatrixOptimizer
 
 
 def limited(update: Tensor, state: dict[str, Any], growth: float) -> Tensor:
-    """The update, shortened so that its norm is at most ``growth`` times the last one's (Fira's limiter; γ in Algorithms 1 and 3).
+    """The update, shortened so that its norm grows by ``growth`` a step at most (Fira's limiter, the papers' γ).
 
     ``state["norm"]`` holds the norm that was let through last.
     """
@@ -29,11 +29,11 @@ def limited(update: Tensor, state: dict[str, Any], growth: float) -> Tensor:
 class RACS(MatrixOptimizer):
     """Row and column scaled SGD (arXiv 2502.07752, Algorithm 1).
 
-    The scales of rows and columns are the fixed point of Eq. 16 for one gradient, found by ``iterations`` rounds from q = 1,
+    The scales of rows and columns are the fixed point of Eq. 16 for one gradient, by ``iterations`` rounds from q = 1:
         s = (g∘g)ᵀ q / ‖q‖²,   q = (g∘g) s / ‖s‖²,
-    each averaged over the steps with β from zero, and u = α Diag(q)^(-1/2) g Diag(s)^(-1/2) with its growth limited by γ.
-    State: p + q + 1 numbers. (pytorch-optimizer 4.1.0 takes the means of g∘g over rows and over columns instead, whose product is not
-    an estimate of g∘g, so that its steps grow as gradients shrink.)
+    each averaged over the steps with β from zero, and u = α Diag(q)^(-1/2) g Diag(s)^(-1/2), its growth limited by γ.
+    State: p + q + 1 numbers. (pytorch-optimizer 4.1.0 takes the means of g∘g over rows and over columns instead. Their
+    product is of the order of g⁴, so that its steps grow as gradients shrink.)
 
     Args:
         params: matrices, or groups of them.
@@ -75,16 +75,17 @@ class RACS(MatrixOptimizer):
 class Alice(MatrixOptimizer):
     """Adaptive low-dimensional subspace estimation (arXiv 2502.07752, Algorithms 2 to 4).
 
-    With g of p ≤ q (transposed otherwise), at the first and every ``gap``-th step the subspace U (p×r) is switched: one step of
-    subspace iteration on Q = β3 U Q̃ Uᵀ + (1−β3) g gᵀ, of which the ``leading`` best directions are kept, and the other r − ``leading``
-    are drawn from the directions outside it. Then, with σ = Uᵀ g,
+    For g with p ≤ q (others are transposed). At every ``gap``-th step the subspace U (p×r) is switched: one step of
+    subspace iteration on Q = β3 U Q̃ Uᵀ + (1−β3) g gᵀ, of which the ``leading`` best directions are kept, while the
+    other r − ``leading`` are drawn from the directions outside it. Then, with σ = Uᵀ g,
         Q̃ ← β3 Q̃ + (1−β3) σ σᵀ,   m ← β1 m + (1−β1) σ,   v ← β2 v + (1−β2) σ∘σ,
         e ← β1 e + (1−β1) (column sums of g∘g − those of σ∘σ),
         u = α (U m/√v + α_c √(p−r) (g − U σ) Diag(e)^(-1/2)), the second term's growth limited by γ.
     State: p r + r² + 2 r q + q + 1 numbers.
 
-    This project's choices, where the paper leaves one open: the first U is the r leading eigenvectors of g gᵀ, since one step of subspace iteration
-    from U = 0 is not defined; the directions are drawn by a generator seeded by the step, so that all processes draw the same.
+    This project's choices, where the paper leaves one open: the first U is the r leading eigenvectors of g gᵀ, since
+    one step of subspace iteration from U = 0 is not defined; the directions are drawn by a generator that is seeded by
+    the step, so that all processes draw the same. As published, m and v are not turned with the subspace.
 
     Args:
         params: matrices, or groups of them.

@@ -12,20 +12,19 @@ from .matrix import MatrixOptimizer
 
 
 class Scale(MatrixOptimizer):
-    """SCALE (Glentis, Li, Han and Hong, "A Minimalist Optimizer Design for LLM Pretraining", arXiv 2506.16659, Algorithm 1).
+    """SCALE (Glentis, Li, Han and Hong, "A Minimalist Optimizer Design for LLM Pretraining", arXiv 2506.16659).
 
-    u = x / rms(x), where x is the gradient, or its average m ← β m + (1−β) g with ``momentum`` β > 0, which the authors use for
-    the output head alone; rms is the root of the mean square over the entries that feed one output. A matrix has no state
-    without momentum, and p q numbers with it.
-
-    The paper divides by the norm; the authors' code by the root mean square, which is the norm over √(number of entries), and
-    their rates (1e-3 for 60M to 350M parameters) belong to that. So does this class.
+    Algorithm 1: u = x / rms(x), where x is the gradient, or its average m ← β m + (1−β) g with ``momentum`` β > 0,
+    which the authors use for the output head alone; rms is the root of the mean square over the entries that feed one
+    output, so that their norm in u is √(their number), as in the authors' code, to which their rates (1e-3 for 60M to
+    350M parameters) belong. A matrix has no state without momentum, and p q numbers with it.
 
     Args:
         params: matrices, or groups of them.
         lr: learning rate.
         momentum: β in [0, 1).
-        dim: the dimension of the inputs: 1 for a linear layer's weight (outputs × inputs), 0 for an embedding's (tokens × width).
+        dim: the dimension of the inputs: 1 for a linear layer's weight (outputs × inputs), 0 for an embedding's
+            (tokens × width).
         weight_decay: decoupled λ.
     """
 

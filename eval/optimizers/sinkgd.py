@@ -12,11 +12,11 @@ from .matrix import MatrixOptimizer
 
 
 class SinkGD(MatrixOptimizer):
-    """SinkGD (Scetbon, Ma, Gong and Meeds, "Gradient Multi-Normalization for Stateless and Scalable LLM Training", arXiv 2502.06742).
+    """SinkGD (Scetbon, Ma, Gong and Meeds, "Gradient Multi-Normalization …", arXiv 2502.06742, Algorithms 3 and 4).
 
-    u is the gradient after ``iterations`` rounds of Algorithm 3: every row scaled to the norm √q, then every column to √p. It has no
-    state. A row or column of zeros stays zero. The root mean square of u is 1. (The paper multiplies the rate of these
-    matrices by 0.05, for it shares one rate with Adam's parameters; here the rate is the matrices' own.)
+    u is the gradient after ``iterations`` rounds of Algorithm 3: every row scaled to the norm √q, then every column to
+    √p. It has no state. A row or column of zeros stays zero. The root mean square of u is 1. (The paper multiplies the
+    rate of these matrices by 0.05, for it shares one rate with Adam's parameters; here the rate is the matrices' own.)
 
     Args:
         params: matrices, or groups of them.

@@ -38,11 +38,12 @@ def gates(model: nn.Module) -> list[Tensor]:
 
 
 class ProximalAdamW(torch.optim.AdamW):
-    """AdamW followed by the proximal step of an L1 norm: groups with a ``threshold`` ξ move ξ towards zero and stop there.
+    """AdamW, then the proximal step of an L1 norm: groups with a ``threshold`` ξ move ξ towards zero and stop there.
 
-    The sparsifying optimizer of SoRA (Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696), for its gates;
-    the weight of a rank whose gate is zero has no gradient, and stays pruned as long as Adam's step of the gate is below ξ. The authors' runs
-    add the L1 norm to the loss besides, with a weight that differs by task; this row has the proximal step alone.
+    The sparsifying optimizer of SoRA (Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv
+    2311.11696), for its gates; the weight of a rank whose gate is zero has no gradient, and stays pruned as long as
+    Adam's step of the gate is below ξ. The authors' runs add the L1 norm to the loss besides, with a weight that
+    differs by task; this row has the proximal step alone.
     """
 
     @torch.no_grad()

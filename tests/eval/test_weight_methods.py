@@ -1,4 +1,4 @@
-"""Every rival that trains weights takes the steps that its paper's equations say, and holds the state that its row claims."""
+"""Every rival that trains weights takes the steps that its paper's equations say, and holds the state it claims."""
 
 import itertools
 import math
@@ -138,9 +138,9 @@ def test_apollo_scales_the_gradient_by_what_adam_does_to_its_projection(name, ra
 def test_muon_is_five_quintic_iterations_of_the_nesterov_momentum(tmp_path):
     """torch computes them in bfloat16.
 
-    A product of an iteration is off by bfloat16's unit, which the polynomial's cancellation of a = 3.4 against b and c amplifies to (|a|+|b|+|c|)
-    of the result, at least |a+b+c|; what an iteration receives it passes on about as it is, for the polynomial's relative slope
-    σp'(σ)/p(σ) is 1 for small σ and about −1 at σ = 1.
+    A product of an iteration is off by bfloat16's unit, which the polynomial's cancellation of a = 3.4 against b and c
+    amplifies to (|a|+|b|+|c|) of the result, at least |a+b+c|; what an iteration receives it passes on about as it is,
+    for the polynomial's relative slope σp'(σ)/p(σ) is 1 for small σ and about −1 at σ = 1.
     """
     rng = np.random.default_rng(0)
     theta = rng.standard_normal((16, 24))

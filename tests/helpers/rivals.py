@@ -1,7 +1,7 @@
 """Float64 statements of the rival optimizers in numpy, written from their papers' equations.
 
-They share no code with the packages and classes under test. Each takes one p×q matrix: ``step(gradient, theta)`` returns the matrix after the
-step. Weight decay is 0.
+They share no code with the packages and classes under test. Each takes one p×q matrix: ``step(gradient, theta)``
+returns the matrix after the step. Weight decay is 0.
 """
 
 import copy
@@ -37,7 +37,7 @@ def corrected(rule, m, v):
 
 
 def late(rule):
-    """What GaLore, Fira, APOLLO and Conda multiply m/(√v + ε) by, so that their ε is not corrected: √(1−β2ᵗ)/(1−β1ᵗ)."""
+    """√(1−β2ᵗ)/(1−β1ᵗ), by which GaLore, Fira, APOLLO and Conda multiply m/(√v + ε), so that ε is not corrected."""
     beta1, beta2 = rule.betas
     return np.sqrt(1 - beta2**rule.t) / (1 - beta1**rule.t)
 
@@ -74,7 +74,10 @@ class AdamMini(Rule):
 
 
 class Adafactor(Rule):
-    """arXiv 1804.04235, Algorithm 4, with decay 1 − t^(−0.8), clipping at 1 and steps relative to the matrix; ``cap``: of the rate, by 1/√t."""
+    """arXiv 1804.04235, Algorithm 4: decay 1 − t^(−0.8), clipping at 1, steps relative to the matrix.
+
+    cap: of the rate, by 1/√t.
+    """
 
     def u(self, g, theta):
         decay = 1 - self.t**-0.8
@@ -87,7 +90,7 @@ class Adafactor(Rule):
 
 
 class Muon(Rule):
-    """Nesterov momentum of 0.95 and five quintic Newton–Schulz iterations; 0.2 √max(p, q) gives them AdamW's length (arXiv 2502.16982)."""
+    """Nesterov momentum of 0.95, five quintic Newton–Schulz iterations, and 0.2 √max(p, q) (arXiv 2502.16982)."""
 
     coefficients = (3.4445, -4.7750, 2.0315)
 
@@ -126,7 +129,7 @@ class Fira(Rule):
 
 
 class Apollo(Rule):
-    """arXiv 2412.05270, Algorithm 1, for p ≤ q and a given projection (r×p): scales by column, or one for the matrix (Mini)."""
+    """arXiv 2412.05270, Algorithm 1, for p ≤ q and a given projection (r×p): a scale by column, or one (Mini)."""
 
     def u(self, g, theta):
         small = self.projection @ g
@@ -137,7 +140,7 @@ class Apollo(Rule):
 
 
 class Conda(Rule):
-    """arXiv 2509.24218, Algorithm 1, for p ≤ q: Adam's v in the momentum's own singular basis, made anew each ``gap`` steps."""
+    """arXiv 2509.24218, Algorithm 1, for p ≤ q: Adam's v in the momentum's singular basis, anew each ``gap`` steps."""
 
     def u(self, g, theta):
         beta1, beta2 = self.betas
@@ -187,7 +190,7 @@ class SinkGD(Rule):
 
 
 class Scale(Rule):
-    """arXiv 2506.16659, Algorithm 1; a column of the paper's inputs × outputs is a row here, and its norm is over √q."""
+    """arXiv 2506.16659, Algorithm 1; a column of the paper's inputs × outputs is a row here; its norm is over √q."""
 
     def u(self, g, theta):
         self.m = self.momentum * getattr(self, "m", 0.0) + (1 - self.momentum) * g
@@ -210,9 +213,9 @@ class MoFaSGD(Rule):
 def room(rule, theta, grads, dtype, *, spectral=False):
     """How far a run in arithmetic of ``dtype`` may be from a rule that has not stepped, largest entry after all steps.
 
-    By runs whose gradients are disturbed by γ of the operations that a number of a step goes through (four sums over rows and columns and
-    some twenty by entry) and whose weights are rounded. spectral: where singular vectors are computed, which are those of a
-    matrix γ of the largest singular value away.
+    By runs whose gradients are disturbed by γ of the operations that a number of a step goes through (four sums over
+    rows and columns and some twenty by entry) and whose weights are rounded. spectral: where singular vectors are
+    computed, which are those of a matrix γ of the largest singular value away.
     """
     size = gamma(4 * sum(theta.shape) + 20, dtype)
     exact = copy.deepcopy(rule)

@@ -1,0 +1,28 @@
+"""`python -m eval.methods`: the methods of the comparisons as Markdown tables."""
+
+from . import METHODS, WITHOUT_ROW
+
+
+def tables() -> str:
+    """One table for adapters and one for weights, then what has no row."""
+    lines = []
+    for trains in ("adapter", "weights"):
+        lines += [f"## Methods that train {'an adapter' if trains == 'adapter' else 'weights'}", ""]
+        state = " bytes of state of a float32 p×q matrix |" if trains == "weights" else ""
+        lines += [
+            f"| name | method | published in | package |{state} note |",
+            f"|---|---|---|---|{'---|' if state else ''}---|",
+        ]
+        for name, method in METHODS.items():
+            if method.trains == trains:
+                held = f" `{method.state}` |" if state else ""
+                lines.append(
+                    f"| `{name}` | {method.title} | {method.paper} | {method.package or ''} |{held} {method.note} |"
+                )
+        lines.append("")
+    lines += ["## Methods without a row", "", *(f"* {name}: {reason}." for name, reason in WITHOUT_ROW.items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(tables())
