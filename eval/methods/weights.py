@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,14 +63,19 @@ def _muon(model: nn.Module, args: TrainingArguments, options: Options) -> Optimi
 
 
 def _projected(
-    model: nn.Module, args: TrainingArguments, options: Options, optimizer: type[Optimizer], **more: Any
+    model: nn.Module,
+    args: TrainingArguments,
+    options: Options,
+    optimizer: type[Optimizer],
+    projector: type,
+    **more: Any,
 ) -> Optimizer:
     """GaLore and those that took over its interface: a group with a rank has its gradients projected."""
     built = optimizer(
         [{"params": trained(model), **options}], no_deprecation_warning=True, **adam_options(args), **more
     )
     built.register_step_post_hook(_compact_projections)
-    return built
+    return _saved_as_numbers(built, projector)
 
 
 def _compact_projections(optimizer: Optimizer, *_: Any) -> None:
@@ -80,34 +86,54 @@ def _compact_projections(optimizer: Optimizer, *_: Any) -> None:
             state["projector"].ortho_matrix = projection.clone(memory_format=torch.contiguous_format)
 
 
+def _saved_as_numbers(optimizer: Optimizer, projector: type) -> Optimizer:
+    """The optimizer, in whose saved state a projector is a dictionary: ``weights_only`` loading refuses the object."""
+
+    def saved(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        states = state_dict["state"]
+        plain = {
+            key: {"projector": dict(vars(states[key]["projector"]))} for key in states if "projector" in states[key]
+        }
+        return state_dict | {"state": {key: state | plain.get(key, {}) for key, state in states.items()}}
+
+    def loaded(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        for state in state_dict["state"].values():
+            if isinstance(state.get("projector"), dict):  # in place, for pytorch-optimizer reads the dictionary twice
+                made = projector.__new__(projector)
+                vars(made).update(state["projector"])
+                state["projector"] = made
+
+    optimizer.register_state_dict_post_hook(saved)
+    optimizer.register_load_state_dict_pre_hook(loaded)
+    return optimizer
+
+
 def _galore(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     from galore_torch import GaLoreAdamW
+    from galore_torch.galore_projector import GaLoreProjector
 
-    return _projected(model, args, options, GaLoreAdamW)
+    return _projected(model, args, options, GaLoreAdamW, GaLoreProjector)
 
 
 def _fira(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     from fira import FiraAdamW
+    from fira.gradient_projection import GradientProjector
 
-    return _projected(model, args, options, FiraAdamW)
+    return _projected(model, args, options, FiraAdamW, GradientProjector)
 
 
-def _apollo(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+def _apollo(model: nn.Module, args: TrainingArguments, options: Options, **more: Any) -> Optimizer:
     from apollo_torch import APOLLOAdamW
+    from apollo_torch.random_projector import GradientProjector
 
-    return _projected(model, args, options, APOLLOAdamW)
-
-
-def _apollo_mini(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
-    from apollo_torch import APOLLOAdamW
-
-    return _projected(model, args, options, APOLLOAdamW, scale_front=True)
+    return _projected(model, args, options, APOLLOAdamW, GradientProjector, **more)
 
 
 def _conda(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     from pytorch_optimizer import Conda
+    from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
 
-    return Conda(trained(model), **options, **adam_options(args))
+    return _saved_as_numbers(Conda(trained(model), **options, **adam_options(args)), GaLoreProjector)
 
 
 def _mlorc(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -254,7 +280,7 @@ WEIGHTS: dict[str, Method] = {
     "apollo-mini": Method(
         "APOLLO-Mini",
         "weights",
-        _apollo_mini,
+        partial(_apollo, scale_front=True),
         _PROJECTION | {"rank": 1, "scale": 128.0, "scale_type": "tensor", "proj": "random"},
         package="apollo-torch",
         module="apollo_torch",

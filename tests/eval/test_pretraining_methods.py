@@ -66,7 +66,7 @@ def test_a_saved_optimizer_goes_on_as_it_would_have(name, model, args, tmp_path)
     twin = copy.deepcopy(model)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     other = pretraining_optimizer(method, twin, args, options, 1e-3)
-    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=False))
+    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))  # as Trainer does
     torch.manual_seed(0)  # MLorc's sketches
     expected = train(model, optimizer, 2, seed=1)
     torch.manual_seed(0)
