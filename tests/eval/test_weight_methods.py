@@ -16,7 +16,7 @@ from eval.methods import METHODS
 from eval.optimizers.racs import RACS, _switched
 from recipes.training import held_bytes
 
-LR, STEPS, RANK = 1e-2, 6, 3
+LR, RANK = 1e-2, 3
 ADAM = dict(betas=(0.9, 0.95), eps=1e-8)
 
 
@@ -35,13 +35,17 @@ def built(name, matrix, tmp_path, options=None):
     return method.build(model, arguments(tmp_path), method.merged(options or {}))
 
 
-def problem(shape, steps=STEPS, seed=0):
-    """A start and gradients whose singular values are apart, so that singular vectors are well defined."""
+def problem(shape, seed=0):
+    """A start and gradients whose singular values are apart, so that singular vectors are well defined.
+
+    Their sizes rise and fall, so that limiters of a norm's growth have something to do.
+    """
     rng = np.random.default_rng(seed)
     left, right = (np.linalg.qr(rng.standard_normal((side, min(shape))))[0] for side in shape)
     spectrum = np.linspace(1, 0.2, min(shape))
     signal = left @ np.diag(spectrum) @ right.T
-    grads = [signal * (1 + 0.3 * t) + 0.01 * rng.standard_normal(shape) for t in range(steps)]
+    sizes = (1.0, 1.3, 0.6, 4.0, 1.0, 6.0)
+    grads = [size * (signal + 0.01 * rng.standard_normal(shape)) for size in sizes]
     return rng.standard_normal(shape), grads
 
 
