@@ -34,7 +34,7 @@ LORAPRE: dict[str, Method] = {
         _lorapre,
         _ADAM | _ON_WEIGHTS,
         paper=PAPER,
-        state="8*(p + q)*momentum_rank",
+        state="4*(p + q)*(momentum_rank + (1 if update_rule == 'als' else momentum_rank))",
     ),
     "lorapre-muon-weights": Method(
         "LoRA-Pre Muon",
