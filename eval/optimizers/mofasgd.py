@@ -17,7 +17,7 @@ class MoFaSGD(MatrixOptimizer):
     The momentum M = U diag(σ) Vᵀ of rank r starts as the best approximation of the first gradient. Later gradients are
     projected onto the tangent space of the rank-r matrices at M, ĝ = U Uᵀ g + g V Vᵀ − U Uᵀ g V Vᵀ, and M becomes
     the best rank-r approximation of β M + ĝ, found from two QR factorisations and an SVD of 2r×2r numbers. The update
-    is u = U Vᵀ, whose singular values are 1. State: r (p + q + 1) numbers.
+    is u = U Vᵀ, whose singular values are 1, or 0 where M's are. State: r (p + q + 1) numbers.
 
     The authors' code starts from the SVD of the weight instead, and divides by clipped singular values where the
     paper's update has 1.
@@ -35,12 +35,9 @@ class MoFaSGD(MatrixOptimizer):
 
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
         rank = min(group["rank"], *gradient.shape)
-        if not state:
-            left, middle, right = (
-                torch.eye(len(gradient)).to(gradient),
-                gradient,
-                torch.eye(gradient.shape[1]).to(gradient),
-            )
+        if not state or not state["sigma"].any():  # a momentum of zero has no directions to go on from
+            U, sigma, Vh = torch.linalg.svd(gradient, full_matrices=False)
+            V = Vh.T
         else:
             U, sigma, V = state["U"], state["sigma"], state["V"]
             projected, across = gradient @ V, U.T @ gradient
@@ -49,8 +46,9 @@ class MoFaSGD(MatrixOptimizer):
             one = torch.eye(rank).to(gradient)
             blocks = [[torch.diag(group["beta"] * sigma) - across @ V, one], [one, torch.zeros_like(one)]]
             middle = left_r @ torch.cat([torch.cat(row, dim=1) for row in blocks]) @ right_r.T
-        found_left, found, found_right = torch.linalg.svd(middle, full_matrices=False)
-        state["U"] = left @ found_left[:, :rank]
-        state["sigma"] = found[:rank].clone()
-        state["V"] = right @ found_right[:rank].T
-        return state["U"] @ state["V"].T
+            found_left, sigma, found_right = torch.linalg.svd(middle, full_matrices=False)
+            U, V = left @ found_left, right @ found_right.T
+        state["U"], state["sigma"], state["V"] = U[:, :rank].clone(), sigma[:rank].clone(), V[:, :rank].clone()
+        # Of singular values that are rounding only, the vectors are arbitrary.
+        known = state["sigma"] > sum(gradient.shape) * torch.finfo(gradient.dtype).eps * state["sigma"][0]
+        return state["U"] * known @ state["V"].T

@@ -34,5 +34,5 @@ class SinkGD(MatrixOptimizer):
         for _ in range(group["iterations"]):
             for dim in (1, 0):
                 norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-                x = x * (x.shape[dim] ** 0.5 / norm.clamp_min(torch.finfo(x.dtype).tiny))
+                x = x / norm.clamp_min(torch.finfo(x.dtype).tiny) * x.shape[dim] ** 0.5
         return x

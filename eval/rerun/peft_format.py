@@ -21,7 +21,14 @@ from .plan import Cell, Records
 # PEFT's names of what it can build itself; anything else needs its `get_optimizer_and_scheduler` extended.
 _OPTIMIZERS = {"lora+": "lora+", "lora-fa": "lora-fa"}
 # Of Adam's arguments, those that a method's optimizer does not take.
-_NOT_TAKEN = {"shampoo": {"eps"}, "sophia": {"betas", "eps"}, "lorapre-muon": {"betas", "eps"}}
+_NOT_TAKEN = {
+    "shampoo": {"eps"},
+    "sophia": {"betas", "eps"},
+    "lora-rite": {"eps"},
+    "riemannion": {"betas", "eps"},
+    "oplora": {"betas", "eps", "weight_decay"},
+    "lorapre-muon": {"betas", "eps"},
+}
 _ACCURACIES = ("gsm8k", "accuracy")  # PEFT's test accuracy is GSM8K's
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 

@@ -232,6 +232,22 @@ def test_own_rules_do_not_see_the_losss_scale(name, factor, tmp_path):
     np.testing.assert_allclose(*ends, rtol=0, atol=allowed)
 
 
+@pytest.mark.parametrize("name", ["racs", "alice", "sinkgd", "scale", "mofasgd"])
+def test_rows_without_a_gradient_do_not_move(name, tmp_path):
+    """Not at the first step, when nothing has a gradient, nor later, when a row and a column have none."""
+    theta, grads = problem((12, 20))
+    matrix = nn.Parameter(torch.tensor(theta, dtype=torch.float32))
+    optimizer = built(name, matrix, tmp_path)
+    for g in grads:
+        g[3], g[:, 7] = 0, 0
+    found = steps(optimizer, matrix, [np.zeros_like(theta), *grads])
+    # Orthonormal bases of zero rows are zero there but for rounding, of which a step keeps its size.
+    moved, allowed = np.abs(found - theta.astype(np.float32)), LR * len(grads) * rivals.gamma(1000)
+    assert np.isfinite(found).all()
+    assert moved.max() > 1e-3
+    assert max(moved[3].max(), moved[:, 7].max()) <= allowed
+
+
 def test_alice_switches_to_the_leading_directions_and_draws_the_rest_outside():
     rng = np.random.default_rng(0)
     root = rng.standard_normal((10, 10))
