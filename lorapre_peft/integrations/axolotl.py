@@ -1,0 +1,108 @@
+"""LoRA-Pre in axolotl: a plugin that is named in axolotl's config.
+
+    plugins:
+      - lorapre_peft.integrations.axolotl.LoRAPrePlugin
+    lorapre:
+      momentum_rank: 2
+
+The keys under ``lorapre`` are those of `lorapre_optimizer`. This module imports axolotl.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, ConfigDict, field_validator
+from torch import nn
+from transformers import Trainer
+
+from ..optim.base import LoRAPreOptimizer
+from .create import OPTIMIZERS, create_lorapre_optimizer
+from .trainer import LoRAPreCallback, lorapre_optimizer
+
+# Keys of axolotl's config that choose another optimizer or its rates, which a LoRA-Pre optimizer would not read.
+IGNORED_KEYS = ("optim_args", "lr_groups", "embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio")
+
+
+class LoRAPreArgs(BaseModel):
+    """The key that the plugin adds to axolotl's config; axolotl merges this model into its own."""
+
+    model_config = ConfigDict(extra="ignore")
+    lorapre: dict[str, Any] = {}
+
+    @field_validator("lorapre")
+    @classmethod
+    def check_names(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Refuse an unknown option before any model is loaded; values are checked when the optimizer is built."""
+        optimizer = options.get("optimizer", "adamw")
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+        known = option_names(OPTIMIZERS[optimizer])
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise ValueError(f"unknown {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
+        return options
+
+
+def option_names(optimizer: type[LoRAPreOptimizer]) -> set[str]:
+    """Return the names of the options that `create_lorapre_optimizer` takes for this optimizer class."""
+    callables = [create_lorapre_optimizer, *(cls.__init__ for cls in optimizer.__mro__[:-1])]
+    parameters = [parameter for function in callables for parameter in inspect.signature(function).parameters.values()]
+    named = {parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+    return named - {"self", "model", "params", "defaults", "args"}
+
+
+class LoRAPrePlugin(BasePlugin):
+    """Train with LoRA-Pre what the config trains: the adapter's matrices, or without an adapter the weights.
+
+    Learning rate, weight decay, epsilon and betas are read from axolotl's own keys, as `lorapre_optimizer` reads them from any
+    trainer's arguments; a key under ``lorapre`` wins over them.
+
+    axolotl declares a hook of plugins that creates the optimizer and never calls it (as of version 0.19.0), so the optimizer is
+    set on the trainer once that exists.
+    """
+
+    def get_input_args(self) -> str:
+        """Return the dotted path of the config model, from which axolotl imports it."""
+        return f"{__name__}.{LoRAPreArgs.__name__}"
+
+    def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
+        """Have the trainer build a LoRA-Pre optimizer, and log its figures.
+
+        Raises ValueError if the config asks for another optimizer, or for an option that only other optimizers read.
+        """
+        given = [name for name in IGNORED_KEYS if cfg.get(name) is not None]
+        if given:
+            raise ValueError(
+                f"the config sets {', '.join(given)}, which LoRAPrePlugin does not read: remove them, and give the optimizer's "
+                "options under lorapre"
+            )
+        if trainer.optimizer_cls_and_kwargs is not None or not str(cfg.get("optimizer") or "adamw").startswith(
+            "adamw"
+        ):
+            raise ValueError(
+                f"optimizer: {cfg.get('optimizer')} beside LoRAPrePlugin: only one of them can train. Remove the key (and write "
+                "lorapre: {optimizer: muon} for LoRA-Pre's Muon), or remove the plugin"
+            )
+        factory, options = lorapre_optimizer(args=trainer.args, **_plain(cfg.get("lorapre") or {}))
+        trainer.optimizer_cls_and_kwargs = (_with_arguments(factory), options)
+        trainer.add_callback(LoRAPreCallback())
+
+
+def _with_arguments(factory: Callable[[], Callable[..., LoRAPreOptimizer]]) -> Callable[[], Callable[..., Any]]:
+    """Let a factory's product be called as axolotl does, with the training arguments after the model, and as Trainer does."""
+
+    def product(model: nn.Module, _: Any = None, /, **options: Any) -> LoRAPreOptimizer:
+        return factory()(model, **options)
+
+    return lambda: product
+
+
+def _plain(value: Any) -> Any:
+    """Return axolotl's nested config objects as plain dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
