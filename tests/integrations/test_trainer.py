@@ -5,12 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import get_peft_model
 from roundoff import assert_same_steps, gamma, undisturbed
 from trainers import ADAMW_LOGGED, Recorder, arguments, inner, lorapre_trainer, training_logs, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreCallback, LoRAPreConfig, LoRAPreMuon, lorapre_optimizer
 from lorapre_peft.optim.adamw import update_bound
@@ -294,26 +293,6 @@ def check_equal_runs(straight, resumed):
         [{key: entry.get(key) for key in kept} for entry in training_logs(trainer)] for trainer in (straight, resumed)
     )
     assert found == expected
-
-
-def test_trainers_that_do_not_take_the_argument(tmp_path, llama_path):
-    """TRL's DPOTrainer and others: the attribute that Trainer keeps the argument in, set before training."""
-    rows = [{"prompt": f"{a} + 1 = ", "chosen": str(a + 1), "rejected": str(a)} for a in range(8)]
-    args = arguments(tmp_path, DPOConfig, max_steps=2, max_length=32)
-    trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(llama_path),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(llama_path),
-        peft_config=LoRAPreConfig(r=8, target_modules="all-linear"),
-        callbacks=[LoRAPreCallback()],
-    )
-    trainer.optimizer_cls_and_kwargs = lorapre_optimizer("adamw", args)
-    before = weights(trainer.model)
-    trainer.train()
-    assert type(inner(trainer.optimizer)) is LoRAPreAdamW
-    assert training_logs(trainer)[1].keys() >= ADAMW_LOGGED
-    assert any(not torch.equal(value, before[name]) for name, value in weights(trainer.model).items())
 
 
 def test_arguments_changed_later_are_read_when_an_optimizer_is_built(tmp_path, peft_model, tokens):
