@@ -1,0 +1,44 @@
+"""A loop of accelerate's around LoRA-Pre: mixed precision, gradient accumulation, clipping and a schedule.
+
+    accelerate launch -m examples.accelerate_loop        # or: python -m examples.accelerate_loop
+
+`create_lorapre_optimizer` gets the model before `prepare` wraps it.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+
+from examples.tiny import batches, build_model
+from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
+
+
+def main(steps: int = 60, accumulate: int = 2) -> list[float]:
+    """Train and return the loss of each micro-batch."""
+    accelerator = Accelerator(gradient_accumulation_steps=accumulate)
+    config = LoRAPreConfig(r=8, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])
+    model = get_peft_model(build_model(), config)
+    optimizer = create_lorapre_optimizer(model, "adamw", lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps // accumulate)
+    data = torch.utils.data.DataLoader(list(batches(steps, batch_size=8)), batch_size=None)
+    model, optimizer, schedule, data = accelerator.prepare(model, optimizer, schedule, data)
+
+    losses = []
+    for batch in data:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    accelerator.print(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {steps // accumulate} steps")
+    return losses
+
+
+if __name__ == "__main__":
+    main()

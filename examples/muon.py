@@ -1,0 +1,35 @@
+"""Train all attention and MLP weights with LoRA-Pre Muon, and embeddings, head and norms by AdamW in the same optimizer.
+
+    python -m examples.muon
+"""
+
+from __future__ import annotations
+
+import torch
+
+from examples.tiny import batches, build_model
+from lorapre_peft import create_lorapre_optimizer
+
+
+def main(steps: int = 60) -> list[float]:
+    """Train and return the loss of each step."""
+    model = build_model()
+    # A Muon step of a matrix has orthonormal rows or columns, so its rate is far above Adam's; adamw_lr is that of all the rest.
+    optimizer = create_lorapre_optimizer(model, "muon", lr=0.02, adamw_lr=3e-3, embeddings="adamw")
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    losses = []
+    for batch in batches(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    print(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {steps} steps")
+    return losses
+
+
+if __name__ == "__main__":
+    main()
