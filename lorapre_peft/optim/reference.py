@@ -21,7 +21,7 @@ State = dict[str, Any]
 
 def newton_factors(B: Tensor, A: Tensor, x: Tensor, gamma: float, gain: float, delta: float) -> tuple[Tensor, Tensor]:
     """Theorem 3.1: both factors take one damped Newton step, each reading the old other one. gain is γ for an EMA."""
-    eye = torch.eye(B.shape[1], dtype=B.dtype)
+    eye = torch.eye(B.shape[1], dtype=B.dtype, device=B.device)
     B_new = (1 - gamma) * B + gain * x @ A.T @ torch.linalg.inv(A @ A.T + delta * eye)
     A_new = (1 - gamma) * A + gain * torch.linalg.inv(B.T @ B + delta * eye) @ B.T @ x
     return B_new, A_new
@@ -166,4 +166,4 @@ def als_muon(
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
     """gram + δ'I with δ' relative to its mean diagonal."""
-    return gram + damping * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
+    return gram + damping * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
