@@ -1,6 +1,6 @@
 """Train a LoRA adapter with LoRA-Pre in a plain loop, save it, and open it in plain PEFT.
 
-    python -m examples.adapter
+python -m examples.adapter
 """
 
 from __future__ import annotations

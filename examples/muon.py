@@ -1,6 +1,6 @@
 """Train all attention and MLP weights with LoRA-Pre Muon, and embeddings, head and norms by AdamW in the same optimizer.
 
-    python -m examples.muon
+python -m examples.muon
 """
 
 from __future__ import annotations

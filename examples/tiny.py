@@ -20,7 +20,9 @@ def build_model(seed: int = 0) -> LlamaForCausalLM:
     """Return a Llama with random weights whose tokens are bytes."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=LENGTH, tie_word_embeddings=False, **sizes))
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=256, max_position_embeddings=LENGTH, tie_word_embeddings=False, **sizes)
+    )
 
 
 def text() -> Tensor:
