@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install test test-all test-isa test-wheel test-oldest lint quickstart clean
+.PHONY: install test test-all test-isa test-wheel test-oldest tools lint quickstart clean
 
 install: $(VENV)/installed
 
@@ -62,6 +62,11 @@ $(VENV)-oldest/installed: setup.cfg constraints-oldest.txt Makefile
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . bitsandbytes datasets trl expecttest hypothesis psutil pytest pytest-timeout pytest-xdist
 	touch $@
 
+# What docs/tools.md says was run: each tool installed in an environment of its own, `.venv-NAME`, and a tiny model trained in it. Some
+# 13 GB; `make tools ARGS=axolotl` for one.
+tools:
+	$(PYTHON) tests/external/run.py $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,4 +75,4 @@ quickstart: install
 	$(BIN)/python -m recipes.quickstart $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-* runs build dist *.egg-info
