@@ -80,11 +80,11 @@ class LoRAPrePlugin(BasePlugin):
                 f"the config sets {', '.join(given)}, which LoRAPrePlugin does not read: remove them, and give the optimizer's "
                 "options under lorapre"
             )
-        if trainer.optimizer_cls_and_kwargs is not None or not str(cfg.get("optimizer") or "adamw").startswith(
-            "adamw"
-        ):
+        optimizer = cfg.get("optimizer") or "adamw"
+        optimizer = getattr(optimizer, "value", optimizer)  # axolotl keeps some names as members of an Enum
+        if trainer.optimizer_cls_and_kwargs is not None or not optimizer.startswith("adamw"):
             raise ValueError(
-                f"optimizer: {cfg.get('optimizer')} beside LoRAPrePlugin: only one of them can train. Remove the key (and write "
+                f"optimizer: {optimizer} beside LoRAPrePlugin: only one of them can train. Remove the key (and write "
                 "lorapre: {optimizer: muon} for LoRA-Pre's Muon), or remove the plugin"
             )
         factory, options = lorapre_optimizer(args=trainer.args, **_plain(cfg.get("lorapre") or {}))

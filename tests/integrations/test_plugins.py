@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from trainers import ADAMW_LOGGED, arguments, inner, training_logs
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 
@@ -79,9 +80,13 @@ def test_axolotl_trains_with_the_plugin(tmp_path, peft_model, tokens, plugin, tr
         assert training_logs(trainer)[0].keys() >= ADAMW_LOGGED
 
 
-def test_axolotl_plugin_needs_no_options(tmp_path, peft_model, tokens, plugin):
+@pytest.mark.parametrize(
+    "keys", [{}, {"optimizer": "adamw_bnb_8bit"}, {"optimizer": OptimizerNames.ADAMW_TORCH_FUSED}]
+)
+def test_axolotl_plugin_needs_no_options(tmp_path, peft_model, tokens, plugin, keys):
+    """The key that chooses an AdamW may stay, which is axolotl's default too."""
     trainer = AxolotlTrainer(peft_model(), arguments(tmp_path), train_dataset=tokens)
-    plugin.post_trainer_create(merged(plugin), trainer)
+    plugin.post_trainer_create(merged(plugin) | keys, trainer)
     assert type(inner(trainer.create_optimizer())) is LoRAPreAdamW
 
 
