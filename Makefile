@@ -59,7 +59,7 @@ test-oldest: $(VENV)-oldest/installed
 $(VENV)-oldest/installed: setup.cfg constraints-oldest.txt Makefile
 	$(PYTHON_OLDEST) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
-	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . bitsandbytes datasets trl expecttest hypothesis psutil pytest pytest-timeout pytest-xdist
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . bitsandbytes datasets trl expecttest hypothesis psutil pydantic pytest pytest-timeout pytest-xdist
 	touch $@
 
 # What docs/tools.md says was run: each tool installed in an environment of its own, `.venv-NAME`, and a tiny model trained in it. Some
