@@ -42,7 +42,8 @@ def optimizer_source() -> str:
     head, mark, tail = (HERE / "lorapre.py.in").read_text().partition(MARK)
     if not mark:
         raise ValueError(f"lorapre.py.in has no line {MARK!r}, in whose place the rule is written")
-    rule = "\n\n".join(definitions(reference.als_adam).values())
+    functions = definitions(reference.no_momentum) | definitions(reference.als_adam)
+    rule = "\n\n".join(functions.values())
     for ours, theirs in WORDS.items():
         rule = rule.replace(ours, theirs)
     return head + rule + tail

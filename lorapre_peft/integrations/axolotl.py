@@ -49,10 +49,10 @@ class LoRAPreArgs(BaseModel):
 
 def option_names(optimizer: type[LoRAPreOptimizer]) -> set[str]:
     """Return the names of the options that `create_lorapre_optimizer` takes for this optimizer class."""
-    callables = [create_lorapre_optimizer, *(cls.__init__ for cls in optimizer.__mro__[:-1])]
-    parameters = [parameter for function in callables for parameter in inspect.signature(function).parameters.values()]
-    named = {parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
-    return named - {"self", "model", "params", "defaults", "args"}
+    named = (
+        inspect.signature(create_lorapre_optimizer).parameters.keys() | inspect.signature(optimizer).parameters.keys()
+    )
+    return named - {"model", "params", "kwargs"}
 
 
 class LoRAPrePlugin(BasePlugin):

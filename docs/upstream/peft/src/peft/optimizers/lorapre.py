@@ -41,12 +41,14 @@ def test_rows(k: int, q: int, device: torch.device) -> Tensor:
 
 
 def no_momentum(theta: Tensor, **ranks: int) -> State:
-    """Return the state before the first gradient: zeros, for moments of these ranks, such as m=8 and v=1."""
-    state: State = {"E": theta.new_zeros(()), "t": 0}
+    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8 and v=1."""
+    factors = {}
     for moment, k in ranks.items():
-        state[f"{moment}_B"] = theta.new_zeros(theta.shape[0], k)
-        state[f"{moment}_A"] = theta.new_zeros(k, theta.shape[1])
-    return state
+        factors |= {
+            f"{moment}_B": theta.new_zeros(theta.shape[0], k),
+            f"{moment}_A": theta.new_zeros(k, theta.shape[1]),
+        }
+    return {**factors, "E": 0.0, "t": 0}
 
 
 def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +86,7 @@ def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, da
 
 
 def update_bound(beta1: float, beta2: float) -> float:
-    """C = (1−β1)/√((1−β2)(1−β1²/β2)): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1² < β2. 1.165 at (0.9, 0.95)."""
+    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), 1.165 at (0.9, 0.95): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1² < β2."""
     return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
 
 
