@@ -11,18 +11,21 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import math
 import operator
 import os
 import shutil
 import subprocess
 import tempfile
 from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..lowrank.layout import Member
+from ..lowrank.sharding import local
 from .eager import Eager
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -38,7 +41,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # What the kernel ``adam_step`` takes of a group, in its order.
 OPTIONS = (
     *("beta1", "beta2", "lr", "weight_decay", "eps", "residual_weight", "update_scale"),
-    *("max_norm", "sign", "bound", "newton", "damping", "seed", "stochastic"),
+    *("max_norm", "sign", "bound", "newton", "damping", "seed", "stochastic", "skips_zeros"),
 )
 # Numbers that it returns of a matrix.
 FOUND = 4
@@ -76,7 +79,10 @@ def library() -> ctypes.CDLL:
 
 
 class Table:
-    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step."""
+    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step.
+
+    ``members`` are parameters; each expert of a stack is a matrix of its own.
+    """
 
     def __init__(self, members: list[Member]):
         self.members = members
@@ -84,14 +90,35 @@ class Table:
         groups = {id(member.group): member.group for member in members}
         self.groups = list(groups.values())
         number = {key: i for i, key in enumerate(groups)}
-        self.shapes = array("q")
+        self.shapes, self.sizes = array("q"), []
+        self.counts: list[int] = []  # matrices of each parameter
         for member in members:
-            types = _TYPES[member.param.grad.dtype], _TYPES[member.param.dtype]
-            self.shapes.extend((*member.shape, *member.ranks, number[id(member.group)], member.position, *types))
-        sizes = [param.numel() for param in self.params]
-        self.order = array("q", sorted(range(len(members)), key=lambda i: -sizes[i]))
+            types, matrices = (_TYPES[member.param.grad.dtype], _TYPES[member.param.dtype]), member.matrices()
+            for matrix in matrices:
+                self.shapes.extend((*matrix.shape, *matrix.ranks, number[id(matrix.group)], matrix.position, *types))
+                self.sizes.append(math.prod(matrix.shape))
+            self.counts.append(len(matrices))
+        self.order = array("q", sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i]))
         self.names = tuple(members[0].state_shapes)
         self.state: list[Tensor] = []
+
+    def stacks(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return views of the parameters or of their gradients on this process: [p, q], or of a stack [experts, p, q]."""
+        found = (local(tensor) for tensor in tensors)
+        return [
+            x if member.stack is None else member.stack.matrices(x, member.shape[0])
+            for member, x in zip(self.members, found)
+        ]
+
+    def pointers(self, tensors: Sequence[Tensor]) -> Iterable[int]:
+        """Return the addresses of all matrices of contiguous tensors, of which each group of ``len(self.members)`` has one a member."""
+        found = map(Tensor.data_ptr, tensors)
+        if len(self.sizes) == len(self.members):
+            return found
+        spans = zip(found, tensors, itertools.cycle(self.counts))
+        return itertools.chain.from_iterable(
+            range(at, at + tensor.nbytes, max(1, tensor.nbytes // max(1, count))) for at, tensor, count in spans
+        )
 
     def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
         """Whether the state's tensors are those of the last step."""
@@ -104,6 +131,7 @@ class Table:
             for name in self.names:
                 state[name] = state[name].to("cpu", torch.float32).contiguous()
         self.state = [state[name] for name in self.names for state in states]
+        self.local_state = list(map(local, self.state))
 
 
 class Cpp(Eager):
@@ -122,7 +150,7 @@ class Cpp(Eager):
     @staticmethod
     def takes(param: Tensor) -> bool:
         """Whether `step` reads and writes a matrix of this dtype, with its gradient."""
-        return param.dtype in _TYPES and param.grad.dtype in _TYPES
+        return param.grad is not None and param.dtype in _TYPES and param.grad.dtype in _TYPES
 
     def step(
         self, table: Table, options: list[tuple[float, ...]], sum_bytes: int, record: bool
@@ -133,9 +161,9 @@ class Cpp(Eager):
         to look at the updates. Returns ‖g‖_F after clipping, and of those recorded the largest update, the number that were clamped and the energy
         that m's rows captured, by matrix.
         """
-        params, n = table.params, len(table.params)
-        grads, written = _contiguous([param.grad for param in params]), _contiguous(params)
-        pointers = array("Q", map(Tensor.data_ptr, [*grads, *written, *table.state]))
+        params, n = table.stacks(table.params), len(table.sizes)
+        grads, written = _contiguous(table.stacks(param.grad for param in table.params)), _contiguous(params)
+        pointers = array("Q", table.pointers([*grads, *written, *table.local_state]))
         if 0 in pointers:
             raise RuntimeError(
                 "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has freed it"

@@ -27,7 +27,7 @@ const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
 // The fields of cpp_backend.SHAPE, OPTIONS, POINTERS and FOUND, one for one.
 struct Shape { int64_t p, q, m_rank, v_rank, group, position, grad_type, param_type; };
 struct Options {
-  double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale, max_norm, sign, bound, newton, damping, seed, stochastic;
+  double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale, max_norm, sign, bound, newton, damping, seed, stochastic, skips_zeros;
 };
 struct Pointers {
   const void* grad;
@@ -64,6 +64,10 @@ class Task {
   bool prepare(double square, Scratch& scratch) {
     norm = found.norm = std::sqrt(square);
     if (!(norm <= MAX_NORM)) return false;
+    if (o.skips_zeros && norm == 0) {  // an expert without tokens: as if it had no gradient
+      found.norm = -1;
+      return false;
+    }
     const bool newton = o.newton != 0;
     const double clip = norm > o.max_norm ? o.max_norm / norm : 1;
     norm = found.norm = norm * clip;

@@ -41,14 +41,15 @@ class Batch:
     def __init__(
         self,
         members: list[Member],
+        params: list[Tensor],
         states: list[dict[str, Tensor]],
         grads: list[Tensor],
         norms: Tensor,
         update: Tensor | None,
         placement: Placement,
     ):
-        self.members, self.states, self.grads, self.placement = members, states, grads, placement
-        self.params = [local(member.param) for member in members]
+        self.members, self.states, self.placement = members, states, placement
+        self.params, self.grads = params, grads
         self.device = self.params[0].device
         self.shape, self.ranks = members[0].shape, members[0].ranks
         self.groups = list({id(member.group): member.group for member in members}.values())

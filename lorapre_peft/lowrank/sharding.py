@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .experts import Stack
+
 
 def world_size() -> int:
     """Processes of the running distributed job; 1 without one."""
@@ -97,15 +99,27 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def place(value: Tensor, param: Tensor, name: str) -> Tensor:
+def place(value: Tensor, param: Tensor, name: str, stack: Stack | None = None) -> Tensor:
     """A whole state tensor as it is kept beside a parameter: B factors and moments sharded like it, A factors replicated.
 
-    Counters and other scalars stay plain.
+    Of a stack whose experts are sharded, each process keeps all that belongs to its own experts. Counters and other scalars stay plain.
     """
     if not isinstance(param, DTensor) or value.ndim == 0:
         return value
-    placements = [Replicate()] * param.device_mesh.ndim if name.endswith("_A") else param.placements
-    part = value if name.endswith("_A") else value[placement_of(param).rows(len(value))].clone()
+    dim, part, placements = _sharded_dim(name, stack), value, [Replicate()] * param.device_mesh.ndim
+    if dim is not None:
+        rows = placement_of(param).rows(value.shape[dim])
+        part = value.narrow(dim, rows.start, rows.stop - rows.start).clone()
+        placements = [Shard(dim) if placement.is_shard() else placement for placement in param.placements]
     return DTensor.from_local(
         part, param.device_mesh, placements, run_check=False, shape=value.shape, stride=value.stride()
     )
+
+
+def _sharded_dim(name: str, stack: Stack | None) -> int | None:
+    """Return the dimension of a state tensor that is sharded as the parameter's first one is; None: it is whole on every process."""
+    if stack is None:
+        return None if name.endswith("_A") else 0
+    if stack.dim == 0:
+        return 0
+    return 1 if name.endswith("_B") else None

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
 from ..integrations.create import create_lorapre_optimizer
+from ..lowrank.experts import stack_of
 from ..lowrank.layout import matrix_shape, tile_entries
 from ..optim.base import Located, LoRAPreOptimizer
 from .models import meta_model
@@ -187,15 +188,15 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
             param.grad = torch.empty_like(param)
         (part,) = optimizer._layout(located)
         members = part.members
-        norms = torch.empty(len(members), dtype=torch.float64, device="meta")
+        norms = torch.empty(len(part.matrices), dtype=torch.float64, device="meta")
         for step in range(2):
             with torch.no_grad(), AllocationTracker() as tracker:
                 states = [optimizer._state_of(member) for member in members]
                 for member, state in zip(members, states):
                     if step == 0 and not member.ranks:
                         state["step"] = torch.zeros(())  # torch's AdamW reads it
-                grads = [member.param.grad for member in members]
-                optimizer._update_part(part, states, grads, norms, [True] * len(members), None)
+                grads = part.split(member.param.grad for member in members)
+                optimizer._update_part(part, part.split_states(states), grads, norms, [True] * len(grads), None)
             for _, param, _ in located:
                 for value in optimizer.state[param].values():
                     tracker.leave_out(value)
@@ -212,7 +213,8 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
     kept: list[Located] = []  # in the optimizer's order, on which the AdamW path's packing depends
     for group, param, position in optimizer._located():
         ranks = optimizer.ranks(param, group)
-        shape = matrix_shape(param.shape) if ranks else tuple(param.shape)
+        stack = stack_of(group) if ranks else None
+        shape = matrix_shape(param.shape, stack) if ranks else tuple(param.shape)
         key = (id(group), ranks, shape, param.dtype)
         if in_backward:
             most = 1
@@ -221,7 +223,7 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
         else:
             most = sys.maxsize  # the AdamW path packs parameters of all shapes together
         if param.numel() and counts[key] < most:
-            counts[key] += 1
+            counts[key] += 1 if stack is None else stack.experts
             kept.append((group, param, position))
     return [[located] for located in kept] if in_backward else [kept]
 

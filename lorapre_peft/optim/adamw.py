@@ -185,11 +185,11 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         sum_bytes = min(int(group["temporary_bytes"]) for group in table.groups) // 2
         found = self._backend(torch.device("cpu")).step(table, options, sum_bytes, self.record_metrics)
         for norm, *_ in found:
-            if not usable(norm):
+            if not usable(norm) and not norm < 0:  # −1 is an expert without tokens
                 self._skips.add(norm)
         if self.record_metrics:
             kept = [i for i, (norm, *_) in enumerate(found) if usable(norm)]
-            self._metrics.add_steps([found[i] for i in kept], sum(table.params[i].numel() for i in kept))
+            self._metrics.add_steps([found[i] for i in kept], sum(table.sizes[i] for i in kept))
 
     def _kernel_options(self, group: dict[str, Any]) -> tuple[float, ...]:
         """Return what `cpp.OPTIONS` names, of a group as it is now."""
@@ -200,7 +200,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             *(*group["betas"], float(group["lr"]), group["weight_decay"], _positive(group["eps"])),
             *(group["residual_weight"] or 0.0, group["update_scale"], float("inf") if clip is None else clip),
             *(-1.0 if group["maximize"] else 1.0, bound, not rule.tracked, rule.damping),
-            *(mix(group["seed"]), group["bf16_rounding"] == "stochastic"),
+            *(mix(group["seed"]), group["bf16_rounding"] == "stochastic", group["experts"] is not None),
         )
 
 

@@ -19,16 +19,17 @@ from ..kernels import choose
 from ..kernels.eager import Eager
 from ..lowrank.batch import Batch, constants, usable
 from ..lowrank.float64 import reads_are_free
-from ..lowrank.layout import Member, Part, compressed_rank, lay_out, matrix_shape, parts_of
+from ..lowrank.experts import stack_of
+from ..lowrank.layout import EXPERT_POSITIONS, Member, Part, compressed_rank, lay_out, matrix_shape, parts_of
 from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
-from ..lowrank.sharding import WHOLE, place, placement_of, world_size
+from ..lowrank.sharding import WHOLE, local, place, placement_of, world_size
 from .adamw_path import AdamWOptions, Item, adamw_path
 from .bare import is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
 from .in_backward import has_hook, register_hooks
-from .options import check_flattened_shards, check_gradient, check_options, check_parameter
-from .state import check_held_state, check_loaded_state, restore_state, state_dtype
+from .options import check_flattened_shards, check_gradient, check_options, check_parameter, check_stack
+from .state import RANK_OPTIONS, check_held_state, check_loaded_state, restore_state, state_dtype
 
 Located = tuple[dict[str, Any], Tensor, int]  # a group, a parameter of it, the parameter's position in the optimizer
 
@@ -55,6 +56,10 @@ class LoRAPreOptimizer(Optimizer):
                 orthogonalization, which needs the matrix whole, and what each thread of ``backend="cpp"`` holds (`kernels.cpp`).
             maximize: maximize the objective.
             seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global generator.
+            experts, experts_dim: keys of a group, not of the constructor. Every parameter of the group holds the matrices of so many
+                experts, each of which gets factors of its own and is left alone where its gradient is exactly zero (an expert without
+                tokens): one after the other (0, the default: [experts, p, q] or [experts · p, q]), or interleaved along the last
+                dimension (−1: [p, q · experts]). State tensors then have a leading dimension of experts.
         backend: how the step of compressed matrices is computed: ``"cpp"`` (CPUs under Linux with a C++ compiler, which runs once for a few
             seconds), ``"triton"`` (CUDA, package triton), ``"compiled"`` (`torch.compile`; the first step takes seconds),
             ``"eager"``, or ``"auto"``: C++ or Triton where they run, else eager. The results are the same to float32 round-off.
@@ -75,7 +80,7 @@ class LoRAPreOptimizer(Optimizer):
         if backend not in self.backend_names:
             raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, self.backend_names))}")
         self._reset(backend)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "experts": None, "experts_dim": 0})
         self._say_what_was_chosen()
 
     def _say_what_was_chosen(self) -> None:
@@ -141,6 +146,7 @@ class LoRAPreOptimizer(Optimizer):
             self.check_group(group)
             for param in group["params"]:
                 check_parameter(param)
+                check_stack(param, group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -178,7 +184,7 @@ class LoRAPreOptimizer(Optimizer):
         """Return the rank of each factored moment of a parameter; empty if it takes the AdamW path."""
         if any(group["params"][i] is param for i in group.get("uncompressed", ())):
             return ()
-        k = compressed_rank(param.shape, group["momentum_rank"])
+        k = compressed_rank(param.shape, group["momentum_rank"], stack_of(group))
         return (k,) if k else ()
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -282,7 +288,7 @@ class LoRAPreOptimizer(Optimizer):
         """Return which of these parameters are stepped together: what the last step found if nothing about them has changed."""
         if not located:
             return []
-        names = ("momentum_rank", "second_momentum_rank", *self.shared_options)
+        names = (*RANK_OPTIONS, *self.shared_options)
         groups = {id(group): tuple(map(group.get, names)) for group, _, _ in located}
         kinds = [
             (id(group), id(param), param.shape, param.dtype, param.device, kind_of_gradient(param))
@@ -310,13 +316,19 @@ class LoRAPreOptimizer(Optimizer):
 
     def _step_part(self, part: Part) -> None:
         """Update the parameters of one device that the same processes share, batch by batch."""
-        members, placement, backend = part.members, part.placement, self._backend(part.device)
-        if not members:
+        members, matrices, placement, backend = part.members, part.matrices, part.placement, self._backend(part.device)
+        states = part.split_states(self._state_of(member) for member in members)
+        if not matrices:
             return
-        states = [self._state_of(member) for member in members]
         whole = placement is WHOLE
-        grads = [member.param.grad if whole else local_gradient(member.param) for member in members]
-        norms = gradient_norms(grads, [member.param.grad is None for member in members], placement, backend)
+        grads = part.split(
+            member.param.grad if whole and member.stack is None else local_gradient(member.param) for member in members
+        )
+        norms = gradient_norms(grads, [matrix.param.grad is None for matrix in matrices], placement, backend)
+        stacked = tuple(matrix.stack is not None for matrix in matrices)
+        if any(stacked):  # an expert without tokens counts as one without a gradient
+            idle = (norms == 0) & constants(stacked, norms.device, torch.bool)
+            norms = norms.masked_fill(idle, -1)
         recorded, self._metrics = self._metrics, Metrics()
         with torch.autocast(part.device.type, enabled=False):  # of a step or backward pass inside the user's
             self._update_part(part, states, grads, norms, *self._usable(norms))
@@ -333,8 +345,9 @@ class LoRAPreOptimizer(Optimizer):
         taken: list[bool],
         update: Tensor | None,
     ) -> None:
-        """Update the members of a part; taken and update: of `_usable`, from their norms [N] float64."""
-        members, placement = part.members, part.placement
+        """Update the matrices of a part; taken and update: of `_usable`, from their norms [N] float64."""
+        members, placement = part.matrices, part.placement
+        params = part.split(local(member.param) for member in part.members)
         for indices in part.plain:
             group = members[indices[0]].group
             masks = {i: None if update is None else update[i] for i in indices if taken[i]}
@@ -348,7 +361,7 @@ class LoRAPreOptimizer(Optimizer):
                 continue
             order = constants(tuple(kept), norms.device, torch.int64)
             mask = None if update is None else update.gather(0, order)
-            of_batch = ([values[i] for i in kept] for values in (members, states, grads))
+            of_batch = ([values[i] for i in kept] for values in (members, params, states, grads))
             # The rows of this batch while the sums of the one before are on their way; without processes, all of it.
             current = self._update(Batch(*of_batch, norms.gather(0, order), mask, placement))
             next(current, None)
@@ -385,13 +398,14 @@ class LoRAPreOptimizer(Optimizer):
         ranks = self.ranks(param, group)
         if not ranks:
             return {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
-        p, q = matrix_shape(param.shape)
+        stack = stack_of(group)
+        p, q = matrix_shape(param.shape, stack)
         shapes: dict[str, tuple[int, ...]] = {"step": ()}
         for moment, k in zip(self.moments, ranks):
             shapes |= {f"{moment}_B": (p, k), f"{moment}_A": (k, q)}
         if RULES[group["update_rule"]].tracked and "v" in self.moments:
             shapes |= {"v_energy": (), "v_scale": ()}
-        return shapes
+        return shapes if stack is None else {name: (stack.experts, *shape) for name, shape in shapes.items()}
 
     def _state_of(self, member: Member) -> dict[str, Tensor]:
         """Return a parameter's state, made at its first step. Keys of other tools are left alone."""
@@ -405,13 +419,21 @@ class LoRAPreOptimizer(Optimizer):
         """Fill in zeros, whatever the gradient; `newton` draws its A factors from a generator of this parameter's own."""
         group, param = member.group, member.param
         check_parameter(param)  # an engine may have replaced what the group was built with
-        rule = RULES[group["update_rule"]]
-        generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + member.position) % 2**63)
-        for name, shape in member.state_shapes.items():
-            value = torch.zeros(shape, dtype=state_dtype(param, name), device=param.device)
-            if name.endswith("_A") and not rule.tracked:
-                value.copy_(rule.init_columns(shape, generator))
-            state[name] = place(value, param, name)
+        check_stack(param, group)
+        rule, stack = RULES[group["update_rule"]], member.stack
+        whole = {
+            name: torch.zeros(shape, dtype=state_dtype(param, name), device=param.device)
+            for name, shape in member.state_shapes.items()
+        }
+        if member.ranks and not rule.tracked:
+            for expert in range(1 if stack is None else stack.experts):
+                position = member.position + expert * EXPERT_POSITIONS
+                generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + position) % 2**63)
+                for moment in self.moments:
+                    A = whole[f"{moment}_A"] if stack is None else whole[f"{moment}_A"][expert]
+                    A.copy_(rule.init_columns(A.shape, generator))
+        for name, value in whole.items():
+            state[name] = place(value, param, name, stack)
 
     @property
     def skipped_updates(self) -> int:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..lowrank.experts import stack_of
 from ..lowrank.rules import RULES
-from ..lowrank.sharding import is_supported, local
+from ..lowrank.sharding import is_supported, local, placement_of
 
 
 def above_zero(name: str, value: Any, otherwise: str = "") -> None:
@@ -64,6 +65,12 @@ def check_options(group: dict[str, Any]) -> None:
             "if that is less), or 0 (the whole group takes the AdamW path)"
         )
     check_rule_options(group)
+    experts, dim = group.get("experts"), group.get("experts_dim", 0)
+    if (experts is not None and not _is_whole(experts, 1)) or dim not in (0, -1):
+        raise ValueError(
+            f"experts={experts!r}, experts_dim={dim!r}: expected the number of experts that each parameter of the group holds, or None, and "
+            "0 (one after the other) or -1 (interleaved along the last dimension)"
+        )
     if not _is_whole(group["seed"], 0):
         raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
     above_zero("update_scale", group["update_scale"])
@@ -111,6 +118,24 @@ def check_parameter(param: Tensor) -> None:
             f"{where} that is a DTensor with placements {param.placements}: LoRA-Pre follows FSDP2 (fully_shard), which "
             "shards rows (Shard(0)) over one dimension of its mesh, and no tensor parallelism. Use FSDP2, DDP or one process"
         )
+
+
+def check_stack(param: Tensor, group: dict[str, Any]) -> None:
+    """Raise for a parameter that does not hold the experts that its group says, or one of them in rows of several processes."""
+    stack = stack_of(group)
+    if stack is None:
+        return
+    where = f"found a parameter of shape {tuple(param.shape)} in a group of experts={stack.experts}, experts_dim={stack.dim}"
+    if not stack.fits(param.shape):
+        expected = "[experts, p, q] or [experts · p, q]" if stack.dim == 0 else "[p, q · experts]"
+        raise ValueError(f"{where}; expected {expected}. Put other parameters into a group of their own")
+    if isinstance(param, DTensor) and stack.dim == 0:
+        size, rows = placement_of(param).size, param.shape[0] // stack.experts
+        if param.ndim == 2 and -(-param.shape[0] // size) != rows * -(-stack.experts // size):
+            raise NotImplementedError(
+                f"{where}, whose rows are sharded over {size} processes in the middle of an expert: use a number of processes that divides "
+                f"{stack.experts}, or DDP"
+            )
 
 
 def check_gradient(param: Tensor) -> None:

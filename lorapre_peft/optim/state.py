@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..lowrank.experts import Stack, stack_of
 from ..lowrank.layout import Member
 from ..lowrank.sharding import local, place
 from .adamw_path import adamw_dtype
 
 # The options that decide the shapes of a parameter's state.
-RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule")
+RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule", "experts", "experts_dim")
 # Every name that a state of this project's can have.
 OWN_STATE = {"step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale", "exp_avg", "exp_avg_sq"}
 
@@ -68,7 +69,9 @@ def check_held_state(member: Member, state: dict[str, Tensor]) -> None:
 
 
 def _rank_options(group: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={group[name]!r}" for name in RANK_OPTIONS if name in group)
+    stacked = group.get("experts") is not None
+    names = RANK_OPTIONS if stacked else RANK_OPTIONS[:3]
+    return ", ".join(f"{name}={group[name]!r}" for name in names if name in group)
 
 
 def shapes_of(state: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +116,8 @@ def check_loaded_state(optimizer: StateOwner, state_dict: dict[str, Any]) -> Non
                 f"{_rank_options(group)} expects {expected}. "
                 "Build the optimizer with the options of the saved run, or start without its state"
             )
-        _check_placements(index, param, {key: saved[key] for key in expected if key in saved})
+        stack = None if "exp_avg" in expected else stack_of(group)
+        _check_placements(index, param, {key: saved[key] for key in expected if key in saved}, stack)
 
 
 def check_saved_group(optimizer: StateOwner, group: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -134,10 +138,10 @@ def check_saved_group(optimizer: StateOwner, group: dict[str, Any], saved: dict[
             )
 
 
-def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor]) -> None:
+def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor], stack: Stack | None) -> None:
     """Raise ValueError for state that is distributed over the processes otherwise than this parameter's is."""
     for key, value in saved.items():
-        like = place(torch.empty(value.shape, device="meta"), param, key)
+        like = place(torch.empty(value.shape, device="meta"), param, key, stack)
         expected, found = (
             f"a DTensor with placements {t.placements} over {t.device_mesh}"
             if isinstance(t, DTensor)
