@@ -43,7 +43,8 @@ class LoRAPreConfig(LoraConfig):
     momentum_rank_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={
-            "help": "Momentum ranks of single modules, by layer name or regular expression as in `rank_pattern`, e.g. {'q_proj': 4}."
+            "help": "Momentum ranks of single modules, by layer name or regular expression as in `rank_pattern`, e.g. {'q_proj': 4}; "
+            "of `target_parameters` by the parameter's name, e.g. {'experts.down_proj': 4}."
         },
     )
     update_rule: str = field(

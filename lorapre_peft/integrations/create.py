@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 from transformers.trainer_pt_utils import get_parameter_names
 
-from ..lowrank.layout import compressed_rank
 from ..lowrank.sharding import rank
 from ..optim.adamw import LoRAPreAdamW
 from ..optim.base import LoRAPreOptimizer
@@ -46,7 +44,8 @@ def create_lorapre_optimizer(
 
     With LoRA adapters in the model, their matrices are compressed at the momentum rank of each adapter's config
     (`LoRAPreConfig`; a plain `LoraConfig` counts as one with defaults), and everything else that is trainable takes the AdamW
-    path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``.
+    path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``. Of stacked experts (PEFT's ``target_parameters``, or
+    weights such as Qwen3-MoE's) each has factors of its own, at the momentum rank of a single one.
 
     Without adapters the **weights** are trained: those of ``target_modules`` compressed at rank 8 unless told otherwise,
     the ``others`` (norms, biases) by AdamW, embeddings and head not at all. What is not trained is frozen here
@@ -102,8 +101,6 @@ def create_lorapre_optimizer(
     else:
         targets = weight_targets(model, target_modules or "all-linear", momentum_rank, overrides)
         lr = WEIGHT_LR if lr is None else lr
-        if others != "frozen":
-            _warn_of_experts(model)
         frozen_rows = freeze_others(model, targets, others, embeddings)
 
     groups = _param_groups(model, targets, weight_decay)
@@ -116,7 +113,7 @@ def create_lorapre_optimizer(
         for group in groups:
             del group["second_momentum_rank"]
     built = OPTIMIZERS[optimizer](groups, lr=lr, **kwargs)
-    if not any(compressed_rank(p.shape, g["momentum_rank"]) for g in built.param_groups for p in g["params"]):
+    if not any(built.ranks(p, g) for g in built.param_groups for p in g["params"]):
         shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
         raise ValueError(
             f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs matrices whose smaller side (the "
@@ -130,29 +127,15 @@ def create_lorapre_optimizer(
     return built
 
 
-def _warn_of_experts(model: nn.Module) -> None:
-    """Of mixtures of experts: transformers holds theirs stacked, in one tensor that is the weight of no module."""
-    stacked = {
-        name: param for name, param in model.named_parameters() if param.ndim == 3 and not name.endswith("weight")
-    }
-    if stacked:
-        name, param = next(iter(stacked.items()))
-        share = sum(map(torch.numel, stacked.values())) / sum(map(torch.numel, model.parameters()))
-        warnings.warn(
-            f"{len(stacked)} tensors such as {name} {tuple(param.shape)} hold a matrix per expert, {share:.0%} of all parameters: they are "
-            "not compressed and take the AdamW path, with its full state. others='frozen' leaves them as they are",
-            stacklevel=3,
-        )
-
-
 def _param_groups(model: nn.Module, targets: Targets, weight_decay: float) -> list[dict[str, Any]]:
     """Return named parameters by weight decay and the options of their compression, in the model's order; rank 0 is the AdamW path."""
     decayed = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, NO_DECAY))
     plain = {"momentum_rank": 0, "update_rule": "als", "second_momentum_rank": None, "residual_weight": None}
+    plain |= {"experts": None, "experts_dim": 0}
     groups: dict[tuple, dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            options = {"weight_decay": weight_decay if name in decayed else 0.0, **targets.get(param, plain)}
+            options = {"weight_decay": weight_decay if name in decayed else 0.0, **plain, **targets.get(param, {})}
             group = groups.setdefault(tuple(options.values()), {"params": [], **options})
             group["params"].append((name, param))
     return list(groups.values())

@@ -18,7 +18,8 @@ def state_table(optimizer: LoRAPreOptimizer, frozen: dict[str, list[Tensor]]) ->
     for group in optimizer.param_groups:
         for param in group["params"]:
             ranks = optimizer.ranks(param, group)
-            label = f"compressed, k={','.join(map(str, ranks))}, {group['update_rule']}" if ranks else "AdamW path"
+            kind = "compressed" if group["experts"] is None else f"{group['experts']} experts each"
+            label = f"{kind}, k={','.join(map(str, ranks))}, {group['update_rule']}" if ranks else "AdamW path"
             row = rows.setdefault(label, [0, 0, 0, 0])
             counts = (1, param.numel(), optimizer.param_state_bytes(param, group), adamw_state_bytes(param))
             row[:] = [total + count for total, count in zip(row, counts)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from .config import LoRAPreConfig, default_momentum_rank
 # them without a gradient at any one step, which no low-rank factor of |g| can say; it takes the AdamW path.
 COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
 
-Targets = dict[Tensor, dict[str, Any]]  # parameter: momentum_rank and `RULE_OPTIONS`
+# parameter: momentum_rank, `RULE_OPTIONS`, and where it holds a matrix for each expert of a mixture, experts and experts_dim
+Targets = dict[Tensor, dict[str, Any]]
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
@@ -83,6 +84,9 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
         if not isinstance(module, LoraLayer):
             continue
         own_name = module_name.rpartition("base_model.model.")[2]  # without what PEFT wraps around the base model
+        stacked = isinstance(module, ParamWrapper) and module.num_experts > 1
+        if isinstance(module, ParamWrapper):  # wrappers of one module's parameters lie one in another
+            own_name = f"{own_name.replace('.base_layer', '')}.{module.parameter_name}"
         for adapter, r in module.r.items():
             matrices = [param for name in COMPRESSIBLE for param in _held(getattr(module, name), adapter)]
             if not any(param.requires_grad for param in matrices):
@@ -99,6 +103,9 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                 )
             options = {"momentum_rank": k, **rule_options(config, given)}
             targets |= {param: options for param in matrices if param.ndim >= 2}
+            if stacked:  # lora_A [E · r, in] has the experts' rows one after the other, lora_B [out, r · E] their columns interleaved
+                for held, dim in ((module.lora_A, 0), (module.lora_B, -1)):
+                    targets[held[adapter].weight] = options | {"experts": module.num_experts, "experts_dim": dim}
     for adapter, keys in unused.items():
         if keys:
             warnings.warn(
@@ -120,6 +127,8 @@ def weight_targets(
 ) -> Targets:
     """The weights of the modules that ``target_modules`` names, as in PEFT: names, a regular expression, or "all-linear".
 
+    The stacked weights of a mixture's experts are among "all-linear"; otherwise their own name ("experts.gate_up_proj") or that of their
+    module ("experts") selects them.
     Raises ValueError if it matches no module with a trainable matrix.
     """
     k = MOMENTUM_RANK if momentum_rank is None else momentum_rank
@@ -137,6 +146,13 @@ def weight_targets(
             matched = check_target_module_exists(config, module_name)
         if matched:
             targets[weight] = {"momentum_rank": k, **rule_options(None, given)}
+    for name, param in expert_parameters(model).items():
+        named = (name, name.rpartition(".")[0])  # of the parameter, and of its module
+        if param.requires_grad and (
+            names == "all-linear" or any(check_target_module_exists(config, n) for n in named)
+        ):
+            stack = {"experts": len(param), "experts_dim": 0}
+            targets[param] = {"momentum_rank": k, **rule_options(None, given), **stack}
     if not targets:
         linear = sorted(
             {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
@@ -146,6 +162,21 @@ def weight_targets(
             f"called {', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
         )
     return targets
+
+
+def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return by name the parameters that hold a matrix for each expert of a mixture, [experts, p, q].
+
+    Such are the three-dimensional ones of a module that says how many experts it has, in an attribute whose name ends with "experts"
+    (transformers: num_experts, total_experts, num_routed_experts). Convolutions and position embeddings are none.
+    """
+    found = {}
+    for module_name, module in model.named_modules():
+        counts = {count for name, count in vars(module).items() if name.endswith("experts") and type(count) is int}
+        for name, param in module.named_parameters(module_name, recurse=False):
+            if param.ndim == 3 and len(param) in counts:
+                found[name] = param
+    return found
 
 
 def freeze_others(

@@ -11,11 +11,12 @@ from peft import get_peft_model
 from torch import nn
 
 from ..integrations.config import LoRAPreConfig
+from ..integrations.create import create_lorapre_optimizer
 from ..integrations.summary import adamw_state_bytes, format_bytes
 from ..integrations.targets import embedding_parameters, weight_targets
+from ..lowrank.experts import stack_of
 from ..lowrank.layout import matrix_shape
 from ..lowrank.rules import RULES
-from ..optim.adamw import LoRAPreAdamW
 from .models import find_config, meta_model
 from .peak import MemoryEstimate, estimate
 
@@ -32,7 +33,11 @@ def peers(model: nn.Module, momentum_rank: int, activations: int) -> dict[str, M
     total = sum(param.numel() for param in model.parameters())
     params = [param for param in model.parameters() if param.requires_grad]
     trained = sum(param.numel() for param in params)
-    targets = [matrix_shape(param.shape) for param in weight_targets(model, "all-linear", None, None)]
+    # Each expert of a stack counts as a matrix of its own for the peers too, whether or not their code takes it for one.
+    targets = []
+    for param, options in weight_targets(model, "all-linear", None, None).items():
+        stack = stack_of(options)
+        targets += [matrix_shape(param.shape, stack)] * (1 if stack is None else stack.experts)
     found: dict[str, MemoryEstimate] = {}
 
     def add(name: str, weights: int, gradients: int, state: int) -> None:
@@ -77,13 +82,18 @@ def adapter_table(model: nn.Module, ranks: Sequence[int]) -> str:
         params = [param for param in adapted.parameters() if param.requires_grad]
         sizes = [format_bytes(sum(map(adamw_state_bytes, params)))]
         for k in (r // 2, r // 4, r // 8):
-            optimizer = LoRAPreAdamW(params, momentum_rank=k)
-            held = sum(optimizer.param_state_bytes(param, optimizer.param_groups[0]) for param in params)
-            sizes.append(format_bytes(held) if k else "–")
+            sizes.append("–" if k == 0 else format_bytes(_state_bytes(adapted, k)))
         row = "".join(f"{size:>12}" for size in sizes)
         lines.append(f"{f'r = {r}':>8}{sum(param.numel() for param in params):>14,}{row}")
         model = adapted.unload()
     return "\n".join(lines)
+
+
+def _state_bytes(model: nn.Module, momentum_rank: int) -> int:
+    optimizer = create_lorapre_optimizer(model, lr=1e-4, momentum_rank=momentum_rank, verbose=False)
+    return sum(
+        optimizer.param_state_bytes(param, group) for group in optimizer.param_groups for param in group["params"]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
