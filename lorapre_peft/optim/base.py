@@ -18,8 +18,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..kernels import choose
 from ..kernels.eager import Eager
 from ..lowrank.batch import Batch, constants, usable
-from ..lowrank.float64 import reads_are_free
 from ..lowrank.experts import stack_of
+from ..lowrank.float64 import reads_are_free
 from ..lowrank.layout import EXPERT_POSITIONS, Member, Part, compressed_rank, lay_out, matrix_shape, parts_of
 from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
