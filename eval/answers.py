@@ -1,8 +1,9 @@
-"""Whether an answer is right, judged by meaning: numbers (GSM8K, generated problems) and mathematical expressions (MATH).
+"""Judge by meaning whether an answer is right: numbers (GSM8K, generated problems) and mathematical expressions
+(MATH).
 
-Where the answer stands in a completion: after the last marker, which is ``####`` or "The answer is" ("The final answer is"),
-even if nothing readable follows. Without a marker: an expression is taken from the last ``\\boxed{}``, else from wherever
-math-verify finds one; a number is the last of the text.
+The answer stands in a completion after the last marker, which is ``####`` or "The answer is" ("The final answer is"),
+even if nothing readable follows. Without a marker: an expression is taken from the last ``\\boxed{}``, else from
+wherever math-verify finds one; a number is the last of the text.
 """
 
 from __future__ import annotations
@@ -50,17 +51,21 @@ _WORKER_BYTES = 2 << 30
 
 
 class Verdict(NamedTuple):
-    """Whether the answer is right, and whether one was given where it was asked for: behind a marker, or in a box."""
+    """Says whether the answer is right, and whether one was given where it was asked for: behind a marker, or in a
+    box.
+    """
 
     correct: bool
     answered: bool
 
 
 def extract_number(text: str) -> Decimal | None:
-    """The first number after the last marker; without a marker, the last number of the text; None if there is none.
+    """Return the first number after the last marker; without a marker, the last number of the text; None if there is
+    none.
 
-    Of an equation of numbers right after the marker (2 + 3 = 5) it is the result. Reads signs, decimals, thousands separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}); units, currency and text around
-    the number are ignored. Not read: number words, mixed numbers (5 1/2 is 5), decimal commas (1.000,50 is 1).
+    Of an equation of numbers right after the marker (2 + 3 = 5) it is the result. It reads signs, decimals, thousands
+    separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}); units, currency and text around the number
+    are ignored. It does not read number words, mixed numbers (5 1/2 is 5), decimal commas (1.000,50 is 1).
     """
     tail = _after_marker(text)
     if tail is not None:
@@ -96,10 +101,10 @@ def judge_number(completion: str, reference: str) -> Verdict:
 
 
 def judge_paper(completion: str, reference: str) -> Verdict:
-    """As LoRA-Pro's released evaluation judges GSM8K, faults included; for comparison with published figures only.
+    """Judge GSM8K as LoRA-Pro's released evaluation does, faults included; for comparison with published figures only.
 
-    The digits right after the first ``####``, in the completion and in the reference: "1,000" is 1, "3.5" is 3. A negative
-    number, one with a currency, or none at all is 0.
+    It compares the digits right after the first ``####`` in the completion and in the reference: "1,000" is 1, "3.5"
+    is 3. A negative number, one with a currency, or none at all is 0.
     """
     found, expected = (_PAPER.search(text) for text in (completion, reference))
     correct = Decimal(found[1] if found else 0) == Decimal(expected[1] if expected else 0)
@@ -107,7 +112,9 @@ def judge_paper(completion: str, reference: str) -> Verdict:
 
 
 def extract_expression(text: str) -> str | None:
-    """The LaTeX after the last marker, without dollar signs, box and closing full stop; else the last box's; else None."""
+    """Return the LaTeX after the last marker, without dollar signs, box and closing full stop; else that of the last
+    box; else None.
+    """
     tail = _after_marker(text)
     if tail is None:
         return _boxed(text)
@@ -124,9 +131,11 @@ def extract_expression(text: str) -> str | None:
 
 
 def judge_expression(completion: str, reference: str) -> Verdict:
-    """Compare the mathematical expressions of a completion and of a reference (LaTeX of the bare answer) with math-verify.
+    """Compare the mathematical expressions of a completion and of a reference (LaTeX of the bare answer) with
+    math-verify.
 
-    An answer that takes over 5 seconds to compare counts as wrong, with a warning in the log; so does one that takes over 2 GB.
+    An answer that takes over 5 seconds to compare counts as wrong, with a warning in the log; so does one that takes
+    over 2 GB.
     """
     answer = extract_expression(completion)
     if answer is None:
@@ -143,7 +152,7 @@ JUDGES = {"number": judge_number, "paper": judge_paper, "expression": judge_expr
 
 
 def _math(text: str) -> list[str]:
-    """The formulas that a text begins with, if nothing but commas, "and" and "or" stands between them."""
+    """Return the formulas that a text begins with, if nothing but commas, "and" and "or" stands between them."""
     found, position = [], 0
     while math := _MATH.match(text, position):
         found.append(math[math.lastindex].strip())
@@ -152,7 +161,7 @@ def _math(text: str) -> list[str]:
 
 
 def _spelled(text: str) -> str:
-    """With numbers and fractions in plain characters."""
+    """Return the text with its numbers and fractions in plain characters."""
     for spelling, plain in _SPELLINGS:
         text = text.replace(spelling, plain)
     # A mixed number stays one, 5 1/2.
@@ -167,7 +176,7 @@ def _after_marker(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last ``\\boxed{}`` holds, up to its own closing brace."""
+    """Return what the last ``\\boxed{}`` holds, up to its own closing brace."""
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None
@@ -181,12 +190,17 @@ def _boxed(text: str) -> str | None:
 
 
 def _box(expression: str) -> str:
-    """math-verify takes what is boxed as a whole; it reads "10%" there as text, and MATH leaves the sign to the writer."""
+    """Put an answer into a box for math-verify, which takes what is boxed as a whole.
+
+    It would read "10%" as text, and MATH leaves the sign to the writer.
+    """
     return rf"\boxed{{{expression.replace(chr(92) + '%', '').replace('%', '')}}}"
 
 
 def _plain(expression: str) -> str:
-    """Without spaces and marks that change no meaning, for answers that are words and for a first, cheap comparison."""
+    """Return the text without spaces and marks that change no meaning, for answers that are words and for a first,
+    cheap comparison.
+    """
     expression = re.sub(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1", expression)
     # A space before a fraction may make it a mixed number.
     expression = re.sub(r"\\left|\\right|\\[ ,;!%$]|\s(?!\d+\s?/)|[$%]|\.$", "", expression)
@@ -194,7 +208,7 @@ def _plain(expression: str) -> str:
 
 
 def _compare(reference: str, answer: str) -> bool:
-    """math-verify's opinion, in a process that can be killed."""
+    """Return math-verify's verdict, from a process that can be killed."""
     try:
         return _worker().schedule(_verify, (reference, answer), timeout=_SECONDS).result()
     except (TimeoutError, ProcessExpired) as error:

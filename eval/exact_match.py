@@ -1,4 +1,4 @@
-"""Answers of a model in memory: generate them, and an `evaluate` metric that judges them."""
+"""Generate the answers of a model in memory, and judge them by an `evaluate` metric."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from eval.answers import JUDGES
 
 
 class ExactMatch(evaluate.Metric):
-    """Shares of completions that are right, and that give an answer where it was asked for.
+    """Computes the shares of completions that are right, and that give an answer where it was asked for.
 
-    ``ExactMatch("number")`` (also ``"expression"`` and ``"paper"``, see `eval.answers`) ``.compute(predictions=completions,
-    references=solutions_or_answers)`` returns ``exact_match`` and ``answered``, from 0 to 1.
+    ``ExactMatch("number")`` (also ``"expression"`` and ``"paper"``, see `eval.answers`)
+    ``.compute(predictions=completions, references=solutions_or_answers)`` returns ``exact_match`` and ``answered``,
+    from 0 to 1.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -52,7 +53,9 @@ def generate(
     stop: str,
     progress: str = "generating",
 ) -> list[str]:
-    """Greedy completions up to ``stop`` (the next problem, say), without special tokens, in the order given."""
+    """Return greedy completions up to ``stop`` (the next problem, say), without special tokens, in the order of the
+    prompts.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
     completions = [""] * len(prompts)
     was_training = model.training

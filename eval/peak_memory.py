@@ -22,7 +22,10 @@ from lorapre_peft.memory.peak import Measurement, MemoryEstimate, estimate, meas
 def measured_and_estimated(
     name: str, *, momentum_rank: int, batch: int, seq_len: int, steps: int, device: torch.device
 ) -> tuple[Measurement, MemoryEstimate]:
-    """Train ``steps`` steps in bfloat16 with updates in the backward pass and gradient checkpointing; the peak, and its estimate."""
+    """Train ``steps`` steps in bfloat16 with updates in the backward pass and gradient checkpointing.
+
+    Returns the peak that was measured, and its estimate.
+    """
     config, _ = find_config(name)
     shared = dict(momentum_rank=momentum_rank, in_backward=True, batch=batch, seq_len=seq_len, checkpointing=True)
     expected = estimate(config, **shared)

@@ -2,9 +2,10 @@
 
     python -m eval.speed --preset adapters-7b weights-7b
 
-Gradients are synthetic, of low rank plus noise; nothing is downloaded. Methods of a case share parameters and gradients and
-step in turn, after warm-up steps that start states and compile. One JSON file per case goes to the output folder, then all of
-them together with tables and plots. Times on a CPU mean something only while nothing else runs there.
+Gradients are synthetic, of low rank plus noise; nothing is downloaded. Methods of a case share parameters and
+gradients and step in turn, after warm-up steps that start states and compile. One JSON file per case goes to the
+output folder, then all of them together with tables and plots. Times on a CPU mean something only while nothing else
+runs there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from recipes.training import commit, environment, write_atomically
 
 
 def measure_case(case: Case, device: torch.device, seconds: float, patience: float) -> dict[str, Any]:
-    """A case's description and every method's result, ready for JSON. Sweeps have LoRA-Pre AdamW and the reference alone."""
+    """Return a case's description and every method's result, ready for JSON.
+
+    Sweeps measure LoRA-Pre AdamW and the reference alone.
+    """
     methods = [*lorapre_methods(device), *PEERS]
     if case.sweep:
         methods = [method for method in methods if method.package == "lorapre-peft" and not method.muon]
@@ -47,7 +51,9 @@ def measure_case(case: Case, device: torch.device, seconds: float, patience: flo
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """`environment`, the processor's name, the packages of the methods, and the bandwidth of a copy on the device."""
+    """Return `environment`, the processor's name, the packages of the methods, and the bandwidth of a copy on the
+    device.
+    """
     methods: list[Method] = [REFERENCE, *lorapre_methods(device), *PEERS]
     return environment() | {
         "processor": processor(),
@@ -59,7 +65,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's name as the system gives it."""
+    """Return the CPU's name as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -69,7 +75,7 @@ def processor() -> str:
 
 
 def report(summary: dict[str, Any], folder: Path) -> str:
-    """All tables as Markdown, with the plots written beside the JSON files."""
+    """Return all tables as Markdown, and write the plots beside the JSON files."""
     around, cases = summary["environment"], summary["cases"]
     machine = f"{around['processor']}, threads: {around['threads']}"
     if around["device"] != "cpu":
@@ -91,7 +97,7 @@ def report(summary: dict[str, Any], folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; argv: None for the process's own."""
+    """Run the command line. argv: None stands for the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

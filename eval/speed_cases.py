@@ -1,4 +1,4 @@
-"""What `eval.speed` measures on: the shapes of real models' adapters and weights, with synthetic gradients."""
+"""The cases that `eval.speed` measures: the shapes of real models' adapters and weights, with synthetic gradients."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ WEIGHT_BYTES_ON_GPU = 10
 class Case:
     """A set of matrices to step through.
 
-    model: a name for `find_config`, or "" where ``shapes`` lists the matrices as (p, q, how many). lora_r: adapters of this
-    rank on all linear layers; None: the weights of those layers. momentum_rank: k. layers: how many of the model's layers
-    a CPU takes (None: all); a GPU takes all that fit. sweep: what varies, and value: its value.
+    model: a name for `find_config`, or "" where ``shapes`` lists the matrices as (p, q, how many). lora_r: adapters of
+    this rank on all linear layers; None: the weights of those layers. momentum_rank: k. layers: how many of the
+    model's layers a CPU takes (None: all); a GPU takes all that fit. sweep: what varies, and value: its value.
     """
 
     name: str
@@ -112,7 +112,9 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def gradient(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A matrix of low rank plus noise: float32, root mean square `GRADIENT_SCALE`, on the generator's device."""
+    """Return a matrix of low rank plus noise: float32, of root mean square `GRADIENT_SCALE`, on the generator's
+    device.
+    """
     p, q = shape
     options = dict(generator=generator, device=generator.device)
     rank = min(GRADIENT_RANK, p, q)

@@ -1,4 +1,4 @@
-"""Timing optimizer steps side by side, and what they hold and move."""
+"""Time optimizer steps side by side, and measure what they hold and move."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ FREE_BYTES = 2_000_000_000  # of the machine's memory, below which no further op
 
 @dataclass
 class Result:
-    """What a method's steps took. seconds: per timed step; ratio: median over the reference's median in the same rounds.
+    """What a method's steps took. seconds: per timed step; ratio: median over the reference's median in the same
+    rounds.
 
-    start_seconds: building and the first two steps. traffic_bytes: the least that the method must read and write in a step
-    (`traffic`). reason: why there are no figures.
+    start_seconds: building and the first two steps. traffic_bytes: the least that the method must read and write in a
+    step (`traffic`). reason: why there are no figures.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Runner:
     turns: int = 0  # rounds of a race in which it takes part
 
     def seconds(self) -> float:
-        """Of one step, from an idle device until the device is idle again."""
+        """Return the seconds of one step, from an idle device until the device is idle again."""
         spent = timed(self.optimizer.step, self.problem.device)
         if self.method.overwrites_gradients:
             self.problem.restore_gradients()
@@ -75,7 +76,9 @@ class Runner:
 
 
 def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call: between events on CUDA, where the synchronisations are outside of what is timed."""
+    """Return the seconds that one call takes; on CUDA the time between events, so that the synchronisations are not
+    timed.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         step()
@@ -90,10 +93,10 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """The most that a call had allocated at once above what was there before.
+    """Return the most bytes that a call had allocated at once above what was there before.
 
-    On a CPU from the profiler's record of the allocator: it sees compiled code too, which a dispatch mode such as
-    `lorapre_peft.memory.peak.AllocationTracker` makes torch.compile give up for good.
+    On a CPU they come from the profiler's record of the allocator: it sees compiled code too, which a dispatch mode
+    such as `lorapre_peft.memory.peak.AllocationTracker` makes torch.compile give up for good.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -114,7 +117,9 @@ def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
 
 
 def traffic(method: Method, problem: Problem, state: int) -> int | None:
-    """Bytes that a step must move at least: the gradient as often as the method reads it, weight and state in and out."""
+    """Return the bytes that a step must move at least: the gradient as often as the method reads it, weight and state
+    in and out.
+    """
     if method.gradient_reads is None:
         return None
     weights = sum(param.nbytes for param in problem.params)
@@ -123,7 +128,7 @@ def traffic(method: Method, problem: Problem, state: int) -> int | None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a device copy, read and written, beyond any cache."""
+    """Return the bytes per second, read and written, of a device copy that is larger than any cache."""
     size = 1 << (30 if device.type == "cuda" else 28)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -165,7 +170,7 @@ def watchdog(seconds: float) -> Iterator[None]:
 
 
 def prepare(method: Method, problem: Problem, patience: float) -> Runner:
-    """Build a method's optimizer, take two steps, and measure memory in the third; raises what they raise."""
+    """Build a method's optimizer, take two steps, and measure memory in the third. Raises what they raise."""
     result = Result(method.name, method.package, method.package_version, method.muon, method.note)
     if method.overwrites_gradients:
         problem.keep_gradients()
@@ -191,8 +196,8 @@ def prepare(method: Method, problem: Problem, patience: float) -> Runner:
 def race(runners: Sequence[Runner], seconds: float) -> None:
     """Time steps of all runners, interleaved, for about ``seconds``; the first runner is the reference of the ratios.
 
-    Each has an equal share of the time: slow ones take part in fewer rounds, evenly spread, never less than `MIN_ROUNDS`.
-    A runner whose step fails is out of the race, with the reason; the reference's error is raised.
+    Each has an equal share of the time: slow ones take part in fewer rounds, evenly spread, never less than
+    `MIN_ROUNDS`. A runner whose step fails is out of the race, with the reason; the reference's error is raised.
     """
     reference, racing = runners[0], list(runners)
 
@@ -234,7 +239,7 @@ def record(result: Result, seconds: list[float], reference: list[float]) -> None
 def run(
     problem: Problem, reference: Method, methods: Sequence[Method], seconds: float, patience: float
 ) -> list[Result]:
-    """Every method's result on a problem, the reference's first.
+    """Return every method's result on a problem, the reference's first.
 
     All share parameters and gradients. They race together as far as their states fit in memory together; the reference
     takes part in every race. Raises what the reference raises.
@@ -268,7 +273,10 @@ def run(
 
 
 def _try(method: Method, problem: Problem, patience: float) -> tuple[Runner | None, str, bool]:
-    """A runner, or None with the reason, and whether that was a lack of memory; no traceback is left that holds tensors."""
+    """Return a runner, or None with the reason, and whether that was a lack of memory.
+
+    No traceback is kept that would hold tensors.
+    """
     if method.package_version is None:
         return None, f"package {method.package} is not installed: pip install {method.package}", False
     try:

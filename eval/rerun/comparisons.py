@@ -1,4 +1,6 @@
-"""Comparisons seed by seed: runs of one seed share their training rows, and much of the spread between seeds with them."""
+"""Compare rows seed by seed: runs of one seed share their training rows, and much of the spread between seeds with
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ BySeed = Mapping[int, float]
 
 
 def paired(a: BySeed, b: BySeed) -> Interval | None:
-    """Of the differences a − b over the seeds that both have; None for fewer than two."""
+    """Return the interval of the differences a − b over the seeds that both have; None for fewer than two."""
     seeds = a.keys() & b.keys()
     return interval([a[seed] - b[seed] for seed in sorted(seeds)]) if len(seeds) > 1 else None
 
 
 def by_seed(row: Row, metric: str) -> dict[int, float]:
-    """A metric by seed; nothing for a row of which a seed failed, for those that did not would speak for it."""
+    """Return a metric by seed; nothing for a row of which a seed failed, because the others would speak for it."""
     found = row["metrics"].get(metric)
     return {} if found is None or row["failed_seeds"] else dict(zip(found["seeds"], found["values"]))
 
@@ -36,11 +38,13 @@ def add_differences(rows: Sequence[Row], metric: str) -> None:
 
 
 def averages(rows: Sequence[Row], factors: Sequence[Sequence[str]], metric: str) -> list[dict[str, Any]]:
-    """What one factor does, averaged over the others: a table per kind and factor, its levels from best to worst.
+    """Return what one factor does, averaged over the others: a table for each kind and factor, its levels from best to
+    worst.
 
-    A factor is one or more options that change together; a level is a combination of their values that occurs. Only settings
-    of the other factors for which every level is measured count, and only seeds that all have, so that each level is averaged
-    over the same ones. Seeds are what is independent: the average over settings is taken first, the interval over seeds.
+    A factor is one or more options that change together; a level is a combination of their values that occurs. Only
+    settings of the other factors for which every level is measured count, and only seeds that all have, so that each
+    level is averaged over the same ones. Seeds are what is independent: the average over settings is taken first, the
+    interval over seeds.
     """
     tables = []
     for kind in dict.fromkeys(row["trains"] for row in rows):
@@ -57,7 +61,9 @@ def averages(rows: Sequence[Row], factors: Sequence[Sequence[str]], metric: str)
 def _by_level(
     rows: Sequence[Row], factor: Sequence[str], others: Sequence[str], metric: str
 ) -> tuple[dict[str, dict[int, float]], int]:
-    """By level and seed, the mean over the settings in which every level is measured; and how many settings those are."""
+    """Return by level and seed the mean over the settings in which every level is measured, and how many settings
+    those are.
+    """
     measured: dict[tuple, dict[str, dict[int, float]]] = {}
     for row in rows:
         level = ", ".join(str(row["options"][name]) for name in factor if row["options"][name] is not None)
@@ -74,7 +80,7 @@ def _by_level(
 
 
 def _ordered(levels: Mapping[str, BySeed], higher_is_better: bool) -> list[dict[str, Any]]:
-    """Best first, each with its difference to the best."""
+    """Return the levels with the best first, each with its difference to the best."""
     means = {level: statistics.fmean(values.values()) for level, values in levels.items()}
     best, *rest = sorted(means, key=means.__getitem__, reverse=higher_is_better)
     ordered = [{"level": best, "mean": means[best], "difference": None}]

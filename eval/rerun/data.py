@@ -1,4 +1,4 @@
-"""Data of suites: training, validation and test rows in TRL's prompt/completion form, and problems to answer."""
+"""Load the data of suites: rows to train on and to measure losses by, in TRL's prompt/completion form, and problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VALIDATION_SEED, _TEST_SEED = 1_000_001, 1_000_002
 
 @dataclass(frozen=True)
 class Problems:
-    """Rows with ``prompt`` and ``answer``, how long answers may be and where they stop, and by metric how they are judged
+    """Rows with ``prompt`` and ``answer``, how long answers may be, where they stop, and how each metric judges them
     (`eval.answers.JUDGES`)."""
 
     rows: Dataset
@@ -28,14 +28,16 @@ class Problems:
     judges: dict[str, str]
 
     def verdicts(self, completions: Sequence[str], answers: Sequence[str]) -> dict[str, list[bool]]:
-        """By metric, which are right."""
+        """Return by metric which completions are right."""
         pairs = list(zip(completions, answers, strict=True))
         return {metric: [JUDGES[judge](*pair).correct for pair in pairs] for metric, judge in self.judges.items()}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """train: the rows of one run. validation, test: for losses. problems: sets to answer, by name."""
+    """The data of one run: its training rows, rows for the validation and test losses, and sets of problems to answer,
+    by name.
+    """
 
     train: Dataset
     validation: Dataset
@@ -44,7 +46,10 @@ class Splits:
 
 
 def load_splits(data: dict[str, Any], rows: int, seed: int) -> Splits:
-    """The data that a suite names, with ``rows`` training rows. Raises ValueError for a source that is not in `SOURCES`."""
+    """Return the data that a suite names, with ``rows`` training rows.
+
+    Raises ValueError for a source that is not in `SOURCES`.
+    """
     options = dict(data)
     source = options.pop("source")
     if source not in SOURCES:
@@ -53,7 +58,9 @@ def load_splits(data: dict[str, Any], rows: int, seed: int) -> Splits:
 
 
 def _generated(rows: int, seed: int, validation: int, test: int) -> Splits:
-    """Problems by reasoning-gym, all different: held-out sets that every run shares, training rows by the run's seed."""
+    """Return different problems by reasoning-gym: held-out sets that every run shares, and training rows by the run's
+    seed.
+    """
     held_out = problems(validation, _VALIDATION_SEED)
     tested = problems(test, _TEST_SEED, exclude=held_out)
     train = problems(rows, seed, exclude=concatenate_datasets([held_out, tested]))
@@ -70,7 +77,7 @@ def _metamath(
     math500: str = "HuggingFaceH4/MATH-500",
     **options: Any,
 ) -> Splits:
-    """The paper's fine-tuning data: the same rows for every seed, which shuffles them.
+    """Return the paper's fine-tuning data: the same rows for every seed, which shuffles them.
 
     metamath, gsm8k, math500: hub ids, files or folders. options: ``length_tokenizer`` and ``manifest`` of `load_data`.
     """

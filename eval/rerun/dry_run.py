@@ -1,4 +1,4 @@
-"""The plan of a suite with estimated memory and time, before anything is trained."""
+"""Make the plan of a suite with estimated memory and time, before anything is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from .plan import Cell, Records
 
 
 def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) -> str:
-    """One line per cell: runs finished and expected, rates, memory of a training step, time for what is left."""
+    """Return a line for each cell: runs finished and expected, rates, memory of a training step, time for what is
+    left.
+    """
     configs: dict[str, PretrainedConfig] = {}
     activations: dict[tuple, int] = {}
     memory: dict[tuple, MemoryEstimate | None] = {}
@@ -61,8 +63,9 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
 
 
 def seconds_per_run(cell: Cell, records: Records) -> float | None:
-    """Median of the cell's finished runs, those that answered problems if any has, else the steps times what the suite expects
-    of one, by method or by kind."""
+    """Return the median of the cell's finished runs, those that answered problems if any has, else the steps times
+    what the suite expects of one, by method or by kind.
+    """
     own = cell.finished(records)
     own = [record for record in own if record["run"]["answers"]] or own
     if own:
@@ -72,9 +75,11 @@ def seconds_per_run(cell: Cell, records: Records) -> float | None:
 
 
 def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tuple, int]) -> MemoryEstimate:
-    """Bytes of a training step, by a step of the real optimizer on the meta device; any error if it does not run there.
+    """Return the bytes of a training step, by a step of the real optimizer on the meta device.
 
-    activations: of models as they are prepared, as far as they are known; filled in otherwise.
+    Raises whatever it raises there.
+
+    activations: those of models that have been prepared before; what is missing is filled in.
     """
     method, training = cell.method, cell.suite.training
     dtype = getattr(torch, training.adapter_dtype if method.trains == "adapter" else training.weights_dtype)

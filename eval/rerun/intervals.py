@@ -1,4 +1,4 @@
-"""Means with confidence intervals over seeds, and what they say about order."""
+"""Compute means with confidence intervals over seeds, and what they say about order."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Interval:
         return self.mean + self.half_width
 
     def as_dict(self) -> dict[str, float | None]:
-        """For JSON, which has no infinity: ``half_width`` is None for a single run."""
+        """Return the fields for JSON, which has no infinity: ``half_width`` is None for a single run."""
         return {"mean": self.mean, "half_width": self.half_width if self.n > 1 else None}
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of independent runs, taken as normally distributed: t(n−1) at 95 % times s/√n."""
+    """Return the interval of independent runs, taken as normally distributed: t(n−1) at 95 % times s/√n."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return Interval(mean, math.inf, n)
@@ -43,7 +43,9 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def ranks(intervals: Sequence[Interval], *, higher_is_better: bool) -> list[tuple[int, int]]:
-    """The best and the worst place each may have: one is before another only if their intervals do not touch."""
+    """Return the best and the worst place that each may have: one is before another only if their intervals do not
+    touch.
+    """
 
     def before(a: Interval, b: Interval) -> bool:
         return a.low > b.high if higher_is_better else a.high < b.low

@@ -1,4 +1,4 @@
-"""Base models of suites: those of the recipes, and a tiny random one for testing the machinery."""
+"""Load the base models of suites: those of the recipes, and a tiny random one for testing the machinery."""
 
 from __future__ import annotations
 
@@ -32,21 +32,23 @@ _RANDOM_CONFIG = LlamaConfig(
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """``"random"``, or what `recipes.models.load_model` takes: in float32 from the package, else in the dtype that it was saved in."""
+    """Return a base model: ``"random"``, or one that `recipes.models.load_model` knows, in float32 from the package,
+    else in its saved dtype.
+    """
     if name == RANDOM:
         return _random_model()
     return load_model(name, torch.float32 if name == SMOLLM2 else None)
 
 
 def base_config(name: str) -> PretrainedConfig:
-    """The shapes of a suite's model; its weights are read for them only where nothing else says them."""
+    """Return the config of a suite's model; its weights are read for them only where nothing else says them."""
     if name == RANDOM:
         return _RANDOM_CONFIG
     return load_model(name)[0].config if name == SMOLLM2 else find_config(name)[0]
 
 
 def _random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Llama of 30,000 weights, always the same ones, and a tokenizer of one token per byte."""
+    """Return a Llama of 30,000 weights, always the same ones, and a tokenizer of one token per byte."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(_RANDOM_CONFIG)

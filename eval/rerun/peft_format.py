@@ -1,7 +1,8 @@
-"""Finished adapters in the format of PEFT's ``method_comparison/MetaMathQA``, so that they can be entered there.
+"""Write finished adapters in the format of PEFT's ``method_comparison/MetaMathQA``, so that they can be entered there.
 
-Per run ``experiments/lora/NAME/`` with adapter_config.json (and lorapre_config.json) and training_params.json, and
-``results/lora--NAME.json`` with the fields that PEFT's ``utils.log_results`` writes and its ``processing.py`` reads.
+Each run gets ``experiments/lora/NAME/`` with adapter_config.json (and lorapre_config.json) and training_params.json,
+and ``results/lora--NAME.json`` with the fields that PEFT's ``utils.log_results`` writes and its ``processing.py``
+reads.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
 
 def write_peft_results(cells: list[Cell], records: Records, folder: Path) -> int:
-    """Write every finished final run of an adapter that answered problems; returns how many there were."""
+    """Write every finished final run of an adapter that answered problems. Returns how many there were."""
     written = 0
     for cell in cells:
         if cell.method.trains != "adapter":
@@ -102,7 +103,7 @@ def _write(run_name: str, record: Mapping[str, Any], accuracy: float, folder: Pa
 
 
 def _train_config(run: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of PEFT's ``TrainConfig`` that say how the run trained."""
+    """Return the fields of PEFT's ``TrainConfig`` that say how the run trained."""
     training = run["training"]
     return {
         "model_id": run["model"],
@@ -123,7 +124,9 @@ def _train_config(run: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str
 
 
 def optimizer_kwargs(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What PEFT's ``get_optimizer_and_scheduler`` passes on: with what it builds itself, every argument that it needs."""
+    """Return what PEFT's ``get_optimizer_and_scheduler`` passes on: with what it builds itself, every argument that it
+    needs.
+    """
     options = {name: value for name, value in run["options"].items() if value is not None}
     rank, steps, batch_size = (run["training"][name] for name in ("rank", "steps", "batch_size"))
     adam = adam_options(sft_config(Path("unused"), lr=run["lr"], steps=steps, batch_size=batch_size, seed=run["seed"]))

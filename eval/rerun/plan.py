@@ -1,4 +1,4 @@
-"""Which runs a suite still needs: the two protocols, as functions of what has finished."""
+"""Decide which runs a suite still needs: the two protocols, as functions of what has finished."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ class Cell:
 
     @property
     def published(self) -> Mapping[str, float]:
-        """The paper's numbers by metric, which are of its own protocol."""
+        """The paper's numbers by metric; they belong to the protocol ``paper``."""
         rows = self.suite.published.get(self.model, {}) if isinstance(self._rules, Paper) else {}
         return rows.get(self.entry.label, {})
 
     def pending(self, records: Records) -> list[Run]:
-        """The runs that can start now. More may follow once they are finished; an empty list says that the cell is complete."""
+        """Return the runs that can start now.
+
+        More may follow once they are finished; an empty list says that the cell is complete.
+        """
         tuning = [run for run in self.tuning_runs(records) if run.name not in records]
         return tuning or [run for run in self.final_runs(records) if run.name not in records]
 
@@ -46,7 +49,9 @@ class Cell:
         return [run for lr in self.rates(records) for run in self._tuning(lr)]
 
     def final_runs(self, records: Records) -> list[Run]:
-        """The runs of the table's number; none before the best rate is known, nor where no rate trains."""
+        """Return the runs that the table's number comes from; none before the best rate is known, nor where no rate
+        trains.
+        """
         lr = self.best_rate(records)
         if lr is None:
             return []
@@ -56,19 +61,19 @@ class Cell:
         return [self.suite.run(self.model, self.entry, lr, seed) for seed in self._rules.tuning_seeds]
 
     def finished(self, records: Records) -> list[Mapping[str, Any]]:
-        """Records of the cell's runs that trained to the end."""
+        """Return the records of the cell's runs that trained to the end."""
         return [records[name] for name in self._names(records) if records.get(name, {}).get("status") == "finished"]
 
     def done(self, records: Records) -> int:
-        """How many of the cell's runs have a record."""
+        """Return how many of the cell's runs have a record."""
         return sum(name in records for name in self._names(records))
 
     def _names(self, records: Records) -> list[str]:
-        """Of all runs as far as they are known; a run may be of both stages."""
+        """Return the names of all runs that are known so far; a run may belong to both stages."""
         return list(dict.fromkeys(run.name for run in (*self.tuning_runs(records), *self.final_runs(records))))
 
     def rates(self, records: Records) -> list[float]:
-        """The grid, extended where its best rate lay at an edge. Under the paper's protocol there is none."""
+        """Return the grid, extended where its best rate lay at an edge. Under the paper's protocol there is none."""
         if isinstance(self._rules, Paper):
             return []
         rates = self.suite.grid(self.entry, self._rules)
@@ -85,24 +90,24 @@ class Cell:
         return self._best(self.rates(records), records)
 
     def at_edge(self, records: Records) -> bool:
-        """Whether the best rate lies at the edge of the grid even after its extensions."""
+        """Return whether the best rate lies at the edge of the grid even after its extensions."""
         rates, best = self.rates(records), self.best_rate(records)
         return bool(rates) and best in (rates[0], rates[-1])
 
     def validation_loss(self, lr: float, records: Records) -> float:
-        """Mean over the tuning seeds; infinite if one of them failed or is missing."""
+        """Return the mean over the tuning seeds; infinity if one of them failed or is missing."""
         losses = [loss_of(records.get(run.name)) for run in self._tuning(lr)]
         return sum(losses) / len(losses)
 
     def _best(self, rates: list[float], records: Records) -> float | None:
-        """The rate with the lowest loss, once all are finished; None before, and if none trains."""
+        """Return the rate with the lowest loss once all are finished; None before, and if none trains."""
         if any(run.name not in records for lr in rates for run in self._tuning(lr)):
             return None
         best = min(rates, key=lambda lr: self.validation_loss(lr, records))
         return best if math.isfinite(self.validation_loss(best, records)) else None
 
     def expected_runs(self, records: Records) -> int:
-        """All runs of the cell as far as can be said now."""
+        """Return how many runs the cell will have, as far as can be said now."""
         if isinstance(self._rules, Paper) or self.best_rate(records) is not None:
             return len(self._names(records))
         # A grid of one or two rates has its best one at an edge, whichever that is.
@@ -112,13 +117,16 @@ class Cell:
 
 
 def loss_of(record: Mapping[str, Any] | None) -> float:
-    """The validation loss of a finished run; infinite if it failed."""
+    """Return the validation loss of a finished run; infinity if it failed."""
     loss = record and record["metrics"].get("validation_loss")
     return math.inf if loss is None else loss
 
 
 def cells(suite: Suite, shard: tuple[int, int] = (0, 1)) -> list[Cell]:
-    """A suite's cells, or the i-th of n parts of them. A cell's runs depend on one another, so that cells are what is spread."""
+    """Return a suite's cells, or the i-th of n parts of them.
+
+    A cell's runs depend on one another, so that cells are what is spread.
+    """
     made = [
         Cell(suite, model, protocol, entry)
         for model in suite.models

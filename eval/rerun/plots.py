@@ -1,4 +1,4 @@
-"""The plots of a report. Each returns whether there was anything to draw."""
+"""Draw the plots of a report. Each function returns whether there was anything to draw."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MARKERS = "os^Dvp*X"
 
 
 def losses(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Training loss over the steps at each method's rate, mean over seeds."""
+    """Plot the training loss over the steps at each method's rate, mean over seeds."""
 
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
         axis.plot(row["curve"]["step"], row["curve"]["loss"], label=row["label"], **(style | {"marker": None}))
@@ -29,7 +29,9 @@ def losses(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Validation loss over the learning rate, up to twice the panel's best; rates at which a run failed are left out."""
+    """Plot the validation loss over the learning rate, up to twice the panel's best; rates at which a run failed are
+    left out.
+    """
 
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
         points = [(float(rate), loss) for rate, loss in row["rates"].items() if loss is not None]
@@ -43,7 +45,7 @@ def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> boo
 
 
 def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """The primary metric over memory: the measured peak on a GPU, else what weights, gradients and state take."""
+    """Plot the primary metric over memory: the measured peak on a GPU, else what weights, gradients and state take."""
     shown = [row for row in rows if suite.primary in row["metrics"]]
     measured = bool(shown) and all(row["peak_of"].startswith("tensors on") for row in shown)
     parts = ("peak_bytes",) if measured else ("weights_bytes", "gradient_bytes", "state_bytes")
@@ -52,7 +54,7 @@ def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """The primary metric over the time of training."""
+    """Plot the primary metric over the time of training."""
     shown = [row for row in rows if suite.primary in row["metrics"]]
     return _tradeoff(suite, shown, path, lambda row: row["train_seconds"], "training time (s)")
 
@@ -70,7 +72,7 @@ def _tradeoff(suite: Suite, rows: Sequence[dict[str, Any]], path: Path, x: Any, 
 
 
 def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: str, ylabel: str) -> bool:
-    """One column for adapters and one for weights, one line of panels per model and protocol."""
+    """Make the panels: a column for adapters and one for weights, a line for each model and protocol."""
     if not rows:
         return False
     groups = list(dict.fromkeys((row["model"], row["protocol"]) for row in rows))

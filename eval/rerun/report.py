@@ -1,4 +1,4 @@
-"""What a suite found: rows with intervals, as JSON, and as Markdown."""
+"""Report what a suite found: rows with intervals, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .suite import Suite, higher_is_better
 
 
 def write_report(suite: Suite, cells: list[Cell], records: Records, skipped: Mapping[str, str], folder: Path) -> str:
-    """``report.json``, ``report.md`` and the plots, in the suite's folder; returns the Markdown."""
+    """Write ``report.json``, ``report.md`` and the plots into the suite's folder, and return the Markdown."""
     rows = [summary(cell, records, skipped) for cell in cells]
     found = []
     for group in _groups(rows):
@@ -38,7 +38,9 @@ def write_report(suite: Suite, cells: list[Cell], records: Records, skipped: Map
 
 
 def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[str, Any]:
-    """A row: what its final runs measured, at which rate and how that was found, what failed, and what is missing."""
+    """Return a row: what its final runs measured, at which rate and how that was found, what failed, and what is
+    missing.
+    """
     final = [records[run.name] for run in cell.final_runs(records) if run.name in records]
     runs = {run.name for run in (*cell.tuning_runs(records), *cell.final_runs(records)) if run.name in records}
     good = [record for record in final if record["status"] == "finished"]
@@ -93,7 +95,7 @@ def _failures(records: Any) -> list[str]:
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows that one table compares: of one model under one protocol."""
+    """Return the rows that each table compares: those of one model under one protocol."""
     keys = dict.fromkeys((row["model"], row["protocol"]) for row in rows)
     return [[row for row in rows if (row["model"], row["protocol"]) == key] for key in keys]
 
@@ -107,7 +109,7 @@ def _rank(rows: list[dict[str, Any]], metric: str) -> None:
 
 
 def _surroundings(cells: list[Cell], records: Records) -> list[dict[str, Any]]:
-    """The different machines, versions and commands behind the runs."""
+    """Return the different machines, versions and commands behind the runs."""
     used = [record["environment"] for cell in cells for record in cell.finished(records)]
     return [json.loads(text) for text in dict.fromkeys(json.dumps(found, sort_keys=True) for found in used)]
 
@@ -211,7 +213,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Which rows are before all others of their kind, and which cannot be told from the first."""
+    """Say which rows are before all others of their kind, and which cannot be told from the first."""
     lines = []
     sign = -1 if higher_is_better(suite.primary) else 1
     for kind in ("adapter", "weights"):
@@ -243,7 +245,7 @@ def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _averages(suite: Suite, table: dict[str, Any]) -> list[str]:
-    """What one factor does on average."""
+    """Say what one factor does on average."""
     scale, digits, unit = _scale(suite.primary)
     lines = [
         "",
@@ -272,7 +274,7 @@ def _rate(row: dict[str, Any]) -> str:
 
 
 def _scale(metric: str) -> tuple[int, int, str]:
-    """Factor, digits and unit that a metric is shown with."""
+    """Return the factor, digits and unit that a metric is shown with."""
     return (100, 2, " %") if higher_is_better(metric) else (1, 4, "")
 
 

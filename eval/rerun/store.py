@@ -1,4 +1,6 @@
-"""Results on disk: one JSON file per run, written whole or not at all, and claims so that no two processes do the same run."""
+"""Keep results on disk: one JSON file per run, written whole or not at all, and claims so that no two processes do the
+same run.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ STALE_SECONDS = 600  # twenty heartbeats: a machine that swaps may miss several
 class Store:
     """The results of a suite in a folder, which machines may share.
 
-    ``records/NAME.json`` are the finished runs, failed ones included: whoever finds one there does not repeat it, so that
-    files from another machine or from git can be put there. ``claims/`` holds a file per run in progress. It counts as
-    abandoned when its process is gone, if that was on this host (and in this container), and when nobody has touched it for ten
-    minutes by the file system's own clock: a container that starts again gives old process numbers to new processes.
+    ``records/NAME.json`` are the finished runs, failed ones included: whoever finds one there does not repeat it, so
+    that files from another machine or from git can be put there. ``claims/`` holds a file per run in progress. It
+    counts as abandoned when its process is gone, if that was on this host (and in this container), and when nobody has
+    touched it for ten minutes by the file system's own clock: a container that starts again gives old process numbers
+    to new processes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +40,7 @@ class Store:
             path.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> dict[str, dict[str, Any]]:
-        """All finished runs by name. Raises ValueError for a file that was not copied whole."""
+        """Return all finished runs by name. Raises ValueError for a file that was not copied whole."""
         return {path.stem: _read(path) for path in sorted(self.records.glob("*.json"))}
 
     def done(self, run: Run) -> bool:
@@ -48,7 +51,7 @@ class Store:
         self._begun(run).unlink(missing_ok=True)
 
     def begun(self, run: Run) -> bool:
-        """Whether a process has claimed the run and not finished it."""
+        """Return whether a process has claimed the run and not finished it."""
         return self._begun(run).exists()
 
     def _begun(self, run: Run) -> Path:
@@ -56,7 +59,7 @@ class Store:
 
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
-        """Whether the run is this process's to do, for as long as the block lasts."""
+        """Claim the run for as long as the block lasts; yields whether it is this process's to do."""
         path = self.claims / run.name
         if not (self._take(path) or (self._abandoned(path) and self._release(path) and self._take(path))):
             yield False
@@ -91,7 +94,7 @@ class Store:
         return gone or age > STALE_SECONDS
 
     def _now(self) -> float:
-        """The file system's time, which clocks of several machines need not agree with."""
+        """Return the file system's time, with which the clocks of several machines need not agree."""
         probe = self.claims / f".{uuid.uuid4().hex}"
         probe.touch()
         now = probe.stat().st_mtime
@@ -101,8 +104,8 @@ class Store:
     def _release(self, path: Path) -> bool:
         """Remove an abandoned claim; False if another process was faster.
 
-        By renaming, which only one can do. Should the other one have claimed the run anew in the meantime, both do it, and
-        write the same result.
+        It renames the claim, which only one process can do. Should the other one have claimed the run anew in the
+        meantime, both do it, and write the same result.
         """
         grave = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
@@ -123,7 +126,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _place() -> str:
-    """Where a process number means something: this host and, in a container, its own numbers."""
+    """Return the name of the place where a process number means something: this host and, in a container, its own
+    numbers.
+    """
     try:
         return f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:  # not Linux

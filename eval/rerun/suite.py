@@ -1,4 +1,4 @@
-"""What a suite file says, and the runs that it declares."""
+"""Read a suite file, and the runs that it declares."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _STEPS = (1, 2, 5)
 
 @dataclass(frozen=True)
 class Training:
-    """How every run of a suite trains, whatever its method: a cosine schedule after a warmup, which is a share of the steps.
+    """How every run of a suite trains, whatever its method: a cosine schedule after a warmup, which is a share of the
+    steps.
 
-    batch_size: sequences per optimizer step, in forward passes of micro_batch. adapter_dtype: of the frozen base under an
-    adapter, whose own weights are float32. weights_dtype: of trained weights. bf16: products in bfloat16. ``"auto"``, as both
-    may be, is for `Suite.settled` to replace: a run declares what it was trained in.
+    batch_size: sequences per optimizer step, in forward passes of micro_batch. adapter_dtype: of the frozen base under
+    an adapter, whose own weights are float32. weights_dtype: of trained weights. bf16: products in bfloat16.
+    ``"auto"``, as both may be, is for `Suite.settled` to replace: a run declares what it was trained in.
     """
 
     steps: int
@@ -62,14 +63,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Readable, and unique by a hash of the declaration: the same run has the same name in every suite and on every machine."""
+        """A readable name, unique by a hash of the declaration: the same run has the same name in every suite and on
+        every machine.
+        """
         canonical = json.dumps(self.declaration, sort_keys=True)
         return f"{self.method}_lr{self.lr:g}_seed{self.seed}_{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Every method at the one learning rate of the paper's Table 2."""
+    """The protocol that trains every method at the one learning rate of the paper's Table 2."""
 
     lr: float
     seeds: list[int]
@@ -77,7 +80,8 @@ class Paper:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Every method at its own best rate of a grid on the validation split, then seeds at that rate.
+    """The protocol that finds each method's best rate of a grid on the validation split, and then trains seeds at that
+    rate.
 
     rates: AdamW's grid per kind, ``adapter`` and ``weights``, of the series 1, 2, 5, 10, …; a method's own grid lies
     `Method.rate_shift` places above. extend: how often a grid whose best rate lies at its edge is extended by a rate.
@@ -91,7 +95,9 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row that a suite asks for: a method with options, under a label. rates: its own grid instead of the shifted one."""
+    """A row that a suite asks for: a method with options, under a label. rates: its own grid instead of the shifted
+    one.
+    """
 
     method: str
     options: dict[str, Any]
@@ -101,7 +107,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite file. primary: the metric of rankings and plots. published: the paper's numbers, by model, label and metric.
+    """A suite file. primary: the metric of rankings and plots. published: the paper's numbers, by model, label and
+    metric.
 
     factors: lists of options that change together; the report averages the primary metric over all factors but one.
     step_seconds: of a training step per kind, measured on the named machine, for the plan before anything has run.
@@ -123,10 +130,10 @@ class Suite:
     published_source: str = ""
 
     def settled(self, records: Mapping[str, Mapping[str, Any]]) -> tuple[Suite, Precision]:
-        """The suite with a dtype in the place of every ``"auto"``, and why that one.
+        """Return the suite with a dtype in the place of every ``"auto"``, and the reason for that dtype.
 
-        All runs of a folder train in the same: in that of its records, whichever machine they are from, and in the one that this
-        machine multiplies fast where there are none yet. Raises ValueError where the records have several.
+        All runs of a folder train in the same: in that of its records, whichever machine they are from, and in the one
+        that this machine multiplies fast where there are none yet. Raises ValueError where the records have several.
         """
         auto = [name for name in ("adapter_dtype", "bf16") if getattr(self.training, name) == AUTO]
         found = set()
@@ -158,7 +165,10 @@ def higher_is_better(metric: str) -> bool:
 
 
 def shifted(rate: float, places: int) -> float:
-    """The rate so many places further on the series …, 1, 2, 5, 10, 20, …; ValueError for one that is not on it."""
+    """Return the rate so many places further on the series …, 1, 2, 5, 10, 20, ….
+
+    Raises ValueError for a rate that is not on it.
+    """
     digits, _, exponent = f"{rate:.6e}".partition("e")
     if float(digits) not in _STEPS:
         raise ValueError(f"learning rate {rate:g}: expected one of the series 1, 2, 5, 10, … such as 2e-4")
@@ -167,7 +177,10 @@ def shifted(rate: float, places: int) -> float:
 
 
 def load_suite(name: str) -> Suite:
-    """A suite of ``eval/suites`` by its name, or a file. Raises ValueError for a file that does not say what a suite must."""
+    """Return a suite of ``eval/suites`` by its name, or from a file.
+
+    Raises ValueError for a file that does not say what a suite must.
+    """
     path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
@@ -195,7 +208,9 @@ def load_suite(name: str) -> Suite:
 
 
 def _entry(item: str | dict[str, Any]) -> Entry:
-    """A method's name, or a mapping of ``method``, and perhaps ``label``, ``rates`` and the method's options."""
+    """Read an entry: a method's name, or a mapping of ``method``, and perhaps ``label``, ``rates`` and the method's
+    options.
+    """
     options = {"method": item} if isinstance(item, str) else dict(item)
     name = options.pop("method")
     if name not in METHODS:
@@ -205,7 +220,7 @@ def _entry(item: str | dict[str, Any]) -> Entry:
 
 
 def _numbers(value: Any) -> Any:
-    """What YAML has read, with 2e-5, which it takes for text, as a number."""
+    """Return what YAML has read, with numbers such as 2e-5, which it takes for text, as numbers."""
     if isinstance(value, dict):
         return {name: _numbers(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""One run: the model as its method wants it, TRL's SFTTrainer, and what is measured afterwards."""
+"""Do one run: prepare the model as its method wants it, train it by TRL's SFTTrainer, and measure it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .suite import Run
 class Runner:
     """Trains runs one after another, keeping what they share: the base models and the data.
 
-    surroundings: written into every record, as `recipes.training.environment` gives them.
+    surroundings: what `recipes.training.environment` gives; it is written into every record.
     """
 
     def __init__(self, surroundings: dict[str, Any]) -> None:
@@ -47,9 +47,12 @@ class Runner:
         self._splits: dict[str, Splits] = {}
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """The run's record. A failure of the run is one too; what is not the method's fault is raised.
+        """Do the run and return its record.
 
-        That is a model or data that cannot be read, a judge of answers that does not work, a full disk or another OSError, and a GPU that CUDA has given up.
+        A failure of the run is recorded too; what is not the method's fault is raised.
+
+        That is a model or data that cannot be read, a judge of answers that does not work, a full disk or another
+        OSError, and a GPU that CUDA has given up.
         """
         splits = self._data(run)
         if run.answers:  # before hours of training: a judge that does not work
@@ -80,7 +83,7 @@ class Runner:
         return _finite({**record, "created_at": created, "environment": self._surroundings})
 
     def base(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The pristine model, kept in the main memory and copied for each run."""
+        """Return the untrained model, which is kept in the main memory and copied for each run."""
         if name not in self._bases:
             self._bases = {name: load_base(name)}  # one at a time
         return self._bases[name]
@@ -179,7 +182,9 @@ class Runner:
     def _answers(
         self, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Splits
     ) -> Iterator[dict[str, list[bool]]]:
-        """By metric, which of the first ``run.answers`` problems were answered right, one set of problems after another."""
+        """Return by metric which of the first ``run.answers`` problems were answered right, one set of problems after
+        another.
+        """
         if not run.answers:
             return
         if model.device.type == "cpu":  # as in the quickstart: in float32 and merged, several times faster
@@ -200,7 +205,9 @@ class Runner:
 
 
 def _of_the_process(error: Exception) -> bool:
-    """Whether it would be every later run's as well: a full disk and its like, and CUDA's own errors, which stay."""
+    """Return whether every later run would fail in the same way: for a full disk and its like, and for CUDA's own
+    errors, which stay.
+    """
     return isinstance(error, OSError) or "CUDA error" in str(error)
 
 
@@ -215,12 +222,14 @@ def _free() -> None:
 
 
 def _factory(build: Any) -> Any:
-    """What Trainer takes for an optimizer that is built from the model: it calls ``factory()(model, **kwargs)``."""
+    """Return what Trainer takes for an optimizer that is built from the model: it calls ``factory()(model,
+    **kwargs)``.
+    """
     return lambda: build
 
 
 def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
-    """A backward pass of the completions' loss for each row."""
+    """Run a backward pass of the completions' loss for each row."""
     for row in rows:
         ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids.to(model.device)
         labels = ids.clone()
@@ -229,7 +238,9 @@ def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 class MemoryLog(TrainerCallback):
-    """Memory after each step: what PyTorch has reserved on the GPU, else the process's resident memory, in bytes."""
+    """Records the memory after each step: what PyTorch has reserved on the GPU, else the process's resident memory, in
+    bytes.
+    """
 
     def __init__(self) -> None:
         self._bytes: list[int] = []
@@ -248,8 +259,8 @@ class MemoryLog(TrainerCallback):
 
 
 class SecondOrderTrainer(SFTTrainer):
-    """Keeps the graph of the gradients for optimizers that differentiate them: at every ``update_period``-th step, and of its
-    last micro-batch alone, for the graphs of all would not fit.
+    """Keeps the graph of the gradients for optimizers that differentiate them: at every ``update_period``-th step, and
+    of its last micro-batch alone, for the graphs of all would not fit.
 
     TRL's own loss has none: it is the same number computed in chunks.
     """
@@ -269,7 +280,7 @@ class SecondOrderTrainer(SFTTrainer):
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: None in its place."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):

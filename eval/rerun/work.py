@@ -1,4 +1,4 @@
-"""Doing the runs of a suite: one after another, and in several processes that share them."""
+"""Do the runs of a suite: one after another, and in several processes that share them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ WAIT_SECONDS = 5
 
 
 def train(part: list[Cell], store: Store, surroundings: dict[str, Any]) -> None:
-    """Do the runs of these cells that nobody has done or is doing, and wait for those that others do, until none is left."""
+    """Do the runs of these cells that nobody has done or is doing, and wait for those that others do, until none is
+    left.
+    """
     disable_progress_bars()  # of each run's tokenization
     runner = Runner(surroundings)
     with tqdm(desc="runs", unit="run") as progress:
@@ -46,13 +48,16 @@ def train(part: list[Cell], store: Store, surroundings: dict[str, Any]) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: dict[str, Any]) -> int:
-    """`train` in several processes, which share the runs by their claims; returns how many did not end by themselves."""
+    """Run `train` in several processes, which share the runs by their claims.
+
+    Returns how many did not end by themselves.
+    """
     devices = visible_gpus()
     context = multiprocessing.get_context("spawn")
     processes = []
@@ -73,6 +78,6 @@ def _job(jobs: int, part: list[Cell], folder: Path, surroundings: dict[str, Any]
 
 
 def _end_with_parent() -> None:
-    """Of a killed command nothing goes on: started again, it would share its GPUs with what is left."""
+    """End this process with the command that started it, which, started again, would share its GPUs with what is left."""
     multiprocessing.parent_process().join()
     os._exit(1)
