@@ -1,8 +1,11 @@
 """What `import lorapre_peft` costs and touches: trainers, TRL and Triton load only when asked for, PEFT stays as it was."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +58,28 @@ def test_public_names_resolve(name):
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="module 'lorapre_peft' has no attribute 'LoRAPreSGD'"):
         _ = lorapre_peft.LoRAPreSGD
+
+
+# What the modules of each package may import beside their own package, as docs/design.md draws it.
+LAYERS = {
+    "lowrank": set(),
+    "kernels": {"lowrank"},
+    "optim": {"lowrank", "kernels"},
+    "integrations": {"lowrank", "kernels", "optim"},
+    "memory": {"lowrank", "kernels", "optim", "integrations"},
+    "extract": {"lowrank", "kernels", "optim", "integrations"},
+}
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_arrows_between_packages_run_one_way(package):
+    """A layer can be read and tested without those above it; imports inside functions and for type checkers count."""
+    root = Path(lorapre_peft.__file__).parent
+    assert {path.parent.name for path in root.glob("*/__init__.py")} == LAYERS.keys()
+    for path in (root / package).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(import|from) lorapre_peft", text), f"{path.name} imports the package by its own name"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level > 1:
+                other = (node.module or "the top").split(".")[0]
+                assert other in LAYERS[package], f"{package}/{path.name} imports from {other}"
