@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install test test-all test-isa test-wheel test-oldest tools lint quickstart clean
+.PHONY: install test test-all test-isa test-wheel test-oldest tools lint docs quickstart clean
 
 install: $(VENV)/installed
 
@@ -70,6 +70,10 @@ tools:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, in build/docs; any warning fails it. The variable silences an advertisement of the theme's makers.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 
 quickstart: install
 	$(BIN)/python -m recipes.quickstart $(ARGS)
