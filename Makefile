@@ -70,6 +70,7 @@ tools:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The site, in build/docs; any warning fails it. The variable silences an advertisement of the theme's makers.
 docs: install

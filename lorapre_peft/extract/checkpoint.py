@@ -98,6 +98,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """Read one tensor from the disk, by the model's name for it."""
         key = self.key(name)
+        assert key is not None, f"{name} is not stored: `common_names` has left it out"
         with safe_open(self.folder / self.files[key], "pt") as file:
             return file.get_tensor(key)
 

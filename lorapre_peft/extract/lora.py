@@ -243,7 +243,7 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: in
         if exact:
             B, A = best_factors(delta, limit)
         else:
-            B, A = top_factors(delta.__matmul__, delta.mT.__matmul__, tuple(delta.shape), width, delta)
+            B, A = top_factors(delta.__matmul__, delta.mT.__matmul__, (delta.shape[0], delta.shape[1]), width, delta)
         if energy is None:
             return B, A
         # ‖Δ‖² that a cut to k = 1, 2, … misses: what BA misses, and its own S² from there on; the rows of A are √S long.
@@ -263,9 +263,11 @@ def _norm(x: Tensor) -> float:
 def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
     """The linear modules that PEFT would adapt, less a tied output head: its weight is the embedding's."""
     config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
-    config = _maybe_include_all_linear_layers(config, model)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    selected = {name: module for name, module in linear.items() if check_target_module_exists(config, name)}
+    selection = _maybe_include_all_linear_layers(config, model)
+    linear: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
+    selected = {name: module for name, module in linear.items() if check_target_module_exists(selection, name)}
     selected = {
         name: module for name, module in selected.items() if f"{name}.weight" not in model.all_tied_weights_keys
     }
@@ -291,7 +293,12 @@ def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
 def _lora_config(model: PreTrainedModel, ranks: dict[str, int], base: str) -> LoraConfig:
     """The config by which PEFT adapts exactly these modules, at these ranks and with a scaling of 1."""
     # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of them.
-    for targets in ({name.rpartition(".")[2] for name in ranks}, set(ranks), "|".join(map(re.escape, ranks))):
+    selections: tuple[list[str] | str, ...] = (
+        [*{name.rpartition(".")[2] for name in ranks}],
+        list(ranks),
+        "|".join(map(re.escape, ranks)),
+    )
+    for targets in selections:
         config = LoraConfig(target_modules=targets)
         if {name for name, _ in model.named_modules() if check_target_module_exists(config, name)} == ranks.keys():
             break

@@ -86,7 +86,7 @@ class LoRAPreConfig(LoraConfig):
 
     def pattern_key(self, module_name: str) -> str | None:
         """The first key of ``momentum_rank_pattern`` that names this module, by its name in the base model as in PEFT."""
-        key = get_pattern_key(self.momentum_rank_pattern.keys(), module_name)
+        key = get_pattern_key(list(self.momentum_rank_pattern), module_name)
         return key if key in self.momentum_rank_pattern else None
 
     def module_momentum_rank(self, module_name: str, r: int) -> int:
@@ -104,7 +104,7 @@ class LoRAPreConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` as a plain `LoraConfig` would, and ``lorapre_config.json`` beside it."""
-        plain = copy.copy(self)
+        plain: LoraConfig = copy.copy(self)
         plain.__class__ = LoraConfig
         plain.save_pretrained(save_directory, **kwargs)
         with open(os.path.join(save_directory, CONFIG_NAME), "w") as file:

@@ -16,7 +16,7 @@ from ..optim.muon import LoRAPreMuon
 from .summary import state_table
 from .targets import Targets, adapter_targets, freeze_others, has_adapter, weight_targets
 
-OPTIMIZERS: dict[str, type[LoRAPreOptimizer]] = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
+OPTIMIZERS: dict[str, type[LoRAPreAdamW] | type[LoRAPreMuon]] = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
 # Trainer's own list of names without weight decay (transformers.Trainer.get_decay_parameter_names).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 # The paper's learning rate for fine-tuning the weights of 7B and 8B models (Table 2).
@@ -120,8 +120,8 @@ def create_lorapre_optimizer(
             "smaller momentum_rank, or torch.optim.AdamW for this model"
         )
     if verbose and rank() == 0:
-        named = set().union(*frozen_rows.values())
-        frozen_rows["frozen"] = {param for param in model.parameters() if not param.requires_grad} - named
+        frozen: set[Tensor] = {param for param in model.parameters() if not param.requires_grad}
+        frozen_rows["frozen"] = frozen - set().union(*frozen_rows.values())
         print(state_table(built, {label: list(params) for label, params in frozen_rows.items() if params}))
     return built
 

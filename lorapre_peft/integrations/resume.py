@@ -17,15 +17,18 @@ CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Path of the newest checkpoint-N in a Trainer's ``output_dir`` that was written to its end; None without one.
+    """Return the path of the newest checkpoint-N in a Trainer's ``output_dir`` that was written to its end; None
+    without one.
 
-    For ``trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))``. Trainer writes straight into
-    checkpoint-N, and ``resume_from_checkpoint=True`` takes the highest N, also where the process was killed in between: that
-    run fails, or in the worst case starts without its optimizer state. Every folder that is passed over is named in a warning.
+    It is meant for ``trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))``. Trainer writes
+    straight into checkpoint-N, and ``resume_from_checkpoint=True`` takes the highest N, also where the process was
+    killed in between: that run fails, or in the worst case starts without its optimizer state. Every folder that is
+    passed over is named in a warning.
     """
     folder = Path(folder)
-    found = [path for path in folder.glob("*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
-    for path in sorted(found, key=lambda path: int(CHECKPOINT.fullmatch(path.name)[1]), reverse=True):
+    found = {path: CHECKPOINT.fullmatch(path.name) for path in folder.glob("*") if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
         broken = _broken_file(path)
         if broken is None:
             return str(path)
@@ -34,9 +37,11 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
 
 
 def _broken_file(checkpoint: Path) -> str | None:
-    """Name of a file of the checkpoint that is missing or was not written to its end; None if all were.
+    """Return the name of a file of the checkpoint that is missing or was not written to its end; None if there is
+    none.
 
-    Trainer writes its own state last; a folder that is written anew still has the old one, so every other file is looked at too.
+    Trainer writes its own state last; a folder that is written anew still has the old one, so every other file is
+    looked at too.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return TRAINER_STATE_NAME

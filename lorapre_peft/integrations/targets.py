@@ -39,7 +39,7 @@ def _classifiers(model: nn.Module) -> list[nn.Module]:
     return [head for head in named if isinstance(head, nn.Module)]
 
 
-def _models(model: nn.Module) -> list[nn.Module]:
+def _models(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "get_output_embeddings")]
 
 
@@ -119,7 +119,8 @@ def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
     """An adapter's parameters among those of a LoRA layer."""
     if adapter not in held:
         return []
-    return list(held[adapter].parameters()) if isinstance(held[adapter], nn.Module) else [held[adapter]]
+    part: Any = held[adapter]
+    return list(part.parameters()) if isinstance(part, nn.Module) else [part]
 
 
 def weight_targets(
@@ -143,7 +144,7 @@ def weight_targets(
         if names == "all-linear":
             matched = isinstance(module, (nn.Linear, Conv1D)) and module not in heads
         else:
-            matched = check_target_module_exists(config, module_name)
+            matched = bool(check_target_module_exists(config, module_name))
         if matched:
             targets[weight] = {"momentum_rank": k, **rule_options(None, given)}
     for name, param in expert_parameters(model).items():
@@ -184,8 +185,9 @@ def freeze_others(
 ) -> dict[str, set[Tensor]]:
     """Freeze what full-weight training leaves out: by default embeddings and head. What was frozen, by a label for the table."""
     embedded = embedding_parameters(model) - targets.keys()
-    rest = set(model.parameters()) - targets.keys() - embedded
-    frozen = {}
+    everything: set[Tensor] = set(model.parameters())
+    rest = everything - targets.keys() - embedded
+    frozen: dict[str, set[Tensor]] = {}
     for label, choice, params in (
         ("embeddings and head, frozen", embeddings or "frozen", embedded),
         ("others, frozen", others or "adamw", rest),

@@ -145,7 +145,7 @@ class LoRAPreCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -169,7 +169,7 @@ class LoRAPreCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -177,6 +177,7 @@ class LoRAPreCallback(TrainerCallback):
         step = state.global_step + 1
         by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
         by_epoch = args.logging_strategy == IntervalStrategy.EPOCH  # any step may turn out to be the last of the epoch
+        assert self._optimizer is not None  # on_train_begin has found it
         self._optimizer.record_metrics = by_steps or by_epoch or (step == 1 and args.logging_first_step)
         if by_steps or by_epoch:
             _checked_optimizer(model, optimizer)
@@ -186,7 +187,7 @@ class LoRAPreCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         if not self.stop_on_nan_loss:
@@ -294,16 +295,17 @@ def _watched_losses() -> list[Tensor]:
         raise RuntimeError("stop_on_nan_loss=True: LoRAPreCallback was not called by a Trainer, whose loss it watches")
     compute_loss = trainer.compute_loss
     if not hasattr(compute_loss, "losses"):  # not by an earlier call of train()
+        losses: list[Tensor] = []
 
         @functools.wraps(compute_loss)
         def watched(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
             if torch.is_grad_enabled():  # not in evaluation
-                watched.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+                losses.append((result[0] if isinstance(result, tuple) else result).detach())
             return result
 
-        watched.losses = []
         trainer.compute_loss = watched
+        trainer.compute_loss.losses = losses
     return trainer.compute_loss.losses
 
 

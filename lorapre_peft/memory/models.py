@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 # release, with the MLP's width from the formula of transformers' convert_llama_weights_to_hf.py; Llama 3.1: Table 3 of "The
 # Llama 3 Herd of Models" (arXiv 2407.21783); SmolLM2: config.json of its release. A test holds their parameter counts against
 # those on the models' hub pages.
-_LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-_LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "num_key_value_heads": 8}
+_LLAMA_2: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "num_key_value_heads": 8,
+}
 
 
-def _shape(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> dict[str, int]:
+def _shape(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> dict[str, Any]:
     return dict(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -27,7 +33,7 @@ def _shape(hidden_size: int, intermediate_size: int, layers: int, heads: int) ->
     )
 
 
-SHAPES: dict[str, dict[str, float]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "Llama-2-7b-hf": _LLAMA_2 | _shape(4096, 11008, 32, 32),
     "Llama-2-13b-hf": _LLAMA_2 | _shape(5120, 13824, 40, 40),
     "Llama-2-70b-hf": _LLAMA_2 | _shape(8192, 28672, 80, 64) | {"num_key_value_heads": 8},

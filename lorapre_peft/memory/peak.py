@@ -195,7 +195,7 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
                 for member, state in zip(members, states):
                     if step == 0 and not member.ranks:
                         state["step"] = torch.zeros(())  # torch's AdamW reads it
-                grads = part.split(member.param.grad for member in members)
+                grads = part.split(member.param.grad for member in members if member.param.grad is not None)
                 optimizer._update_part(part, part.split_states(states), grads, norms, [True] * len(grads), None)
             for _, param, _ in located:
                 for value in optimizer.state[param].values():
@@ -246,16 +246,20 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: bool) -> int:
     """Peak of one forward and backward pass of a meta model, each gradient freed at once and left out; changes the model."""
     try:
-        for module in model.train().modules():
+        modules: Iterator[Any] = model.train().modules()  # with attributes of their own
+        for module in modules:
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
         if checkpointing:
             # The second name is deprecated; versions of transformers 5 before the first was added have it alone.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable: Any = (
+                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            )
             enable({"use_reentrant": False})
         tracker = AllocationTracker()
 
         def free_gradient(param: Tensor) -> None:
+            assert param.grad is not None
             tracker.leave_out(param.grad)
             param.grad = None
 
