@@ -77,6 +77,7 @@ def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
                 return _made(name)
             except RuntimeError as error:
                 warnings.warn(f"backend {name!r} does not start, so a slower one is used: {error}", stacklevel=2)
+    raise RuntimeError(f"none of the backends {names} runs on {device}")
 
 
 def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Eager:

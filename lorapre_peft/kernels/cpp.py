@@ -20,6 +20,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ class Cpp(Eager):
 
     factor_temporaries = 4
 
-    def __init__(self):
+    def __init__(self) -> None:
         made, size, whole = library(), ctypes.c_int64, ctypes.c_int32
         self._step, self._norms, self._gram, self._columns = made.adam_step, made.norms, made.gram, made.columns
         self._step.argtypes = [*[ctypes.c_void_p] * 5, size, size, size, whole, whole]
@@ -171,7 +172,7 @@ class Cpp(Eager):
         pointers.extend([0] * (n * POINTERS - len(pointers)))
         numbers = array("d", itertools.chain.from_iterable(options))
         found = array("d", bytes(8 * n * FOUND))
-        arrays = (table.shapes, numbers, pointers, found, table.order)
+        arrays: tuple[array, ...] = (table.shapes, numbers, pointers, found, table.order)
         self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, record, torch.get_num_threads())
         if written is not params:  # what is not contiguous was copied
             for param, value in zip(params, written):
@@ -211,6 +212,6 @@ def _pointers(tensors: list[Tensor]) -> array:
     return array("Q", map(Tensor.data_ptr, tensors))
 
 
-def _at(place: Tensor | array | None) -> int | None:
+def _at(place: Tensor | array) -> int:
     """Return the address of the first entry."""
-    return place.data_ptr() if isinstance(place, Tensor) else place and place.buffer_info()[0]
+    return place.data_ptr() if isinstance(place, Tensor) else place.buffer_info()[0]

@@ -22,6 +22,9 @@ from ..lowrank.metrics import Metrics
 from ..lowrank.moments import Moment
 from ..lowrank.rules import Mixture
 
+# What `follow_rows` takes of a moment after x: B, A, R, keep and gain.
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
 # A product of inner size k is bound by memory: up to here the compiler writes it out inside the pass that uses it.
 UNROLLED = 4
 
@@ -74,7 +77,8 @@ def _outer(B: Tensor, A: Tensor) -> Tensor:
     """B A"""
     if not _unrolls(B.shape[-1]):
         return B @ A
-    return sum(B[..., i, None] * A[..., i, None, :] for i in range(B.shape[-1]))
+    product: Any = sum(B[..., i, None] * A[..., i, None, :] for i in range(B.shape[-1]))
+    return product
 
 
 def _times_transposed(x: Tensor, A: Tensor) -> Tensor:
@@ -102,8 +106,8 @@ def follow_rows(
 
 def adam_rows(
     g: Tensor,
-    m: tuple[Tensor, ...],
-    v: tuple[Tensor, ...],
+    m: Operands,
+    v: Operands,
     scalars: Tensor,
     projects_new: bool,
 ) -> tuple[Tensor, ...]:
@@ -121,7 +125,7 @@ def adam_rows(
 
 
 def momentum_rows(
-    g: Tensor, m: tuple[Tensor, ...], rows: tuple[Tensor, Tensor, Tensor], projects_new: bool
+    g: Tensor, m: Operands, rows: tuple[Tensor, Tensor, Tensor], projects_new: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the momentum (c_B B + c_X X) A + residual · g of a tile, then B_new and projected. rows: c_B, c_X, residual."""
     c_B, c_X, residual = rows
@@ -213,8 +217,8 @@ class Eager:
         m.grams = self.run(gram_columns, m.B, m.B_new, m.batch.rule.projects_new)
 
 
-def _operands(m: Moment, matrices: slice, rows: slice) -> tuple[Tensor, ...]:
-    return (m.B[matrices, rows], *(value[matrices] for value in (m.A, m.R, m.keep, m.gain)))
+def _operands(m: Moment, matrices: slice, rows: slice) -> Operands:
+    return m.B[matrices, rows], m.A[matrices], m.R[matrices], m.keep[matrices], m.gain[matrices]
 
 
 def _fill(m: Moment, matrices: slice, rows: slice, B_new: Tensor, projected: Tensor) -> None:
@@ -225,7 +229,7 @@ def _fill(m: Moment, matrices: slice, rows: slice, B_new: Tensor, projected: Ten
 class Compiled(Eager):
     """The same functions through `torch.compile`, for any shape, so that few are compiled: one per rank k, and for a single matrix."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True))
 
     def run(self, function: Callable, *args: Any) -> Any:

@@ -182,7 +182,7 @@ def _update_block(
 class Triton(Eager):
     """The kernels' launches. Ranks above `MAX_RANK` take the eager path and say so once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._told = False
 
     def adam(

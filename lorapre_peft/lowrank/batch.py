@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -67,6 +67,14 @@ class Batch:
 
     # ---- hyperparameters --------------------------------------------------------------------------------------------
 
+    @overload
+    def numbers(  # type: ignore[overload-overlap]  # these are strings too, of options that may be None or False
+        self, option: Literal["max_param_grad_norm", "maximize"]
+    ) -> Tensor | None: ...
+    @overload
+    def numbers(self, option: Literal["residual_weight"]) -> Any: ...  # each rule knows whether it has one
+    @overload
+    def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor: ...
     def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor | None:
         """Return an option of each matrix's group, or a function of its options: [n] float64. None if it is None or False in all."""
         values = [group[option] if isinstance(option, str) else option(group) for group in self.groups]

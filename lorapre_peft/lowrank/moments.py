@@ -6,7 +6,7 @@ This module does the k×k work; a backend does what is larger.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Moment:
         old_square = squares.sum(-1)
         # Where reading is free, only if there is something to restart.
         if rule.tracked and not (reads_are_free(squares.device) and squares.all()):
-            self.A, self.B = rule.restart(self.A, self.B, self.gram)
+            self.A, self.B = cast(Als, rule).restart(self.A, self.B, self.gram)
             self.gram = backend.gram(self.A)
         self.started = (old_square > 0).to(batch.device)
         prepared = backend.run(_prepare, rule, self.gram, old_square, batch.norms, average)
@@ -100,11 +100,11 @@ def _prepare(
     return rule.inverse(gram).float(), keep, gain
 
 
-def _columns(rule: Als | Newton, grams: Tensor, average: Average) -> tuple[Tensor, Tensor | None]:
+def _columns(rule: Als | Newton, grams: Tensor, average: Average) -> tuple[Tensor, Any]:
     return rule.columns(grams, Average(*average))
 
 
-def _balance(rule: Als | Newton, grams: Tensor, turn: Tensor | None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _balance(rule: Als | Newton, grams: Tensor, turn: Any, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what B' is multiplied by, a number [n, 1, 1] or a matrix [n, k, k], what A' is, [n, 1, 1], and ‖B'A'‖²_F [n]."""
     scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
     scale_B, most = scale_B[..., None, None], torch.finfo(torch.float32).max

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Bits = TypeVar("Bits", int, Tensor)
 
 _MASK = 0xFFFFFFFF
 # The two multipliers of "lowbias32", an integer hash whose output bits are nearly unbiased (C. Wellons, hash-prospector).
@@ -14,7 +17,7 @@ _M1, _M2 = 0x7FEB352D, 0x846CA68B
 _SALT = 0x9E3779B9
 
 
-def mix(value: int | Tensor) -> int | Tensor:
+def mix(value: Bits) -> Bits:
     """Return the hash lowbias32 of the low 32 bits of a Python integer or of int64 entries."""
     value = value & _MASK
     value = ((value ^ value >> 16) * _M1) & _MASK
@@ -22,7 +25,7 @@ def mix(value: int | Tensor) -> int | Tensor:
     return value ^ value >> 16
 
 
-def _signed(value: int | Tensor) -> int | Tensor:
+def _signed(value: Bits) -> Bits:
     """Return the int32 with the same 32 bits."""
     return ((value & _MASK) ^ 0x80000000) - 0x80000000
 

@@ -87,7 +87,7 @@ class Newton:
         self.damping = damping
         self.init_std = init_std
 
-    def init_columns(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def init_columns(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draw A ~ N(0, 0.02²) of shape (k, q), float32 on the CPU."""
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 
     def _update(self, batch: Batch) -> Iterator[None]:
         backend, tracked = self._backend(batch.device), batch.rule.tracked
-        beta1, beta2 = (batch.numbers(lambda group, i=i: group["betas"][i]) for i in (0, 1))
+        beta1, beta2 = batch.numbers(lambda group: group["betas"][0]), batch.numbers(lambda group: group["betas"][1])
         m = Moment(backend, batch, "m", Average(beta1, 1 - beta1))
         v = Moment(backend, batch, "v", Average(beta2.sqrt(), 1 - beta2.sqrt()))
         t = wide(batch.advance(batch.read("v_energy") > 0 if tracked else None))
@@ -183,7 +183,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             table.take_state([self._state_of(member) for member in table.members])
         options = [self._kernel_options(group) for group in table.groups]
         sum_bytes = min(int(group["temporary_bytes"]) for group in table.groups) // 2
-        found = self._backend(torch.device("cpu")).step(table, options, sum_bytes, self.record_metrics)
+        found = cast(Cpp, self._backend(torch.device("cpu"))).step(table, options, sum_bytes, self.record_metrics)
         for norm, *_ in found:
             if not usable(norm) and not norm < 0:  # −1 is an expert without tokens
                 self._skips.add(norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -99,16 +99,17 @@ def _adamw(
     bound = group["max_param_grad_norm"]
     if bound is not None:
         norms = torch.stack([item.norm for item, _ in pieces])
-        scales = gradient_scale(norms, torch.full_like(norms, bound), None).float().to(wide[0].device)
+        scales = cast(Tensor, gradient_scale(norms, torch.full_like(norms, bound), None)).float().to(wide[0].device)
         grads = [grad * scale for grad, scale in zip(grads, scales)]
-    moments = [[item.state[name][index] for item, index in pieces] for name in ("exp_avg", "exp_avg_sq")]
+    means, squares = ([item.state[name][index] for item, index in pieces] for name in ("exp_avg", "exp_avg_sq"))
     on_gpu = wide[0].device.type == "cuda"
-    masked = [] if update is None or on_gpu else [*wide, *moments[0], *moments[1]]  # unfused, AdamW knows no found_inf
+    masked = [] if update is None or on_gpu else [*wide, *means, *squares]  # unfused, AdamW knows no found_inf
     kept = [value.clone() for value in masked]
     adamw(
         wide,
         grads,
-        *moments,
+        means,
+        squares,
         [],
         [item.state["step"].clone() for item, _ in pieces],  # adamw counts it up, once per piece
         fused=on_gpu,
@@ -122,7 +123,7 @@ def _adamw(
         maximize=group["maximize"],
     )
     for value, before in zip(masked, kept):
-        value.copy_(torch.where(update, value, before))
+        value.copy_(torch.where(cast(Tensor, update), value, before))
     for (item, index), target, value in zip(pieces, targets, wide):
         if rounds_stochastically(target, group):
             step = item.state["step"][None].to(target.device) + 1

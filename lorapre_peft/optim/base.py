@@ -361,9 +361,9 @@ class LoRAPreOptimizer(Optimizer):
                 continue
             order = constants(tuple(kept), norms.device, torch.int64)
             mask = None if update is None else update.gather(0, order)
-            of_batch = ([values[i] for i in kept] for values in (members, params, states, grads))
+            chosen = [members[i] for i in kept], [params[i] for i in kept], [states[i] for i in kept], [grads[i] for i in kept]
             # The rows of this batch while the sums of the one before are on their way; without processes, all of it.
-            current = self._update(Batch(*of_batch, norms.gather(0, order), mask, placement))
+            current = self._update(Batch(*chosen, norms.gather(0, order), mask, placement))
             next(current, None)
             next(waiting, None)
             waiting = current

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def ddp_update_hook(optimizer: Updater, bucket: GradBucket) -> torch.futures.Fut
     Register it with ``ddp_model.register_comm_hook(optimizer, ddp_update_hook)``, for an optimizer with ``update_in_backward=True``.
     DDP keeps its buckets, which are as large as all gradients; ``gradient_as_bucket_view=True`` spares the gradients beside them.
     """
-    averaged = allreduce_hook(None, bucket).wait()
+    averaged = allreduce_hook(cast(Any, None), bucket).wait()
     for param, grad in zip(bucket.parameters(), bucket.gradients()):
         param.grad = grad
         optimizer.update_averaged(param)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ def check_stack(param: Tensor, group: dict[str, Any]) -> None:
 
 def check_gradient(param: Tensor) -> None:
     """Raise for a gradient that the step cannot use."""
-    grad = local(param.grad)
+    grad = local(cast(Tensor, param.grad))
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
             f"found a sparse gradient of shape {tuple(grad.shape)}; LoRA-Pre needs dense ones: build the embedding with sparse=False"

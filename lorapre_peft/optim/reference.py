@@ -58,7 +58,7 @@ def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 def no_momentum(theta: Tensor, **ranks: int) -> State:
     """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8 and v=1."""
-    factors = {}
+    factors: State = {}
     for moment, k in ranks.items():
         factors |= {
             f"{moment}_B": theta.new_zeros(theta.shape[0], k),
@@ -74,10 +74,10 @@ def newton_adam(
     t: int,
     *,
     lr: float,
-    betas=(0.9, 0.95),
-    eps=1e-8,
-    weight_decay=0.0,
-    delta=1e-6,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    delta: float = 1e-6,
 ) -> tuple[Tensor, State]:
     """Algorithm 1, with the coupling of Appendix B.1. Start: m_B = v_B = 0, m_A and v_A ~ N(0, 0.02²)."""
     beta1, beta2 = betas
@@ -98,11 +98,11 @@ def als_adam(
     state: State,
     *,
     lr: float,
-    betas=(0.9, 0.95),
-    eps=1e-8,
-    weight_decay=0.0,
-    residual_weight=1.0,
-    damping=1e-6,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    residual_weight: float = 1.0,
+    damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
     """The tracked rule (this project). state: of `no_momentum` before the first step; it counts t, from the first g ≠ 0."""
     beta1, beta2 = betas
@@ -129,7 +129,14 @@ def als_adam(
 
 
 def newton_muon(
-    theta: Tensor, g: Tensor, state: State, *, lr: float, momentum=0.95, weight_decay=0.0, delta=1e-6
+    theta: Tensor,
+    g: Tensor,
+    state: State,
+    *,
+    lr: float,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    delta: float = 1e-6,
 ) -> tuple[Tensor, State]:
     """Algorithm 2: the heavy-ball sum μ m + g is the EMA divided by 1−μ, hence the gain (1−√μ)/(1−μ)."""
     mu, m_B, m_A = momentum, state["m_B"], state["m_A"]
@@ -145,10 +152,10 @@ def als_muon(
     state: State,
     *,
     lr: float,
-    momentum=0.95,
-    weight_decay=0.0,
-    residual_weight=1.0,
-    damping=1e-6,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    residual_weight: float = 1.0,
+    damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
     """Algorithm 2 with the tracked rule (this project): the same sweep on the target μ M + g, and the same residual."""
     mu = momentum
