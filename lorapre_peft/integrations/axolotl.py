@@ -88,7 +88,8 @@ class LoRAPrePlugin(BasePlugin):
                 "lorapre: {optimizer: muon} for LoRA-Pre's Muon), or remove the plugin"
             )
         factory, options = lorapre_optimizer(args=trainer.args, **_plain(cfg.get("lorapre") or {}))
-        trainer.optimizer_cls_and_kwargs = (_with_arguments(factory), options)
+        made: Any = (_with_arguments(factory), options)
+        trainer.optimizer_cls_and_kwargs = made
         trainer.add_callback(LoRAPreCallback())
 
 

@@ -103,9 +103,12 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                 )
             options = {"momentum_rank": k, **rule_options(config, given)}
             targets |= {param: options for param in matrices if param.ndim >= 2}
-            if stacked:  # lora_A [E · r, in] has the experts' rows one after the other, lora_B [out, r · E] their columns interleaved
+            if (
+                isinstance(module, ParamWrapper) and stacked
+            ):  # lora_A [E · r, in] has the experts' rows one after the other, lora_B [out, r · E] their columns interleaved
                 for held, dim in ((module.lora_A, 0), (module.lora_B, -1)):
-                    targets[held[adapter].weight] = options | {"experts": module.num_experts, "experts_dim": dim}
+                    (weight,) = _held(held, adapter)
+                    targets[weight] = options | {"experts": module.num_experts, "experts_dim": dim}
     for adapter, keys in unused.items():
         if keys:
             warnings.warn(

@@ -94,7 +94,8 @@ class Table:
         self.shapes, self.sizes = array("q"), []
         self.counts: list[int] = []  # matrices of each parameter
         for member in members:
-            types, matrices = (_TYPES[member.param.grad.dtype], _TYPES[member.param.dtype]), member.matrices()
+            types = _TYPES[cast(Tensor, member.param.grad).dtype], _TYPES[member.param.dtype]
+            matrices = member.matrices()
             for matrix in matrices:
                 self.shapes.extend((*matrix.shape, *matrix.ranks, number[id(matrix.group)], matrix.position, *types))
                 self.sizes.append(math.prod(matrix.shape))
@@ -163,7 +164,10 @@ class Cpp(Eager):
         that m's rows captured, by matrix.
         """
         params, n = table.stacks(table.params), len(table.sizes)
-        grads, written = _contiguous(table.stacks(param.grad for param in table.params)), _contiguous(params)
+        grads, written = (
+            _contiguous(table.stacks(cast(Tensor, param.grad) for param in table.params)),
+            _contiguous(params),
+        )
         pointers = array("Q", table.pointers([*grads, *written, *table.local_state]))
         if 0 in pointers:
             raise RuntimeError(

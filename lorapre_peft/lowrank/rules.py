@@ -141,6 +141,10 @@ class Als:
     def __init__(self, damping: float = 1e-6):
         self.damping = damping
 
+    def init_columns(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Return zeros: all directions start anew at the first gradient (`restart`)."""
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
     def inverse(self, gram: Tensor) -> Tensor:
         """Return (gram + δ'I)⁻¹, float64."""
         return damped_inverse(gram, self._ridge(gram))

@@ -106,7 +106,8 @@ def place(value: Tensor, param: Tensor, name: str, stack: Stack | None = None) -
     """
     if not isinstance(param, DTensor) or value.ndim == 0:
         return value
-    dim, part, placements = _sharded_dim(name, stack), value, [Replicate()] * param.device_mesh.ndim
+    dim, part = _sharded_dim(name, stack), value
+    placements: list[Any] = [Replicate()] * param.device_mesh.ndim
     if dim is not None:
         rows = placement_of(param).rows(value.shape[dim])
         part = value.narrow(dim, rows.start, rows.stop - rows.start).clone()

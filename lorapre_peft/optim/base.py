@@ -321,9 +321,10 @@ class LoRAPreOptimizer(Optimizer):
         if not matrices:
             return
         whole = placement is WHOLE
-        grads = part.split(
+        own: list[Any] = [
             member.param.grad if whole and member.stack is None else local_gradient(member.param) for member in members
-        )
+        ]
+        grads = part.split(own)
         norms = gradient_norms(grads, [matrix.param.grad is None for matrix in matrices], placement, backend)
         stacked = tuple(matrix.stack is not None for matrix in matrices)
         if any(stacked):  # an expert without tokens counts as one without a gradient
@@ -361,7 +362,12 @@ class LoRAPreOptimizer(Optimizer):
                 continue
             order = constants(tuple(kept), norms.device, torch.int64)
             mask = None if update is None else update.gather(0, order)
-            chosen = [members[i] for i in kept], [params[i] for i in kept], [states[i] for i in kept], [grads[i] for i in kept]
+            chosen = (
+                [members[i] for i in kept],
+                [params[i] for i in kept],
+                [states[i] for i in kept],
+                [grads[i] for i in kept],
+            )
             # The rows of this batch while the sums of the one before are on their way; without processes, all of it.
             current = self._update(Batch(*chosen, norms.gather(0, order), mask, placement))
             next(current, None)
@@ -416,7 +422,7 @@ class LoRAPreOptimizer(Optimizer):
         return state
 
     def _init_state(self, member: Member, state: dict[str, Tensor]) -> None:
-        """Fill in zeros, whatever the gradient; `newton` draws its A factors from a generator of this parameter's own."""
+        """Fill in zeros, whatever the gradient, and A factors as the rule starts them, from a generator of each matrix's own."""
         group, param = member.group, member.param
         check_parameter(param)  # an engine may have replaced what the group was built with
         check_stack(param, group)
@@ -425,7 +431,7 @@ class LoRAPreOptimizer(Optimizer):
             name: torch.zeros(shape, dtype=state_dtype(param, name), device=param.device)
             for name, shape in member.state_shapes.items()
         }
-        if member.ranks and not rule.tracked:
+        if member.ranks:
             for expert in range(1 if stack is None else stack.experts):
                 position = member.position + expert * EXPERT_POSITIONS
                 generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + position) % 2**63)
