@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorapre_peft.integrations.summary import format_bytes
-from recipes.sft import CONFIGS, Recipe, build_trainer, parse
+from recipes.arguments import CONFIGS
+from recipes.sft import Recipe, build_trainer, parse
 from recipes.training import environment, held_bytes, start_run, write_atomically
 
 

@@ -21,10 +21,20 @@ from trl import SFTTrainer
 from eval.exact_match import ExactMatch, generate
 from lorapre_peft import LoRAPreConfig
 from lorapre_peft.integrations.summary import format_bytes
+from recipes.arguments import CONFIGS
 from recipes.data import write_manifest
 from recipes.problems import STOP
-from recipes.sft import CONFIGS, Recipe, build_trainer, parse, train
-from recipes.training import Forecast, OptimizerTimer, Progress, environment, held_bytes, start_run, write_atomically
+from recipes.sft import Recipe, build_trainer, parse
+from recipes.training import (
+    Forecast,
+    OptimizerTimer,
+    Progress,
+    environment,
+    held_bytes,
+    start_run,
+    train,
+    write_atomically,
+)
 
 
 @dataclass
@@ -72,7 +82,7 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_le
         )
 
     trainer.add_callback(Forecast(forecast))
-    metrics = train(trainer, recipe)
+    metrics = train(trainer, resume=recipe.lorapre.resume)
     result = {
         **held_out(metrics),
         **answers(trainer, data["eval"], options.max_new_tokens, f"answers after {recipe.folder.name}"),

@@ -10,27 +10,22 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
 from datasets import DatasetDict
 from peft import PeftConfig
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from transformers import TrainerCallback
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from lorapre_peft import LoRAPreCallback, LoRAPreConfig, last_complete_checkpoint, lorapre_optimizer
+from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.integrations.targets import freeze_others, weight_targets
+from recipes.arguments import parse_recipe
 from recipes.data import DataArguments, write_manifest
 from recipes.models import load_model
-from recipes.precision import Precision, accelerator, choose
-from recipes.training import start_run, started_with
-
-CONFIGS = Path(__file__).parent / "configs"
+from recipes.precision import Precision
+from recipes.training import start_run, train
 
 
 @dataclass
@@ -105,47 +100,11 @@ class Recipe:
         return Path(self.sft.output_dir)
 
 
-class RecipeParser(TrlParser):
-    """`TrlParser` for configs that name another one as their ``base``, by its path in ``recipes/configs``, and change its keys.
-
-    given: after parsing, all keys as they were given; the argument classes rewrite some of theirs. precision: the dtypes that
-    ``dtype`` and ``bf16`` have become; those of a run that goes on are the ones that it began with.
-    """
-
-    given: dict[str, Any]
-    precision: Precision
-
-    def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
-        self.given = vars(self.parse_known_args(args)[0])
-        given = SimpleNamespace(**self.given)
-        self.precision = choose(
-            "cpu" if given.use_cpu else accelerator(),
-            given.dtype,
-            False if given.fp16 else given.bf16,
-            earlier=started_with(Path(given.output_dir)) if given.resume and given.output_dir else None,
-        )
-        return super().parse_args_into_dataclasses([*args, *self.precision.options], **options)
-
-    def set_defaults_with_config(self, **config: Any) -> list[str]:
-        while "base" in config:
-            base = CONFIGS / config.pop("base")
-            config = yaml.safe_load(base.read_text(encoding="utf-8")) | config
-        return super().set_defaults_with_config(**config)
-
-
 def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
     """The `Recipe` that a command line describes, followed by an instance of each of the ``more`` argument classes."""
-    parser = RecipeParser([SFTConfig, ModelArguments, LoRAPreArguments, DataArguments, *more])
-    parser.set_defaults(use_cpu=not torch.cuda.is_available())  # SFTConfig's bf16 asks for one or the other
-    defaults = vars(parser.parse_known_args([])[0])
-    parsed = parser.parse_args_and_config(list(argv))
+    parser, parsed, config = parse_recipe(argv, [SFTConfig, ModelArguments, LoRAPreArguments, DataArguments, *more])
     if not parsed[1].model_name_or_path:
         parser.error("no model: give --config recipes/configs/NAME.yaml, or --model_name_or_path")
-    config = {
-        name: value.value if isinstance(value, Enum) else value
-        for name, value in parser.given.items()
-        if value != defaults[name]
-    }
     return Recipe(*parsed[:4], parser.precision, config), *parsed[4:]
 
 
@@ -207,25 +166,6 @@ def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
     return options | {"update_in_backward": recipe.lorapre.update_in_backward}
 
 
-def train(trainer: SFTTrainer, recipe: Recipe) -> dict[str, float]:
-    """Train (or go on), evaluate, and leave model, metrics and log in the run's folder; returns the metrics."""
-    checkpoint = recipe.sft.resume_from_checkpoint
-    if checkpoint is None and recipe.lorapre.resume:
-        checkpoint = last_complete_checkpoint(recipe.folder)
-        trainer.accelerator.print(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
-    before = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step if checkpoint else 0
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model()
-    if trainer.state.global_step > before:  # of no step Trainer's loss and time are 0
-        trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    if trainer.eval_dataset is not None:
-        evaluated = trainer.evaluate()
-        trainer.save_metrics("eval", evaluated)
-        metrics |= evaluated
-    return metrics
-
-
 def main() -> None:
     (recipe,) = parse(sys.argv[1:])
     is_main = recipe.sft.process_index == 0
@@ -242,7 +182,7 @@ def main() -> None:
     trainer = build_trainer(recipe, data)
     rows = recipe.sft.train_batch_size * recipe.sft.gradient_accumulation_steps * recipe.sft.world_size
     trainer.accelerator.print(f"{rows} rows per optimizer step on {recipe.sft.world_size} process(es)")
-    metrics = train(trainer, recipe)
+    metrics = train(trainer, resume=recipe.lorapre.resume)
     trainer.log_metrics("run", metrics)
     if is_main:
         print(f"model, config.yaml, manifest.json, metrics and log: {recipe.folder}")

@@ -23,9 +23,11 @@ import yaml
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
+from lorapre_peft import last_complete_checkpoint
 from recipes.precision import Precision
 
 PACKAGES = (
@@ -90,6 +92,28 @@ class Forecast(TrainerCallback):
         if len(self._times) == self._steps:
             seconds = (self._times[-1] - self._times[0]) / (self._steps - 1)
             tqdm.write(self._say(seconds, state.max_steps - state.global_step))
+
+
+def train(trainer: Trainer, *, resume: bool) -> dict[str, float]:
+    """Train (or go on), evaluate, and leave model, metrics and log in the run's folder; returns the metrics.
+
+    resume: go on from the last complete checkpoint in ``output_dir``, unless ``resume_from_checkpoint`` names one.
+    """
+    checkpoint = trainer.args.resume_from_checkpoint
+    if checkpoint is None and resume:
+        checkpoint = last_complete_checkpoint(trainer.args.output_dir)
+        trainer.accelerator.print(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
+    before = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step if checkpoint else 0
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    if trainer.state.global_step > before:  # of no step Trainer's loss and time are 0
+        trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        evaluated = trainer.evaluate()
+        trainer.save_metrics("eval", evaluated)
+        metrics |= evaluated
+    return metrics
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:

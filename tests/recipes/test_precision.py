@@ -14,10 +14,11 @@ from eval.rerun.plan import cells
 from eval.rerun.store import Store
 from eval.rerun.suite import SUITES, load_suite
 from recipes import OTHERS_WARNINGS, precision, sft
+from recipes.arguments import CONFIGS
 from recipes.precision import Precision, choose, fast_dtype
 from recipes.training import start_run
 
-SMOLLM2 = ["--config", str(sft.CONFIGS / "smollm2.yaml"), "--use_cpu"]
+SMOLLM2 = ["--config", str(CONFIGS / "smollm2.yaml"), "--use_cpu"]
 
 
 @pytest.fixture
@@ -114,10 +115,10 @@ def test_a_recipe_takes_the_choice_where_nothing_is_named(machine, options, dtyp
 
 def test_a_config_that_names_dtypes_wins(machine):
     machine("float32")
-    (one,) = sft.parse(["--config", str(sft.CONFIGS / "llama2_7b_lora_adamw.yaml"), "--use_cpu"])
+    (one,) = sft.parse(["--config", str(CONFIGS / "llama2_7b_lora_adamw.yaml"), "--use_cpu"])
     assert (one.model.dtype, one.sft.bf16, one.precision.reason) == ("bfloat16", True, "as given")
     machine("bfloat16")
-    (one,) = sft.parse(["--config", str(sft.CONFIGS / "smollm2_full.yaml"), "--use_cpu"])
+    (one,) = sft.parse(["--config", str(CONFIGS / "smollm2_full.yaml"), "--use_cpu"])
     assert (one.model.dtype, one.sft.bf16) == ("float32", True)
 
 

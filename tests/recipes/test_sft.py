@@ -13,13 +13,14 @@ from trainers import inner
 from lorapre_peft import LoRAPreConfig
 from lorapre_peft.integrations.create import OPTIMIZERS
 from recipes import sft
+from recipes.arguments import CONFIGS as CONFIG_FOLDER
 from recipes.data import ALPACA_PROMPT, load_data, write_manifest
 from recipes.models import load_model
 from recipes.precision import Precision
 from recipes.training import commit, start_run
 
 PROMPT_LENGTH = len(ALPACA_PROMPT.format(instruction=""))  # of tokens too: the tests' tokenizer has one per character
-CONFIGS = sorted(sft.CONFIGS.glob("*.yaml"))
+CONFIGS = sorted(CONFIG_FOLDER.glob("*.yaml"))
 PRECISION = Precision("float32", False, "for the test")
 PAPER = [path for path in CONFIGS if path.stem.startswith("llama")]
 
@@ -72,7 +73,7 @@ def recipe(path: Path, *options: str) -> sft.Recipe:
 
 
 def config(name: str) -> Path:
-    return sft.CONFIGS / f"{name}.yaml"
+    return CONFIG_FOLDER / f"{name}.yaml"
 
 
 # Data

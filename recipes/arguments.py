@@ -1,0 +1,62 @@
+"""The command line of a recipe: argument classes, configs that build on each other, and the dtypes that ``auto`` becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from trl import TrlParser
+
+from recipes.precision import Precision, accelerator, choose
+from recipes.training import started_with
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class RecipeParser(TrlParser):
+    """`TrlParser` for configs that name another one as their ``base``, by its path in ``recipes/configs``, and change its keys.
+
+    The argument classes have the keys ``output_dir``, ``resume``, ``use_cpu``, ``fp16``, ``bf16`` and ``dtype``.
+
+    given: after parsing, all keys as they were given; the argument classes rewrite some of theirs. precision: the dtypes that
+    ``dtype`` and ``bf16`` have become; those of a run that goes on are the ones that it began with.
+    """
+
+    given: dict[str, Any]
+    precision: Precision
+
+    def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
+        self.given = vars(self.parse_known_args(args)[0])
+        given = SimpleNamespace(**self.given)
+        self.precision = choose(
+            "cpu" if given.use_cpu else accelerator(),
+            given.dtype,
+            False if given.fp16 else given.bf16,
+            earlier=started_with(Path(given.output_dir)) if given.resume and given.output_dir else None,
+        )
+        return super().parse_args_into_dataclasses([*args, *self.precision.options], **options)
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        while "base" in config:
+            base = CONFIGS / config.pop("base")
+            config = yaml.safe_load(base.read_text(encoding="utf-8")) | config
+        return super().set_defaults_with_config(**config)
+
+
+def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipeParser, tuple[Any, ...], dict[str, Any]]:
+    """Read a command line: the parser, an instance of each argument class, and the keys whose values are not the defaults."""
+    parser = RecipeParser(classes)
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())  # with bf16 TrainingArguments asks for one or the other
+    defaults = vars(parser.parse_known_args([])[0])
+    parsed = parser.parse_args_and_config(list(argv))
+    config = {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in parser.given.items()
+        if value != defaults[name]
+    }
+    return parser, parsed, config
