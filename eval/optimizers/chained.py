@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch.optim import Optimizer
 class ChainedOptimizer(Optimizer):
     """Optimizers of disjoint parameters as one: its step is a step of each, in order.
 
-    ``param_groups`` are the parts' own, so that a learning-rate scheduler reaches them. The state is in the parts
-    (``optimizers``); `state_dict` joins theirs, parameters counted through, and `load_state_dict` hands each its own.
+    ``param_groups`` are the parts' own, so that a learning-rate scheduler reaches them, and ``state`` shows the parts' (``optimizers``).
+    `state_dict` joins theirs, parameters counted through, and `load_state_dict` hands each its own.
     Raises ValueError if two parts have a parameter in common.
     """
 
@@ -25,10 +26,12 @@ class ChainedOptimizer(Optimizer):
                 "two of the optimizers have a parameter in common; expected each parameter in one of them"
             )
         super().__init__(params, {})
-        self._join_groups()
+        self._join()
 
-    def _join_groups(self) -> None:
+    def _join(self) -> None:
         self.param_groups = [group for part in self.optimizers for group in part.param_groups]
+        # FSDP2 takes an optimizer without state for a new one, and makes a step with it before it saves.
+        self.state = ChainMap(*(part.state for part in self.optimizers))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -55,14 +58,10 @@ class ChainedOptimizer(Optimizer):
         groups = list(state_dict["param_groups"])
         if len(groups) != len(self.param_groups):
             raise ValueError(f"found {len(groups)} saved parameter groups; expected {len(self.param_groups)}")
-        first = 0
         for part in self.optimizers:
             own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
-            numbers = [number for group in own for number in group["params"]]
-            state = {
-                number - first: state_dict["state"][number] for number in numbers if number in state_dict["state"]
-            }
-            own = [group | {"params": [number - first for number in group["params"]]} for group in own]
+            # Names of parameters as they are, for they need not be numbers: FSDP2 brings its own.
+            names = [name for group in own for name in group["params"]]
+            state = {name: state_dict["state"][name] for name in names if name in state_dict["state"]}
             part.load_state_dict({"state": state, "param_groups": own})
-            first += len(numbers)
-        self._join_groups()  # loading makes new ones
+        self._join()  # loading makes new groups and states
