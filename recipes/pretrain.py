@@ -58,18 +58,19 @@ class PretrainArguments(TrainingArguments):
         super().__post_init__()
         if self.total_batch_size is None:
             return
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"total_batch_size={self.total_batch_size} and gradient_accumulation_steps={self.gradient_accumulation_steps}: give one "
-                "of them"
-            )
         rows = self.train_batch_size * self.world_size
-        if self.total_batch_size % rows:
+        steps, rest = divmod(self.total_batch_size, rows)
+        if rest:
             raise ValueError(
                 f"total_batch_size={self.total_batch_size} is no multiple of the {rows} rows that {self.world_size} process(es) take at a "
                 "time: change per_device_train_batch_size"
             )
-        self.gradient_accumulation_steps = self.total_batch_size // rows
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"total_batch_size={self.total_batch_size} takes {steps} times {rows} rows, and "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: give one of them"
+            )
+        self.gradient_accumulation_steps = steps
 
 
 @dataclass

@@ -349,7 +349,10 @@ def test_a_start_that_failed_leaves_no_tokenizer(run):
     ("options", "said"),
     [
         ({"total_batch_size": 3}, "total_batch_size=3 is no multiple of the 2 rows that 1 process"),
-        ({"gradient_accumulation_steps": 2}, "total_batch_size=4 and gradient_accumulation_steps=2: give one"),
+        (
+            {"gradient_accumulation_steps": 3},
+            "total_batch_size=4 takes 2 times 2 rows, and gradient_accumulation_steps=3: give",
+        ),
         ({"max_steps": -1}, "max_steps=-1: a stream has no end"),
         ({"method_options": "{momentum_rnk: 2}"}, "LoRA-Pre Adam has no option momentum_rnk"),
         ({"method_options": "8"}, "method_options='8': expected options as in"),
