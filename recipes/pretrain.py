@@ -26,7 +26,6 @@ from transformers import (
 
 from eval.methods import METHODS
 from eval.methods.pretraining import pretraining_optimizer
-from lorapre_peft.integrations.summary import format_bytes
 from recipes.arguments import parse_recipe
 from recipes.corpus import CorpusArguments, run_tokenizer, write_corpus_manifest
 from recipes.plots import plot_training
@@ -47,6 +46,9 @@ class PretrainArguments(TrainingArguments):
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "Products in bfloat16, by autocast. Not given: as dtype 'auto' chooses."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient in every step; a Llama has none."}
     )
     include_num_input_tokens_seen: str = field(
         default="non_padding", metadata={"help": "Which tokens are counted.", "choices": ["non_padding", "all", "no"]}
@@ -213,6 +215,17 @@ def forecast(seconds: float, steps: int) -> str:
     return f"{seconds:.2f} s a step: training ends about {time.strftime('%A %H:%M', end)}"
 
 
+def measure_optimizer(trainer: StreamTrainer, timer: OptimizerTimer) -> dict[str, float]:
+    """Bytes of optimizer state of the matrices and of all parameters, in this process, and the seconds of a step, if there was one."""
+    optimizer = trainer.optimizer.optimizer
+    measured = {
+        "optimizer_matrix_state_bytes": held_bytes(optimizer.optimizers[0]),
+        "optimizer_state_bytes": held_bytes(optimizer),
+    }
+    seconds = timer.per_step()
+    return measured if seconds is None else measured | {"optimizer_seconds_per_step": seconds}
+
+
 def main() -> None:
     recipe = parse(sys.argv[1:])
     training, corpus = recipe.training, recipe.corpus
@@ -237,9 +250,9 @@ def main() -> None:
     )
     metrics = train(trainer, resume=recipe.method.resume)
     if is_main:
-        trainer.log_metrics("run", metrics)
-        state = format_bytes(held_bytes(trainer.optimizer.optimizer))
-        print(f"optimizer state: {state}; seconds of a step of it: {timer.per_step() or float('nan'):.4f}")
+        measured = measure_optimizer(trainer, timer)
+        trainer.save_metrics("optimizer", measured)
+        trainer.log_metrics("run", metrics | measured)
         plot_training(trainer.state.log_history, recipe.folder.name, recipe.folder / "training.png")
         print(f"model, config.yaml, manifest.json, metrics, log and training.png: {recipe.folder}")
 

@@ -1,5 +1,6 @@
 """The pre-training recipe on tiny Llamas and a few sentences: its rows, its tokenizer, what a run leaves, and how it goes on."""
 
+import copy
 import json
 import shutil
 import sys
@@ -11,8 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.methods import METHODS
+from eval.methods.pretraining import pretraining_optimizer
 from recipes import pretrain
 from recipes.arguments import CONFIGS
 from recipes.corpus import IGNORED, CorpusArguments, run_tokenizer, train_tokenizer
@@ -233,6 +237,81 @@ def test_a_given_tokenizer_must_fit_the_model(corpus, llama_path, tmp_path, bpe)
         run_tokenizer(corpus(tokenizer_name=str(tmp_path / "endless")), 0, tmp_path / "other")
 
 
+# Configs
+
+
+# GaLore's configs/llama_*.json and scripts/benchmark_c4: width, MLP, layers, heads, steps; LoRA-Pre's ranks (Table 1). For 9m and 35m there is
+# no script, and no rank in the paper.
+PUBLISHED = {
+    "9m": (128, 352, 4, 4, None, None),
+    "35m": (384, 1024, 6, 8, None, None),
+    "60m": (512, 1376, 8, 8, 10_000, 128),
+    "130m": (768, 2048, 12, 12, 20_000, 256),
+    "350m": (1024, 2736, 24, 16, 60_000, 256),
+    "1b": (2048, 5461, 24, 32, 100_000, 512),
+}
+
+
+def recipe(path, *options):
+    return pretrain.parse(["--config", str(path), "--use_cpu", *options])
+
+
+def parameters(one, tokenizer):
+    with torch.device("meta"):
+        return pretrain.build_model(one, tokenizer).num_parameters()
+
+
+def test_the_configs_are_all_there():
+    local = {"llama_1m_local", "llama_4m_local"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {f"llama_{size}_c4" for size in PUBLISHED} | local
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_c4_configs_are_the_published_set_up(size, bpe):
+    one = recipe(FOLDER / f"llama_{size}_c4.yaml")
+    width, mlp, layers, heads, steps, rank = PUBLISHED[size]
+    shape = (
+        one.llama.hidden_size,
+        one.llama.intermediate_size,
+        one.llama.num_hidden_layers,
+        one.llama.num_attention_heads,
+    )
+    assert shape == (width, mlp, layers, heads)
+    assert one.training.max_steps == (steps or 10_000)
+    assert one.method.method_options["momentum_rank"] == (rank or width // 4)
+    assert one.training.train_batch_size * one.training.gradient_accumulation_steps == 512
+    assert one.training.get_warmup_steps(one.training.max_steps) == one.training.max_steps // 10
+    assert (one.corpus.max_length, one.corpus.packing, one.corpus.eval_tokens) == (256, False, 10_000_000)
+    assert (one.training.weight_decay, one.training.max_grad_norm, one.data_seed) == (0, 0, 42)
+    matrices = layers * (4 * width**2 + 3 * width * mlp)
+    assert parameters(one, bpe) == 2 * 32_000 * width + matrices + (2 * layers + 1) * width
+
+
+def test_the_learning_rate_falls_to_a_tenth(run):
+    log = json.loads((run(warmup_steps=2) / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates[:3] == pytest.approx([0, 0.005, 0.01])
+    assert rates[3:] == pytest.approx([0.01 * (0.1 + 0.9 * (1 + numpy.cos(numpy.pi * n / 4)) / 2) for n in (1, 2, 3)])
+
+
+def test_the_local_configs_are_for_models_of_their_names_and_text_of_a_package(bpe):
+    for name, size in {"llama_1m_local": 1.3e6, "llama_4m_local": 4.2e6}.items():
+        one = recipe(FOLDER / f"{name}.yaml")
+        assert parameters(one, bpe) == pytest.approx(size, rel=0.02)
+        assert len(next(iter(one.corpus.documents(0)))["text"]) > 1000
+
+
+def test_keys_win_over_the_config():
+    one = recipe(
+        FOLDER / "llama_60m_c4.yaml", "--packing", "true", "--method", "galore", "--method_options", "{rank: 4}"
+    )
+    assert (one.corpus.packing, one.method.method_options["rank"], one.method.method_options["scale"]) == (
+        True,
+        4,
+        0.25,
+    )
+
+
 # Runs
 
 
@@ -251,6 +330,9 @@ def test_a_run_leaves_a_model_that_transformers_opens_and_all_it_takes_to_repeat
     (environment,) = json.loads((folder / "environment.json").read_text())
     assert environment["command"].startswith("python -m recipes.pretrain --config")
     assert json.loads((folder / "manifest.json").read_text())["eval"]["tokens"] >= 100
+    # Factors of rank 8 in float32 for m and v: of four matrices of 16×16 and three of 16×24. A few scalars beside them.
+    assert metrics["optimizer_matrix_state_bytes"] == pytest.approx(2 * 4 * 8 * (4 * 32 + 3 * 40), rel=0.02)
+    assert metrics["optimizer_state_bytes"] - metrics["optimizer_matrix_state_bytes"] > 2 * 4 * 2 * VOCABULARY * 16
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert (folder / "model.safetensors").exists()
@@ -313,6 +395,29 @@ def assert_equal(found, expected):
         assert_equal(vars(found), vars(expected))
     else:
         assert found == expected
+
+
+def test_fsdp2_finds_and_returns_the_state_of_all_parts(llama_path, tmp_path):
+    """It makes a step with an optimizer that seems to have none, and numbers parameters by their names."""
+    one = recipe(FOLDER / "llama_1m_local.yaml", "--output_dir", str(tmp_path))
+    models, optimizers = [], []
+    for _ in range(2):
+        models.append(AutoModelForCausalLM.from_pretrained(llama_path))
+        options = METHODS["lorapre-adam-weights"].merged({"momentum_rank": 2})
+        optimizers.append(
+            pretraining_optimizer(METHODS["lorapre-adam-weights"], models[-1], one.training, options, 0.01)
+        )
+    ids = torch.arange(8).reshape(1, 8)
+    models[0](input_ids=ids, labels=ids).loss.backward()
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+    weights = copy.deepcopy(models[0].state_dict())
+    state = copy.deepcopy(optimizers[0].state_dict())
+    saved = get_optimizer_state_dict(models[0], optimizers[0])
+    assert_equal(models[0].state_dict(), weights)
+    assert_equal(optimizers[0].state_dict(), state)
+    set_optimizer_state_dict(models[1], optimizers[1], saved)
+    assert_equal(optimizers[1].state_dict()["state"], state["state"])
 
 
 def test_a_finished_run_is_not_trained_further(run):
