@@ -21,6 +21,8 @@ from recipes.sources import FORMATS, SOTU, reading, stream_split
 
 PAD, END = "<pad>", "</s>"  # ids 0 and 1 of a trained tokenizer, as in T5's
 IGNORED = -100  # as a label: not trained on
+# Of the order in which held-out documents and those for a tokenizer are read: the same ones whatever a run's own seed.
+SHARED_SEED = 0
 # Rows whose tokens a run compares when it goes on: enough to tell other data, and read in a moment.
 COMPARED = 64
 
@@ -111,18 +113,21 @@ class CorpusArguments:
         rows = self._rows(stream, RowMaker(tokenizer, self, seed))
         return split_dataset_by_node(rows, rank=rank, world_size=world_size)
 
-    def eval_rows(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, numpy.ndarray]]:
-        """The first held-out rows, until they hold ``eval_tokens`` tokens or there are no more.
+    def eval_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, numpy.ndarray]]:
+        """The first held-out rows, until they hold ``eval_tokens`` tokens or there are no more; the same for every seed.
 
         Raises ValueError if there is none.
         """
+        if not self.eval_tokens:
+            return []
         rows, tokens = [], 0
-        for row in self._rows(self.documents(seed, held_out=True), RowMaker(tokenizer, self, seed)):
+        documents = self.documents(SHARED_SEED, held_out=True)
+        for row in self._rows(documents, RowMaker(tokenizer, self, SHARED_SEED)):
             if tokens >= self.eval_tokens:
                 break
             rows.append(row)
             tokens += trained_tokens(row)
-        if self.eval_tokens and not rows:
+        if not rows:
             raise ValueError(
                 f"{self.dataset_name}: no held-out document was found for a row of {self.max_length} tokens; raise eval_share (it "
                 f"is {self.eval_share}), name an eval_split, or set eval_tokens to 0"
@@ -230,7 +235,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END)
 
 
-def run_tokenizer(corpus: CorpusArguments, seed: int, folder: Path) -> PreTrainedTokenizerBase:
+def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerBase:
     """The run's tokenizer: the one in ``folder``, else the one that ``corpus`` names or trains, which is then kept there.
 
     Raises FileNotFoundError for a tokenizer that cannot be had, ValueError for one without an end token, or with more pieces than the model has
@@ -244,7 +249,7 @@ def run_tokenizer(corpus: CorpusArguments, seed: int, folder: Path) -> PreTraine
         ):
             tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_name)
     else:
-        texts = (row[corpus.text_column] for row in corpus.documents(seed).take(corpus.tokenizer_documents))
+        texts = (row[corpus.text_column] for row in corpus.documents(SHARED_SEED).take(corpus.tokenizer_documents))
         tokenizer = train_tokenizer(texts, corpus.vocab_size)
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer {corpus.tokenizer_name} has no end token: documents could not be told apart")

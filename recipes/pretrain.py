@@ -234,9 +234,9 @@ def main() -> None:
         start_run(recipe.folder, recipe.config, recipe.precision, resume=recipe.method.resume)
         if training.use_cpu and "use_cpu" not in recipe.config:
             print("no CUDA device found: training on the CPU")
-    with training.main_process_first(desc="preparing the tokenizer"):
-        tokenizer = run_tokenizer(corpus, recipe.data_seed, recipe.folder / "tokenizer")
-    held_out = corpus.eval_rows(tokenizer, recipe.data_seed)
+    with training.main_process_first(local=False, desc="preparing the tokenizer"):
+        tokenizer = run_tokenizer(corpus, recipe.folder / "tokenizer")
+    held_out = corpus.eval_rows(tokenizer)
     if is_main:
         train_rows = corpus.train_stream(tokenizer, recipe.data_seed)
         write_corpus_manifest(corpus, tokenizer, train_rows, held_out, recipe.folder / "manifest.json")

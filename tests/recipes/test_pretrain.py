@@ -157,15 +157,15 @@ def test_what_is_held_out_is_not_trained_on(corpus, bpe):
     assert kept | left == set(TEXTS)
     assert not kept & left
     assert 4 <= len(left) <= 20  # 12 in the mean, 2.9 the standard deviation
-    assert {bpe.decode(row["input_ids"], skip_special_tokens=True) for row in held_out.eval_rows(bpe, 0)} <= left
+    assert {bpe.decode(row["input_ids"], skip_special_tokens=True) for row in held_out.eval_rows(bpe)} <= left
 
 
 def test_held_out_rows_are_as_many_as_the_tokens_asked_for(corpus, bpe):
-    rows = corpus(eval_share=0.5, eval_tokens=70).eval_rows(bpe, 0)
+    rows = corpus(eval_share=0.5, eval_tokens=70).eval_rows(bpe)
     assert len(rows) == 5  # 16 tokens each
-    assert corpus(eval_tokens=0).eval_rows(bpe, 0) == []
+    assert corpus(eval_tokens=0).eval_rows(bpe) == []
     with pytest.raises(ValueError, match="no held-out document was found for a row of 16 tokens; raise eval_share"):
-        corpus(eval_share=0).eval_rows(bpe, 0)
+        corpus(eval_share=0).eval_rows(bpe)
 
 
 def test_documents_that_make_no_row_are_an_error(corpus, bpe):
@@ -226,15 +226,15 @@ def test_a_trained_tokenizer_knows_every_text(bpe):
 
 
 def test_a_given_tokenizer_must_fit_the_model(corpus, llama_path, tmp_path, bpe):
-    given = run_tokenizer(corpus(tokenizer_name=str(llama_path), vocab_size=64), 0, tmp_path / "kept")
+    given = run_tokenizer(corpus(tokenizer_name=str(llama_path), vocab_size=64), tmp_path / "kept")
     assert given.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "kept").get_vocab()
     with pytest.raises(ValueError, match=r"has \d\d pieces and vocab_size is 10: raise it to \d\d"):
-        run_tokenizer(corpus(tokenizer_name=str(llama_path), vocab_size=10), 0, tmp_path / "other")
+        run_tokenizer(corpus(tokenizer_name=str(llama_path), vocab_size=10), tmp_path / "other")
     bpe.save_pretrained(tmp_path / "endless")
     config = tmp_path / "endless" / "tokenizer_config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "eos_token"}))
     with pytest.raises(ValueError, match="has no end token"):
-        run_tokenizer(corpus(tokenizer_name=str(tmp_path / "endless")), 0, tmp_path / "other")
+        run_tokenizer(corpus(tokenizer_name=str(tmp_path / "endless")), tmp_path / "other")
 
 
 # Configs
