@@ -24,8 +24,9 @@ from transformers import (
     set_seed,
 )
 
-from eval.methods import METHODS
-from eval.methods.pretraining import pretraining_optimizer
+from eval.methods import METHODS, pretraining_optimizer
+from eval.methods.lorapre import LORAPRE
+from lorapre_peft import LoRAPreCallback
 from recipes.arguments import parse_recipe
 from recipes.corpus import CorpusArguments, run_tokenizer, write_corpus_manifest
 from recipes.plots import plot_training
@@ -201,7 +202,7 @@ def build_trainer(
         eval_dataset=held_out or None,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(_optimizer_factory, options),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([LoRAPreCallback()] if recipe.method.method in LORAPRE else [])],
     )
 
 

@@ -44,7 +44,7 @@ class _Batches(torch.utils.data.IterableDataset):
 class StreamTrainer(Trainer):
     """Trains on an endless `datasets.IterableDataset` of rows, this process's own (``train_dataset``), for ``max_steps`` steps.
 
-    A checkpoint holds the stream's state for each process, which resuming loads: no row is read again, none is left out, and
+    A checkpoint holds the stream's state for each process, which resuming loads: no row is trained on twice, none is left out, and
     the weights are those of a run that was never stopped, bit for bit. It takes the same number of processes. Batches
     may be made ahead in a worker (``dataloader_num_workers=1``); more would share out the stream in an order of their own.
 
@@ -101,10 +101,11 @@ class StreamTrainer(Trainer):
         os.makedirs(folder, exist_ok=True)
         path = folder / STREAM_STATE.format(rank=self.args.process_index)
         write_atomically(path, json.dumps(self._stream_state))
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        self.state.epoch = self.state.global_step / self.state.max_steps  # a stream has no epochs
+        self.state.epoch = self.state.global_step / self.args.max_steps  # a stream has no epochs
         for name in [name for name in logs if name in ("loss", "eval_loss")]:
             logs[name.replace("loss", "perplexity")] = perplexity(logs[name])
         super().log(logs, *args)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -249,15 +249,15 @@ class LoRAPreCallback(TrainerCallback):
 
 
 def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
-    """The LoRA-Pre optimizer inside accelerate's wrapper, if it really trains the model; otherwise RuntimeError."""
-    while not isinstance(optimizer, LoRAPreOptimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, LoRAPreOptimizer):
+    """The LoRA-Pre optimizer inside accelerate's wrapper or beside others, if together they really train the model; otherwise RuntimeError."""
+    parts = list(_parts(optimizer))
+    found = next((part for part in parts if isinstance(part, LoRAPreOptimizer)), None)
+    if found is None:
         raise RuntimeError(
-            f"LoRAPreCallback found the optimizer {type(optimizer).__name__}, expected LoRAPreAdamW or LoRAPreMuon: pass "
+            f"LoRAPreCallback found the optimizer {type(parts[-1]).__name__}, expected LoRAPreAdamW or LoRAPreMuon: pass "
             "optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args) to the trainer, or remove the callback"
         )
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    held = {id(param) for part in parts for group in part.param_groups for param in group["params"]}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     missing = [name for name, param in trainable.items() if id(param) not in held]
     if missing or not trainable:
@@ -267,7 +267,15 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
             + ": it was built before the model was wrapped, or parameters were added since, and training would leave them as "
             "they are. Let the trainer build it: optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args)"
         )
-    return optimizer
+    return found
+
+
+def _parts(optimizer: Any) -> Iterator[Any]:
+    """An optimizer and those inside it: accelerate wraps one as ``optimizer``, chained ones are ``optimizers``."""
+    yield optimizer
+    inside = [optimizer.optimizer] if hasattr(optimizer, "optimizer") else getattr(optimizer, "optimizers", ())
+    for part in inside:
+        yield from _parts(part)
 
 
 def _log_before_reporters(callback: LoRAPreCallback) -> None:
