@@ -110,7 +110,10 @@ class MethodArguments:
         },
     )
     method_options: dict | str | None = field(
-        default=None, metadata={"help": "Options of the method, such as '{momentum_rank: 128}' for LoRA-Pre."}
+        default=None,
+        metadata={
+            "help": "Options of the method, such as '{momentum_rank: 128}' for LoRA-Pre; '{}' for its defaults."
+        },
     )
     others_learning_rate: float | None = field(
         default=None,
@@ -127,7 +130,12 @@ class MethodArguments:
         given = yaml.safe_load(self.method_options) if isinstance(self.method_options, str) else self.method_options
         if not isinstance(given, dict | None):
             raise ValueError(f"method_options={self.method_options!r}: expected options as in '{{momentum_rank: 8}}'")
-        self.method_options = METHODS[self.method].merged(given or {})
+        try:
+            self.method_options = METHODS[self.method].merged(given or {})
+        except ValueError as error:  # of a config for another method, most likely
+            raise ValueError(
+                f"{error}. Give method_options for method={self.method}; '{{}}' are its defaults"
+            ) from error
 
 
 @dataclass
