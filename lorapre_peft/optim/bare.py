@@ -32,3 +32,17 @@ def is_embedding(name: str | None, shape: torch.Size) -> bool:
         return True
     short, long = sorted(shape)
     return long >= VOCABULARY and short >= HIDDEN and RATIO * short <= long
+
+
+def describe_choice(ranks: set[int], spared: list[tuple[int, ...]]) -> str:
+    """Say at which momentum ranks matrices are compressed, if none was given, which shapes are spared, and how to choose."""
+    at = f"are compressed at the momentum ranks {sorted(ranks)}, as none was given" if ranks else "are compressed"
+    but = (
+        f"; {len(spared)} that look like embeddings or heads, such as {spared[0]}, take the AdamW path"
+        if spared
+        else ""
+    )
+    return (
+        f"matrices {at}{but}. To choose, give momentum_rank (in a group: its matrices whatever they look like; 0: the AdamW path), "
+        "or build the optimizer with create_lorapre_optimizer(model, …), which knows the modules"
+    )

@@ -6,35 +6,33 @@ A subclass says what it does with the moments of the compressed matrices (`_upda
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ..kernels import choose
 from ..kernels.eager import Eager
 from ..lowrank.batch import Batch, constants, usable
-from ..lowrank.experts import stack_of
 from ..lowrank.float64 import reads_are_free
-from ..lowrank.layout import EXPERT_POSITIONS, Member, Part, compressed_rank, lay_out, matrix_shape, parts_of
+from ..lowrank.layout import Member, Part, lay_out, parts_of
 from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
-from ..lowrank.sharding import WHOLE, local, place, placement_of, world_size
+from ..lowrank.sharding import WHOLE, local, placement_of, world_size
 from .adamw_path import AdamWOptions, Item, adamw_path
-from .bare import is_embedding
+from .bare import describe_choice, is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
 from .in_backward import has_hook, register_hooks
 from .options import check_flattened_shards, check_gradient, check_options, check_parameter, check_stack
-from .state import RANK_OPTIONS, check_held_state, check_loaded_state, restore_state, state_dtype
+from .state import RANK_OPTIONS, StatefulOptimizer
 
 Located = tuple[dict[str, Any], Tensor, int]  # a group, a parameter of it, the parameter's position in the optimizer
 
 
-class LoRAPreOptimizer(Optimizer):
+class LoRAPreOptimizer(StatefulOptimizer):
     """Base of `LoRAPreAdamW` and `LoRAPreMuon`, not for direct use, and the options that both have.
 
     Args:
@@ -72,7 +70,6 @@ class LoRAPreOptimizer(Optimizer):
     """
 
     backend_names = choose.NAMES
-    moments: tuple[str, ...]  # prefixes of the factored state: m, and v where there is a second moment
     # Options that matrices which are stepped together must have in common; the others are numbers of each matrix.
     shared_options: tuple[str, ...] = ("update_rule", "bf16_rounding", "temporary_bytes")
 
@@ -92,21 +89,7 @@ class LoRAPreOptimizer(Optimizer):
                 ranks |= {rank for param in group["params"] for rank in self.ranks(param, group)[:1]}
             spared += [tuple(group["params"][i].shape) for i in group["uncompressed"]]
         if ranks or spared:
-            at = (
-                f"are compressed at the momentum ranks {sorted(ranks)}, as none was given"
-                if ranks
-                else "are compressed"
-            )
-            but = (
-                f"; {len(spared)} that look like embeddings or heads, such as {spared[0]}, take the AdamW path"
-                if spared
-                else ""
-            )
-            warnings.warn(
-                f"matrices {at}{but}. To choose, give momentum_rank (in a group: its matrices whatever they look like; 0: the AdamW path), "
-                "or build the optimizer with create_lorapre_optimizer(model, …), which knows the modules",
-                stacklevel=4,
-            )
+            warnings.warn(describe_choice(ranks, spared), stacklevel=4)
 
     def _reset(self, backend: str) -> None:
         self.backend = backend
@@ -179,13 +162,6 @@ class LoRAPreOptimizer(Optimizer):
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
         """Return the hyperparameters of the AdamW path of ``group`` at its current learning rate."""
         raise NotImplementedError
-
-    def ranks(self, param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-        """Return the rank of each factored moment of a parameter; empty if it takes the AdamW path."""
-        if any(group["params"][i] is param for i in group.get("uncompressed", ())):
-            return ()
-        k = compressed_rank(param.shape, group["momentum_rank"], stack_of(group))
-        return (k,) if k else ()
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -397,50 +373,6 @@ class LoRAPreOptimizer(Optimizer):
     def _backend(self, device: torch.device) -> Eager:
         return choose.choose(self.backend, device, self.backend_names)
 
-    # ---- state ------------------------------------------------------------------------------------------------------
-
-    def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes of a parameter's state, which depend on its shape and its group's options alone."""
-        ranks = self.ranks(param, group)
-        if not ranks:
-            return {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
-        stack = stack_of(group)
-        p, q = matrix_shape(param.shape, stack)
-        shapes: dict[str, tuple[int, ...]] = {"step": ()}
-        for moment, k in zip(self.moments, ranks):
-            shapes |= {f"{moment}_B": (p, k), f"{moment}_A": (k, q)}
-        if RULES[group["update_rule"]].tracked and "v" in self.moments:
-            shapes |= {"v_energy": (), "v_scale": ()}
-        return shapes if stack is None else {name: (stack.experts, *shape) for name, shape in shapes.items()}
-
-    def _state_of(self, member: Member) -> dict[str, Tensor]:
-        """Return a parameter's state, made at its first step. Keys of other tools are left alone."""
-        state = self.state[member.param]
-        if "step" not in state:
-            self._init_state(member, state)
-        check_held_state(member, state)
-        return state
-
-    def _init_state(self, member: Member, state: dict[str, Tensor]) -> None:
-        """Fill in zeros, whatever the gradient, and A factors as the rule starts them, from a generator of each matrix's own."""
-        group, param = member.group, member.param
-        check_parameter(param)  # an engine may have replaced what the group was built with
-        check_stack(param, group)
-        rule, stack = RULES[group["update_rule"]], member.stack
-        whole = {
-            name: torch.zeros(shape, dtype=state_dtype(param, name), device=param.device)
-            for name, shape in member.state_shapes.items()
-        }
-        if member.ranks:
-            for expert in range(1 if stack is None else stack.experts):
-                position = member.position + expert * EXPERT_POSITIONS
-                generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + position) % 2**63)
-                for moment in self.moments:
-                    A = whole[f"{moment}_A"] if stack is None else whole[f"{moment}_A"][expert]
-                    A.copy_(rule.init_columns(A.shape, generator))
-        for name, value in whole.items():
-            state[name] = place(value, param, name, stack)
-
     @property
     def skipped_updates(self) -> int:
         """Updates of single parameters skipped since construction, for a gradient that is not finite or whose square float32
@@ -458,37 +390,3 @@ class LoRAPreOptimizer(Optimizer):
         (`LoRAPreAdamW` only). Empty if nothing was recorded.
         """
         return self._metrics.read()
-
-    def param_state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
-        """Bytes of one parameter's state, from its shape: also before the first step has made it."""
-        shapes = self.state_shapes(param, group)
-        return sum(math.prod(shape) * state_dtype(param, name).itemsize for name, shape in shapes.items())
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, keeping every state tensor in float32.
-
-        `torch.optim.Optimizer.load_state_dict` casts state to the parameter's dtype, which would round the factors of a bf16
-        parameter; a resumed run would not continue as the uninterrupted one. Raises ValueError, before anything
-        changes, if the state is not this optimizer's.
-        """
-        loaded: dict[str, Any] = {}
-
-        def capture(_: Optimizer, final: dict[str, Any]) -> None:
-            # The last pre-hook: the user's own may have replaced what was given.
-            check_loaded_state(self, final)
-            loaded.update(final)
-
-        def restore(_: Optimizer) -> None:
-            restore_state(self, loaded)
-
-        handles = [
-            self.register_load_state_dict_pre_hook(capture),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer
 
 from ..lowrank.experts import Stack, stack_of
-from ..lowrank.layout import Member
+from ..lowrank.layout import EXPERT_POSITIONS, Member, compressed_rank, matrix_shape
+from ..lowrank.rules import RULES
 from ..lowrank.sharding import local, place
 from .adamw_path import adamw_dtype
+from .options import check_parameter, check_stack
 
 # The options that decide the shapes of a parameter's state.
 RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule", "experts", "experts_dim")
@@ -21,26 +24,14 @@ RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule", "experts
 OWN_STATE = {"step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale", "exp_avg", "exp_avg_sq"}
 
 
-class StateOwner(Protocol):
-    """What the checks need of an optimizer."""
-
-    defaults: dict[str, Any]
-    param_groups: list[dict[str, Any]]
-    state: defaultdict[Tensor, Any]
-
-    def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes of a parameter's state."""
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for options out of their ranges."""
-
-
 def state_dtype(param: Tensor, name: str) -> torch.dtype:
     """Return float32; the AdamW path of a float64 parameter keeps float64 moments."""
     return adamw_dtype(param) if name.startswith("exp_avg") else torch.float32
 
 
-def matched_states(optimizer: StateOwner, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+def matched_states(
+    optimizer: StatefulOptimizer, state_dict: dict[str, Any]
+) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
     """Yield (parameter, saved state): parameters are matched by their order in the groups, as torch does it."""
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -49,7 +40,7 @@ def matched_states(optimizer: StateOwner, state_dict: dict[str, Any]) -> Iterabl
             yield param, state_dict["state"][saved_id]
 
 
-def restore_state(optimizer: StateOwner, state_dict: dict[str, Any]) -> None:
+def restore_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> None:
     """Put the optimizer's own saved tensors back as they were saved, after torch has cast its copies to the parameters' dtypes."""
     group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
     for param, saved in matched_states(optimizer, state_dict):
@@ -82,7 +73,7 @@ def shapes_of(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_loaded_state(optimizer: StateOwner, state_dict: dict[str, Any]) -> None:
+def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> None:
     """Raise ValueError if ``state_dict`` was not saved by this kind of optimizer over the same parameters."""
     name = type(optimizer).__name__
     if not isinstance(state_dict, dict) or not (
@@ -121,7 +112,7 @@ def check_loaded_state(optimizer: StateOwner, state_dict: dict[str, Any]) -> Non
         _check_placements(index, param, {key: saved[key] for key in expected if key in saved}, stack)
 
 
-def check_saved_group(optimizer: StateOwner, group: dict[str, Any], saved: dict[str, Any]) -> None:
+def check_saved_group(optimizer: StatefulOptimizer, group: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise ValueError if the saved options are out of their ranges, or another rank or rule than the group's.
 
     Loading takes over all other options, as in torch. Factors of another rank, or kept by another rule, are no start for
@@ -155,3 +146,94 @@ def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor], stack
                 "saved in other processes through torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which "
                 "distributes it (a whole state_dict with StateDictOptions(full_state_dict=True))"
             )
+
+
+class StatefulOptimizer(Optimizer):
+    """What an optimizer with factored moments keeps of each parameter: names, shapes, start, and the way through a checkpoint."""
+
+    moments: tuple[str, ...]  # prefixes of the factored state: m, and v where there is a second moment
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for an option out of its range."""
+        raise NotImplementedError
+
+    def ranks(self, param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
+        """Return the rank of each factored moment of a parameter; empty if it takes the AdamW path."""
+        if any(group["params"][i] is param for i in group.get("uncompressed", ())):
+            return ()
+        k = compressed_rank(param.shape, group["momentum_rank"], stack_of(group))
+        return (k,) if k else ()
+
+    def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of a parameter's state, which depend on its shape and its group's options alone."""
+        ranks = self.ranks(param, group)
+        if not ranks:
+            return {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
+        stack = stack_of(group)
+        p, q = matrix_shape(param.shape, stack)
+        shapes: dict[str, tuple[int, ...]] = {"step": ()}
+        for moment, k in zip(self.moments, ranks):
+            shapes |= {f"{moment}_B": (p, k), f"{moment}_A": (k, q)}
+        if RULES[group["update_rule"]].tracked and "v" in self.moments:
+            shapes |= {"v_energy": (), "v_scale": ()}
+        return shapes if stack is None else {name: (stack.experts, *shape) for name, shape in shapes.items()}
+
+    def _state_of(self, member: Member) -> dict[str, Tensor]:
+        """Return a parameter's state, made at its first step. Keys of other tools are left alone."""
+        state = self.state[member.param]
+        if "step" not in state:
+            self._init_state(member, state)
+        check_held_state(member, state)
+        return state
+
+    def _init_state(self, member: Member, state: dict[str, Tensor]) -> None:
+        """Fill in zeros, whatever the gradient, and A factors as the rule starts them, from a generator of each matrix's own."""
+        group, param = member.group, member.param
+        check_parameter(param)  # an engine may have replaced what the group was built with
+        check_stack(param, group)
+        rule, stack = RULES[group["update_rule"]], member.stack
+        whole = {
+            name: torch.zeros(shape, dtype=state_dtype(param, name), device=param.device)
+            for name, shape in member.state_shapes.items()
+        }
+        if member.ranks:
+            for expert in range(1 if stack is None else stack.experts):
+                position = member.position + expert * EXPERT_POSITIONS
+                generator = torch.Generator().manual_seed((group["seed"] * 1_000_003 + position) % 2**63)
+                for moment in self.moments:
+                    A = whole[f"{moment}_A"] if stack is None else whole[f"{moment}_A"][expert]
+                    A.copy_(rule.init_columns(A.shape, generator))
+        for name, value in whole.items():
+            state[name] = place(value, param, name, stack)
+
+    def param_state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
+        """Bytes of one parameter's state, from its shape: also before the first step has made it."""
+        shapes = self.state_shapes(param, group)
+        return sum(math.prod(shape) * state_dtype(param, name).itemsize for name, shape in shapes.items())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, keeping every state tensor in float32.
+
+        `torch.optim.Optimizer.load_state_dict` casts state to the parameter's dtype, which would round the factors of a bf16
+        parameter; a resumed run would not continue as the uninterrupted one. Raises ValueError, before anything
+        changes, if the state is not this optimizer's.
+        """
+        loaded: dict[str, Any] = {}
+
+        def capture(_: Optimizer, final: dict[str, Any]) -> None:
+            # The last pre-hook: the user's own may have replaced what was given.
+            check_loaded_state(self, final)
+            loaded.update(final)
+
+        def restore(_: Optimizer) -> None:
+            restore_state(self, loaded)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(capture),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
