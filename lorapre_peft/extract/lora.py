@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +17,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +24,7 @@ from transformers.utils.logging import tqdm
 
 from ..lowrank.float64 import float64_device, wide
 from ..lowrank.linalg import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
+from .adapter import adapter_config, addressable, write_checked
 from .checkpoint import Checkpoint, common_names
 
 REPORT_NAME = "extraction_report.json"
@@ -125,9 +123,10 @@ def extract_lora(
 
     One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and cut by an exact SVD, or by subspace
     iteration where the matrix is large and the rank is not (`rules.top_factors`). Each module's alpha is its rank: the
-    scaling is 1. What changed and is not in the adapter (norms, biases, embeddings, the output head, unselected modules) is
-    listed in the report, with a warning. (`peft.convert_to_lora` does this for adapters of a model in memory, always by a
-    full SVD; of PEFT's helpers those that read ``target_modules`` serve here.)
+    scaling is 1. What changed and is not in the adapter (norms, biases, embeddings, the output head, unselected modules, modules
+    that PEFT refuses) is listed in the report, with a warning. Before the adapter is put into its folder, plain PEFT opens it on
+    a model without weights, and what it finds there is compared with what was meant. (`peft.convert_to_lora` does this for
+    adapters of a model in memory, always by a full SVD; of PEFT's helpers those that read ``target_modules`` serve here.)
 
     Args:
         base, tuned: folders with ``config.json`` and safetensors, in one file or in shards, or ids of cached hub models.
@@ -144,6 +143,7 @@ def extract_lora(
     Raises:
         ValueError: an invalid option; a checkpoint that cannot be read; tensors that are missing, of different shapes or
             not finite; no linear module selected; no change, or none in what is selected.
+        RuntimeError: this version of PEFT opens the adapter otherwise than it was meant; nothing is written then.
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank}, energy={energy}: give exactly one of the two")
@@ -163,8 +163,9 @@ def extract_lora(
     model = before.skeleton()
     names = common_names(before, after, model)
     linear = _selected_linears(model, target_modules)
+    by_parameter, refused = addressable(model, linear)
 
-    factors: dict[str, Tensor] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     modules: list[ExtractedModule] = []
     left: list[tuple[str, str, float]] = []
     for name in tqdm(names, desc="Extracting LoRA", unit="tensor"):
@@ -179,15 +180,14 @@ def extract_lora(
         if not math.isfinite(change):
             raise ValueError(f"{name} has values that are not finite in {base} or {tuned}: did the training diverge?")
         owner, _, attribute = name.rpartition(".")
-        if change and (attribute != "weight" or owner not in linear):
-            left.append((name, _reason(model, owner, attribute), change))
+        if change and (attribute != "weight" or owner not in linear or owner in refused):
+            left.append((name, refused.get(owner) or _reason(model, owner, attribute), change))
         elif change:
             size = (rank, energy, max_rank)
             module, B, A = _extract(
                 owner, old, new, delta, isinstance(linear[owner], Conv1D), size, stored or old.dtype
             )
-            factors[f"base_model.model.{owner}.lora_A.weight"] = A
-            factors[f"base_model.model.{owner}.lora_B.weight"] = B
+            factors[owner] = (B, A)
             modules.append(module)
         del old, new, delta  # or they would last until the next ones have been read
 
@@ -201,9 +201,8 @@ def extract_lora(
             f"nothing that changed can be put into the adapter ({report.left_out_summary()}): select more target_modules, "
             "or deliver the tuned weights themselves"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    _lora_config(model, {m.name: m.rank for m in modules}, str(base)).save_pretrained(str(folder))
-    save_file(factors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config = adapter_config(model, {m.name: m.rank for m in modules}, by_parameter, str(base))
+    write_checked(folder, config, factors, model)
     (folder / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
     if left_out:
         warnings.warn(
@@ -290,33 +289,6 @@ def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
     return "bias" if attribute == "bias" else type(module).__name__
 
 
-def _lora_config(model: PreTrainedModel, ranks: dict[str, int], base: str) -> LoraConfig:
-    """The config by which PEFT adapts exactly these modules, at these ranks and with a scaling of 1."""
-    # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of them.
-    selections: tuple[list[str] | str, ...] = (
-        [*{name.rpartition(".")[2] for name in ranks}],
-        list(ranks),
-        "|".join(map(re.escape, ranks)),
-    )
-    for targets in selections:
-        config = LoraConfig(target_modules=targets)
-        if {name for name, _ in model.named_modules() if check_target_module_exists(config, name)} == ranks.keys():
-            break
-    largest = max(ranks.values())
-    pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != largest}
-    return LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        target_modules=targets,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
-        task_type="CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of `extract_lora`."""
     parser = argparse.ArgumentParser(
@@ -346,5 +318,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options["target_modules"] = targets[0]
     try:
         print(extract_lora(**options))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))

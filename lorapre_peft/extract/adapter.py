@@ -1,0 +1,181 @@
+"""How an extracted adapter is written so that plain PEFT opens it as it was meant, and the check that it does."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # module name: B [out, r], A [r, in]
+
+# Largest ‖found − meant‖ / ‖meant‖ of a module's change. Rounding to bfloat16, the coarsest dtype of weights, costs 2⁻⁹; a change that
+# is transposed or scaled twice is off by the order of 1.
+TOLERANCE = 1e-2
+
+
+def adapter_config(
+    model: PreTrainedModel, ranks: Mapping[str, int], by_parameter: Collection[str], base: str
+) -> LoraConfig:
+    """The config by which PEFT adapts exactly these modules, at these ranks and with a scaling of 1.
+
+    ranks: the rank of each module. by_parameter: those of them that are addressed by their weight, in ``target_parameters``.
+    """
+    modules = {name for name in ranks if name not in by_parameter}
+    # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of them.
+    for targets in ({name.rpartition(".")[2] for name in modules}, modules, "|".join(map(re.escape, sorted(modules)))):
+        config = LoraConfig(target_modules=targets)
+        if {name for name, _ in model.named_modules() if check_target_module_exists(config, name)} == modules:
+            break
+    largest = max(ranks.values())
+    pattern = {
+        f"^{name}.weight" if name in by_parameter else f"^{name}": r for name, r in ranks.items() if r != largest
+    }
+    return LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        target_modules=targets,
+        target_parameters=sorted(f"{name}.weight" for name in by_parameter if name in ranks) or None,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in modules),
+        task_type="CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+
+
+def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str], dict[str, str]]:
+    """Find out how PEFT can adapt these linear modules of a model, by letting it open adapters of rank 1.
+
+    PEFT takes a name in ``target_modules`` for another one in some architectures: since transformers 5 stacks the experts of
+    mixtures, "gate_proj" there stands for them, also where dense layers and shared experts have modules of that name
+    (PEFT's ``_convert_peft_config_moe``). It refuses others (Mamba's "out_proj", which fused kernels read past the module).
+
+    model: a skeleton on the meta device, which is left as it is.
+
+    Returns the modules that have to be addressed by their weight, in ``target_parameters``, and by name the reason why PEFT adapts a
+    module in neither way.
+    """
+
+    def adapted(tried: Collection[str], by_parameter: bool) -> tuple[set[str], str]:
+        factors = {name: _ones(model, name, value=1 + i) for i, name in enumerate(tried)}
+        config = adapter_config(model, dict.fromkeys(tried, 1), tried if by_parameter else (), base="")
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), config, factors)
+            try:
+                return tried - misread(Path(folder), model, factors), ""
+            except Exception as error:  # whatever PEFT raises for what it cannot adapt
+                return set(), f": {_first_sentence(error)}"
+
+    names = set(names)
+    if adapted(names, by_parameter=False)[0] == names:
+        return set(), {}
+    by_parameter: set[str] = set()
+    refused: dict[str, str] = {}
+    groups: dict[str, set[str]] = {}  # PEFT decides by the last part of a name
+    for name in sorted(names):
+        groups.setdefault(name.rpartition(".")[2], set()).add(name)
+    for group in groups.values():
+        found, why = adapted(group, by_parameter=False)
+        if found != group:
+            found, _ = adapted(group, by_parameter=True)
+            by_parameter |= found
+            refused |= dict.fromkeys(group - found, f"refused by PEFT{why}")
+    return by_parameter, refused
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0]
+
+
+def _ones(model: PreTrainedModel, name: str, value: int) -> tuple[Tensor, Tensor]:
+    """Factors of rank 1 whose product is ``value`` everywhere."""
+    module = model.get_submodule(name)
+    p, q = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+    return torch.full((p, 1), float(value)), torch.ones(1, q)
+
+
+def write(folder: Path, config: LoraConfig, factors: Factors) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does."""
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, (B, A) in factors.items():
+        tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
+    """Open an adapter in plain PEFT and return the modules whose weight it would not change by B A, or would without being asked.
+
+    The factors and their scaling are compared in every module; the change that PEFT makes of them, a matrix of the weight's size, in
+    the first of those that share the last part of their names.
+
+    model: a skeleton on the meta device, which is left as it is; PEFT gets a copy whose weights take no memory.
+    """
+    wrong = set(factors)
+    spot_checked: set[str] = set()
+    for name, layer in _opened(folder, model):
+        if name not in factors:
+            wrong.add(name)
+            continue
+        B, A = (factor.float() for factor in factors[name])
+        found = [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
+        if any(factor.is_meta for factor in found) or not all(map(torch.equal, found, (B, A))):
+            continue  # on the meta device: PEFT has found nothing in the file for this module
+        if layer.scaling["default"] != 1:
+            continue
+        kind = name.rpartition(".")[2]
+        if kind not in spot_checked:
+            spot_checked.add(kind)
+            meant = A.mT @ B.mT if isinstance(model.get_submodule(name), Conv1D) else B @ A
+            change = layer.get_delta_weight("default")
+            if change.shape != meant.shape or (change - meant).norm() > TOLERANCE * meant.norm():
+                continue
+        wrong.discard(name)
+    return wrong
+
+
+def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
+    """PEFT's layers of an adapter, by their names in the base model; those that the file has no factors for are on the meta device."""
+    # One zero stands for all of a weight: PEFT reads shapes, dtypes and devices alone, and moves factors to the weight's device.
+    hollow = copy.deepcopy(model)._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = PeftModel.from_pretrained(hollow, str(folder), torch_device="cpu", low_cpu_mem_usage=True)
+    for name, layer in opened.named_modules():
+        if isinstance(layer, LoraLayer):
+            yield name.removeprefix("base_model.model."), layer
+
+
+def write_checked(folder: Path, config: LoraConfig, factors: Factors, model: PreTrainedModel) -> None:
+    """Write an adapter into a folder, once plain PEFT has opened it and found what was meant.
+
+    Raises RuntimeError if it did not; nothing is in the folder then.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
+        write(Path(place), config, factors)
+        if wrong := sorted(misread(Path(place), model, factors)):
+            raise RuntimeError(
+                f"PEFT {peft.__version__} opens the adapter otherwise than it was meant in {len(wrong)} modules such as "
+                f"{', '.join(wrong[:3])}, and nothing was written: leave these out of target_modules, or deliver the tuned weights "
+                "themselves"
+            )
+        folder.mkdir(exist_ok=True)
+        for path in Path(place).iterdir():
+            os.replace(path, folder / path.name)
