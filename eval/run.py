@@ -36,12 +36,14 @@ def evaluate(
     batch_size: int | str = 8,
     device: str | None = None,
     dtype: str = SAVED,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
 ) -> dict[str, Any] | None:
     """Answers of a model to tasks, judged; returns lm-eval's results with ``samples``, and None on all but the first process.
 
     Args:
         model: ``"smollm2"``, a local folder, or a hub id.
-        adapter: folder or hub id of a PEFT adapter.
+        adapter: folder or hub id of a PEFT adapter. If a tokenizer lies beside it, that is the one used.
         tasks: of `eval/tasks`, or any of lm-eval's own.
         output_dir: gets ``results.json`` and one ``samples_TASK.jsonl`` per task, with every prompt, completion and verdict.
         data: by task, what to read instead of the hub: a JSONL file of test rows, or a folder with one file per split.
@@ -50,13 +52,16 @@ def evaluate(
         device: None: a GPU if there is one.
         dtype: of the weights, as `recipes.precision` names them; ``"auto"``: the one that the device multiplies fast,
             ``"saved"``: the one that they were saved in.
+        apply_chat_template: write every prompt as a user's message, by the tokenizer's chat template.
+        system_instruction: put before every prompt; with a chat template it is the system's message.
 
-    Raises SystemExit for an unknown task, for a model or data that cannot be had, and for a folder with another model's results.
+    Raises SystemExit for an unknown task, for a model or data that cannot be had, for an adapter that does not fit the model, for a
+    tokenizer without the chat template, and for a folder with other results.
     """
     import torch
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
+    from eval.adapters import AdaptedLM, own_tokenizer
     from recipes.precision import AUTO, fast_dtype
 
     folder = Path(output_dir)
@@ -65,32 +70,42 @@ def evaluate(
         dtype, reason = fast_dtype(device.partition(":")[0])
         print(f"dtype {dtype}: {reason}")
     options = dict(model=model, adapter=adapter, tasks=tasks, data=data or {}, limit=limit, dtype=dtype)
+    prompting = dict(apply_chat_template=apply_chat_template, system_instruction=system_instruction)
+    options |= {name: value for name, value in prompting.items() if value}
     check_folder(folder, options)
     manager = task_manager(tasks)
     loaded = load_tasks(tasks, data or {}, manager)
-    source = (
-        model_source(model) | {"dtype": "auto" if dtype == SAVED else dtype} | ({"peft": adapter} if adapter else {})
-    )
+    source = model_source(model) | {"dtype": "auto" if dtype == SAVED else dtype}
+    if adapter:
+        source |= {"peft": adapter} | ({"tokenizer": adapter} if own_tokenizer(adapter) else {})
     try:
-        lm = HFLM(**source, device=device, batch_size=batch_size)
+        lm = AdaptedLM(**source, device=device, batch_size=batch_size)
     except (OSError, ValueError) as error:  # PEFT raises the latter for an adapter that is nowhere
         named = f"model {model!r}" + (f" with adapter {adapter!r}" if adapter else "")
         raise SystemExit(
             f"{named} cannot be had: {error}\nTo work offline, give local folders, or the model {SMOLLM2!r}"
         ) from error
+    if apply_chat_template and not lm.tokenizer.chat_template:
+        raise SystemExit(
+            f"the tokenizer {lm.tokenizer.name_or_path!r} has no chat template: leave out --apply_chat_template, or save the tokenizer of "
+            "the training, with its template, beside the adapter"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     completions = folder / f"completions_{fingerprint(source, folder)}"
-    results = simple_evaluate(lm, tasks=loaded, limit=limit, use_cache=str(completions), task_manager=manager)
+    results = simple_evaluate(
+        lm, tasks=loaded, limit=limit, use_cache=str(completions), task_manager=manager, **prompting
+    )
     if results is not None:
         write(results, folder, options)
     return results
 
 
 def check_folder(folder: Path, options: dict[str, Any]) -> None:
-    """Raise SystemExit if the folder's results are another model's. Tasks, data and limit may change: completions are kept."""
+    """Raise SystemExit if the folder's results are of another model or way of prompting. Tasks, data and limit may change: completions are kept."""
     path = folder / "results.json"
     found = json.loads(path.read_text())["options"] if path.exists() else options
-    changed = [f"{name}={found[name]!r}" for name in ("model", "adapter", "dtype") if found[name] != options[name]]
+    fixed = ("model", "adapter", "dtype", "apply_chat_template", "system_instruction")
+    changed = [f"{name}={found.get(name)!r}" for name in fixed if found.get(name) != options.get(name)]
     if changed:
         raise SystemExit(f"{folder} holds the results of {', '.join(changed)}: give another --output_dir")
 
@@ -208,6 +223,12 @@ def main() -> None:
         default=SAVED,
         help="of the weights; 'auto': the one that this machine multiplies fast; default: as saved",
     )
+    parser.add_argument(
+        "--apply_chat_template",
+        action="store_true",
+        help="write every prompt as a user's message, by the tokenizer's chat template",
+    )
+    parser.add_argument("--system_instruction", help="text before every prompt, or the system's message of the chat")
     parser.add_argument("--output_dir", help="where results and completions go; default: runs/eval/MODEL_ADAPTER")
     args = vars(parser.parse_args())
     names = [Path(name).name for name in (args["model"], args["adapter"]) if name]

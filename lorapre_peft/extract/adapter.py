@@ -72,15 +72,16 @@ def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str
     module in neither way.
     """
 
-    def adapted(tried: Collection[str], by_parameter: bool) -> tuple[set[str], str]:
+    def adapted(tried: set[str], by_parameter: bool) -> tuple[set[str], str]:
         factors = {name: _ones(model, name, value=1 + i) for i, name in enumerate(tried)}
         config = adapter_config(model, dict.fromkeys(tried, 1), tried if by_parameter else (), base="")
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), config, factors)
             try:
-                return tried - misread(Path(folder), model, factors), ""
+                wrong = misread(Path(folder), model, factors)
             except Exception as error:  # whatever PEFT raises for what it cannot adapt
                 return set(), f": {_first_sentence(error)}"
+        return (tried - wrong if wrong <= tried else set()), ""  # PEFT adapted others too: not by these names
 
     names = set(names)
     if adapted(names, by_parameter=False)[0] == names:

@@ -1,0 +1,76 @@
+"""Models with PEFT adapters for lm-eval: the adapter's own tokenizer, and the vocabulary that it was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel, load_peft_weights
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+
+# Which side of an adapter's tensor is the vocabulary's, by how the tensor's name goes on behind that of the embedding or the head:
+# the module itself (modules_to_save, or saved because it was resized), the layer under an adapter, and LoRA's matrices for each.
+VOCABULARY_SIDE = {".weight": 0, ".base_layer.weight": 0, ".lora_embedding_A": 1, ".lora_B.weight": 0}
+
+
+class AdaptedLM(HFLM):
+    """lm-eval's `HFLM`, with another rule for the vocabulary of a model under an adapter.
+
+    HFLM resizes the base model to the number of its tokenizer's tokens. That cuts every vocabulary that is padded (Qwen's, Phi's), and
+    an adapter with an output head or embeddings of its own no longer fits. Here the model gets the vocabulary of the adapter's own
+    tensors; if the adapter has none, it is enlarged where the tokenizer has more tokens, and never cut.
+
+    Raises SystemExit for an adapter that does not fit the model, or whose tokenizer does not fit its vocabulary.
+    """
+
+    def _create_model(self, pretrained: str, *, peft: str | None = None, **options: Any) -> None:
+        super()._create_model(pretrained, **options)
+        if peft is None:
+            return
+        tokens, rows = len(self.tokenizer), len(self._model.get_input_embeddings().weight)
+        own = vocabulary_size(self._model, load_peft_weights(peft, device="cpu"))
+        if own is not None and own < tokens:
+            raise SystemExit(
+                f"the adapter {peft!r} has a vocabulary of {own}, and the tokenizer {self.tokenizer.name_or_path!r} has {tokens} tokens: "
+                "save the tokenizer that the adapter was trained with beside it"
+            )
+        wanted = own or max(rows, tokens)
+        if wanted != rows:
+            print(f"the vocabulary of {pretrained} is resized from {rows} to {wanted}, for the adapter {peft}")
+            self._model.resize_token_embeddings(wanted)
+        try:
+            self._model = PeftModel.from_pretrained(self._model, peft)
+        except RuntimeError as error:  # of load_state_dict, for tensors of other shapes
+            raise SystemExit(
+                f"the adapter {peft!r} does not fit the model {pretrained!r}, give the one that it was trained on: {error}"
+            ) from error
+
+
+def vocabulary_size(model: PreTrainedModel, weights: dict[str, Tensor]) -> int | None:
+    """How many tokens an adapter's tensors for embeddings or output head have rows for; None if it has none for either.
+
+    weights: the adapter's tensors, by their names in its file.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if any(module is end for end in ends):
+            for rest, side in VOCABULARY_SIDE.items():
+                tensor = weights.get(f"base_model.model.{name}{rest}")
+                if tensor is not None:
+                    return tensor.shape[side]
+    return None
+
+
+def own_tokenizer(adapter: str) -> str | None:
+    """The adapter's name if a tokenizer lies beside it, in its folder or on the hub; else None."""
+    if Path(adapter).is_dir():
+        return adapter if Path(adapter, TOKENIZER_CONFIG_FILE).is_file() else None
+    try:
+        hf_hub_download(adapter, TOKENIZER_CONFIG_FILE)
+    except (OSError, ValueError):  # no such file, repository or name, or no network
+        return None
+    return adapter
