@@ -23,14 +23,49 @@ from .config import LoRAPreConfig, default_momentum_rank
 # them without a gradient at any one step, which no low-rank factor of |g| can say; it takes the AdamW path.
 COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
 
+LINEAR = (nn.Linear, Conv1D)
+
 # parameter: momentum_rank, `RULE_OPTIONS`, and where it holds a matrix for each expert of a mixture, experts and experts_dim
 Targets = dict[Tensor, dict[str, Any]]
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
-    """The modules that turn hidden states into logits, as the models name them that this one is or wraps."""
+    """The modules that turn hidden states into logits over a vocabulary.
+
+    These are the heads that transformers' models name themselves, the linear layers whose weight is an embedding's own, and outside of
+    transformers' models those that a linear layer's shape gives away (`_heads_by_shape`).
+    """
     named = (inner.get_output_embeddings() for inner in _models(model))
-    return [head for head in named if head is not None]
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    linear = [module for module in model.modules() if isinstance(module, LINEAR)]
+    covered = {module for inner in _models(model) for module in inner.modules()}
+    return [
+        *(head for head in named if head is not None),
+        *(module for module in linear if any(module.weight is table for table in tables)),
+        *(module for module in _heads_by_shape(linear, [len(table) for table in tables]) if module not in covered),
+    ]
+
+
+def _heads_by_shape(linear: list[nn.Module], table_sizes: list[int]) -> list[nn.Module]:
+    """The linear layers of a model that have as many outputs as one of its embeddings has rows.
+
+    Where layers also take inputs of that length, a hidden layer may have that shape too (a byte-level model of width 256; 1024 positions
+    and width 1024). Then it counts only as the model's last layer, and only for the model's first embedding. Embeddings of up to
+    `MOMENTUM_RANK` rows are no vocabularies (token types, segments), and a head for one has no rank to compress.
+    """
+    widths = {_features(module)[0] for module in linear}
+    heads = []
+    for module in linear:
+        outputs = _features(module)[1]
+        last_for_first = module is linear[-1] and [outputs] == table_sizes[:1]
+        if outputs in table_sizes and outputs > MOMENTUM_RANK and (outputs not in widths or last_for_first):
+            heads.append(module)
+    return heads
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """The lengths of a linear layer's input and output."""
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def _classifiers(model: nn.Module) -> list[nn.Module]:
@@ -145,7 +180,7 @@ def weight_targets(
         if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or not weight.requires_grad:
             continue
         if names == "all-linear":
-            matched = isinstance(module, (nn.Linear, Conv1D)) and module not in heads
+            matched = isinstance(module, LINEAR) and module not in heads
         else:
             matched = bool(check_target_module_exists(config, module_name))
         if matched:
@@ -158,9 +193,7 @@ def weight_targets(
             stack = {"experts": len(param), "experts_dim": 0}
             targets[param] = {"momentum_rank": k, **rule_options(None, given), **stack}
     if not targets:
-        linear = sorted(
-            {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-        )
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)})
         raise ValueError(
             f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers are "
             f"called {', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
