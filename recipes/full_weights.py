@@ -56,7 +56,7 @@ def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """One run: the held-out loss after training and the optimizer's state."""
-    trainer = build_trainer(recipe, recipe.data.load(recipe.sft.seed))
+    trainer = build_trainer(recipe, recipe.load_data())
     trainer.train()
     return {
         "loss": trainer.evaluate()["eval_loss"],

@@ -183,7 +183,7 @@ def main() -> None:
         name: value for name, value in recipe.config.items() if name != "baseline"
     }  # may be added to a finished run
     start_run(folder, config, recipe.precision, resume=lorapre.resume)
-    data = recipe.data.load(recipe.sft.seed)
+    data = recipe.load_data()
     write_manifest(data, recipe.data.dataset_name, folder / "manifest.json")
 
     rule = lorapre.update_rule or LoRAPreConfig.update_rule

@@ -17,7 +17,15 @@ import torch
 from datasets import DatasetDict
 from peft import PeftConfig
 from transformers import TrainerCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import (
+    ModelConfig,
+    SFTConfig,
+    SFTTrainer,
+    get_peft_config,
+    get_quantization_config,
+    is_conversational,
+    is_conversational_from_value,
+)
 
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.integrations.targets import freeze_others, weight_targets
@@ -99,6 +107,9 @@ class Recipe:
     def folder(self) -> Path:
         return Path(self.sft.output_dir)
 
+    def load_data(self) -> DatasetDict:
+        return self.data.load(self.sft.seed, self.sft.dataset_text_field)
+
 
 def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
     """The `Recipe` that a command line describes, followed by an instance of each of the ``more`` argument classes."""
@@ -120,6 +131,13 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
     }
     options = {name: value for name, value in options.items() if value is not None}
     model, tokenizer = load_model(model_args.model_name_or_path, getattr(torch, model_args.dtype), **options)
+    example = data["train"][0]
+    conversation = is_conversational(example) or is_conversational_from_value(example)
+    if conversation and not tokenizer.chat_template and not recipe.sft.chat_template_path:
+        raise ValueError(
+            f"the rows of {recipe.data.dataset_name} are conversations, and the tokenizer of {model_args.model_name_or_path} has no chat "
+            "template: give chat_template_path, a .jinja file or a model whose template is to be used, or rows of prompt and completion"
+        )
     extra: dict[str, Any] = {"callbacks": list(callbacks)}
     if lorapre.optimizer == "trainer":
         if not model_args.use_peft:  # the same weights as LoRA-Pre trains
@@ -174,7 +192,7 @@ def main() -> None:
         if recipe.sft.use_cpu and "use_cpu" not in recipe.config:
             print("no CUDA device found: training on the CPU")
     with recipe.sft.main_process_first(desc="preparing data"):
-        data = recipe.data.load(recipe.sft.seed)
+        data = recipe.load_data()
     if is_main:
         write_manifest(data, recipe.data.dataset_name, recipe.folder / "manifest.json")
     if unused := recipe.lorapre.unused():
