@@ -68,8 +68,18 @@ def create_lorapre_optimizer(
     Raises:
         ValueError: nothing trainable, nothing to compress, adapters other than LoRA, a momentum rank that is too large for a module,
             an option of full weights with an adapter in the model, or an invalid option.
-        TypeError: an option that the optimizer does not have.
+        TypeError: no model, no name of an optimizer, or an option that the optimizer does not have.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"found a {type(model).__name__} where the model is expected: write create_lorapre_optimizer(model, lr=…), or "
+            "LoRAPreAdamW(parameters, lr=…) for bare parameters"
+        )
+    if not isinstance(optimizer, str):
+        raise TypeError(
+            f"found a {type(optimizer).__name__} where the optimizer's name is expected: write create_lorapre_optimizer(model, 'adamw', "
+            "lr=…)"
+        )
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
     for name, choice in (("others", others), ("embeddings", embeddings)):
@@ -77,8 +87,9 @@ def create_lorapre_optimizer(
             raise ValueError(f"{name}={choice!r}: expected 'adamw' or 'frozen'")
     if not any(param.requires_grad for param in model.parameters()):
         raise ValueError(
-            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), or load the adapter with "
-            "PeftModel.from_pretrained(model, path, is_trainable=True, config=LoRAPreConfig.from_pretrained(path))"
+            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), load the adapter with "
+            "PeftModel.from_pretrained(model, path, is_trainable=True, config=LoRAPreConfig.from_pretrained(path)), or thaw the weights "
+            "with model.requires_grad_(True)"
         )
     overrides = dict(
         update_rule=update_rule, second_momentum_rank=second_momentum_rank, residual_weight=residual_weight

@@ -168,37 +168,56 @@ def weight_targets(
 
     The stacked weights of a mixture's experts are among "all-linear"; otherwise their own name ("experts.gate_up_proj") or that of their
     module ("experts") selects them.
-    Raises ValueError if it matches no module with a trainable matrix.
+    Raises ValueError if it names no module with a matrix, or only modules that are frozen or quantised.
     """
     k = MOMENTUM_RANK if momentum_rank is None else momentum_rank
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=names)
     heads = {*output_heads(model), *_classifiers(model)}
     targets: Targets = {}
+    frozen: list[str] = []
     for module_name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or not weight.requires_grad:
+        if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
             continue
         if names == "all-linear":
             matched = isinstance(module, LINEAR) and module not in heads
         else:
             matched = bool(check_target_module_exists(config, module_name))
-        if matched:
+        if matched and weight.requires_grad:
             targets[weight] = {"momentum_rank": k, **rule_options(None, given)}
+        elif matched:
+            frozen.append(module_name)
     for name, param in expert_parameters(model).items():
         named = (name, name.rpartition(".")[0])  # of the parameter, and of its module
-        if param.requires_grad and (
-            names == "all-linear" or any(check_target_module_exists(config, n) for n in named)
-        ):
+        matched = names == "all-linear" or any(check_target_module_exists(config, n) for n in named)
+        if matched and param.requires_grad:
             stack = {"experts": len(param), "experts_dim": 0}
             targets[param] = {"momentum_rank": k, **rule_options(None, given), **stack}
+        elif matched:
+            frozen.append(name)
     if not targets:
-        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)})
-        raise ValueError(
-            f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers are "
-            f"called {', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
-        )
+        raise ValueError(_no_target(model, target_modules, frozen))
     return targets
+
+
+def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: list[str]) -> str:
+    """Why there is no weight to train, in words. frozen: the modules that ``target_modules`` names and whose weights are frozen."""
+    if any(getattr(inner, "is_quantized", False) for inner in _models(model)):
+        return (
+            "the model is quantised, and its weights cannot be trained themselves: train an adapter on it, get_peft_model(model, "
+            "LoRAPreConfig(r=8, target_modules='all-linear')), or load the model without quantization_config"
+        )
+    if frozen:
+        return (
+            f"target_modules={target_modules!r} names {len(frozen)} modules such as {', '.join(frozen[:3])}, and all their weights are frozen "
+            "(requires_grad=False): thaw those to be trained with requires_grad_(True) before the optimizer is built, or name others"
+        )
+    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)})
+    return (
+        f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers are called "
+        f"{', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
+    )
 
 
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -39,10 +39,14 @@ def lorapre_optimizer(
         args: the trainer's own arguments (`TrainingArguments`, `SFTConfig`, …).
         overrides: options of `create_lorapre_optimizer`; they win over ``args``.
 
-    Raises ValueError if there is no learning rate in either, for an unknown optimizer, and for arguments that cannot work with
-    it: an engine that flattens parameters, or, with ``update_in_backward=True``, gradient accumulation, global-norm
-    clipping (``max_grad_norm`` above 0) and fp16.
+    Raises TypeError if the first argument is no name, and ValueError if there is no learning rate in either, for an unknown
+    optimizer, and for arguments that cannot work with it: an engine that flattens parameters, or, with
+    ``update_in_backward=True``, gradient accumulation, global-norm clipping (``max_grad_norm`` above 0) and fp16.
     """
+    if not isinstance(optimizer, str):
+        raise TypeError(
+            f"found a {type(optimizer).__name__} where the optimizer's name is expected: write lorapre_optimizer('adamw', args)"
+        )
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
     if (_read(optimizer, args) | overrides).get("lr") is None:
@@ -52,7 +56,7 @@ def lorapre_optimizer(
         )
     if args is not None:
         _check_arguments(args, bool(overrides.get("update_in_backward")))
-    return functools.partial(_factory, args), {"optimizer": optimizer, **overrides}
+    return OptimizerFactory(args), {"optimizer": optimizer, **overrides}
 
 
 def _read(optimizer: str, args: TrainingArguments | None) -> dict[str, Any]:
@@ -105,13 +109,26 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
         )
 
 
-def _factory(args: TrainingArguments | None) -> Callable[..., LoRAPreOptimizer]:
-    # Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), with the model as it will be trained.
-    return functools.partial(_build, args)
+class OptimizerFactory:
+    """What builds the optimizer: Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), once it has wrapped
+    the model."""
 
+    def __init__(self, args: TrainingArguments | None) -> None:
+        self.args = args
 
-def _build(args: TrainingArguments | None, model: nn.Module, *, optimizer: str, **overrides: Any) -> LoRAPreOptimizer:
-    return create_lorapre_optimizer(model, **(_read(optimizer, args) | overrides))
+    def __call__(self) -> Callable[..., LoRAPreOptimizer]:
+        return self.build
+
+    def build(self, model: nn.Module, *, optimizer: str, **overrides: Any) -> LoRAPreOptimizer:
+        """Build the optimizer for the model as it will be trained."""
+        return create_lorapre_optimizer(model, **(_read(optimizer, self.args) | overrides))
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise AttributeError, also for what Trainer asks of a finished optimizer that it got as ``optimizers``."""
+        raise AttributeError(
+            f"what lorapre_optimizer returns is no optimizer yet, and has no {name!r}: give it to the trainer as "
+            "optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args), not as optimizers"
+        )
 
 
 class LoRAPreCallback(TrainerCallback):
