@@ -96,7 +96,9 @@ def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str
         if found != group:
             found, _ = adapted(group, by_parameter=True)
             by_parameter |= found
-            refused |= dict.fromkeys(group - found, f"refused by PEFT{why}")
+            refused |= dict.fromkeys(
+                group - found, f"refused by PEFT{why}" if why else "not found by PEFT in the adapter"
+            )
     return by_parameter, refused
 
 

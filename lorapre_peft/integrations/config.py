@@ -9,10 +9,12 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 
 from ..lowrank.rules import RULES
@@ -132,15 +134,16 @@ class LoRAPreConfig(LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> LoRAPreConfig:
-        """As in PEFT, which would map LORA to a plain `LoraConfig`; unknown keys are warned about and dropped by PEFT."""
+        """As in PEFT, which drops unknown keys with a warning; with this class in the place of `LoraConfig`."""
         kind = kwargs.get("peft_type", PeftType.LORA)
         if kind != PeftType.LORA:
             raise ValueError(
                 f"found the configuration of a {kind} adapter; expected a LORA one: read it with peft.PeftConfig"
             )
-        own = {name: kwargs.pop(name) for name in own_fields() if name in kwargs}
-        plain = LoraConfig.from_peft_type(**kwargs)
-        return cls(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(LoraConfig) if f.init}, **own)
+        with patch.dict(
+            PEFT_TYPE_TO_CONFIG_MAPPING, {PeftType.LORA: cls}
+        ):  # what PEFT builds, and names in its messages
+            return super().from_peft_type(**kwargs)
 
     @classmethod
     def _load_own(cls, path: str, subfolder: str | None, **hub_kwargs: Any) -> dict[str, Any] | None:

@@ -157,6 +157,28 @@ def test_bad_sidecar_is_an_error(tmp_path, sidecar, message):
         LoRAPreConfig.from_pretrained(tmp_path)
 
 
+def test_keys_of_a_newer_peft_are_named_with_the_class_that_was_read(tmp_path):
+    """What PEFT's own tests ask of every configuration class; PEFT's table of classes is as it was afterwards."""
+    config = LoRAPreConfig(r=8, **OWN_FIELDS)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"spam": 1, "foo": "bar"}))
+    with pytest.warns(
+        UserWarning, match=r"Unexpected keyword arguments \['foo', 'spam'\] for class LoRAPreConfig, these"
+    ):
+        assert LoRAPreConfig.from_pretrained(tmp_path) == config
+    with pytest.warns(UserWarning, match=r"for class LoraConfig, these"):
+        assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
+
+
+def test_a_file_that_is_no_adapters_is_named_with_the_class_that_was_read(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"hidden_size": 8}))
+    with pytest.raises(
+        TypeError, match="The LoRAPreConfig config that is trying to be loaded is missing required keys"
+    ):
+        LoRAPreConfig.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "other",
     [IA3Config(target_modules=["q_proj"], feedforward_modules=[]), AdaLoraConfig(total_step=10)],
