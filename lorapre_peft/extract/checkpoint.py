@@ -17,6 +17,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..integrations.architecture import architecture
+
 
 class Checkpoint:
     """The weights of a folder or of a cached hub model, in one file or in shards; no tensor is read before it is asked for.
@@ -61,13 +63,12 @@ class Checkpoint:
         config = transformers.AutoConfig.from_pretrained(self.folder)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{self.path} is quantised, and its codes cannot be compared: dequantise it first")
-        architecture = next(iter(config.architectures or []), "")
-        if not hasattr(transformers, architecture):
-            raise ValueError(
-                f"{self.path} is of the architecture {architecture!r} by its {CONFIG_NAME}: expected one of transformers' own"
-            )
+        try:
+            model_class = architecture(config)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
         with torch.device("meta"):
-            return getattr(transformers, architecture)(config)
+            return model_class(config)
 
     def rename(self, model: transformers.PreTrainedModel) -> None:
         """Fill ``keys``, {name in the model: name in the file}, by the rules with which from_pretrained reads names."""

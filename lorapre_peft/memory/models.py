@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+from ..integrations.architecture import architecture
 
 # The public shapes of gated models, so that an estimate needs no account and no network. Llama 2: params.json of Meta's
 # release, with the MLP's width from the formula of transformers' convert_llama_weights_to_hf.py; Llama 3.1: Table 3 of "The
@@ -80,8 +82,8 @@ def meta_model(
 ) -> nn.Module:
     """A model of the same shapes on the meta device, where tensors have no data; the caller's is not touched.
 
-    A module keeps its dtypes, adapters, tied weights and what is frozen; a model built from a config has ``dtype``.
-    Raises ValueError as `find_config` does, and for a config of which transformers has no causal language model.
+    A module keeps its dtypes, adapters, tied weights and what is frozen; a model built from a config has ``dtype``, and is of the class
+    that the config names (`architecture`). Raises ValueError as `find_config` and `architecture` do.
     """
     if isinstance(model, nn.Module):
         # Only the tensors are replaced: deepcopy finds those in the memo and copies everything around them.
@@ -94,4 +96,27 @@ def meta_model(
         return copy.deepcopy(model, memo)
     config = copy.deepcopy(model) if isinstance(model, PretrainedConfig) else find_config(model)[0]
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return architecture(config)._from_config(config, dtype=dtype)
+
+
+def training_batch(model: nn.Module, batch: int, seq_len: int) -> dict[str, Tensor]:
+    """The arguments of a training step of a meta model: text without padding, images or sound features of the size in its config.
+
+    A model for text and images gets text alone. Labels are a class for each sequence or image, or a token for each position.
+    """
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
+    tokens = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
+    classes = type(model).__name__.endswith(("SequenceClassification", "ImageClassification"))
+    inputs = {"labels": tokens[:, 0] if classes else tokens}
+    # A mask of full rank, of one byte: without one, transformers looks for padding and packed sequences in the values.
+    mask = torch.ones(1, dtype=torch.bool, device="meta").expand(batch, 1, seq_len, seq_len)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_attention_mask"] = mask
+    if main == "pixel_values":
+        sides = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        shape = (batch, config.num_channels, *sides)
+    elif main == "input_features":
+        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)  # Whisper halves the frames by a stride
+    else:
+        return {"input_ids": tokens, "attention_mask": mask, **inputs}
+    return {main: torch.zeros(shape, dtype=model.dtype, device="meta"), **inputs}

@@ -28,7 +28,7 @@ from ..integrations.create import create_lorapre_optimizer
 from ..lowrank.experts import stack_of
 from ..lowrank.layout import matrix_shape, tile_entries
 from ..optim.base import Located, LoRAPreOptimizer
-from .models import meta_model
+from .models import meta_model, training_batch
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -137,12 +137,13 @@ def estimate(
     Nothing of the model's size is allocated. Weights, gradients, state and temporaries are what the eager backend makes on a
     CPU, and kernels make less; on CUDA, torch's AdamW for many tensors at once may take up to ``temporary_bytes``/8 more on the AdamW path. Not counted:
     workspaces of kernels, CUDA's context and the fragmentation of its allocator. Activations are those of text without
-    padding, with logits at every position, as transformers' own loss makes them; ``scaled_dot_product_attention`` counts as
+    padding, with logits at every position, as transformers' own loss makes them (of a model for images or sound: of inputs of
+    the size in its config; of one for text and images: of text alone); ``scaled_dot_product_attention`` counts as
     a fused kernel (flash or memory-efficient), which keeps no matrix of scores, with grouped keys and values repeated.
 
     Args:
-        model_or_config: a module on any device, also one with adapters, which is left as it is; a config; a folder or
-            config.json; a built-in name (`memory_models.SHAPES`); a name on the hub.
+        model_or_config: a module on any device, also one with adapters, which is left as it is; a config, whose
+            ``architectures`` say what is built, else the whole model that is trained; a folder or config.json; a built-in name (`memory_models.SHAPES`); a name on the hub.
         optimizer, momentum_rank, update_rule, options: as in `create_lorapre_optimizer`, with the same defaults; but updates in the
             backward pass are asked for by ``in_backward``, and are the default here.
         dtype: of a model built from a config; a module keeps its own.
@@ -266,16 +267,16 @@ def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: 
         for param in model.parameters():
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(free_gradient)
-        tokens = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
-        # A mask of full rank, of one byte: without one, transformers looks for padding and packed sequences in the values.
-        mask = torch.ones(1, dtype=torch.bool, device="meta").expand(batch, 1, seq_len, seq_len)
+        inputs = training_batch(model, batch, seq_len)
+        if hasattr(getattr(model, "config", None), "use_cache"):
+            model.config.use_cache = False  # as in training
         with tracker, patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention):
-            model(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False).loss.backward()
+            model(**inputs).loss.backward()
     except Exception as error:
         raise RuntimeError(
             f"a training step of {type(model).__name__} does not run on the meta device ({type(error).__name__}: {error}), so its "
-            "activations cannot be counted. Use batch=0 to leave them out; a model that takes input_ids and labels, as "
-            "transformers' causal language models do, runs with attn_implementation='sdpa' or 'eager'"
+            "activations cannot be counted. Use batch=0 to leave them out; transformers' models that take text, images or sound features, and "
+            "labels, run with attn_implementation='sdpa' or 'eager'"
         ) from error
     return tracker.peak_bytes
 

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parameters = sum(param.numel() for param in model.parameters())
     checkpointing = "without" if args.no_checkpointing else "with"
     print(
-        f"{args.model}: {origin}; {parameters:,} parameters; {args.dtype}, batch {args.batch} × {args.seq_len} tokens, "
+        f"{args.model}: {origin}; {type(model).__name__}, {parameters:,} parameters; {args.dtype}, batch {args.batch} × {args.seq_len} tokens, "
         f"{checkpointing} gradient checkpointing"
     )
     print(memory_table(rows))
