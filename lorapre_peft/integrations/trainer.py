@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,9 +154,22 @@ class LoRAPreCallback(TrainerCallback):
 
     def __init__(self, stop_on_nan_loss: bool = False) -> None:
         self.stop_on_nan_loss = stop_on_nan_loss
+        self._trainer: weakref.ref[Any] | None = None  # that it is attached to
         self._optimizer: LoRAPreOptimizer | None = None
         self._losses: list[Tensor] = []  # of this step's micro-batches
         self._nan_loss = False
+
+    @classmethod
+    def attach(cls, trainer: Any, stop_on_nan_loss: bool = False) -> LoRAPreCallback:
+        """Add a callback to a trainer, before its other callbacks, so that reporters see its figures; and return it.
+
+        A callback that is given to the trainer as ``callbacks=[LoRAPreCallback()]`` does the same: it looks for the trainer among
+        its callers when training begins.
+        """
+        callback = cls(stop_on_nan_loss)
+        callback._trainer = weakref.ref(trainer)
+        trainer.add_callback(callback)
+        return callback
 
     def on_train_begin(
         self,
@@ -176,9 +190,10 @@ class LoRAPreCallback(TrainerCallback):
                 "(save_only_model=True writes neither)",
                 stacklevel=2,
             )
-        _log_before_reporters(self)
+        trainer = self._trainer() if self._trainer is not None else None
+        _log_before_reporters(self, _caller(CallbackHandler) if trainer is None else trainer.callback_handler)
         if self.stop_on_nan_loss:
-            self._losses = _watched_losses()
+            self._losses = _watched_losses(trainer)
             self._losses.clear()  # of a run that broke off
 
     def on_step_begin(
@@ -295,13 +310,12 @@ def _parts(optimizer: Any) -> Iterator[Any]:
         yield from _parts(part)
 
 
-def _log_before_reporters(callback: LoRAPreCallback) -> None:
+def _log_before_reporters(callback: LoRAPreCallback, handler: CallbackHandler | None) -> None:
     """Move the callback to the front of its trainer's list.
 
     Trainer puts its reporters (TensorBoard, W&B, trackio) before the user's callbacks, so what a user's callback adds to the
-    logs comes too late for them. A callback is not given its handler; the handler is the caller.
+    logs comes too late for them. A callback is not given its handler; without `LoRAPreCallback.attach` it is the caller.
     """
-    handler = _caller(CallbackHandler)
     if handler is None:
         warnings.warn(
             "LoRAPreCallback was not called by a Trainer: its figures may not reach TensorBoard or W&B", stacklevel=3
@@ -311,11 +325,12 @@ def _log_before_reporters(callback: LoRAPreCallback) -> None:
     handler.callbacks.insert(0, callback)
 
 
-def _watched_losses() -> list[Tensor]:
-    """The list that the running trainer's training losses go to from now on, detached, whoever computes them."""
+def _watched_losses(trainer: Any) -> list[Tensor]:
+    """Return the list that a trainer's training losses go to from now on, detached, whoever computes them; None: the one that calls."""
     from transformers import Trainer  # here, because it brings in datasets
 
-    trainer = _caller(Trainer)
+    if trainer is None:
+        trainer = _caller(Trainer)
     if trainer is None:
         raise RuntimeError("stop_on_nan_loss=True: LoRAPreCallback was not called by a Trainer, whose loss it watches")
     compute_loss = trainer.compute_loss

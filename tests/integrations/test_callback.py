@@ -16,7 +16,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from lorapre_peft import LoRAPreAdamW, LoRAPreCallback
+from lorapre_peft import LoRAPreAdamW, LoRAPreCallback, lorapre_optimizer
 
 MUON_LOGGED = ALWAYS_LOGGED | {"lorapre/captured_energy"}
 
@@ -98,6 +98,27 @@ def test_figures_reach_the_history_and_the_reporters(tmp_path, peft_model, token
         if kind == "adamw":
             assert 0 <= entry["lorapre/clamped_share"] <= 1
             assert entry["lorapre/largest_update"] > 0
+
+
+def test_an_attached_callback_does_not_look_for_its_trainer(tmp_path, monkeypatch, peft_model, tokens):
+    """`attach` instead of a search among the callers: the figures reach reporters, and NaN losses stop the run."""
+    monkeypatch.setattr("lorapre_peft.integrations.trainer._caller", lambda kind: None)
+    recorder, args = Recorder(), arguments(tmp_path)
+    trainer = Trainer(
+        peft_model(),
+        args,
+        train_dataset=tokens,
+        callbacks=[recorder],
+        optimizer_cls_and_kwargs=lorapre_optimizer("adamw", args),
+    )
+    callback = LoRAPreCallback.attach(trainer, stop_on_nan_loss=True)
+    assert isinstance(callback, LoRAPreCallback)
+    trainer.train()
+    assert recorder.logs[0].keys() >= ADAMW_LOGGED
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * float("nan")
+    with pytest.warns(UserWarning, match="the loss of step 1 is NaN or infinite"):
+        trainer.train()
 
 
 def test_the_callback_is_called_once_though_it_moves_to_the_front(tmp_path, peft_model, tokens):
