@@ -30,6 +30,7 @@ def test_small_model_on_the_cpu(tmp_path, monkeypatch):
     assert sum(value.nbytes for held in state for value in held.values()) == expected.state
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device with 18 GB free")
 def test_7b_fits_18_gigabytes():
     measured, expected = measured_and_estimated(
