@@ -18,7 +18,7 @@ OTHERS_WARNINGS = (
 OTHERS_LOGS = (
     # bitsandbytes, of a faster kernel for 4-bit models on CPUs with bfloat16 units.
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
-    # datasets, of a shuffle buffer whose content is not in the state; that of a stream of text holds one document, which is.
+    # datasets, of a shuffle buffer whose content is not in the state; `recipes.corpus` has one of a single document.
     ("datasets.iterable_dataset", "Loading a state dict of a shuffle buffer"),
 )
 

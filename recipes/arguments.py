@@ -1,4 +1,4 @@
-"""The command line of a recipe: argument classes, configs that build on each other, and the dtypes that ``auto`` becomes."""
+"""The command line of a recipe: argument classes, configs that build on each other, and the dtype of ``auto``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 class RecipeParser(TrlParser):
-    """`TrlParser` for configs that name another one as their ``base``, by its path in ``recipes/configs``, and change its keys.
+    """`TrlParser` for configs that name another one as their ``base``, by its path in ``recipes/configs``.
 
-    The argument classes have the keys ``output_dir``, ``resume``, ``use_cpu``, ``fp16``, ``bf16`` and ``dtype``.
+    A config's own keys win over those of its base. The argument classes have the keys ``output_dir``, ``resume``,
+    ``use_cpu``, ``fp16``, ``bf16`` and ``dtype``.
 
-    given: after parsing, all keys as they were given; the argument classes rewrite some of theirs. precision: the dtypes that
-    ``dtype`` and ``bf16`` have become; those of a run that goes on are the ones that it began with.
+    given: after parsing, all keys as they were given; the argument classes rewrite some of theirs. precision: the
+    dtypes that ``dtype`` and ``bf16`` have become; those of a run that goes on are the ones that it began with.
     """
 
     given: dict[str, Any]
@@ -49,7 +50,10 @@ class RecipeParser(TrlParser):
 
 
 def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipeParser, tuple[Any, ...], dict[str, Any]]:
-    """Read a command line: the parser, an instance of each argument class, and the keys whose values are not the defaults."""
+    """Read a command line.
+
+    Returns the parser, an instance of each argument class, and the keys whose values are not the defaults.
+    """
     parser = RecipeParser(classes)
     parser.set_defaults(use_cpu=not torch.cuda.is_available())  # with bf16 TrainingArguments asks for one or the other
     defaults = vars(parser.parse_known_args([])[0])

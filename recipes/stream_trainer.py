@@ -1,4 +1,4 @@
-"""`Trainer` for streams: rows are read as they are needed, and a run that goes on reads the row after the last one it trained on."""
+"""`Trainer` for streams: rows are read as they are needed, and a run that goes on finds the row after its last."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATE = "stream_state"
 
 
 class _Batches(torch.utils.data.IterableDataset):
-    """Batches of a stream's rows, each with the state that the stream has behind it; ``length`` says how many a run takes."""
+    """Batches of a stream's rows, each with the stream's state behind it; ``length``: how many a run takes."""
 
     def __init__(self, stream: IterableDataset, rows: int, length: int) -> None:
         self._stream = stream
@@ -42,11 +42,12 @@ class _Batches(torch.utils.data.IterableDataset):
 
 
 class StreamTrainer(Trainer):
-    """Trains on an endless `datasets.IterableDataset` of rows, this process's own (``train_dataset``), for ``max_steps`` steps.
+    """Trains for ``max_steps`` steps on an endless `datasets.IterableDataset` of rows, this process's own.
 
-    A checkpoint holds the stream's state for each process, which resuming loads: no row is trained on twice, none is left out, and
-    the weights are those of a run that was never stopped, bit for bit. It takes the same number of processes. Batches
-    may be made ahead in a worker (``dataloader_num_workers=1``); more would share out the stream in an order of their own.
+    A checkpoint holds the stream's state for each process, which resuming loads: no row is trained on twice, none is
+    left out, and the weights are those of a run that was never stopped, bit for bit. It takes the same number of
+    processes. Batches may be made ahead in a worker (``dataloader_num_workers=1``); more would share out the stream in
+    an order of their own.
 
     Logs have ``perplexity`` beside each loss; their ``epoch`` is the share of ``max_steps`` done.
 
@@ -57,14 +58,14 @@ class StreamTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.dataloader_num_workers > 1:
             raise ValueError(
-                f"dataloader_num_workers={self.args.dataloader_num_workers}: a stream is read by this process (0) or one worker (1). "
-                "The tokenizer uses several cores by itself"
+                f"dataloader_num_workers={self.args.dataloader_num_workers}: a stream is read by this process (0) or "
+                "one worker (1). The tokenizer uses several cores by itself"
             )
         self.args.ignore_data_skip = True  # Trainer would read all rows once more to find its place
         self._stream_state: dict[str, Any] | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of this process. Not through accelerate, which reads one ahead, and deals out one process's rows to all."""
+        """Batches of this process. Accelerate would read one ahead, and deal out one process's rows to all."""
         batches = self.args.max_steps * self.args.gradient_accumulation_steps
         return DataLoader(
             _Batches(self.train_dataset, self.args.train_batch_size, batches),
@@ -73,7 +74,8 @@ class StreamTrainer(Trainer):
             # A fork would inherit the tokenizer's threads, or rather their locks.
             multiprocessing_context="spawn" if self.args.dataloader_num_workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            generator=torch.Generator(),  # of the workers' seeds: a draw from the global one would be missing in a run that goes on
+            # Of the workers' seeds. A draw from the global generator would come once more in a run that goes on.
+            generator=torch.Generator(),
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], *args: Any) -> tuple[list[Any], Any]:
@@ -83,14 +85,17 @@ class StreamTrainer(Trainer):
         return batches, items
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`, for a checkpoint by its path. Raises FileNotFoundError if it holds no state of the stream for this process."""
+        """As `Trainer.train`, for a checkpoint by its path.
+
+        Raises FileNotFoundError if the checkpoint does not hold the stream's state for as many processes as there are.
+        """
         if resume_from_checkpoint is not None:
             path = Path(resume_from_checkpoint, STREAM_STATE.format(rank=self.args.process_index))
             written = len(list(path.parent.glob(STREAM_STATE.format(rank="*"))))
             if written != self.args.world_size:
                 raise FileNotFoundError(
-                    f"{path.parent} holds the place in the data of {written} process(es), expected {self.args.world_size}: go on with as "
-                    "many processes as the run began with"
+                    f"{path.parent} holds the place in the data of {written} process(es), expected "
+                    f"{self.args.world_size}: go on with as many processes as the run began with"
                 )
             self.train_dataset.load_state_dict(json.loads(path.read_text()))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

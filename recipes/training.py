@@ -67,7 +67,10 @@ class OptimizerTimer(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """Trainer's bar with the loss beside it, and the tokens per second where they are counted, in place of its log lines: those are in the record."""
+    """Trainer's bar with the loss and, where they are counted, the tokens per second, in place of its log lines.
+
+    Those are in the record.
+    """
 
     @classmethod
     def replace(cls, trainer: Trainer) -> None:

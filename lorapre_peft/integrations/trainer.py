@@ -281,13 +281,16 @@ class LoRAPreCallback(TrainerCallback):
 
 
 def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
-    """The LoRA-Pre optimizer inside accelerate's wrapper or beside others, if together they really train the model; otherwise RuntimeError."""
+    """The LoRA-Pre optimizer inside accelerate's wrapper, maybe beside others.
+
+    Raises RuntimeError if there is none, or if together they do not train the whole model.
+    """
     parts = list(_parts(optimizer))
     found = next((part for part in parts if isinstance(part, LoRAPreOptimizer)), None)
     if found is None:
         raise RuntimeError(
-            f"LoRAPreCallback found the optimizer {type(parts[-1]).__name__}, expected LoRAPreAdamW or LoRAPreMuon: pass "
-            "optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args) to the trainer, or remove the callback"
+            f"LoRAPreCallback found the optimizer {type(parts[-1]).__name__}, expected LoRAPreAdamW or LoRAPreMuon: "
+            "pass optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args) to the trainer, or remove the callback"
         )
     held = {id(param) for part in parts for group in part.param_groups for param in group["params"]}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}

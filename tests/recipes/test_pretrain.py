@@ -1,4 +1,4 @@
-"""The pre-training recipe on tiny Llamas and a few sentences: its rows, its tokenizer, what a run leaves, and how it goes on."""
+"""The pre-training recipe on tiny Llamas and a few sentences: rows, tokenizer, what a run leaves, how it goes on."""
 
 import copy
 import json
@@ -239,8 +239,8 @@ def test_a_given_tokenizer_must_fit_the_model(corpus, llama_path, tmp_path, bpe)
 # Configs
 
 
-# GaLore's configs/llama_*.json and scripts/benchmark_c4: width, MLP, layers, heads, steps; LoRA-Pre's ranks (Table 1). For 9m and 35m there is
-# no script, and no rank in the paper.
+# GaLore's configs/llama_*.json and scripts/benchmark_c4: width, MLP, layers, heads, steps; LoRA-Pre's ranks (Table 1).
+# For 9m and 35m there is no script, and no rank in the paper.
 PUBLISHED = {
     "9m": (128, 352, 4, 4, None, None),
     "35m": (384, 1024, 6, 8, None, None),

@@ -1,4 +1,4 @@
-"""The pre-training recipe in two processes, under DDP and FSDP2: each reads its own rows, and goes on at its own place."""
+"""The pre-training recipe in two processes, under DDP and FSDP2: each reads its own rows, and goes on behind them."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def whole(tensor):
 
 
 def straight_and_resumed(folder, engine):
-    """What one process has after four steps, and after two of them and two more: its weights, state, losses and rows."""
+    """One process's weights, state, losses and rows after four steps, and after two of them, resumed, and two more."""
     rank, world = dist.get_rank(), dist.get_world_size()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29401"}
