@@ -325,13 +325,15 @@ def test_second_order_graphs_are_kept_only_where_they_are_needed(runner, monkeyp
     assert len(kept) == 22
 
 
-@pytest.mark.parametrize("name", ["lora-pro", "shampoo", "soap", "sophia", "lorapre-adam", "lorapre-muon"])
+@pytest.mark.parametrize(
+    "name", ["lora-pro", "shampoo", "soap", "sophia", "loft", "lora-rite", "riemannion", "lorapre-adam", "lorapre-muon"]
+)
 def test_peft_format_names_every_argument_of_other_optimizers(name):
     run = make_run(name).declaration
     found = optimizer_kwargs(run)
     assert (found["lr"], found["weight_decay"]) == (1e-3, 0)
     assert found.get("betas", (0.9, 0.95)) == (0.9, 0.95)
-    assert ("betas" in found) == (name not in ("sophia", "lorapre-muon"))
+    assert ("betas" in found) == (name not in ("sophia", "riemannion", "lorapre-muon"))
 
 
 def test_mlorc_compresses_matrices_as_they_are():
