@@ -7,14 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+
+
+class _States(ChainMap):
+    """The parts' states as one mapping. `ChainMap` itself would add what it looks up to the first, a defaultdict."""
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        for states in self.maps:
+            if param in states:
+                return states[param]
+        raise KeyError(param)
 
 
 class ChainedOptimizer(Optimizer):
     """Optimizers of disjoint parameters as one: its step is a step of each, in order.
 
-    ``param_groups`` are the parts' own, so that a learning-rate scheduler reaches them, and ``state`` shows the parts' (``optimizers``).
-    `state_dict` joins theirs, parameters counted through, and `load_state_dict` hands each its own.
+    ``param_groups`` are the parts' own, so that a learning-rate scheduler reaches them, and ``state`` shows the parts'
+    (``optimizers``). `state_dict` joins theirs, parameters counted through, and `load_state_dict` hands each its own.
     Raises ValueError if two parts have a parameter in common.
     """
 
@@ -31,7 +42,7 @@ class ChainedOptimizer(Optimizer):
     def _join(self) -> None:
         self.param_groups = [group for part in self.optimizers for group in part.param_groups]
         # FSDP2 takes an optimizer without state for a new one, and makes a step with it before it saves.
-        self.state = ChainMap(*(part.state for part in self.optimizers))
+        self.state = _States(*(part.state for part in self.optimizers))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -141,6 +141,18 @@ def test_chained_optimizers_refuse_what_does_not_fit():
     assert chained.step(lambda: 7) == 7
 
 
+def test_looking_at_a_chained_state_adds_nothing_to_it():
+    one, two = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    chained = ChainedOptimizer(torch.optim.Adam([one]), torch.optim.Adam([two]))
+    one.grad = two.grad = torch.ones(2, 2)
+    chained.step()
+    assert chained.state[two] is chained.optimizers[1].state[two]
+    assert set(chained.state) == {one, two}
+    assert sorted(chained.state_dict()["state"]) == [0, 1]
+    with pytest.raises(KeyError):
+        chained.state[torch.nn.Parameter(torch.ones(1))]
+
+
 def test_own_optimizers_take_matrices_only():
     with pytest.raises(ValueError, match=r"SinkGD got a parameter of shape \(3,\); expected matrices"):
         SinkGD([torch.nn.Parameter(torch.zeros(3))])

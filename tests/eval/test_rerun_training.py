@@ -326,7 +326,8 @@ def test_second_order_graphs_are_kept_only_where_they_are_needed(runner, monkeyp
 
 
 @pytest.mark.parametrize(
-    "name", ["lora-pro", "shampoo", "soap", "sophia", "loft", "lora-rite", "riemannion", "lorapre-adam", "lorapre-muon"]
+    "name",
+    ["lora-pro", "shampoo", "soap", "sophia", "loft", "lora-rite", "riemannion", "lorapre-adam", "lorapre-muon"],
 )
 def test_peft_format_names_every_argument_of_other_optimizers(name):
     run = make_run(name).declaration
