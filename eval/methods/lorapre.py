@@ -20,8 +20,9 @@ def _lorapre(model: nn.Module, args: TrainingArguments, options: Options) -> Opt
     return factory()(model, **options)
 
 
-_ADAM = dict(optimizer="adamw", momentum_rank=2, update_rule="als", residual_weight=None)
-_MUON = _ADAM | dict(optimizer="muon", adjust_lr_fn="match_rms_adamw")
+_RULE = dict(momentum_rank=2, update_rule="als", residual_weight=None)
+_ADAM = dict(optimizer="adamw", second_momentum_rank=None, **_RULE)
+_MUON = dict(optimizer="muon", adjust_lr_fn="match_rms_adamw", **_RULE)
 _ON_WEIGHTS = dict(momentum_rank=8, bf16_rounding="stochastic")
 _ADAPTER = dict(config=LoRAPreConfig, config_options=("momentum_rank", "update_rule"))
 
@@ -34,7 +35,7 @@ LORAPRE: dict[str, Method] = {
         _lorapre,
         _ADAM | _ON_WEIGHTS,
         paper=PAPER,
-        state="4*(p + q)*(momentum_rank + (1 if update_rule == 'als' else momentum_rank))",
+        state="4*(p + q)*(momentum_rank + (second_momentum_rank or (1 if update_rule == 'als' else momentum_rank)))",
     ),
     "lorapre-muon-weights": Method(
         "LoRA-Pre Muon",

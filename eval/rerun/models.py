@@ -31,6 +31,13 @@ _RANDOM_CONFIG = LlamaConfig(
 )
 
 
+# The shapes of `recipes/configs/pretrain/llama_1m_local.yaml` and `llama_4m_local.yaml`.
+_PRETRAINED = {
+    "llama-1m": dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4),
+    "llama-4m": dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8),
+}
+
+
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base model: ``"random"``, or one that `recipes.models.load_model` knows, in float32 from the package,
     else in its saved dtype.
@@ -44,6 +51,8 @@ def base_config(name: str) -> PretrainedConfig:
     """Return the config of a suite's model; its weights are read for them only where nothing else says them."""
     if name == RANDOM:
         return _RANDOM_CONFIG
+    if name in _PRETRAINED:
+        return LlamaConfig(vocab_size=2048, max_position_embeddings=128, **_PRETRAINED[name])
     return load_model(name)[0].config if name == SMOLLM2 else find_config(name)[0]
 
 

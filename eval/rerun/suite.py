@@ -42,6 +42,20 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Pretraining(Training):
+    """How every run of a pre-training suite trains: a Llama from random weights, on rows of ``max_length`` tokens of text.
+
+    The cosine schedule ends at ``min_lr_rate`` of its rate. others_lr: AdamW's rate for embeddings, head and norms in every run,
+    so that rows differ in what happens to the matrices alone; None: as a method's authors train them.
+    """
+
+    others_lr: float | None = 3e-3
+    min_lr_rate: float = 0.1
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
 class Run:
     """One training and what is measured after it: everything that its result depends on, and nothing else.
 
@@ -138,7 +152,7 @@ class Suite:
         auto = [name for name in ("adapter_dtype", "bf16") if getattr(self.training, name) == AUTO]
         found = set()
         for record in records.values():
-            theirs = Training(**record["run"]["training"])
+            theirs = type(self.training)(**record["run"]["training"])
             if dataclasses.replace(theirs, **dict.fromkeys(auto, AUTO)) == self.training:
                 found.add((theirs.adapter_dtype, theirs.bf16))
         if not auto or not found:
@@ -188,7 +202,8 @@ def load_suite(name: str) -> Suite:
     said = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
     try:
         methods = said.pop("methods")
-        said["training"] = Training(**said["training"])
+        kind = Pretraining if "pretraining" in said else Training
+        said["training"] = kind(**said.pop("pretraining" if kind is Pretraining else "training"))
         kinds = {"paper": Paper, "tuned": Tuned}
         said["protocols"] = {kind: kinds[kind](**options) for kind, options in said["protocols"].items()}
         suite = Suite(name=path.stem, entries=[_entry(item) for item in methods], **said)

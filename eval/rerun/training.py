@@ -54,11 +54,7 @@ class Runner:
         That is a model or data that cannot be read, a judge of answers that does not work, a full disk or another
         OSError, and a GPU that CUDA has given up.
         """
-        splits = self._data(run)
-        if run.answers:  # before hours of training: a judge that does not work
-            for problems in splits.problems.values():
-                problems.verdicts(["#### 1/2"], ["0.5"])
-        self.base(run.model)
+        self._ready(run)
         start = time.perf_counter()
         try:
             measured = self._train(run)
@@ -81,6 +77,14 @@ class Runner:
         }
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return _finite({**record, "created_at": created, "environment": self._surroundings})
+
+    def _ready(self, run: Run) -> None:
+        """Read data and model, and try the judge, before hours of training."""
+        splits = self._data(run)
+        if run.answers:
+            for problems in splits.problems.values():
+                problems.verdicts(["#### 1/2"], ["0.5"])
+        self.base(run.model)
 
     def base(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the untrained model, which is kept in the main memory and copied for each run."""

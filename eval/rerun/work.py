@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from recipes.training import machine
 
 from .plan import Cell
+from .pretraining import PretrainingRunner
 from .store import Store
+from .suite import Pretraining
 from .training import Runner
 
 WAIT_SECONDS = 5
@@ -27,7 +29,8 @@ def train(part: list[Cell], store: Store, surroundings: dict[str, Any]) -> None:
     left.
     """
     disable_progress_bars()  # of each run's tokenization
-    runner = Runner(surroundings)
+    pretrains = any(isinstance(cell.suite.training, Pretraining) for cell in part)
+    runner = (PretrainingRunner if pretrains else Runner)(surroundings)
     with tqdm(desc="runs", unit="run") as progress:
         while True:
             records = store.load()

@@ -1,0 +1,127 @@
+"""Do one run of a pre-training suite: a Llama from random weights on a stream of text, by the recipe's parts."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from eval.methods import METHODS, pretraining_optimizer
+from lorapre_peft.memory.peak import measure
+from recipes.corpus import CorpusArguments, run_tokenizer
+from recipes.stream_trainer import StreamTrainer
+from recipes.training import OptimizerTimer, Progress, held_bytes
+
+from .models import base_config
+from .suite import Pretraining, Run
+from .training import MemoryLog, Runner
+
+
+class PretrainingRunner(Runner):
+    """Trains runs one after another, keeping the tokenizer and the held-out rows, which all runs on the same text share."""
+
+    def __init__(self, surroundings: dict[str, Any]) -> None:
+        super().__init__(surroundings)
+        self._texts: dict[str, tuple[CorpusArguments, PreTrainedTokenizerBase, dict[str, list[Any]]]] = {}
+
+    def _ready(self, run: Run) -> None:
+        self._text(run)
+
+    def _text(self, run: Run) -> tuple[CorpusArguments, PreTrainedTokenizerBase, dict[str, list[Any]]]:
+        """Return the corpus, its tokenizer, and the held-out rows: every second one for validation, the others to test."""
+        key = f"{run.data} {run.training.max_length}"
+        if key not in self._texts:
+            options = {name: value for name, value in run.data.items() if name != "source"}
+            corpus = CorpusArguments(dataset_name=run.data["source"], max_length=run.training.max_length, **options)
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer = run_tokenizer(corpus, Path(folder) / "tokenizer")
+            rows = corpus.eval_rows(tokenizer)
+            self._texts[key] = corpus, tokenizer, {"validation": rows[::2], "test": rows[1::2]}
+        return self._texts[key]
+
+    def _train(self, run: Run) -> dict[str, Any]:
+        training = run.training
+        assert isinstance(training, Pretraining)
+        corpus, tokenizer, held_out = self._text(run)
+        set_seed(run.seed)
+        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        config = base_config(run.model)
+        config.update({"vocab_size": corpus.vocab_size, "use_cache": False} | special)
+        model = LlamaForCausalLM(config)
+        timer, memory_log = OptimizerTimer(), MemoryLog()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = StreamTrainer(
+                model,
+                _arguments(run, folder),
+                train_dataset=corpus.train_stream(tokenizer, run.seed),
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                optimizer_cls_and_kwargs=(_optimizer, {"run": run, "args": _arguments(run, folder)}),
+                callbacks=[timer, memory_log],
+            )
+            Progress.replace(trainer)
+            start = time.perf_counter()
+            with measure() as memory:
+                trainer.train()
+            seconds = time.perf_counter() - start
+            losses = trainer.evaluate()
+        optimizer = trainer.optimizer.optimizer
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        return {
+            "metrics": {"validation_loss": losses["eval_validation_loss"], "test_loss": losses["eval_test_loss"]},
+            "verdicts": {},
+            "optimizer": type(optimizer.optimizers[0]).__name__,
+            "weights_bytes": sum(param.nbytes for param in model.parameters()),
+            "gradient_bytes": sum(param.nbytes for param in model.parameters()),
+            "adapter_bytes": 0,
+            "state_bytes": held_bytes(optimizer.optimizers[0]),
+            "all_state_bytes": held_bytes(optimizer),
+            "peak_bytes": memory.peak_bytes,
+            "peak_of": memory.what,
+            "memory": memory_log.summary(),
+            "trained_parameters": model.num_parameters(),
+            "parameters": model.num_parameters(),
+            "tokens": training.steps * training.batch_size * training.max_length,
+            "train_seconds": seconds,
+            "optimizer_seconds_per_step": timer.per_step(),
+            "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
+        }
+
+
+def _arguments(run: Run, folder: str) -> TrainingArguments:
+    training = run.training
+    assert isinstance(training, Pretraining)
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=training.steps,
+        per_device_train_batch_size=training.micro_batch,
+        per_device_eval_batch_size=training.micro_batch,
+        gradient_accumulation_steps=training.batch_size // training.micro_batch,
+        learning_rate=run.lr,
+        adam_beta2=training.adam_beta2,
+        weight_decay=0.0,
+        max_grad_norm=training.max_grad_norm,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": training.min_lr_rate},
+        warmup_steps=training.warmup,
+        bf16=training.bf16,
+        seed=run.seed,
+        logging_steps=max(1, training.steps // 60),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _optimizer() -> Any:
+    """Trainer calls what it is given without arguments, and the result with the model and the options."""
+
+    def build(model: LlamaForCausalLM, run: Run, args: TrainingArguments) -> Any:
+        training = run.training
+        assert isinstance(training, Pretraining)
+        return pretraining_optimizer(METHODS[run.method], model, args, run.options, others_lr=training.others_lr)
+
+    return build
