@@ -164,6 +164,8 @@ class Cpp(Eager):
         that m's rows captured, by matrix.
         """
         params, n = table.stacks(table.params), len(table.sizes)
+        if n == 0:  # a process may hold no expert of any stack
+            return []
         grads, written = (
             _contiguous(table.stacks(cast(Tensor, param.grad) for param in table.params)),
             _contiguous(params),

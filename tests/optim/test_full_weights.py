@@ -13,8 +13,6 @@ from trainers import arguments
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
     Trainer,
     TrainerCallback,
 )
@@ -387,14 +385,3 @@ def test_update_scale_scales_compressed_updates_alone(cls):
     room = gamma(4) * before.abs().max().item()  # weights are rounded twice, in each of the two, and once here
     torch.testing.assert_close(quarter[0] - decayed, 0.25 * (full[0] - decayed), rtol=0, atol=2 * room)
     assert torch.equal(full[1], quarter[1])
-
-
-def test_stacked_experts_are_warned_about():
-    sizes = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
-    )
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_local_experts=4, **sizes))
-    with pytest.warns(
-        UserWarning, match=r"2 tensors such as .*experts.* hold a matrix per expert, 77% of all parameters"
-    ):
-        create_lorapre_optimizer(model, verbose=False)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mixtures import qwen, with_adapter
 from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig
@@ -72,6 +73,17 @@ def assert_as_measured(estimated, measured):
 def test_full_weights_as_trained(make_llama, optimizer, rule, dtype, in_backward):
     model = make_llama(dtype=dtype, **SIZES)
     options = dict(momentum_rank=4, update_rule=rule, temporary_bytes=TEMPORARY_BYTES)
+    estimated = estimate(model, optimizer, in_backward=in_backward, batch=0, **options)
+    assert_as_measured(estimated, train(model, optimizer, in_backward, **options))
+
+
+@both_optimizers
+@both_rules
+@both_modes
+@pytest.mark.parametrize("adapter", [False, True], ids=["weights", "target_parameters"])
+def test_experts_as_trained(optimizer, rule, in_backward, adapter):
+    model = with_adapter(qwen(), momentum_rank=2) if adapter else qwen()
+    options = dict(momentum_rank=2, update_rule=rule, temporary_bytes=200_000)
     estimated = estimate(model, optimizer, in_backward=in_backward, batch=0, **options)
     assert_as_measured(estimated, train(model, optimizer, in_backward, **options))
 
