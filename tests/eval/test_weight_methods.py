@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from eval.methods import METHODS
+from eval.methods import METHODS, WITHOUT_ROW
+from eval.methods.__main__ import tables
 from eval.optimizers.racs import RACS, _switched
 from recipes.training import held_bytes
 
@@ -292,3 +293,11 @@ def test_state_is_what_the_row_says(name, shape, tmp_path):
     expected = eval(method.state, {"p": p, "q": q, **method.merged({})})
     tables = 2 * 256 * 4 if name == "adamw-8bit" else 0
     assert 0 <= held_bytes(optimizer) - expected <= tables + 32
+
+
+def test_every_row_is_in_the_table_with_its_paper():
+    printed = tables()
+    for name, method in METHODS.items():
+        assert method.paper
+        assert f"| `{name}` | {method.title} | {method.paper} |" in printed
+    assert all(name in printed for name in WITHOUT_ROW)
