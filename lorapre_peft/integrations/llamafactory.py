@@ -27,8 +27,8 @@ except ModuleNotFoundError:  # the module's place up to release 0.9.5
 def create_optimizer(model: nn.Module, optim_config: Mapping[str, Any]) -> LoRAPreOptimizer:
     """Build the optimizer of LLaMA-Factory's trainers.
 
-    optim_config: ``name``, ``lr`` and further options of `create_lorapre_optimizer`. LLaMA-Factory after release 0.9.5 fills in
-    ``lr`` from ``learning_rate``. Raises ValueError if ``lr`` is missing.
+    optim_config: ``name``, ``lr`` and further options of `create_lorapre_optimizer`. LLaMA-Factory after release 0.9.5
+    replaces ``lr`` by its ``learning_rate``. Raises ValueError if ``lr`` is missing.
     """
     options = {name: value for name, value in optim_config.items() if name != "name"}
     if "lr" not in options:

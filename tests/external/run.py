@@ -90,7 +90,9 @@ def install(name: str, tool: Tool) -> Path:
     folder = ROOT / f".venv-{name}"
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
-        shutil.rmtree(ROOT / "build", ignore_errors=True)  # files that are gone from the clone would be installed from there
+        shutil.rmtree(
+            ROOT / "build", ignore_errors=True
+        )  # files that are gone from the clone would be installed from there
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         for packages in (*tool.install, [str(ROOT)]):
             subprocess.run(
