@@ -13,12 +13,14 @@
 
 namespace {
 
-constexpr int ROWS = 4;      // that share each load of A
-constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
-constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
 #ifndef LANES                // of a vector register, float32
 #define LANES 8
 #endif
+constexpr int ROWS = 4;      // that share each load of A
+constexpr int DOT_ROWS = LANES == 16 ? 8 : 4, DOT_RANKS = 2;  // that `dot_tile` multiplies with each other
+constexpr int STEP_WIDTH = LANES == 16 ? 2 : 1;  // registers of ROWS rows that an update is computed of at once
+constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
+constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
 constexpr int RANKS = LANES == 16 ? 4 : 2;  // of a factor that are in registers at once, with sums for each of ROWS rows
 constexpr int WIDTH = LANES == 16 ? 4 : 2;  // registers along a row that are held at once, likewise
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -40,8 +42,25 @@ enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
 
-inline Vec at_least(Vec x, float low) { return x > low ? x : Vec{} + low; }
-inline Vec at_most(Vec x, float high) { return x < high ? x : Vec{} + high; }
+// NaN becomes the bound, as with a CPU's instruction.
+inline Vec at_least(Vec x, float low) {
+#if LANES == 16
+  return (Vec)_mm512_max_ps((__m512)x, _mm512_set1_ps(low));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)x, _mm256_set1_ps(low));
+#else
+  return x > low ? x : Vec{} + low;
+#endif
+}
+inline Vec at_most(Vec x, float high) {
+#if LANES == 16
+  return (Vec)_mm512_min_ps((__m512)x, _mm512_set1_ps(high));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)x, _mm256_set1_ps(high));
+#else
+  return x < high ? x : Vec{} + high;
+#endif
+}
 
 // x / (√square + eps) to about two units in the last place. Where there is an instruction for an estimate of 1/√ and of 1/x, one Newton
 // step on each is several times faster than the exact root and quotient.
@@ -53,13 +72,15 @@ inline Vec over_root(Vec x, Vec square, float eps) {
 #else
   Vec root = (Vec)_mm256_rsqrt_ps((__m256)square);
 #endif
-  root = square * (root * (1.5f - (0.5f * square * root) * root)) + eps;
+  const Vec near = square * root, rest = 0.5f - near * (0.5f * root);
+  root = near + near * rest + eps;
 #if LANES == 16
   const Vec inverse = (Vec)_mm512_rcp14_ps((__m512)root);
 #else
   const Vec inverse = (Vec)_mm256_rcp_ps((__m256)root);
 #endif
-  return x * (inverse * (2.f - root * inverse));
+  x *= inverse;
+  return x + x * (1.f - root * inverse);
 #else
   for (int i = 0; i < LANES; ++i) x[i] /= std::sqrt(square[i]) + eps;
   return x;
@@ -117,6 +138,8 @@ inline float stochastic(float x, uint32_t counter, uint32_t key, uint32_t salted
   return from_bits(finite ? (bits + random) & 0xFFFF0000u : x == x ? bits : 0x7FC00000u);
 }
 
+inline int size_of(Type type) { return type == FLOAT32 ? 4 : 2; }
+
 inline float round_to(Type type, float x) { return type == BFLOAT16 ? nearest(x) : x; }
 
 void write(void* x, Type type, int64_t at, int count, const float* values) {
@@ -126,6 +149,12 @@ void write(void* x, Type type, int64_t at, int count, const float* values) {
     uint16_t* to = static_cast<uint16_t*>(x) + at;
     for (int c = 0; c < count; ++c) to[c] = to_bits(values[c]) >> 16;
   }
+}
+
+void scale(float* x, int64_t count, float by) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(x + i, by * load(x + i));
+  for (; i < count; ++i) x[i] *= by;
 }
 
 // to[c][r] = from[r][c] for 8 × 8 entries: pairs of rows interleaved, then pairs of pairs, then halves exchanged.
@@ -179,36 +208,72 @@ void read_transposed(const void* x, Type type, int64_t at, int rows, int columns
 
 typedef int32_t Bits __attribute__((vector_size(4 * LANES), may_alias));
 
+inline Vec absolute(Vec x) { return (Vec)((Bits)x & 0x7FFFFFFF); }
+
 template <bool ABSOLUTE>
 inline Vec load_as(const float* x) {
   const Vec value = load(x);
-  return ABSOLUTE ? (Vec)((Bits)value & 0x7FFFFFFF) : value;
+  return ABSOLUTE ? absolute(value) : value;
 }
 
-// dots[r][j] += x[r] · A[j], or |x[r]| · A[j], over some columns, for ROWS rows of x and J of A.
-template <int J, bool ABSOLUTE>
-void dot_block(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k) {
-  Vec total[ROWS][J] = {};
+// Σ x² of DOT_ROWS rows; each column's squares are added in float32, all else in float64.
+double square_tile(const float* x, int64_t stride, int columns) {
+  DoubleVec total[2] = {};
+  for (int c = 0; c < columns; c += LANES) {
+    Vec square = {};
+    UNROLLED for (int r = 0; r < DOT_ROWS; ++r) square += load(x + r * stride + c) * load(x + r * stride + c);
+    float lanes[LANES];
+    store(lanes, square);
+    UNROLLED for (int half = 0; half < 2; ++half)
+      total[half] += __builtin_convertvector(*reinterpret_cast<const HalfVec*>(lanes + half * LANES / 2), DoubleVec);
+  }
+  double sum = 0;
+  for (int lane = 0; lane < LANES / 2; ++lane) sum += total[0][lane] + total[1][lane];
+  return sum;
+}
+
+// dots[r][j] += x[r] · A[j], or |x[r]| · A[j], over some columns, for R rows of x, a multiple of 4, and J of A.
+template <int R, int J, bool ABSOLUTE>
+void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k) {
+  Vec total[R][J] = {};
   for (int c = 0; c < columns; c += LANES) {
     Vec a[J];
     UNROLLED for (int j = 0; j < J; ++j) a[j] = load(A + j * stride + c);
-    UNROLLED for (int r = 0; r < ROWS; ++r) {
+    UNROLLED for (int r = 0; r < R; ++r) {
       const Vec value = load_as<ABSOLUTE>(x + r * x_stride + c);
       UNROLLED for (int j = 0; j < J; ++j) total[r][j] += value * a[j];
     }
   }
-  static_assert(ROWS == 4);
-  UNROLLED for (int j = 0; j < J; ++j) {
-    float sums[ROWS];
-    sum4(&total[0][j], J, sums);
-    UNROLLED for (int r = 0; r < ROWS; ++r) dots[r * k + j] += sums[r];
+  UNROLLED for (int j = 0; j < J; ++j)
+    UNROLLED for (int r0 = 0; r0 < R; r0 += 4) {
+      float sums[4];
+      sum4(&total[r0][j], J, sums);
+      UNROLLED for (int r = 0; r < 4; ++r) dots[(r0 + r) * k + j] += sums[r];
+    }
+}
+
+// total[r] += Σ_j C[r][j] A[j] and P[j] += Σ_r B[r][j] x[r], for ROWS rows and W registers of columns.
+template <int W>
+inline void follow_tile(const float* B, const float* C, int64_t b_stride, int k, const float* A, int64_t a_stride, float* P, int64_t p_stride,
+                        const Vec (&x)[ROWS][W], Vec (&total)[ROWS][W]) {
+  for (int j = 0; j < k; ++j) {
+    Vec a[W], p[W];
+    UNROLLED for (int w = 0; w < W; ++w) a[w] = load(A + j * a_stride + w * LANES), p[w] = load(P + j * p_stride + w * LANES);
+    UNROLLED for (int r = 0; r < ROWS; ++r) {
+      const float c = C[r * b_stride + j], b = B[r * b_stride + j];
+      UNROLLED for (int w = 0; w < W; ++w) total[r][w] += c * a[w], p[w] += b * x[r][w];
+    }
+    UNROLLED for (int w = 0; w < W; ++w) store(P + j * p_stride + w * LANES, p[w]);
   }
 }
 
-// out[r] = Σ_j B[r][j] A[j], for ROWS rows and W registers of columns.
-template <int W>
+// out[r] = Σ_j B[r][j] A[j], or added to what is there, for ROWS rows and W registers of columns.
+template <int W, bool ADD>
 inline void outer_tile(const float* B, int k, const float* A, int64_t stride, float* out, int64_t out_stride) {
   Vec total[ROWS][W] = {};
+  if (ADD)
+    UNROLLED for (int r = 0; r < ROWS; ++r)
+      UNROLLED for (int w = 0; w < W; ++w) total[r][w] = load(out + r * out_stride + w * LANES);
   for (int j = 0; j < k; ++j) {
     Vec a[W];
     UNROLLED for (int w = 0; w < W; ++w) a[w] = load(A + j * stride + w * LANES);
@@ -220,10 +285,11 @@ inline void outer_tile(const float* B, int k, const float* A, int64_t stride, fl
 }
 
 // The same over some columns, a multiple of LANES.
+template <bool ADD = false>
 void outer(const float* B, int k, const float* A, int64_t stride, int columns, float* out, int64_t out_stride) {
   int c = 0;
-  for (; c + WIDTH * LANES <= columns; c += WIDTH * LANES) outer_tile<WIDTH>(B, k, A + c, stride, out + c, out_stride);
-  for (; c < columns; c += LANES) outer_tile<1>(B, k, A + c, stride, out + c, out_stride);
+  for (; c + WIDTH * LANES <= columns; c += WIDTH * LANES) outer_tile<WIDTH, ADD>(B, k, A + c, stride, out + c, out_stride);
+  for (; c < columns; c += LANES) outer_tile<1, ADD>(B, k, A + c, stride, out + c, out_stride);
 }
 
 // P[j] += Σ_r B[r][j] x[r], or |x[r]|, for R rows and W registers of columns.
@@ -270,13 +336,13 @@ inline void combine_tile(const double* left, int64_t by_row, int64_t by_rank, co
     UNROLLED for (int w = 0; w < W; ++w) reinterpret_cast<DoubleVec*>(out + j * stride)[w] += total[j][w];
 }
 
-// The same over all columns, a multiple of LANES.
+// The same over some columns, a multiple of LANES / 2.
 template <int J>
-void combine_block(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride, int rows, double* out) {
+void combine_block(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride, int64_t columns, int rows, double* out) {
+  constexpr int64_t size = WIDTH * LANES / 2;
   int64_t c = 0;
-  for (; c + WIDTH * LANES / 2 <= stride; c += WIDTH * LANES / 2)
-    combine_tile<J, WIDTH>(left, by_row, by_rank, x + c, stride, rows, out + c);
-  for (; c < stride; c += LANES) combine_tile<J, 2>(left, by_row, by_rank, x + c, stride, rows, out + c);
+  for (; c + size <= columns; c += size) combine_tile<J, WIDTH>(left, by_row, by_rank, x + c, stride, rows, out + c);
+  for (; c < columns; c += LANES / 2) combine_tile<J, 1>(left, by_row, by_rank, x + c, stride, rows, out + c);
 }
 
 // gram[i][j] += x[i] · y[j], of the first ``count`` numbers, a multiple of LANES, of rows of ``stride`` numbers.
@@ -305,6 +371,7 @@ inline void gram_tile(const double* x, const double* y, int64_t stride, int64_t 
   }
 
 int64_t padded(int64_t q) { return (q + LANES - 1) / LANES * LANES; }
+int64_t padded_double(int64_t q) { return (q + LANES / 2 - 1) / (LANES / 2) * (LANES / 2); }
 
 // Whole registers, and one more where rows would else begin at multiples of 256 bytes and compete for the same places of the cache.
 int64_t row_stride(int64_t q) { return padded(q) % 64 ? padded(q) : padded(q) + LANES; }
@@ -334,6 +401,33 @@ void add_gram(const double* x, int64_t k, int64_t stride, double* gram) {
       gram_tile<RANKS, RANKS>(x + i * stride, x + j * stride, stride, stride, gram + i * k + j, k);
   for (; i < k; ++i)
     BY_RANKS(i + 1, (gram_tile<1, J>(x + i * stride, x + j0 * stride, stride, stride, gram + i * k + j0, k)))
+}
+
+// x xᵀ of K rows of q float32 numbers, added to gram: few enough for all sums to lie in registers.
+template <int K>
+void add_small_gram(const float* x, int64_t q, double* gram) {
+  constexpr int SUMS = 4 / K > 1 ? 4 / K : 1, SIZE = SUMS * LANES / 2;
+  DoubleVec total[SUMS][K][K] = {};
+  double tail[K][SIZE];
+  for (int64_t c = 0; c < q; c += SIZE) {
+    UNROLLED for (int s = 0; s < SUMS; ++s) {
+      DoubleVec row[K];
+      if (c + SIZE <= q) {
+        UNROLLED for (int j = 0; j < K; ++j)
+          row[j] = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(x + j * q + c + s * LANES / 2), DoubleVec);
+      } else {
+        if (s == 0)
+          for (int j = 0; j < K; ++j) std::fill(std::copy(x + j * q + c, x + j * q + q, tail[j]), tail[j] + SIZE, 0.0);
+        UNROLLED for (int j = 0; j < K; ++j) row[j] = *reinterpret_cast<const DoubleVec*>(tail[j] + s * LANES / 2);
+      }
+      UNROLLED for (int i = 0; i < K; ++i)
+        UNROLLED for (int j = 0; j <= i; ++j) total[s][i][j] += row[i] * row[j];
+    }
+  }
+  for (int i = 0; i < K; ++i)
+    for (int j = 0; j <= i; ++j)
+      for (int s = 0; s < SUMS; ++s)
+        for (int lane = 0; lane < LANES / 2; ++lane) gram[i * K + j] += total[s][i][j][lane];
 }
 
 void mirror(double* gram, int64_t k) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <deque>
 #include <limits>
 #include <vector>
 
@@ -46,21 +47,31 @@ struct Found { double norm, largest, clamped, captured; };
 // One matrix of the step, from its norm to its new state.
 class Task {
  public:
-  Task(const Shape& shape, const Options& options, Pointers at, Found& found, int64_t split_entries, bool metrics)
-      : shape(shape), o(options), at(at), found(found), metrics(metrics),
+  Task(const Shape& shape, const Options& options, Pointers at, Found& found, int64_t split_entries, bool metrics, Step& step)
+      : shape(shape), o(options), at(at), found(found), metrics(metrics), s(step),
         parts(std::clamp<int64_t>(shape.p * shape.q / split_entries, 1, std::min(MAX_SPLITS, shape.p))) {}
 
   int64_t splits() const { return parts; }
 
-  double square(int64_t split) const {
-    const int64_t p = shape.p, q = shape.q, m = shape.m_rank * int64_t(sizeof(float)), v = shape.v_rank * int64_t(sizeof(float));
-    std::vector<Ahead> ahead;
-    if (p * q <= CACHED_ENTRIES)
-      ahead = {{at.param, p * q * (shape.param_type == FLOAT32 ? 4 : 2)}, {at.m_B, m * p}, {at.v_B, v * p}, {at.m_A, m * q}, {at.v_A, v * q}};
-    return sum_of_squares(at.grad, Type(shape.grad_type), begin(split) * q, begin(split + 1) * q, ahead);
+  // What `look` needs: the factors A, and which of their directions start anew.
+  void begin(Scratch& scratch) {
+    s.p = shape.p, s.q = shape.q, s.stride = row_stride(shape.q);
+    s.grad = at.grad, s.param = at.param, s.grad_type = Type(shape.grad_type), s.param_type = Type(shape.param_type);
+    s.projects_new = o.newton == 0, s.metrics = metrics, s.stochastic = o.stochastic && s.param_type == BFLOAT16;
+    moment(0, int(shape.m_rank), at.m_B, at.m_A, scratch);
+    moment(1, int(shape.v_rank), at.v_B, at.v_A, scratch);
   }
 
-  // Everything that the rows need, from ‖g‖². False if the gradient cannot be used.
+  double look(int64_t split, Scratch& scratch, Sums& sums) const {
+    std::vector<Ahead> ahead;
+    if (s.p * s.q <= CACHED_ENTRIES) {
+      const int64_t size = sizeof(float);
+      ahead = {{s.param, s.p * s.q * size_of(s.param_type)}, {at.m_B, s.p * shape.m_rank * size}, {at.v_B, s.p * shape.v_rank * size}};
+    }
+    return Rows(s, scratch, sums).look(first_row(split), first_row(split + 1), std::move(ahead));
+  }
+
+  // Everything else that the rows need, from ‖g‖². False if the gradient cannot be used: then nothing has changed.
   bool prepare(double square, Scratch& scratch) {
     norm = found.norm = std::sqrt(square);
     if (!(norm <= MAX_NORM)) return false;
@@ -73,10 +84,6 @@ class Task {
     norm = found.norm = norm * clip;
     count = newton || *at.v_energy > 0 ? *at.step + 1 : norm > 0;
     const double t = std::max(count, 1.0);
-
-    s.p = shape.p, s.q = shape.q, s.stride = row_stride(shape.q);
-    s.grad = at.grad, s.param = at.param, s.grad_type = Type(shape.grad_type), s.param_type = Type(shape.param_type);
-    s.projects_new = !newton, s.metrics = metrics, s.stochastic = o.stochastic && s.param_type == BFLOAT16;
     s.key = mix(mix(uint32_t(o.seed) + uint32_t(shape.position), 0) + uint32_t(count), 0);
     s.salted = mix(s.key + 0x9E3779B9u, 0);
 
@@ -87,17 +94,17 @@ class Task {
     const double c = newton ? 1 : double(*at.v_scale);
     s.g_scale = float(clip * o.sign), s.residual = float(residual * scale), s.eps = float(o.eps / root);
     s.lr = float(o.lr * o.update_scale), s.decay = float(o.lr * o.weight_decay), s.bound = float(o.bound);
-    moment(0, int(shape.m_rank), at.m_B, at.m_A, o.beta1, weight, scratch);
+    row_part(s.moment[0], o.beta1, weight, scratch);
     s.moment[0].by_B = float(o.beta1 * scale), s.moment[0].by_X = float(newton ? 0 : (weight - residual) * scale);
     const double root2 = std::sqrt(o.beta2);
-    moment(1, int(shape.v_rank), at.v_B, at.v_A, root2, 1 - root2, scratch);
+    row_part(s.moment[1], root2, 1 - root2, scratch);
     s.moment[1].by_B = float(std::sqrt(c * o.beta2 / (1 - o.beta2))), s.moment[1].by_X = 0;
     return true;
   }
 
   void rows(int64_t split, Scratch& scratch, Sums& sums) {
     sums.reset(s);
-    Rows(s, scratch, sums).run(begin(split), begin(split + 1));
+    Rows(s, scratch, sums).run(first_row(split), first_row(split + 1));
   }
 
   // The columns of both moments and the numbers of the state, from the sums over all rows.
@@ -121,55 +128,67 @@ class Task {
   const Pointers at;
   Found& found;
   const bool metrics;
+  Step& s;
   const int64_t parts;
-  Step s;
   double norm = 0, count = 0;  // norm: after clipping
 
-  int64_t begin(int64_t split) const { return std::min(shape.p, split * ((shape.p + parts - 1) / parts)); }
+  int64_t first_row(int64_t split) const { return std::min(shape.p, split * ((shape.p + parts - 1) / parts)); }
 
-  // A moment of decay and weight, as rules.Als and rules.Newton have it: restarts, (A Aᵀ + damping)⁻¹, and what B' is made of.
-  void moment(int i, int k, float* B, float* A, double decay, double weight, Scratch& scratch) {
+  // A moment's factor A as its rows are read, with its Gram matrix. As in rules.Als.restart directions whose row of A is zero start anew, from
+  // a fixed row.
+  void moment(int i, int k, float* B, float* A, Scratch& scratch) {
     Moment& m = s.moment[i];
     m.k = k, m.B = B, m.A = A, m.gram_columns = s.projects_new ? 2 * k : k;
+    m.own_A.clear();
     m.gram.resize(k * k);
     gram_of(A, k, s.q, m.gram.data(), scratch.sums);
+    m.old_square = trace(m.gram.data(), k, k);
+    int alive = 0;
+    for (int j = 0; j < k; ++j) alive += m.gram[j * k + j] != 0;
+    m.restarts = !o.newton && alive < k;
+    // Rows of whole registers are read where they are, unless many lie a multiple of a cache's ways apart.
+    if (!m.restarts && (s.q <= NARROW || (s.q % LANES == 0 && k <= ROWS))) return;
+    m.own_A.assign(k * s.stride, 0.f);
+    for (int j = 0; j < k; ++j) std::copy_n(A + j * s.q, s.q, m.own_A.data() + j * s.stride);
+    if (!m.restarts) return;
+    const double length = std::sqrt(3.0 / s.q * (alive ? m.old_square / alive : 1));
+    for (int j = 0; j < k; ++j) {
+      if (m.gram[j * k + j] != 0) continue;
+      for (int64_t c = 0; c < s.q; ++c) {
+        const uint32_t bits = mix(mix(uint32_t(j * s.q + c), 0), mix(0x9E3779B9u, 0));
+        m.own_A[j * s.stride + c] = float(bits >> 8) * 0x1p-24f * float(length);
+      }
+    }
+  }
+
+  // Restarts take place: A as it was read, and columns of zeros of B.
+  void restart(Moment& m, Scratch& scratch) {
+    for (int j = 0; j < m.k; ++j) {
+      if (m.gram[j * m.k + j] != 0) continue;
+      std::copy_n(m.own_A.data() + j * s.stride, s.q, m.A + j * s.q);
+      for (int64_t r = 0; r < s.p; ++r) m.B[r * m.k + j] = 0;
+    }
+    gram_of(m.A, m.k, s.q, m.gram.data(), scratch.sums);
+  }
+
+  // What B' of a moment of decay and weight is made of, as rules.Als and rules.Newton have it: (A Aᵀ + damping)⁻¹ and factors.
+  void row_part(Moment& m, double decay, double weight, Scratch& scratch) {
+    const int k = m.k;
     double keep = decay, gain = weight, unit = 1, ridge = o.damping;
     if (o.newton) {
       keep = std::sqrt(decay), gain = weight * (1 - keep) / (1 - decay);
     } else {
-      const double old_square = trace(m.gram.data(), k, k);
-      restart(m, scratch);
+      if (m.restarts) restart(m, scratch);
       const double length = std::sqrt(trace(m.gram.data(), k, k));
-      const double size = std::max(keep * std::sqrt(old_square) * length, gain * norm);
+      const double size = std::max(keep * std::sqrt(m.old_square) * length, gain * norm);
       unit = length / std::max(size, MIN_FACTOR_NORM * MIN_FACTOR_NORM);
       ridge = o.damping * length * length / k;
     }
     m.keep = float(keep * unit), m.gain = float(gain * unit);
     scratch.small.resize(k * k);
     damped_inverse(m.gram.data(), k, k, ridge, scratch.small.data(), scratch.work);
-    m.R.assign(scratch.small.begin(), scratch.small.end());
-    m.padded_A.clear();
-    if (s.stride != s.q && s.q > NARROW) {
-      m.padded_A.assign(k * s.stride, 0.f);
-      for (int j = 0; j < k; ++j) std::copy_n(A + j * s.q, s.q, m.padded_A.data() + j * s.stride);
-    }
-  }
-
-  // As rules.Als.restart: directions whose row of A is zero start anew, from a fixed row and a column of zeros of B.
-  void restart(Moment& m, Scratch& scratch) {
-    int alive = 0;
-    for (int j = 0; j < m.k; ++j) alive += m.gram[j * m.k + j] != 0;
-    if (alive == m.k) return;
-    const double level = alive ? trace(m.gram.data(), m.k, m.k) / alive : 1, length = std::sqrt(3.0 / s.q * level);
-    for (int j = 0; j < m.k; ++j) {
-      if (m.gram[j * m.k + j] != 0) continue;
-      for (int64_t c = 0; c < s.q; ++c) {
-        const uint32_t bits = mix(mix(uint32_t(j * s.q + c), 0), mix(0x9E3779B9u, 0));
-        m.A[j * s.q + c] = float(bits >> 8) * 0x1p-24f * float(length);
-      }
-      for (int64_t r = 0; r < s.p; ++r) m.B[r * m.k + j] = 0;
-    }
-    gram_of(m.A, m.k, s.q, m.gram.data(), scratch.sums);
+    m.R.assign(k * padded(k), 0.f);
+    for (int j = 0; j < k; ++j) std::copy_n(scratch.small.data() + j * k, k, m.R.data() + j * padded(k));
   }
 
   // A' and the balance of both factors; ‖B'A'‖²_F.
@@ -195,7 +214,7 @@ class Task {
           W[r * 2 * k + k + l] = weight * inverse[r * k + l];
         }
     }
-    columns_of(W.data(), m.A, sums.P[i].data(), s.stride, k, s.q, m.A, gram_A.data(), scratch.work);
+    columns_of(W.data(), m.A, sums.P[i].data(), s.stride, k, s.q, m.A, gram_A.data(), scratch.columns);
     if (o.newton) return std::numeric_limits<double>::quiet_NaN();
     // B'ᵀB' of the orthonormal columns, which are B' L⁻ᵀ.
     std::vector<double>&half = scratch.work, &gram_B = scratch.held;
@@ -214,7 +233,7 @@ class Task {
     for (double& entry : inverse) entry = std::clamp(entry * by_B, -most, most);  // of a B that is zero
     scratch.rows.assign(inverse.begin(), inverse.end());
     turn(m.B, s.p, k, scratch.rows.data());
-    for (int64_t j = 0; j < s.q * k; ++j) m.A[j] *= float(by_A);
+    scale(m.A, s.q * k, float(by_A));
     double square = 0;
     for (int r = 0; r < k; ++r)
       for (int c = 0; c < k; ++c) square += gram_B[r * k + c] * gram_A[r * k + c];
@@ -230,15 +249,19 @@ extern "C" {
 // of more than split_entries are split among threads, and the sums of the parts that are at work together take sum_bytes.
 void adam_step(const Shape* shapes, const Options* options, void* const* pointers, Found* found,
                const int64_t* order, int64_t n, int64_t split_entries, int64_t sum_bytes, int32_t metrics, int32_t threads) {
-  auto task = [&](int64_t i) { return Task(shapes[i], options[shapes[i].group], Pointers(pointers, n, i), found[i], split_entries, metrics); };
+  auto task = [&](int64_t i, Step& step) {
+    return Task(shapes[i], options[shapes[i].group], Pointers(pointers, n, i), found[i], split_entries, metrics, step);
+  };
+  Step unused;
   int64_t first = 0;
-  while (first < n && task(order[first]).splits() > 1) {
+  while (first < n && task(order[first], unused).splits() > 1) {
     // As many of the large matrices together as the sums of their parts have room for.
     std::vector<Task> large;
+    std::deque<Step> steps;
     std::vector<int64_t> part_of, starts;
     int64_t bytes = 0;
     for (; first < n; ++first) {
-      Task one = task(order[first]);
+      Task one = task(order[first], steps.emplace_back());
       const Shape& shape = shapes[order[first]];
       const int64_t splits = one.splits(), more = splits * (shape.m_rank + shape.v_rank) * row_stride(shape.q) * int64_t(sizeof(float));
       if (splits == 1 || (!large.empty() && bytes + more > sum_bytes)) break;
@@ -254,7 +277,9 @@ void adam_step(const Shape* shapes, const Options* options, void* const* pointer
     {
       Scratch scratch;
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < parts; ++i) squares[i] = large[part_of[i]].square(i - starts[part_of[i]]);
+      for (int64_t i = 0; i < count; ++i) large[i].begin(scratch);
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < parts; ++i) squares[i] = large[part_of[i]].look(i - starts[part_of[i]], scratch, sums[i]);
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < count; ++i) {
         double square = 0;
@@ -276,10 +301,12 @@ void adam_step(const Shape* shapes, const Options* options, void* const* pointer
   {
     Scratch scratch;
     Sums sums;
+    Step step;
 #pragma omp for schedule(dynamic)
     for (int64_t i = first; i < n; ++i) {
-      Task one = task(order[i]);
-      if (!one.prepare(one.square(0), scratch)) continue;
+      Task one = task(order[i], step);
+      one.begin(scratch);
+      if (!one.prepare(one.look(0, scratch, sums), scratch)) continue;
       one.rows(0, scratch, sums);
       one.finish(sums, scratch);
     }
@@ -296,12 +323,12 @@ void gram(const float* A, int64_t n, int64_t k, int64_t q, double* out, int32_t 
   }
 }
 
-// A' = W [A; P] in float64, written as float32, and A' A'ᵀ; of n matrices, W [k, 2k], A and P [k, q].
+// A' = W [A; P] and A' A'ᵀ of n matrices, W [k, 2k], A and P [k, q].
 void columns(const double* W, const float* A, const float* P, int64_t n, int64_t k, int64_t q, float* out, double* gram,
              int32_t threads) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<double> part;
+    std::vector<float> part;
 #pragma omp for
     for (int64_t i = 0; i < n; ++i)
       columns_of(W + i * 2 * k * k, A + i * k * q, P + i * k * q, q, k, q, out + i * k * q, gram + i * k * k, part);

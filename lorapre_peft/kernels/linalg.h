@@ -15,24 +15,30 @@ namespace {
 constexpr double DAMPING = 1e-6, MIN_FACTOR_NORM = 1e-12;
 
 // Memory that will be read soon: its share of it is asked for whenever a share of other work is done.
-struct Ahead {
-  const void* at;
-  int64_t bytes;
+class Ahead {
+ public:
+  Ahead(const void* from, int64_t bytes) : at(static_cast<const char*>(from)), end(at + bytes) {}
 
-  void fetch(int64_t part, int64_t parts) const {
-    const char* first = static_cast<const char*>(at);
-    for (int64_t i = bytes * part / parts / 64 * 64; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(first + i, 1, 2);
+  void split(int64_t parts) { share = ((end - at) / parts + 64) / 64 * 64; }
+  void fetch() {
+    const char* until = std::min(end, at + share);
+    for (; at < until; at += 64) __builtin_prefetch(at, 1, 2);
   }
+
+ private:
+  const char *at, *end;
+  int64_t share = 0;
 };
 
 // Σ x² of the entries from ``begin`` to ``end``; x is one stream from memory, and ``ahead`` keeps some more of them busy.
-inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t end, const std::vector<Ahead>& ahead = {}) {
+inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t end, std::vector<Ahead> ahead = {}) {
+  for (Ahead& other : ahead) other.split((end - begin + CHUNK - 1) / CHUNK);
   constexpr int SUMS = 4;
   DoubleVec total[SUMS] = {};
   float part[CHUNK];
   for (int64_t i = begin; i < end; i += CHUNK) {
     const int count = int(std::min<int64_t>(CHUNK, end - i));
-    for (const Ahead& other : ahead) other.fetch((i - begin) / CHUNK, (end - begin + CHUNK - 1) / CHUNK);
+    for (Ahead& other : ahead) other.fetch();
     const float* from = static_cast<const float*>(x) + i;
     if (type != FLOAT32 || count < CHUNK) {
       read(x, type, i, count, part);
@@ -100,36 +106,55 @@ void damped_inverse(const double* gram, int k, int64_t stride, double ridge, dou
 
 // A Aᵀ of A [k, q], float64 [k, k]; part: room for k rows of CHUNK numbers.
 void gram_of(const float* A, int64_t k, int64_t q, double* gram, std::vector<double>& part) {
-  const int64_t stride = std::min<int64_t>(CHUNK, padded(q));
-  part.resize(k * stride);
   std::fill_n(gram, k * k, 0.0);
-  for (int64_t c0 = 0; c0 < q; c0 += stride) {
-    read_rows(A, k, q, c0, stride, part.data());
-    add_gram(part.data(), k, stride, gram);
+  switch (k) {
+    case 1: add_small_gram<1>(A, q, gram); break;
+    case 2: add_small_gram<2>(A, q, gram); break;
+    case 4: add_small_gram<4>(A, q, gram); break;
+    default:
+      const int64_t stride = std::min<int64_t>(CHUNK, padded(q));
+      part.resize(k * stride);
+      for (int64_t c0 = 0; c0 < q; c0 += stride) {
+        read_rows(A, k, q, c0, stride, part.data());
+        add_gram(part.data(), k, stride, gram);
+      }
   }
   mirror(gram, k);
 }
 
-// A' = W [A; P] in float64, written as float32, and A' A'ᵀ; W [k, 2k], A [k, q], and P [k, q] in rows of ``p_stride`` numbers.
+// A' = W [A; P] and A' A'ᵀ; W [k, 2k], A [k, q], and P [k, q] in rows of ``p_stride`` numbers. W is rounded to float32, in which products of up
+// to CHUNK columns are summed: P was. A' may lie where A does. part: room for three matrices of k rows of CHUNK numbers, and for two of k.
 void columns_of(const double* W, const float* A, const float* P, int64_t p_stride, int64_t k, int64_t q, float* out,
-                double* gram, std::vector<double>& part) {
-  const int64_t stride = std::min<int64_t>(CHUNK, padded(q));
-  part.resize(3 * k * stride);
-  double *both = part.data(), *made = both + 2 * k * stride;
-  std::fill_n(gram, k * k, 0.0);
-  for (int64_t c0 = 0; c0 < q; c0 += stride) {
-    const int64_t here = std::min(stride, q - c0);
-    read_rows(A, k, q, c0, stride, both);
-    for (int64_t j = 0; j < k; ++j) {
-      std::copy_n(P + j * p_stride + c0, here, both + (k + j) * stride);
-      std::fill_n(both + (k + j) * stride + here, stride - here, 0.0);
-    }
-    std::fill_n(made, k * stride, 0.0);
-    BY_RANKS(k, combine_block<J>(W + j0 * 2 * k, 1, 2 * k, both, stride, int(2 * k), made + j0 * stride))
-    for (int64_t j = 0; j < k; ++j) std::copy_n(made + j * stride, here, out + j * q + c0);
-    add_gram(made, k, stride, gram);
+                double* gram, std::vector<float>& part) {
+  const int64_t rows = (k + ROWS - 1) / ROWS * ROWS, stride = std::min<int64_t>(CHUNK, padded(q)) + LANES;
+  part.assign(rows * (3 * stride + 3 * k), 0.f);
+  float *of_A = part.data(), *of_P = of_A + rows * k, *products = of_P + rows * k, *tail = products + rows * k, *made = tail + 2 * rows * stride;
+  for (int64_t r = 0; r < k; ++r) {
+    std::copy_n(W + r * 2 * k, k, of_A + r * k);
+    std::copy_n(W + r * 2 * k + k, k, of_P + r * k);
   }
-  mirror(gram, k);
+  std::fill_n(gram, k * k, 0.0);
+  for (int64_t c0 = 0; c0 < q; c0 += CHUNK) {
+    const int here = int(std::min<int64_t>(CHUNK, q - c0)), columns = int(padded(here));
+    const float *a = A + c0, *p = P + c0;
+    int64_t a_stride = q, of_stride = p_stride;
+    if (here < columns) {
+      for (int64_t j = 0; j < k; ++j) {
+        std::copy_n(a + j * q, here, tail + j * stride);
+        std::copy_n(p + j * p_stride, here, tail + (rows + j) * stride);
+      }
+      a = tail, p = tail + rows * stride, a_stride = of_stride = stride;
+    }
+    for (int64_t r0 = 0; r0 < k; r0 += ROWS) {
+      outer(of_A + r0 * k, int(k), a, a_stride, columns, made + r0 * stride, stride);
+      outer<true>(of_P + r0 * k, int(k), p, of_stride, columns, made + r0 * stride, stride);
+    }
+    for (int64_t j = 0; j < k; ++j) std::copy_n(made + j * stride, here, out + j * q + c0);
+    std::fill_n(products, rows * k, 0.f);
+    for (int64_t r0 = 0; r0 < k; r0 += ROWS)
+      BY_RANKS(k, (dot_tile<ROWS, J, false>(made + r0 * stride, stride, made + j0 * stride, stride, columns, products + r0 * k + j0, int(k))))
+    for (int64_t i = 0; i < k * k; ++i) gram[i] += products[i];
+  }
 }
 
 }  // namespace

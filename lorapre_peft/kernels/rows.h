@@ -12,8 +12,11 @@
 
 namespace {
 
-constexpr int BLOCK = 32;               // rows that are read together, at most; a multiple of ROWS
-constexpr int64_t BLOCK_ENTRIES = 1 << 16;  // entries that are read together: a quarter of a megabyte stays in the second-level cache
+// Below this Σ g² is summed in float64 alone: no square that float32 loses, of up to 1e10, then counts.
+constexpr double SMALL_SQUARE = 1e-20;
+constexpr int BLOCK = 32;        // rows whose factors are followed together; a multiple of ROWS
+constexpr int FOLLOWED = 3072;   // columns times ranks whose parts of A and Bᵀx fill half of the first-level cache
+constexpr int LOOK_CHUNK = 512;  // columns that `look` takes at once: DOT_ROWS rows of them stay in the first-level cache
 
 // One of the two factored moments, M ≈ B A, in one step. With X = x Aᵀ R its rows become B' = keep · B + gain · X, and the update takes
 // (by_B · B + by_X · X) A. x is the gradient for m, its absolute value for v.
@@ -21,8 +24,11 @@ struct Moment {
   int k = 0, gram_columns = 0;
   float *B = nullptr, *A = nullptr;  // the state, [p, k] and [k, q]
   float keep = 0, gain = 0, by_B = 0, by_X = 0;
-  std::vector<float> R, padded_A;  // [k, k]; A with rows of whole registers
-  std::vector<double> gram;        // A Aᵀ [k, k]
+  std::vector<float> R;      // [k, k] in rows of whole registers
+  std::vector<float> own_A;  // a copy of A [k, stride] where the state's is not read in place
+  std::vector<double> gram;  // A Aᵀ [k, k]
+  bool restarts = false;     // directions whose row of A was zero: only the copy has their new one
+  double old_square = 0;     // ‖A‖²_F before that
 };
 
 // One matrix in one step: everything that the row part reads.
@@ -38,9 +44,10 @@ struct Step {
   uint32_t key, salted;  // for random bits
 };
 
-// What some rows leave behind for the columns: B'ᵀx (or Bᵀx) [k, stride], and B'ᵀ[B' | B] [k, 2k] (or BᵀB [k, k]).
+// What some rows leave behind: their products with A [rows, k], of the gradient as it is, from `look` to `run`; and for the columns
+// B'ᵀx (or Bᵀx) [k, stride], and B'ᵀ[B' | B] [k, 2k] (or BᵀB [k, k]).
 struct Sums {
-  std::vector<float> P[2];
+  std::vector<float> dots[2], P[2];
   std::vector<double> grams[2];
   float largest = 0;
   int64_t clamped = 0;
@@ -73,6 +80,14 @@ class Rows {
  public:
   Rows(const Step& step, Scratch& scratch, Sums& sums) : s(step), scratch(scratch), sums(sums) {}
 
+  // Σ g² of some rows, and what `run` needs of them before ‖g‖ is known. ``ahead`` is memory that it will need as well.
+  double look(int64_t begin, int64_t end, std::vector<Ahead> ahead) {
+    double square = s.q <= NARROW ? 0 : look_wide(begin, end);
+    if (!(square > SMALL_SQUARE && square <= FLT_MAX))  // float32 products may have lost something
+      square = sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q, std::move(ahead));
+    return square;
+  }
+
   void run(int64_t begin, int64_t end) { s.q <= NARROW ? narrow(begin, end) : wide(begin, end); }
 
  private:
@@ -87,9 +102,14 @@ class Rows {
       const Vec v = load(root + c), x = load(g + c);
       store(m + c, over_root(load(m + c) + s.residual * x, v * v + x * x, s.eps));
     }
+    look_at(m, count);
+  }
+
+  // What is recorded of a normalised update.
+  void look_at(const float* u, int count) {
     if (s.metrics)
       for (int c = 0; c < count; ++c)
-        sums.largest = std::max(sums.largest, std::fabs(m[c])), sums.clamped += std::fabs(m[c]) > s.bound;
+        sums.largest = std::max(sums.largest, std::fabs(u[c])), sums.clamped += std::fabs(u[c]) > s.bound;
   }
 
   // θ ← θ − lr (clamped u + λ θ) for ``count`` weights that follow each other from ``at`` on; u has room for whole registers.
@@ -122,60 +142,78 @@ class Rows {
     }
   }
 
-  // Entries of a register lie along a row.
-  void wide(int64_t begin, int64_t end) {
-    const int64_t q = s.q, stride = s.stride, whole = padded(q);
-    const int block = int(std::clamp<int64_t>(BLOCK_ENTRIES / stride / ROWS * ROWS, ROWS, BLOCK));
-    const int most = std::max(s.moment[0].k, s.moment[1].k), size = BLOCK * most;
-    alignas(64) float m[ROWS][CHUNK], root[ROWS][CHUNK];
-    scratch.x.resize(block * stride);
-    scratch.rows.resize(8 * size);
-    float* x = scratch.x.data();
-    float *dots[2], *B[2], *B_new[2], *C[2];
-    double *held[2], *gram_sums[2];
-    const int64_t gram_stride = padded(2 * most);
-    scratch.held.resize(2 * BLOCK * gram_stride);
-    scratch.sums.assign(2 * most * gram_stride, 0.0);
-    for (int i = 0; i < 2; ++i) {
-      float* own = scratch.rows.data() + 4 * i * size;
-      dots[i] = own, B[i] = own + size, B_new[i] = own + 2 * size, C[i] = own + 3 * size;
-      held[i] = scratch.held.data() + i * BLOCK * gram_stride, gram_sums[i] = scratch.sums.data() + i * most * gram_stride;
+  // Rows of the gradient in float32, times ``scale``, in whole registers and ``rows`` rows of LOOK_CHUNK numbers: zeros where there is none.
+  void read_tile(int64_t first, int count, int rows, int64_t c0, int columns, float scale, float* x) const {
+    const int here = int(std::min<int64_t>(columns, s.q - c0));
+    for (int r = 0; r < rows; ++r, x += LOOK_CHUNK) {
+      if (r < count) read(s.grad, s.grad_type, (first + r) * s.q + c0, here, x);
+      std::fill(x + (r < count ? here : 0), x + columns, 0.f);
+      if (scale != 1)
+        for (int c = 0; c < columns; c += LANES) store(x + c, scale * load(x + c));
     }
-    std::fill(scratch.held.begin(), scratch.held.end(), 0.0);
+  }
 
-    for (int64_t first = begin; first < end; first += block) {
-      const int count = int(std::min<int64_t>(block, end - first)), whole_rows = (count + ROWS - 1) / ROWS * ROWS;
-      for (int r = 0; r < whole_rows; ++r) {
-        float* row = x + r * stride;
-        const int64_t here = r < count ? q : 0;
-        if (here) read(s.grad, s.grad_type, (first + r) * q, int(here), row);
-        std::fill(row + here, row + stride, 0.f);
-        if (s.g_scale != 1)
-          for (int64_t c = 0; c < here; ++c) row[c] *= s.g_scale;
-      }
-      std::fill(scratch.rows.begin(), scratch.rows.end(), 0.f);
-      const Moment &mm = s.moment[0], &mv = s.moment[1];
-      for (int64_t c0 = 0; c0 < whole; c0 += CHUNK) {
-        const int columns = int(std::min<int64_t>(CHUNK, whole - c0));
-        for (int r0 = 0; r0 < whole_rows; r0 += ROWS) {
-          const float* tile = x + r0 * stride + c0;
-          prefetch(first + r0, std::min(ROWS, count - r0), c0, int(std::min<int64_t>(CHUNK, q - c0)));
-          BY_RANKS(mm.k, (dot_block<J, false>(tile, stride, A(0) + j0 * stride + c0, stride, columns, dots[0] + r0 * mm.k + j0, mm.k)))
-          BY_RANKS(mv.k, (dot_block<J, true>(tile, stride, A(1) + j0 * stride + c0, stride, columns, dots[1] + r0 * mv.k + j0, mv.k)))
+  // A moment's factor A as the kernels read it: rows of whole registers, ``stride`` apart.
+  const float* A(int i) const { return s.moment[i].own_A.empty() ? s.moment[i].A : s.moment[i].own_A.data(); }
+  int64_t A_stride(int i) const { return s.moment[i].own_A.empty() ? s.q : s.stride; }
+
+  // The products of the gradient's rows with A into ``sums.dots``, and Σ g².
+  double look_wide(int64_t begin, int64_t end) {
+    alignas(64) float copy[DOT_ROWS * LOOK_CHUNK];
+    double square = 0;
+    for (int i = 0; i < 2; ++i) sums.dots[i].assign((end - begin + DOT_ROWS) * s.moment[i].k, 0.f);
+    for (int64_t first = begin; first < end; first += DOT_ROWS) {
+      const int count = int(std::min<int64_t>(DOT_ROWS, end - first));
+      for (int64_t c0 = 0; c0 < s.q; c0 += LOOK_CHUNK) {
+        const int columns = int(std::min<int64_t>(LOOK_CHUNK, padded(s.q - c0)));
+        const float* x = static_cast<const float*>(s.grad) + first * s.q + c0;
+        int64_t stride = s.q;
+        if (s.grad_type != FLOAT32 || count < DOT_ROWS || c0 + columns > s.q) {
+          read_tile(first, count, DOT_ROWS, c0, columns, 1, copy);
+          x = copy, stride = LOOK_CHUNK;
+        }
+        square += square_tile(x, stride, columns);
+        for (int i = 0; i < 2; ++i) {
+          const int k = s.moment[i].k;
+          const int64_t a_stride = A_stride(i);
+          const float* a = A(i) + c0;
+          float* dots = sums.dots[i].data() + (first - begin) * k;
+          int j = 0;
+          for (; j + DOT_RANKS <= k; j += DOT_RANKS)
+            i ? dot_tile<DOT_ROWS, DOT_RANKS, true>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k)
+              : dot_tile<DOT_ROWS, DOT_RANKS, false>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k);
+          for (; j < k; ++j)
+            i ? dot_tile<DOT_ROWS, 1, true>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k)
+              : dot_tile<DOT_ROWS, 1, false>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k);
         }
       }
-      for (int i = 0; i < 2; ++i) follow(s.moment[i], first, count, dots[i], B[i], B_new[i], C[i], held[i], gram_stride, gram_sums[i], i == 0);
-      for (int64_t c0 = 0; c0 < whole; c0 += CHUNK) {
-        const int columns = int(std::min<int64_t>(CHUNK, whole - c0)), here = int(std::min<int64_t>(CHUNK, q - c0));
-        project<false>((s.projects_new ? B_new : B)[0], mm.k, x + c0, stride, whole_rows, columns, sums.P[0].data() + c0, stride);
-        project<true>((s.projects_new ? B_new : B)[1], mv.k, x + c0, stride, whole_rows, columns, sums.P[1].data() + c0, stride);
-        for (int r0 = 0; r0 < whole_rows; r0 += ROWS) {
-          const float* tile = x + r0 * stride + c0;
-          outer(C[0] + r0 * mm.k, mm.k, A(0) + c0, stride, columns, *m, CHUNK);
-          outer(C[1] + r0 * mv.k, mv.k, A(1) + c0, stride, columns, *root, CHUNK);
-          for (int r = 0; r < std::min(ROWS, count - r0); ++r) {
-            normalise(m[r], root[r], tile + r * stride, here);
-            move(m[r], (first + r0 + r) * q + c0, here);
+    }
+    return square;
+  }
+
+  // Entries of a register lie along a row.
+  void wide(int64_t begin, int64_t end) {
+    const int64_t q = s.q;
+    constexpr int SIZE = STEP_WIDTH * LANES;
+    const int ranks = s.moment[0].k + s.moment[1].k;
+    const int chunk = std::clamp(FOLLOWED / ranks / SIZE * SIZE, SIZE, LOOK_CHUNK);
+    alignas(64) float x[ROWS * LOOK_CHUNK], u[ROWS * LOOK_CHUNK];
+    start_block();
+    for (int64_t first = begin; first < end; first += BLOCK) {
+      const int count = int(std::min<int64_t>(BLOCK, end - first));
+      for (int i = 0; i < 2; ++i) follow(i, first, count, sums.dots[i].data() + (first - begin) * s.moment[i].k);
+      for (int64_t c0 = 0; c0 < q; c0 += chunk) {
+        const int here = int(std::min<int64_t>(chunk, q - c0)), columns = int(padded(here));
+        for (int r0 = 0; r0 < count; r0 += ROWS) {
+          const int rows = std::min(ROWS, count - r0);
+          fetch(first + r0 + ROWS, std::min(ROWS, count - r0 - ROWS), c0, here);
+          read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x);
+          int c = 0;
+          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES) step_tile<STEP_WIDTH>(r0, c0 + c, x + c, u + c);
+          for (; c < columns; c += LANES) step_tile<1>(r0, c0 + c, x + c, u + c);
+          for (int r = 0; r < rows; ++r) {
+            look_at(u + r * LOOK_CHUNK, here);
+            move(u + r * LOOK_CHUNK, (first + r0 + r) * q + c0, here);
           }
         }
       }
@@ -184,44 +222,92 @@ class Rows {
       const Moment& moment = s.moment[i];
       for (int j = 0; j < moment.k; ++j)
         for (int l = 0; l < moment.gram_columns; ++l)
-          sums.grams[i][j * moment.gram_columns + l] += gram_sums[i][j * gram_stride + l];
+          sums.grams[i][j * moment.gram_columns + l] += block[i].grams[j * block[i].gram_stride + l];
     }
   }
 
-  // Have the weights of some rows and columns on their way while the products of the gradient are computed.
-  void prefetch(int64_t row, int rows, int64_t column, int columns) const {
-    const int size = s.param_type == FLOAT32 ? 4 : 2;
+  // ROWS rows and W registers of columns: their part of B'ᵀx, and their normalised update.
+  template <int W>
+  void step_tile(int r0, int64_t c0, const float* x, float* u) {
+    Vec value[ROWS][W], total[ROWS][W];
+    const Block &m = block[0], &v = block[1];
+    UNROLLED for (int r = 0; r < ROWS; ++r)
+      UNROLLED for (int w = 0; w < W; ++w) {
+        value[r][w] = load(x + r * LOOK_CHUNK + w * LANES);
+        total[r][w] = s.residual * value[r][w];
+      }
+    follow_tile<W>(m.left + r0 * m.stride, m.C + r0 * m.stride, m.stride, s.moment[0].k, A(0) + c0, A_stride(0), sums.P[0].data() + c0, s.stride, value, total);
+    UNROLLED for (int r = 0; r < ROWS; ++r)
+      UNROLLED for (int w = 0; w < W; ++w) {
+        store(u + r * LOOK_CHUNK + w * LANES, total[r][w]);
+        value[r][w] = absolute(value[r][w]);
+        total[r][w] = Vec{};
+      }
+    follow_tile<W>(v.left + r0 * v.stride, v.C + r0 * v.stride, v.stride, s.moment[1].k, A(1) + c0, A_stride(1), sums.P[1].data() + c0, s.stride, value, total);
+    UNROLLED for (int r = 0; r < ROWS; ++r)
+      UNROLLED for (int w = 0; w < W; ++w) {
+        float* to = u + r * LOOK_CHUNK + w * LANES;
+        store(to, over_root(load(to), total[r][w] * total[r][w] + value[r][w] * value[r][w], s.eps));
+      }
+  }
+
+  // Have some rows and columns of the gradient and of the weights on their way while others are computed.
+  void fetch(int64_t row, int rows, int64_t column, int columns) const {
     for (int r = 0; r < rows; ++r) {
-      const char* at = static_cast<const char*>(s.param) + ((row + r) * s.q + column) * size;
-      for (int c = 0; c < columns * size; c += 64) __builtin_prefetch(at + c, 1, 2);
+      const int64_t at = (row + r) * s.q + column;
+      const char* grad = static_cast<const char*>(s.grad) + at * size_of(s.grad_type);
+      const char* param = static_cast<const char*>(s.param) + at * size_of(s.param_type);
+      for (int64_t c = 0; c < columns * size_of(s.grad_type); c += 64) __builtin_prefetch(grad + c, 0, 3);
+      for (int64_t c = 0; c < columns * size_of(s.param_type); c += 64) __builtin_prefetch(param + c, 1, 3);
     }
   }
 
-  const float* A(int i) const { return s.moment[i].padded_A.empty() ? s.moment[i].A : s.moment[i].padded_A.data(); }
+  // A block of rows of one moment, in rows of ``stride`` numbers: the B whose Bᵀx is summed, and what the update multiplies A by. In float64
+  // B' and B side by side, and the sums of B'ᵀ[B' | B].
+  struct Block {
+    int64_t stride, gram_stride;
+    float *old, *now, *C, *left;
+    double *held, *grams;
+  } block[2];
 
-  // From dots = x Aᵀ of some rows: B' into the state, what the update multiplies A by, and the sums of B'ᵀ[B' | B].
-  void follow(const Moment& moment, int64_t first, int count, const float* dots, float* B, float* B_new, float* C,
-              double* held, int64_t gram_stride, double* gram_sums, bool first_moment) {
+  void start_block() {
+    const int64_t stride = padded(std::max(s.moment[0].k, s.moment[1].k)), size = BLOCK * stride;
+    const int64_t gram_stride = padded(2 * stride), grams = stride * gram_stride;
+    scratch.rows.assign(6 * size, 0.f);
+    scratch.held.assign(BLOCK * gram_stride, 0.0);
+    scratch.sums.assign(2 * grams, 0.0);
+    for (int i = 0; i < 2; ++i) {
+      float* own = scratch.rows.data() + 3 * i * size;
+      block[i] = {stride, gram_stride, own, own + size, own + 2 * size, s.projects_new ? own + size : own, scratch.held.data(),
+                  scratch.sums.data() + i * grams};
+    }
+  }
+
+  // From dots = g Aᵀ of some rows: B' into the state, what the update multiplies A by, and the sums of B'ᵀ[B' | B].
+  void follow(int i, int64_t first, int count, const float* dots) {
+    const Moment& moment = s.moment[i];
     const int k = moment.k;
+    const Block& b = block[i];
+    const float scale = i ? std::fabs(s.g_scale) : s.g_scale;
+    for (int r = 0; r < count; r += ROWS) outer(dots + r * k, k, moment.R.data(), padded(k), int(padded(k)), b.C + r * b.stride, b.stride);
     for (int r = 0; r < count; ++r) {
-      float *state = moment.B + (first + r) * k, *old = B + r * k, *now = B_new + r * k, *fit = C + r * k;
-      const float* dot = dots + r * k;
-      for (int l = 0; l < k; ++l)
-        for (int j = 0; j < k; ++j) fit[j] += dot[l] * moment.R[l * k + j];
-      if (s.metrics && first_moment)  // ‖X A‖² = Σ X (A Aᵀ) Xᵀ over the rows of X
+      float *state = moment.B + (first + r) * k, *old = b.old + r * b.stride, *now = b.now + r * b.stride, *fit = b.C + r * b.stride;
+      std::copy_n(state, k, old);
+      for (int j = 0; j < k; j += LANES) store(fit + j, scale * load(fit + j));
+      if (s.metrics && i == 0)  // ‖X A‖² = Σ X (A Aᵀ) Xᵀ over the rows of X
         for (int j = 0; j < k; ++j)
           for (int l = 0; l < k; ++l) sums.captured += moment.gram[j * k + l] * fit[j] * fit[l];
-      for (int j = 0; j < k; ++j) {
-        old[j] = state[j];
-        now[j] = moment.keep * old[j] + moment.gain * fit[j];
-        fit[j] = moment.by_B * old[j] + moment.by_X * fit[j];
-        state[j] = now[j];
+      for (int j = 0; j < k; j += LANES) {
+        const Vec X = load(fit + j), B = load(old + j);
+        store(now + j, moment.keep * B + moment.gain * X);
+        store(fit + j, moment.by_B * B + moment.by_X * X);
       }
-      double* both = held + r * gram_stride;
+      std::copy_n(now, k, state);
+      double* both = b.held + r * b.gram_stride;
       std::copy_n(s.projects_new ? now : old, k, both);
       if (s.projects_new) std::copy_n(old, k, both + k);
     }
-    BY_RANKS(k, (combine_block<J>(held + j0, gram_stride, 1, held, gram_stride, count, gram_sums + j0 * gram_stride)))
+    BY_RANKS(k, (combine_block<J>(b.held + j0, b.gram_stride, 1, b.held, b.gram_stride, padded_double(moment.gram_columns), count, b.grams + j0 * b.gram_stride)))
   }
 
   // Entries of a register lie along a column: the same with the roles of rows and columns exchanged, for at most NARROW columns.
@@ -264,8 +350,8 @@ class Rows {
         follow_transposed(moment, first, count, whole, C[i], B[i], B_new[i], i);
         const float* left = s.projects_new ? B_new[i] : B[i];
         for (int c0 = 0; c0 < q; c0 += ROWS) {
-          if (i) BY_RANKS(k, (dot_block<J, true>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k)))
-          else BY_RANKS(k, (dot_block<J, false>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k)))
+          if (i) BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k)))
+          else BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k)))
         }
       }
       for (int c0 = 0; c0 < q; c0 += ROWS) {
@@ -294,7 +380,7 @@ class Rows {
       std::fill_n(B + j * CHUNK + count, whole - count, 0.f);
       for (int r = 0; r < whole; r += LANES) {
         Vec fit = {};
-        for (int l = 0; l < k; ++l) fit += moment.R[l * k + j] * load(C + l * CHUNK + r);
+        for (int l = 0; l < k; ++l) fit += moment.R[l * padded(k) + j] * load(C + l * CHUNK + r);
         store(B_new + j * CHUNK + r, fit);
       }
     }
