@@ -26,6 +26,18 @@ constexpr int WIDTH = LANES == 16 ? 4 : 2;  // registers along a row that are he
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef double DoubleVec __attribute__((vector_size(4 * LANES), aligned(8), may_alias));  // half as many
 typedef float HalfVec __attribute__((vector_size(2 * LANES), aligned(4), may_alias));       // as many as those
+
+// float32 numbers as float64.
+inline DoubleVec widened(const float* x) {
+#if LANES == 16
+  return (DoubleVec)_mm512_cvtps_pd(_mm256_loadu_ps(x));
+#elif defined(__AVX2__)
+  return (DoubleVec)_mm256_cvtps_pd(_mm_loadu_ps(x));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const HalfVec*>(x), DoubleVec);
+#endif
+}
+
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Index8 __attribute__((vector_size(32)));
 #ifdef __clang__
@@ -225,18 +237,31 @@ double square_tile(const float* x, int64_t stride, int columns) {
     float lanes[LANES];
     store(lanes, square);
     UNROLLED for (int half = 0; half < 2; ++half)
-      total[half] += __builtin_convertvector(*reinterpret_cast<const HalfVec*>(lanes + half * LANES / 2), DoubleVec);
+      total[half] += widened(lanes + half * LANES / 2);
   }
   double sum = 0;
   for (int lane = 0; lane < LANES / 2; ++lane) sum += total[0][lane] + total[1][lane];
   return sum;
 }
 
+// Rows of a matrix that will be read next, of entries of ``size`` bytes: they are asked for a register at a time while others are computed, for
+// that keeps more reads in flight than waiting for them does.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t stride = 0;
+  int size = 0, rows = 0;
+
+  void fetch(int column) const {
+    for (int r = 0; r < rows; ++r) __builtin_prefetch(at + r * stride + column * size, 0, 3);
+  }
+};
+
 // dots[r][j] += x[r] · A[j], or |x[r]| · A[j], over some columns, for R rows of x, a multiple of 4, and J of A.
 template <int R, int J, bool ABSOLUTE>
-void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k) {
+void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k, const Ahead& ahead = {}) {
   Vec total[R][J] = {};
   for (int c = 0; c < columns; c += LANES) {
+    ahead.fetch(c);
     Vec a[J];
     UNROLLED for (int j = 0; j < J; ++j) a[j] = load(A + j * stride + c);
     UNROLLED for (int r = 0; r < R; ++r) {
@@ -414,7 +439,7 @@ void add_small_gram(const float* x, int64_t q, double* gram) {
       DoubleVec row[K];
       if (c + SIZE <= q) {
         UNROLLED for (int j = 0; j < K; ++j)
-          row[j] = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(x + j * q + c + s * LANES / 2), DoubleVec);
+          row[j] = widened(x + j * q + c + s * LANES / 2);
       } else {
         if (s == 0)
           for (int j = 0; j < K; ++j) std::fill(std::copy(x + j * q + c, x + j * q + q, tail[j]), tail[j] + SIZE, 0.0);

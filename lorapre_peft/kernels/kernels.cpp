@@ -63,12 +63,12 @@ class Task {
   }
 
   double look(int64_t split, Scratch& scratch, Sums& sums) const {
-    std::vector<Ahead> ahead;
+    std::vector<Later> later;
     if (s.p * s.q <= CACHED_ENTRIES) {
       const int64_t size = sizeof(float);
-      ahead = {{s.param, s.p * s.q * size_of(s.param_type)}, {at.m_B, s.p * shape.m_rank * size}, {at.v_B, s.p * shape.v_rank * size}};
+      later = {{s.param, std::min<int64_t>(CHUNK, s.p) * s.q * size_of(s.param_type)}, {at.m_B, s.p * shape.m_rank * size}, {at.v_B, s.p * shape.v_rank * size}};
     }
-    return Rows(s, scratch, sums).look(first_row(split), first_row(split + 1), std::move(ahead));
+    return Rows(s, scratch, sums).look(first_row(split), first_row(split + 1), std::move(later));
   }
 
   // Everything else that the rows need, from ‖g‖². False if the gradient cannot be used: then nothing has changed.

@@ -15,9 +15,9 @@ namespace {
 constexpr double DAMPING = 1e-6, MIN_FACTOR_NORM = 1e-12;
 
 // Memory that will be read soon: its share of it is asked for whenever a share of other work is done.
-class Ahead {
+class Later {
  public:
-  Ahead(const void* from, int64_t bytes) : at(static_cast<const char*>(from)), end(at + bytes) {}
+  Later(const void* from, int64_t bytes) : at(static_cast<const char*>(from)), end(at + bytes) {}
 
   void split(int64_t parts) { share = ((end - at) / parts + 64) / 64 * 64; }
   void fetch() {
@@ -30,15 +30,15 @@ class Ahead {
   int64_t share = 0;
 };
 
-// Σ x² of the entries from ``begin`` to ``end``; x is one stream from memory, and ``ahead`` keeps some more of them busy.
-inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t end, std::vector<Ahead> ahead = {}) {
-  for (Ahead& other : ahead) other.split((end - begin + CHUNK - 1) / CHUNK);
+// Σ x² of the entries from ``begin`` to ``end``; x is one stream from memory, and ``later`` keeps some more of them busy.
+inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t end, std::vector<Later> later = {}) {
+  for (Later& other : later) other.split((end - begin + CHUNK - 1) / CHUNK);
   constexpr int SUMS = 4;
   DoubleVec total[SUMS] = {};
   float part[CHUNK];
   for (int64_t i = begin; i < end; i += CHUNK) {
     const int count = int(std::min<int64_t>(CHUNK, end - i));
-    for (Ahead& other : ahead) other.fetch();
+    for (Later& other : later) other.fetch();
     const float* from = static_cast<const float*>(x) + i;
     if (type != FLOAT32 || count < CHUNK) {
       read(x, type, i, count, part);
@@ -47,7 +47,7 @@ inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t en
     }
     for (int c = 0; c < CHUNK; c += SUMS * LANES / 2)
       UNROLLED for (int j = 0; j < SUMS; ++j) {
-        const DoubleVec value = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(from + c + j * LANES / 2), DoubleVec);
+        const DoubleVec value = widened(from + c + j * LANES / 2);
         total[j] += value * value;
       }
   }

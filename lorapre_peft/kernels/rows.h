@@ -16,6 +16,7 @@ namespace {
 constexpr double SMALL_SQUARE = 1e-20;
 constexpr int BLOCK = 32;        // rows whose factors are followed together; a multiple of ROWS
 constexpr int FOLLOWED = 3072;   // columns times ranks whose parts of A and Bᵀx fill half of the first-level cache
+constexpr int STEP_CHUNK = 512;  // the most columns of a tile of `wide`
 constexpr int LOOK_CHUNK = 512;  // columns that `look` takes at once: DOT_ROWS rows of them stay in the first-level cache
 
 // One of the two factored moments, M ≈ B A, in one step. With X = x Aᵀ R its rows become B' = keep · B + gain · X, and the update takes
@@ -80,11 +81,11 @@ class Rows {
  public:
   Rows(const Step& step, Scratch& scratch, Sums& sums) : s(step), scratch(scratch), sums(sums) {}
 
-  // Σ g² of some rows, and what `run` needs of them before ‖g‖ is known. ``ahead`` is memory that it will need as well.
-  double look(int64_t begin, int64_t end, std::vector<Ahead> ahead) {
+  // Σ g² of some rows, and what `run` needs of them before ‖g‖ is known. ``later`` is memory that it will need as well.
+  double look(int64_t begin, int64_t end, std::vector<Later> later) {
     double square = s.q <= NARROW ? 0 : look_wide(begin, end);
     if (!(square > SMALL_SQUARE && square <= FLT_MAX))  // float32 products may have lost something
-      square = sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q, std::move(ahead));
+      square = sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q, std::move(later));
     return square;
   }
 
@@ -97,8 +98,9 @@ class Rows {
 
   // The normalised update (m + residual · g)/(√(root² + g²) + eps) of some entries, in place of m = C A_m; root = s v_B v_A. All three
   // have room for whole registers.
-  void normalise(float* m, const float* root, const float* g, int count) {
+  void normalise(float* m, const float* root, const float* g, int count, const Ahead& ahead) {
     for (int c = 0; c < count; c += LANES) {
+      ahead.fetch(c);
       const Vec v = load(root + c), x = load(g + c);
       store(m + c, over_root(load(m + c) + s.residual * x, v * v + x * x, s.eps));
     }
@@ -142,10 +144,10 @@ class Rows {
     }
   }
 
-  // Rows of the gradient in float32, times ``scale``, in whole registers and ``rows`` rows of LOOK_CHUNK numbers: zeros where there is none.
-  void read_tile(int64_t first, int count, int rows, int64_t c0, int columns, float scale, float* x) const {
+  // Rows of the gradient in float32, times ``scale``, in whole registers and ``rows`` rows of ``stride`` numbers: zeros where there is none.
+  void read_tile(int64_t first, int count, int rows, int64_t c0, int columns, float scale, float* x, int stride) const {
     const int here = int(std::min<int64_t>(columns, s.q - c0));
-    for (int r = 0; r < rows; ++r, x += LOOK_CHUNK) {
+    for (int r = 0; r < rows; ++r, x += stride) {
       if (r < count) read(s.grad, s.grad_type, (first + r) * s.q + c0, here, x);
       std::fill(x + (r < count ? here : 0), x + columns, 0.f);
       if (scale != 1)
@@ -160,6 +162,7 @@ class Rows {
   // The products of the gradient's rows with A into ``sums.dots``, and Σ g².
   double look_wide(int64_t begin, int64_t end) {
     alignas(64) float copy[DOT_ROWS * LOOK_CHUNK];
+    const int sweeps = (s.moment[0].k + DOT_RANKS - 1) / DOT_RANKS + (s.moment[1].k + DOT_RANKS - 1) / DOT_RANKS;
     double square = 0;
     for (int i = 0; i < 2; ++i) sums.dots[i].assign((end - begin + DOT_ROWS) * s.moment[i].k, 0.f);
     for (int64_t first = begin; first < end; first += DOT_ROWS) {
@@ -169,26 +172,37 @@ class Rows {
         const float* x = static_cast<const float*>(s.grad) + first * s.q + c0;
         int64_t stride = s.q;
         if (s.grad_type != FLOAT32 || count < DOT_ROWS || c0 + columns > s.q) {
-          read_tile(first, count, DOT_ROWS, c0, columns, 1, copy);
+          read_tile(first, count, DOT_ROWS, c0, columns, 1, copy, LOOK_CHUNK);
           x = copy, stride = LOOK_CHUNK;
         }
         square += square_tile(x, stride, columns);
+        Ahead ahead = c0 + LOOK_CHUNK < s.q ? grad_ahead(first, c0 + LOOK_CHUNK) : grad_ahead(first + DOT_ROWS, 0);
+        ahead.rows = (DOT_ROWS + sweeps - 1) / sweeps;
         for (int i = 0; i < 2; ++i) {
           const int k = s.moment[i].k;
           const int64_t a_stride = A_stride(i);
           const float* a = A(i) + c0;
           float* dots = sums.dots[i].data() + (first - begin) * k;
           int j = 0;
-          for (; j + DOT_RANKS <= k; j += DOT_RANKS)
-            i ? dot_tile<DOT_ROWS, DOT_RANKS, true>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k)
-              : dot_tile<DOT_ROWS, DOT_RANKS, false>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k);
-          for (; j < k; ++j)
-            i ? dot_tile<DOT_ROWS, 1, true>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k)
-              : dot_tile<DOT_ROWS, 1, false>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k);
+          for (; j + DOT_RANKS <= k; j += DOT_RANKS, ahead.at += ahead.rows * ahead.stride)
+            i ? dot_tile<DOT_ROWS, DOT_RANKS, true>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k, ahead)
+              : dot_tile<DOT_ROWS, DOT_RANKS, false>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k, ahead);
+          for (; j < k; ++j, ahead.at += ahead.rows * ahead.stride)
+            i ? dot_tile<DOT_ROWS, 1, true>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k, ahead)
+              : dot_tile<DOT_ROWS, 1, false>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k, ahead);
         }
       }
     }
     return square;
+  }
+
+  Ahead grad_ahead(int64_t row, int64_t column) const {
+    const int size = size_of(s.grad_type);
+    return {static_cast<const char*>(s.grad) + (row * s.q + column) * size, s.q * size, size, ROWS};
+  }
+  Ahead param_ahead(int64_t row, int64_t column) const {
+    const int size = size_of(s.param_type);
+    return {static_cast<const char*>(s.param) + (row * s.q + column) * size, s.q * size, size, ROWS};
   }
 
   // Entries of a register lie along a row.
@@ -196,8 +210,8 @@ class Rows {
     const int64_t q = s.q;
     constexpr int SIZE = STEP_WIDTH * LANES;
     const int ranks = s.moment[0].k + s.moment[1].k;
-    const int chunk = std::clamp(FOLLOWED / ranks / SIZE * SIZE, SIZE, LOOK_CHUNK);
-    alignas(64) float x[ROWS * LOOK_CHUNK], u[ROWS * LOOK_CHUNK];
+    const int chunk = std::clamp(FOLLOWED / ranks / SIZE * SIZE, SIZE, STEP_CHUNK);
+    alignas(64) float x[ROWS * STEP_CHUNK], u[ROWS * STEP_CHUNK];
     start_block();
     for (int64_t first = begin; first < end; first += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, end - first));
@@ -206,14 +220,16 @@ class Rows {
         const int here = int(std::min<int64_t>(chunk, q - c0)), columns = int(padded(here));
         for (int r0 = 0; r0 < count; r0 += ROWS) {
           const int rows = std::min(ROWS, count - r0);
-          fetch(first + r0 + ROWS, std::min(ROWS, count - r0 - ROWS), c0, here);
-          read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x);
+          const bool more = r0 + ROWS < count;
+          const int64_t next_row = first + (more ? r0 + ROWS : 0), next_column = more ? c0 : c0 + chunk;
+          const Ahead grad = grad_ahead(next_row, next_column), param = param_ahead(next_row, next_column);
+          read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x, STEP_CHUNK);
           int c = 0;
-          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES) step_tile<STEP_WIDTH>(r0, c0 + c, x + c, u + c);
-          for (; c < columns; c += LANES) step_tile<1>(r0, c0 + c, x + c, u + c);
+          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES) step_tile<STEP_WIDTH>(r0, c0 + c, x + c, u + c, grad, param, c);
+          for (; c < columns; c += LANES) step_tile<1>(r0, c0 + c, x + c, u + c, grad, param, c);
           for (int r = 0; r < rows; ++r) {
-            look_at(u + r * LOOK_CHUNK, here);
-            move(u + r * LOOK_CHUNK, (first + r0 + r) * q + c0, here);
+            look_at(u + r * STEP_CHUNK, here);
+            move(u + r * STEP_CHUNK, (first + r0 + r) * q + c0, here);
           }
         }
       }
@@ -228,38 +244,28 @@ class Rows {
 
   // ROWS rows and W registers of columns: their part of B'ᵀx, and their normalised update.
   template <int W>
-  void step_tile(int r0, int64_t c0, const float* x, float* u) {
+  void step_tile(int r0, int64_t c0, const float* x, float* u, const Ahead& grad, const Ahead& param, int c) {
+    UNROLLED for (int w = 0; w < W; ++w) grad.fetch(c + w * LANES), param.fetch(c + w * LANES);
     Vec value[ROWS][W], total[ROWS][W];
     const Block &m = block[0], &v = block[1];
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
-        value[r][w] = load(x + r * LOOK_CHUNK + w * LANES);
+        value[r][w] = load(x + r * STEP_CHUNK + w * LANES);
         total[r][w] = s.residual * value[r][w];
       }
     follow_tile<W>(m.left + r0 * m.stride, m.C + r0 * m.stride, m.stride, s.moment[0].k, A(0) + c0, A_stride(0), sums.P[0].data() + c0, s.stride, value, total);
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
-        store(u + r * LOOK_CHUNK + w * LANES, total[r][w]);
+        store(u + r * STEP_CHUNK + w * LANES, total[r][w]);
         value[r][w] = absolute(value[r][w]);
         total[r][w] = Vec{};
       }
     follow_tile<W>(v.left + r0 * v.stride, v.C + r0 * v.stride, v.stride, s.moment[1].k, A(1) + c0, A_stride(1), sums.P[1].data() + c0, s.stride, value, total);
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
-        float* to = u + r * LOOK_CHUNK + w * LANES;
+        float* to = u + r * STEP_CHUNK + w * LANES;
         store(to, over_root(load(to), total[r][w] * total[r][w] + value[r][w] * value[r][w], s.eps));
       }
-  }
-
-  // Have some rows and columns of the gradient and of the weights on their way while others are computed.
-  void fetch(int64_t row, int rows, int64_t column, int columns) const {
-    for (int r = 0; r < rows; ++r) {
-      const int64_t at = (row + r) * s.q + column;
-      const char* grad = static_cast<const char*>(s.grad) + at * size_of(s.grad_type);
-      const char* param = static_cast<const char*>(s.param) + at * size_of(s.param_type);
-      for (int64_t c = 0; c < columns * size_of(s.grad_type); c += 64) __builtin_prefetch(grad + c, 0, 3);
-      for (int64_t c = 0; c < columns * size_of(s.param_type); c += 64) __builtin_prefetch(param + c, 1, 3);
-    }
   }
 
   // A block of rows of one moment, in rows of ``stride`` numbers: the B whose Bᵀx is summed, and what the update multiplies A by. In float64
@@ -350,14 +356,20 @@ class Rows {
         follow_transposed(moment, first, count, whole, C[i], B[i], B_new[i], i);
         const float* left = s.projects_new ? B_new[i] : B[i];
         for (int c0 = 0; c0 < q; c0 += ROWS) {
-          if (i) BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k)))
-          else BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k)))
+          Ahead param = param_ahead(first + CHUNK, (c0 + i) * CHUNK);
+          param.rows = 1;
+          if (i) BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k, param)))
+          else BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k, param)))
         }
       }
       for (int c0 = 0; c0 < q; c0 += ROWS) {
         outer(A[0] + c0 * s.moment[0].k, s.moment[0].k, C[0], CHUNK, whole, u[c0], CHUNK);
         outer(A[1] + c0 * s.moment[1].k, s.moment[1].k, C[1], CHUNK, whole, *root, CHUNK);
-        for (int c = c0; c < std::min(q, c0 + ROWS); ++c) normalise(u[c], root[c - c0], x[c], count);
+        for (int c = c0; c < std::min(q, c0 + ROWS); ++c) {
+          Ahead param = param_ahead(first + CHUNK, c * CHUNK);
+          param.rows = c - c0 >= 2;
+          normalise(u[c], root[c - c0], x[c], count, param);
+        }
       }
       transpose(*u, CHUNK, q, count, flat, q);
       move(flat, first * q, count * q);
