@@ -101,19 +101,24 @@ inline Vec over_root(Vec x, Vec square, float eps) {
 
 // The sums of four registers' lanes.
 inline void sum4(const Vec* v, int stride, float* out) {
-  Vec8 half[4], pair[2];
-  for (int i = 0; i < 4; ++i) {
-    float lanes[LANES];
-    store(lanes, v[i * stride]);
-    half[i] = *reinterpret_cast<const Vec8*>(lanes);
-    if (LANES == 16) half[i] += *reinterpret_cast<const Vec8*>(lanes + LANES - 8);
+#if LANES == 16 || defined(__AVX2__)
+  __m256 half[4];
+  UNROLLED for (int i = 0; i < 4; ++i) {
+#if LANES == 16
+    const __m512 whole = (__m512)v[i * stride];
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+#else
+    half[i] = (__m256)v[i * stride];
+#endif
   }
-  for (int i = 0; i < 2; ++i)
-    pair[i] = SHUFFLE(half[2 * i], half[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
-              SHUFFLE(half[2 * i], half[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  const Vec8 four = SHUFFLE(pair[0], pair[1], 0, 1, 8, 9, 4, 5, 12, 13) +
-                    SHUFFLE(pair[0], pair[1], 2, 3, 10, 11, 6, 7, 14, 15);
-  for (int i = 0; i < 4; ++i) out[i] = four[i] + four[i + 4];
+  const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+#else
+  for (int i = 0; i < 4; ++i) {
+    out[i] = 0;
+    for (int lane = 0; lane < LANES; ++lane) out[i] += v[i * stride][lane];
+  }
+#endif
 }
 
 inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
@@ -319,7 +324,7 @@ void outer(const float* B, int k, const float* A, int64_t stride, int columns, f
 
 // P[j] += Σ_r B[r][j] x[r], or |x[r]|, for R rows and W registers of columns.
 template <int R, int W, bool ABSOLUTE>
-inline void project_tile(const float* B, int k, const float* x, int64_t x_stride, float* P, int64_t stride) {
+inline void project_tile(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, float* P, int64_t stride) {
   Vec value[R][W];
   UNROLLED for (int r = 0; r < R; ++r)
     UNROLLED for (int w = 0; w < W; ++w) value[r][w] = load_as<ABSOLUTE>(x + r * x_stride + w * LANES);
@@ -327,25 +332,25 @@ inline void project_tile(const float* B, int k, const float* x, int64_t x_stride
     Vec total[W];
     UNROLLED for (int w = 0; w < W; ++w) total[w] = load(P + j * stride + w * LANES);
     UNROLLED for (int r = 0; r < R; ++r)
-      UNROLLED for (int w = 0; w < W; ++w) total[w] += B[r * k + j] * value[r][w];
+      UNROLLED for (int w = 0; w < W; ++w) total[w] += B[r * b_stride + j] * value[r][w];
     UNROLLED for (int w = 0; w < W; ++w) store(P + j * stride + w * LANES, total[w]);
   }
 }
 
 template <int R, int W, bool ABSOLUTE>
-void project_rows(const float* B, int k, const float* x, int64_t x_stride, int columns, float* P, int64_t stride) {
+void project_rows(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, int columns, float* P, int64_t stride) {
   int c = 0;
-  for (; c + W * LANES <= columns; c += W * LANES) project_tile<R, W, ABSOLUTE>(B, k, x + c, x_stride, P + c, stride);
-  for (; c < columns; c += LANES) project_tile<R, 1, ABSOLUTE>(B, k, x + c, x_stride, P + c, stride);
+  for (; c + W * LANES <= columns; c += W * LANES) project_tile<R, W, ABSOLUTE>(B, b_stride, k, x + c, x_stride, P + c, stride);
+  for (; c < columns; c += LANES) project_tile<R, 1, ABSOLUTE>(B, b_stride, k, x + c, x_stride, P + c, stride);
 }
 
 // The same for some rows, a multiple of ROWS, and columns, a multiple of LANES: two blocks of rows at a time, for each reads and writes P.
 template <bool ABSOLUTE>
-void project(const float* B, int k, const float* x, int64_t x_stride, int rows, int columns, float* P, int64_t stride) {
+void project(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, int rows, int columns, float* P, int64_t stride) {
   int r = 0;
   for (; r + 2 * ROWS <= rows; r += 2 * ROWS)
-    project_rows<2 * ROWS, WIDTH / 2, ABSOLUTE>(B + r * k, k, x + r * x_stride, x_stride, columns, P, stride);
-  if (r < rows) project_rows<ROWS, WIDTH, ABSOLUTE>(B + r * k, k, x + r * x_stride, x_stride, columns, P, stride);
+    project_rows<2 * ROWS, WIDTH / 2, ABSOLUTE>(B + r * b_stride, b_stride, k, x + r * x_stride, x_stride, columns, P, stride);
+  if (r < rows) project_rows<ROWS, WIDTH, ABSOLUTE>(B + r * b_stride, b_stride, k, x + r * x_stride, x_stride, columns, P, stride);
 }
 
 // out[j] += Σ_r left[r][j] x[r] over some columns, of rows of ``stride`` numbers; left[r][j] lies at r · by_row + j · by_rank.

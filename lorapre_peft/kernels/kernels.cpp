@@ -146,8 +146,8 @@ class Task {
     int alive = 0;
     for (int j = 0; j < k; ++j) alive += m.gram[j * k + j] != 0;
     m.restarts = !o.newton && alive < k;
-    // Rows of whole registers are read where they are, unless many lie a multiple of a cache's ways apart.
-    if (!m.restarts && (s.q <= NARROW || (s.q % LANES == 0 && k <= ROWS))) return;
+    // Rows of whole registers are read where they are.
+    if (!m.restarts && (s.q <= NARROW || s.q % LANES == 0)) return;
     m.own_A.assign(k * s.stride, 0.f);
     for (int j = 0; j < k; ++j) std::copy_n(A + j * s.q, s.q, m.own_A.data() + j * s.stride);
     if (!m.restarts) return;

@@ -14,7 +14,8 @@ namespace {
 
 // Below this Σ g² is summed in float64 alone: no square that float32 loses, of up to 1e10, then counts.
 constexpr double SMALL_SQUARE = 1e-20;
-constexpr int BLOCK = 32;        // rows whose factors are followed together; a multiple of ROWS
+constexpr int PACKED_RANKS = 10; // of both moments, up to which A and Bᵀx are used where they are
+constexpr int BLOCK = 64;        // rows whose factors are followed together; a multiple of ROWS
 constexpr int FOLLOWED = 3072;   // columns times ranks whose parts of A and Bᵀx fill half of the first-level cache
 constexpr int STEP_CHUNK = 512;  // the most columns of a tile of `wide`
 constexpr int LOOK_CHUNK = 512;  // columns that `look` takes at once: DOT_ROWS rows of them stay in the first-level cache
@@ -73,7 +74,7 @@ struct Sums {
 
 // Room that a thread keeps from matrix to matrix.
 struct Scratch {
-  std::vector<float> x, rows, columns;
+  std::vector<float> rows, columns, cross;
   std::vector<double> held, sums, work, small;
 };
 
@@ -212,12 +213,15 @@ class Rows {
     const int ranks = s.moment[0].k + s.moment[1].k;
     const int chunk = std::clamp(FOLLOWED / ranks / SIZE * SIZE, SIZE, STEP_CHUNK);
     alignas(64) float x[ROWS * STEP_CHUNK], u[ROWS * STEP_CHUNK];
-    start_block();
+    start_block(end - begin);
+    const bool packed = ranks > PACKED_RANKS;
+    if (packed) scratch.columns.resize(2 * ranks * chunk);
     for (int64_t first = begin; first < end; first += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, end - first));
       for (int i = 0; i < 2; ++i) follow(i, first, count, sums.dots[i].data() + (first - begin) * s.moment[i].k);
       for (int64_t c0 = 0; c0 < q; c0 += chunk) {
         const int here = int(std::min<int64_t>(chunk, q - c0)), columns = int(padded(here));
+        packed ? pack(c0, here, chunk) : place(c0);
         for (int r0 = 0; r0 < count; r0 += ROWS) {
           const int rows = std::min(ROWS, count - r0);
           const bool more = r0 + ROWS < count;
@@ -225,26 +229,61 @@ class Rows {
           const Ahead grad = grad_ahead(next_row, next_column), param = param_ahead(next_row, next_column);
           read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x, STEP_CHUNK);
           int c = 0;
-          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES) step_tile<STEP_WIDTH>(r0, c0 + c, x + c, u + c, grad, param, c);
-          for (; c < columns; c += LANES) step_tile<1>(r0, c0 + c, x + c, u + c, grad, param, c);
+          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES) step_tile<STEP_WIDTH>(r0, c, x + c, u + c, grad, param);
+          for (; c < columns; c += LANES) step_tile<1>(r0, c, x + c, u + c, grad, param);
           for (int r = 0; r < rows; ++r) {
             look_at(u + r * STEP_CHUNK, here);
             move(u + r * STEP_CHUNK, (first + r0 + r) * q + c0, here);
           }
         }
+        if (packed) add_packed(c0, columns);
       }
     }
     for (int i = 0; i < 2; ++i) {
       const Moment& moment = s.moment[i];
-      for (int j = 0; j < moment.k; ++j)
-        for (int l = 0; l < moment.gram_columns; ++l)
-          sums.grams[i][j * moment.gram_columns + l] += block[i].grams[j * block[i].gram_stride + l];
+      for (int j = 0; j < moment.k; ++j) {
+        double* gram = sums.grams[i].data() + j * moment.gram_columns;
+        for (int l = 0; l < moment.k; ++l) gram[l] += block[i].gram[std::max(j, l) * block[i].stride + std::min(j, l)];
+        for (int l = moment.k; l < moment.gram_columns; ++l) gram[l] += block[i].cross[j * block[i].stride + l - moment.k];
+      }
     }
+  }
+
+  // Some columns of a moment's A and of Bᵀx, in rows that lie so far apart.
+  struct Tile {
+    const float* A;
+    float* P;
+    int64_t A_stride, P_stride;
+  } tile[2];
+
+  void place(int64_t c0) {
+    for (int i = 0; i < 2; ++i) tile[i] = {A(i) + c0, sums.P[i].data() + c0, A_stride(i), s.stride};
+  }
+
+  // Copies side by side, with zeros for Bᵀx: where they are, the rows of many ranks lie in as many pages and in the same places of a cache.
+  void pack(int64_t c0, int here, int chunk) {
+    float *to = scratch.columns.data(), *P = to + (s.moment[0].k + s.moment[1].k) * chunk;
+    for (int i = 0; i < 2; ++i) {
+      tile[i] = {to, P, chunk, chunk};
+      for (int j = 0; j < s.moment[i].k; ++j, to += chunk, P += chunk) {
+        std::fill(std::copy_n(A(i) + j * A_stride(i) + c0, here, to), to + padded(here), 0.f);
+        std::fill_n(P, chunk, 0.f);
+      }
+    }
+  }
+
+  void add_packed(int64_t c0, int columns) {
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < s.moment[i].k; ++j) {
+        const float* from = tile[i].P + j * tile[i].P_stride;
+        float* P = sums.P[i].data() + j * s.stride + c0;
+        for (int c = 0; c < columns; c += LANES) store(P + c, load(P + c) + load(from + c));
+      }
   }
 
   // ROWS rows and W registers of columns: their part of B'ᵀx, and their normalised update.
   template <int W>
-  void step_tile(int r0, int64_t c0, const float* x, float* u, const Ahead& grad, const Ahead& param, int c) {
+  void step_tile(int r0, int c, const float* x, float* u, const Ahead& grad, const Ahead& param) {
     UNROLLED for (int w = 0; w < W; ++w) grad.fetch(c + w * LANES), param.fetch(c + w * LANES);
     Vec value[ROWS][W], total[ROWS][W];
     const Block &m = block[0], &v = block[1];
@@ -253,14 +292,14 @@ class Rows {
         value[r][w] = load(x + r * STEP_CHUNK + w * LANES);
         total[r][w] = s.residual * value[r][w];
       }
-    follow_tile<W>(m.left + r0 * m.stride, m.C + r0 * m.stride, m.stride, s.moment[0].k, A(0) + c0, A_stride(0), sums.P[0].data() + c0, s.stride, value, total);
+    follow_tile<W>(m.left + r0 * m.stride, m.C + r0 * m.stride, m.stride, s.moment[0].k, tile[0].A + c, tile[0].A_stride, tile[0].P + c, tile[0].P_stride, value, total);
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
         store(u + r * STEP_CHUNK + w * LANES, total[r][w]);
         value[r][w] = absolute(value[r][w]);
         total[r][w] = Vec{};
       }
-    follow_tile<W>(v.left + r0 * v.stride, v.C + r0 * v.stride, v.stride, s.moment[1].k, A(1) + c0, A_stride(1), sums.P[1].data() + c0, s.stride, value, total);
+    follow_tile<W>(v.left + r0 * v.stride, v.C + r0 * v.stride, v.stride, s.moment[1].k, tile[1].A + c, tile[1].A_stride, tile[1].P + c, tile[1].P_stride, value, total);
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
         float* to = u + r * STEP_CHUNK + w * LANES;
@@ -268,24 +307,24 @@ class Rows {
       }
   }
 
-  // A block of rows of one moment, in rows of ``stride`` numbers: the B whose Bᵀx is summed, and what the update multiplies A by. In float64
-  // B' and B side by side, and the sums of B'ᵀ[B' | B].
+  // A block of rows of one moment, in rows of ``stride`` numbers: B, B', what the update multiplies A by, and ``left``, the one whose products with
+  // x are summed. And sums: B'ᵀB, and in float64 ``held``ᵀ ``held``, of B' as well or, for `newton`, of B.
   struct Block {
-    int64_t stride, gram_stride;
-    float *old, *now, *C, *left;
-    double *held, *grams;
+    int64_t stride;
+    float *old, *now, *C, *left, *cross;
+    double *held, *gram;
   } block[2];
 
-  void start_block() {
-    const int64_t stride = padded(std::max(s.moment[0].k, s.moment[1].k)), size = BLOCK * stride;
-    const int64_t gram_stride = padded(2 * stride), grams = stride * gram_stride;
+  void start_block(int64_t rows) {
+    const int64_t stride = padded(std::max(s.moment[0].k, s.moment[1].k)), most = std::min<int64_t>(BLOCK, (rows + ROWS - 1) / ROWS * ROWS), size = most * stride;
     scratch.rows.assign(6 * size, 0.f);
-    scratch.held.assign(BLOCK * gram_stride, 0.0);
-    scratch.sums.assign(2 * grams, 0.0);
+    scratch.cross.assign(2 * stride * stride, 0.f);
+    scratch.held.assign(most * stride, 0.0);
+    scratch.sums.assign(2 * stride * stride, 0.0);
     for (int i = 0; i < 2; ++i) {
       float* own = scratch.rows.data() + 3 * i * size;
-      block[i] = {stride, gram_stride, own, own + size, own + 2 * size, s.projects_new ? own + size : own, scratch.held.data(),
-                  scratch.sums.data() + i * grams};
+      block[i] = {stride, own, own + size, own + 2 * size, s.projects_new ? own + size : own, scratch.cross.data() + i * stride * stride,
+                  scratch.held.data(), scratch.sums.data() + i * stride * stride};
     }
   }
 
@@ -309,11 +348,10 @@ class Rows {
         store(fit + j, moment.by_B * B + moment.by_X * X);
       }
       std::copy_n(now, k, state);
-      double* both = b.held + r * b.gram_stride;
-      std::copy_n(s.projects_new ? now : old, k, both);
-      if (s.projects_new) std::copy_n(old, k, both + k);
+      std::copy_n(b.left + r * b.stride, k, b.held + r * b.stride);
     }
-    BY_RANKS(k, (combine_block<J>(b.held + j0, b.gram_stride, 1, b.held, b.gram_stride, padded_double(moment.gram_columns), count, b.grams + j0 * b.gram_stride)))
+    BY_RANKS(k, (combine_block<J>(b.held + j0, b.stride, 1, b.held, b.stride, padded_double(j0 + J), count, b.gram + j0 * b.stride)))
+    if (s.projects_new) project<false>(b.now, b.stride, k, b.old, b.stride, (count + ROWS - 1) / ROWS * ROWS, int(padded(k)), b.cross, b.stride);
   }
 
   // Entries of a register lie along a column: the same with the roles of rows and columns exchanged, for at most NARROW columns.
@@ -351,8 +389,8 @@ class Rows {
         const Moment& moment = s.moment[i];
         const int k = moment.k;
         std::fill_n(C[i], k * CHUNK, 0.f);
-        i ? project<true>(A[i], k, x[0], CHUNK, blocks, whole, C[i], CHUNK)
-          : project<false>(A[i], k, x[0], CHUNK, blocks, whole, C[i], CHUNK);
+        i ? project<true>(A[i], k, k, x[0], CHUNK, blocks, whole, C[i], CHUNK)
+          : project<false>(A[i], k, k, x[0], CHUNK, blocks, whole, C[i], CHUNK);
         follow_transposed(moment, first, count, whole, C[i], B[i], B_new[i], i);
         const float* left = s.projects_new ? B_new[i] : B[i];
         for (int c0 = 0; c0 < q; c0 += ROWS) {
