@@ -149,10 +149,14 @@ class Rows {
   void read_tile(int64_t first, int count, int rows, int64_t c0, int columns, float scale, float* x, int stride) const {
     const int here = int(std::min<int64_t>(columns, s.q - c0));
     for (int r = 0; r < rows; ++r, x += stride) {
+      if (r < count && here == columns && s.grad_type == FLOAT32) {
+        const float* from = static_cast<const float*>(s.grad) + (first + r) * s.q + c0;
+        for (int c = 0; c < columns; c += LANES) store(x + c, scale * load(from + c));
+        continue;
+      }
       if (r < count) read(s.grad, s.grad_type, (first + r) * s.q + c0, here, x);
       std::fill(x + (r < count ? here : 0), x + columns, 0.f);
-      if (scale != 1)
-        for (int c = 0; c < columns; c += LANES) store(x + c, scale * load(x + c));
+      for (int c = 0; c < columns; c += LANES) store(x + c, scale * load(x + c));
     }
   }
 
