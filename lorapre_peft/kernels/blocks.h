@@ -49,7 +49,7 @@ typedef int32_t Index8 __attribute__((vector_size(32)));
 // Before loops whose arrays of registers would else lie in memory.
 #define UNROLLED _Pragma("GCC unroll 16")
 
-enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
@@ -124,13 +124,36 @@ inline void sum4(const Vec* v, int stride, float* out) {
 inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 
+// The bits of a float16 number as float32; written so that compilers make vector instructions of it.
+inline float from_half(uint32_t half) {
+  constexpr uint32_t EXPONENT = 0x0F800000, REBIAS = (127 - 15) << 23;
+  const uint32_t bits = (half & 0x7FFF) << 13, exponent = bits & EXPONENT;
+  const uint32_t rest = exponent == EXPONENT ? (128 - 16) << 23 : 0;            // infinity and NaN
+  const float small = from_bits(bits + REBIAS + (1 << 23)) - from_bits(113 << 23);  // zero and what has no leading 1
+  const uint32_t found = exponent == 0 ? to_bits(small) : bits + REBIAS + rest;
+  return from_bits(found | (half & 0x8000) << 16);
+}
+
+// To float16's nearest, ties to even, as torch rounds: the bits.
+inline uint16_t to_half(float x) {
+  constexpr uint32_t INFINITE = 0x7F800000, TOO_LARGE = (127 + 16) << 23, NORMAL = 113 << 23, SHIFT = ((127 - 15) + (23 - 10) + 1) << 23;
+  const uint32_t sign = to_bits(x) & 0x80000000u, bits = to_bits(x) ^ sign;
+  const uint32_t small = to_bits(from_bits(bits) + from_bits(SHIFT)) - SHIFT;  // the addition rounds
+  const uint32_t normal = (bits - ((127 - 15) << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13;
+  const uint32_t found = bits >= TOO_LARGE ? (bits > INFINITE ? 0x7E00 : 0x7C00) : bits < NORMAL ? small : normal;
+  return uint16_t(found | sign >> 16);
+}
+
 void read(const void* x, Type type, int64_t at, int count, float* out) {
   if (type == FLOAT32) {
     std::memcpy(out, static_cast<const float*>(x) + at, count * sizeof(float));
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(x) + at;
-    for (int c = 0; c < count; ++c) out[c] = from_bits(uint32_t(from[c]) << 16);
+    return;
   }
+  const uint16_t* from = static_cast<const uint16_t*>(x) + at;
+  if (type == BFLOAT16)
+    for (int c = 0; c < count; ++c) out[c] = from_bits(uint32_t(from[c]) << 16);
+  else
+    for (int c = 0; c < count; ++c) out[c] = from_half(from[c]);
 }
 
 // To bfloat16's nearest, ties to even, as torch rounds; NaN stays NaN.
@@ -157,15 +180,17 @@ inline float stochastic(float x, uint32_t counter, uint32_t key, uint32_t salted
 
 inline int size_of(Type type) { return type == FLOAT32 ? 4 : 2; }
 
-inline float round_to(Type type, float x) { return type == BFLOAT16 ? nearest(x) : x; }
-
+// Rounded to the nearest; bfloat16 numbers that ``stochastic`` has made stay what they are.
 void write(void* x, Type type, int64_t at, int count, const float* values) {
   if (type == FLOAT32) {
     std::memcpy(static_cast<float*>(x) + at, values, count * sizeof(float));
-  } else {
-    uint16_t* to = static_cast<uint16_t*>(x) + at;
-    for (int c = 0; c < count; ++c) to[c] = to_bits(values[c]) >> 16;
+    return;
   }
+  uint16_t* to = static_cast<uint16_t*>(x) + at;
+  if (type == BFLOAT16)
+    for (int c = 0; c < count; ++c) to[c] = to_bits(nearest(values[c])) >> 16;
+  else
+    for (int c = 0; c < count; ++c) to[c] = to_half(values[c]);
 }
 
 void scale(float* x, int64_t count, float by) {

@@ -2,7 +2,7 @@
 
 The compiled library is kept in ``$XDG_CACHE_HOME/lorapre_peft`` (default ``~/.cache/lorapre_peft``), under a name that source, compiler,
 flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. State and weights are read and written where
-they lie. Each thread holds about 4k(q + 32) float32 numbers and 256 kB of its own, outside ``temporary_bytes``.
+they lie. Each thread holds about (k + k_v)(p + 2q) float32 numbers and 200 kB of its own, outside ``temporary_bytes``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _VECTORS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16"),
     "AVX2": ("-mavx2", "-mfma", "-DLANES=8"),
 }
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What the kernel ``adam_step`` takes of a group, in its order.
 OPTIONS = (
     *("beta1", "beta2", "lr", "weight_decay", "eps", "residual_weight", "update_scale"),
@@ -137,7 +137,7 @@ class Table:
 
 
 class Cpp(Eager):
-    """Calls the kernels. What is neither float32 nor bfloat16, and what is sharded, takes the eager path."""
+    """Calls the kernels. Float64, and what is sharded, takes the eager path."""
 
     factor_temporaries = 4
 

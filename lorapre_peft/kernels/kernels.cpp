@@ -3,7 +3,8 @@
 //
 // Compiled by cpp_backend.py, which says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k] and
 // A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed order, so that the result
-// depends neither on the number of threads nor on which matrices share the step. Products of a gradient are float32, the rest float64.
+// depends neither on the number of threads nor on which matrices share the step. Products of the
+// gradient, and what they alone are combined with, are float32; Gram matrices that are inverted, and what is k×k, are float64.
 
 #include <algorithm>
 #include <cmath>
@@ -263,7 +264,8 @@ void adam_step(const Shape* shapes, const Options* options, void* const* pointer
     for (; first < n; ++first) {
       Task one = task(order[first], steps.emplace_back());
       const Shape& shape = shapes[order[first]];
-      const int64_t splits = one.splits(), more = splits * (shape.m_rank + shape.v_rank) * row_stride(shape.q) * int64_t(sizeof(float));
+      const int64_t splits = one.splits(), ranks = shape.m_rank + shape.v_rank;
+      const int64_t more = ranks * (splits * row_stride(shape.q) + shape.p) * int64_t(sizeof(float));
       if (splits == 1 || (!large.empty() && bytes + more > sum_bytes)) break;
       starts.push_back(part_of.size());
       for (int64_t split = 0; split < splits; ++split) part_of.push_back(large.size());

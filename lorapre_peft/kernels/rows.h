@@ -117,9 +117,8 @@ class Rows {
 
   // θ ← θ − lr (clamped u + λ θ) for ``count`` weights that follow each other from ``at`` on; u has room for whole registers.
   void move(const float* u, int64_t at, int count) {
-    auto moved = [&](Vec old, int c) {
-      return old - (s.lr * at_most(at_least(load(u + c), -s.bound), s.bound) + s.decay * old);
-    };
+    const float lr = s.lr, decay = s.decay, bound = s.bound;
+    auto moved = [=](Vec old, int c) { return old - (lr * at_most(at_least(load(u + c), -bound), bound) + decay * old); };
     if (s.param_type == FLOAT32) {
       float* theta = static_cast<float*>(s.param) + at;
       int c = 0;
@@ -139,8 +138,6 @@ class Rows {
       const uint32_t counter = uint32_t(at + from);
       if (s.stochastic)
         for (int c = 0; c < here; ++c) theta[c] = stochastic(theta[c], counter + c, s.key, s.salted);
-      else
-        for (int c = 0; c < here; ++c) theta[c] = round_to(s.param_type, theta[c]);
       write(s.param, s.param_type, at + from, here, theta);
     }
   }
@@ -355,7 +352,10 @@ class Rows {
       std::copy_n(b.left + r * b.stride, k, b.held + r * b.stride);
     }
     BY_RANKS(k, (combine_block<J>(b.held + j0, b.stride, 1, b.held, b.stride, padded_double(j0 + J), count, b.gram + j0 * b.stride)))
-    if (s.projects_new) project<false>(b.now, b.stride, k, b.old, b.stride, (count + ROWS - 1) / ROWS * ROWS, int(padded(k)), b.cross, b.stride);
+    if (!s.projects_new) return;
+    const int whole = (count + ROWS - 1) / ROWS * ROWS;
+    std::fill(b.now + count * b.stride, b.now + whole * b.stride, 0.f);  // an earlier block's rows
+    project<false>(b.now, b.stride, k, b.old, b.stride, whole, int(padded(k)), b.cross, b.stride);
   }
 
   // Entries of a register lie along a column: the same with the roles of rows and columns exchanged, for at most NARROW columns.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from backend_runs import assert_like_eager, assert_like_rounded, cpp_, parameters, peak_of_a_step, run, triton_
+from roundoff import assert_same_steps
 from stepping import LR, both_optimizers, both_rules, stream, take_steps, weights
 from torch import nn
 from versions import skip_before
@@ -85,15 +86,27 @@ def test_triton_kernels_compile_for_a_gpu(tmp_path):
 
 
 @cpp_
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "k"), [((11, 300), 7), ((300, 12), 7), ((530, 9), 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "k"), [((11, 600), 7), ((300, 12), 7), ((530, 9), 1), ((70, 140), 17)], ids=str)
 def test_matrices_longer_than_a_block(shape, k, dtype):
-    for options in {}, {"bf16_rounding": "stochastic", "maximize": True}:
+    """More columns or rows than are taken at once, with few ranks and with as many as are packed side by side."""
+    equal = {"second_momentum_rank": k}
+    for options in {}, equal | {"bf16_rounding": "stochastic", "maximize": True}:
         found = run("cpp", shape, k, dtype=dtype, **options)
         if dtype == torch.float32:
             assert_like_eager(found, shape, k, **options)
         else:
             assert_like_rounded(found[0], run("eager", shape, k, dtype=dtype, **options)[0])
+
+
+@cpp_
+def test_small_gradients_are_squared_in_float64():
+    """Gradients of a norm below `SMALL_SQUARE`, by far above what v of float32 can hold."""
+    shape, k = (40, 48), 3
+    grads = [[g * 2.0**-45 for g in stream(shape, 4, seed=i)] for i in range(2)]
+    found = run("cpp", shape, k, grads=grads, eps=0.0)[0]
+    assert_same_steps(found, lambda prepare: run("eager", shape, k, prepare=prepare, grads=grads, eps=0.0)[0])
+    assert all((a != b).any() for a, b in zip(found, parameters(shape)))
 
 
 @cpp_
