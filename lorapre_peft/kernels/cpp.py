@@ -30,7 +30,7 @@ from ..lowrank.sharding import local
 from .eager import Eager
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-SOURCES = (SOURCE, *(SOURCE.with_name(f"{name}.h") for name in ("rows", "linalg", "blocks")))
+SOURCES = (SOURCE, *(SOURCE.with_name(f"{name}.h") for name in ("rows", "linalg", "blocks", "numbers")))
 # Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are written in.
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # By what PyTorch calls the CPU's capability; any other one gets the compiler's own default.

@@ -1,7 +1,7 @@
 // LoRA-Pre AdamW's whole step for many matrices in one call, on a CPU: norms, factors, weights and state where they lie, without any
 // p×q temporary. And what the eager step of other optimizers takes from here: norms, Gram matrices and columns.
 //
-// Compiled by cpp_backend.py, which says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k] and
+// Compiled by cpp.py, which says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k] and
 // A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed order, so that the result
 // depends neither on the number of threads nor on which matrices share the step. Products of the
 // gradient, and what they alone are combined with, are float32; Gram matrices that are inverted, and what is k×k, are float64.
@@ -26,7 +26,7 @@ constexpr int64_t CACHED_ENTRIES = 1 << 17;
 // The largest gradient norm whose square float32 holds.
 const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
 
-// The fields of cpp_backend.SHAPE, OPTIONS, POINTERS and FOUND, one for one.
+// The fields of cpp.Table.shapes, OPTIONS, POINTERS and FOUND, one for one.
 struct Shape { int64_t p, q, m_rank, v_rank, group, position, grad_type, param_type; };
 struct Options {
   double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale, max_norm, sign, bound, newton, damping, seed, stochastic, skips_zeros;

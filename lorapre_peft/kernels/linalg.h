@@ -129,10 +129,12 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
   const int64_t rows = (k + ROWS - 1) / ROWS * ROWS, stride = std::min<int64_t>(CHUNK, padded(q)) + LANES;
   part.assign(rows * (3 * stride + 3 * k), 0.f);
   float *of_A = part.data(), *of_P = of_A + rows * k, *products = of_P + rows * k, *tail = products + rows * k, *made = tail + 2 * rows * stride;
-  for (int64_t r = 0; r < k; ++r) {
-    std::copy_n(W + r * 2 * k, k, of_A + r * k);
-    std::copy_n(W + r * 2 * k + k, k, of_P + r * k);
-  }
+  constexpr double most = std::numeric_limits<float>::max();  // what a B' of zeros makes of W is larger, and multiplies zeros
+  for (int64_t r = 0; r < k; ++r)
+    for (int64_t j = 0; j < k; ++j) {
+      of_A[r * k + j] = float(std::clamp(W[r * 2 * k + j], -most, most));
+      of_P[r * k + j] = float(std::clamp(W[r * 2 * k + k + j], -most, most));
+    }
   std::fill_n(gram, k * k, 0.0);
   for (int64_t c0 = 0; c0 < q; c0 += CHUNK) {
     const int here = int(std::min<int64_t>(CHUNK, q - c0)), columns = int(padded(here));
@@ -154,6 +156,38 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
     for (int64_t r0 = 0; r0 < k; r0 += ROWS)
       BY_RANKS(k, (dot_tile<ROWS, J, false>(made + r0 * stride, stride, made + j0 * stride, stride, columns, products + r0 * k + j0, int(k))))
     for (int64_t i = 0; i < k * k; ++i) gram[i] += products[i];
+  }
+}
+
+// B ← B Lᵀ of rows of K numbers, L lower triangular.
+template <int K>
+void turn_rows(float* B, int64_t p, const float* L) {
+  for (int64_t r = 0; r < p; ++r, B += K) {
+    float row[K];
+    for (int j = 0; j < K; ++j) {
+      row[j] = 0;
+      for (int l = 0; l <= j; ++l) row[j] += B[l] * L[j * K + l];
+    }
+    for (int j = 0; j < K; ++j) B[j] = row[j];
+  }
+}
+
+// The same for any k, by blocks of rows; the smallest are unrolled.
+void turn(float* B, int64_t p, int k, const float* L) {
+  switch (k) {
+    case 1: return turn_rows<1>(B, p, L);
+    case 2: return turn_rows<2>(B, p, L);
+    case 4: return turn_rows<4>(B, p, L);
+  }
+  const int64_t stride = padded(k);
+  std::vector<float> transposed(k * stride), rows(ROWS * k), turned(ROWS * stride);
+  for (int j = 0; j < k; ++j)
+    for (int l = 0; l <= j; ++l) transposed[l * stride + j] = L[j * k + l];
+  for (int64_t r = 0; r < p; r += ROWS) {
+    const int64_t here = std::min<int64_t>(ROWS, p - r);
+    std::copy_n(B + r * k, here * k, rows.data());
+    outer(rows.data(), k, transposed.data(), stride, int(stride), turned.data(), stride);
+    for (int64_t i = 0; i < here; ++i) std::copy_n(turned.data() + i * stride, k, B + (r + i) * k);
   }
 }
 

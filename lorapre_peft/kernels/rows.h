@@ -466,36 +466,4 @@ class Rows {
   }
 };
 
-// B ← B Lᵀ of rows of K numbers, L lower triangular.
-template <int K>
-void turn_rows(float* B, int64_t p, const float* L) {
-  for (int64_t r = 0; r < p; ++r, B += K) {
-    float row[K];
-    for (int j = 0; j < K; ++j) {
-      row[j] = 0;
-      for (int l = 0; l <= j; ++l) row[j] += B[l] * L[j * K + l];
-    }
-    for (int j = 0; j < K; ++j) B[j] = row[j];
-  }
-}
-
-// The same for any k, by blocks of rows; the smallest are unrolled.
-void turn(float* B, int64_t p, int k, const float* L) {
-  switch (k) {
-    case 1: return turn_rows<1>(B, p, L);
-    case 2: return turn_rows<2>(B, p, L);
-    case 4: return turn_rows<4>(B, p, L);
-  }
-  const int64_t stride = padded(k);
-  std::vector<float> transposed(k * stride), rows(ROWS * k), turned(ROWS * stride);
-  for (int j = 0; j < k; ++j)
-    for (int l = 0; l <= j; ++l) transposed[l * stride + j] = L[j * k + l];
-  for (int64_t r = 0; r < p; r += ROWS) {
-    const int64_t here = std::min<int64_t>(ROWS, p - r);
-    std::copy_n(B + r * k, here * k, rows.data());
-    outer(rows.data(), k, transposed.data(), stride, int(stride), turned.data(), stride);
-    for (int64_t i = 0; i < here; ++i) std::copy_n(turned.data() + i * stride, k, B + (r + i) * k);
-  }
-}
-
 }  // namespace
