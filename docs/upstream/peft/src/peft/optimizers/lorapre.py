@@ -42,7 +42,7 @@ def test_rows(k: int, q: int, device: torch.device) -> Tensor:
 
 def no_momentum(theta: Tensor, **ranks: int) -> State:
     """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8 and v=1."""
-    factors = {}
+    factors: State = {}
     for moment, k in ranks.items():
         factors |= {
             f"{moment}_B": theta.new_zeros(theta.shape[0], k),
@@ -96,11 +96,11 @@ def als_adam(
     state: State,
     *,
     lr: float,
-    betas=(0.9, 0.95),
-    eps=1e-8,
-    weight_decay=0.0,
-    residual_weight=1.0,
-    damping=1e-6,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    residual_weight: float = 1.0,
+    damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
     """The tracked rule of the package lorapre-peft. state: of `no_momentum` before the first step; it counts t, from the first g ≠ 0."""
     beta1, beta2 = betas
