@@ -16,7 +16,8 @@ from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
 
 def main(steps: int = 60) -> list[float]:
     """Train and return the loss of each step."""
-    # The base has random weights, so its embeddings and head are trained as well; a pretrained base needs no modules_to_save.
+    # The base has random weights, so its embeddings and head are trained as well; a pretrained base needs no
+    # modules_to_save.
     config = LoRAPreConfig(r=8, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])
     model = get_peft_model(build_model(), config)
     optimizer = create_lorapre_optimizer(model, "adamw", lr=5e-3, weight_decay=0.01)

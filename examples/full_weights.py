@@ -2,8 +2,8 @@
 
     python -m examples.full_weights
 
-No gradient outlives its own update, so the gradients of the whole model never exist at once. bfloat16 weights are written with
-stochastic rounding, which is the default for full weights.
+No gradient outlives its own update, so the gradients of the whole model never exist at once. bfloat16 weights are
+written with stochastic rounding, which is the default for full weights.
 """
 
 from __future__ import annotations

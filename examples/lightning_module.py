@@ -1,10 +1,11 @@
-"""LoRA-Pre in Lightning: from a module's own `configure_optimizers`, or by its class path on LightningCLI's command line.
+r"""LoRA-Pre in Lightning: from a module's own `configure_optimizers`, or by its class path in LightningCLI.
 
     python -m examples.lightning_module fit --trainer.max_epochs 1
-    python -m examples.lightning_module fit --trainer.max_epochs 1 --optimizer lorapre_peft.LoRAPreAdamW --optimizer.momentum_rank 2
+    python -m examples.lightning_module fit --trainer.max_epochs 1 --optimizer lorapre_peft.LoRAPreAdamW \
+        --optimizer.momentum_rank 2
 
-Needs ``pip install lightning 'jsonargparse[signatures]'``. The second way hands the optimizer bare parameters, and replaces the
-first.
+Needs ``pip install lightning 'jsonargparse[signatures]'``. The second way hands the optimizer bare parameters, and
+replaces the first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train all attention and MLP weights with LoRA-Pre Muon, and embeddings, head and norms by AdamW in the same optimizer.
+"""Train all attention and MLP weights with LoRA-Pre Muon; its AdamW path trains embeddings, head and norms.
 
 python -m examples.muon
 """
@@ -14,7 +14,8 @@ from lorapre_peft import create_lorapre_optimizer
 def main(steps: int = 60) -> list[float]:
     """Train and return the loss of each step."""
     model = build_model()
-    # A Muon step of a matrix has orthonormal rows or columns, so its rate is far above Adam's; adamw_lr is that of all the rest.
+    # A Muon step of a matrix has orthonormal rows or columns, so its rate is far above Adam's; adamw_lr is that of all
+    # the rest.
     optimizer = create_lorapre_optimizer(model, "muon", lr=0.02, adamw_lr=3e-3, embeddings="adamw")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 

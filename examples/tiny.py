@@ -1,7 +1,7 @@
-"""A byte-level Llama of one million weights and text to train it on: they stand in for a pretrained model and your data.
+"""A byte-level Llama of one million weights, and text to train it on.
 
-With them the examples run offline on a CPU in less than a minute. For a real run write ``AutoModelForCausalLM.from_pretrained(…)``
-and your own batches.
+They stand in for a pretrained model and your data: with them the examples run offline on a CPU in less than a minute.
+For a real run write ``AutoModelForCausalLM.from_pretrained(…)`` and your own batches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Write what a pull request to PEFT takes from this project's code: python docs/upstream/make_peft.py [FOLDER]
 
-FOLDER, by default ``docs/upstream/peft``, is shaped like PEFT's repository. Written here are the optimizer, whose rule is taken function by
-function from `lorapre_peft.optim.reference` and whose class is ``lorapre.py.in`` beside this script, and the entry of PEFT's method
-comparison. The test and ``existing_files.patch``, for files that PEFT has (at commit 5d602fd; ``git apply --unidiff-zero``), are kept there.
+FOLDER, by default ``docs/upstream/peft``, is shaped like PEFT's repository. Written here are the optimizer, whose rule
+is taken function by function from `lorapre_peft.optim.reference` and whose class is ``lorapre.py.in`` beside this
+script, and the entry of PEFT's method comparison. The test and ``existing_files.patch``, for files that PEFT has (at
+commit 5d602fd; ``git apply --unidiff-zero``), are kept there.
 """
 
 from __future__ import annotations

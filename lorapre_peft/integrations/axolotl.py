@@ -58,11 +58,11 @@ def option_names(optimizer: type[LoRAPreOptimizer]) -> set[str]:
 class LoRAPrePlugin(BasePlugin):
     """Train with LoRA-Pre what the config trains: the adapter's matrices, or without an adapter the weights.
 
-    Learning rate, weight decay, epsilon and betas are read from axolotl's own keys, as `lorapre_optimizer` reads them from any
-    trainer's arguments; a key under ``lorapre`` wins over them.
+    Learning rate, weight decay, epsilon and betas are read from axolotl's own keys, as `lorapre_optimizer` reads them
+    from any trainer's arguments; a key under ``lorapre`` wins over them.
 
-    axolotl declares a hook of plugins that creates the optimizer and never calls it (as of version 0.19.0), so the optimizer is
-    set on the trainer once that exists.
+    axolotl declares a hook of plugins that creates the optimizer and never calls it (as of version 0.19.0), so the
+    optimizer is set on the trainer once that exists.
     """
 
     def get_input_args(self) -> str:
@@ -77,8 +77,8 @@ class LoRAPrePlugin(BasePlugin):
         given = [name for name in IGNORED_KEYS if cfg.get(name) is not None]
         if given:
             raise ValueError(
-                f"the config sets {', '.join(given)}, which LoRAPrePlugin does not read: remove them, and give the optimizer's "
-                "options under lorapre"
+                f"the config sets {', '.join(given)}, which LoRAPrePlugin does not read: remove them, and give the "
+                "optimizer's options under lorapre"
             )
         optimizer = cfg.get("optimizer") or "adamw"
         optimizer = getattr(optimizer, "value", optimizer)  # axolotl keeps some names as members of an Enum
@@ -90,11 +90,11 @@ class LoRAPrePlugin(BasePlugin):
         factory, options = lorapre_optimizer(args=trainer.args, **_plain(cfg.get("lorapre") or {}))
         made: Any = (_with_arguments(factory), options)
         trainer.optimizer_cls_and_kwargs = made
-        trainer.add_callback(LoRAPreCallback())
+        LoRAPreCallback.attach(trainer)
 
 
 def _with_arguments(factory: Callable[[], Callable[..., LoRAPreOptimizer]]) -> Callable[[], Callable[..., Any]]:
-    """Let a factory's product be called as axolotl does, with the training arguments after the model, and as Trainer does."""
+    """Let a factory's product be called as Trainer does, and as axolotl does: with its arguments after the model."""
 
     def product(model: nn.Module, _: Any = None, /, **options: Any) -> LoRAPreOptimizer:
         return factory()(model, **options)

@@ -1,4 +1,4 @@
-"""Write a tiny random model in litgpt's own format, beside the tokenizer of ``tiny.py``: run in the folder that holds ``tiny``."""
+"""Write a tiny random model in litgpt's own format, with the tokenizer and data of ``tiny``, a folder by `tiny.py`."""
 
 import json
 import shutil

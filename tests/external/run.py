@@ -2,8 +2,9 @@
 
     python tests/external/run.py [TOOL …]
 
-Environments are called ``.venv-TOOL`` and are kept; the runs lie in ``runs/tools``. Everything runs on a CPU and offline but for the
-installation, which takes 1 to 7 GB a tool. Exits with 1 if a tool's run fails, or if it did not step with LoRA-Pre.
+Environments are called ``.venv-TOOL`` and are kept; the runs lie in ``runs/tools``. Everything runs on a CPU and
+offline but for the installation, which takes 1 to 7 GB a tool. Exits with 1 if a tool's run fails, or if it did not
+step with LoRA-Pre.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ LIGHTNING = (
     f"examples.lightning_module fit --trainer.max_steps {STEPS} --trainer.accelerator cpu --trainer.logger false "
     "--trainer.enable_checkpointing false --trainer.enable_progress_bar false"
 )
-# LLaMA-Factory imports torchaudio and torchvision, whose last common release for this torch is the one that pip finds here.
+# LLaMA-Factory imports torchaudio and torchvision, whose last common release for this torch is the one that pip finds
+# here.
 LLAMAFACTORY = [
     ["torch==2.9.1", "torchvision==0.24.1"],
     ["torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.*", "llamafactory==0.9.5", "transformers==5.6.0"],
@@ -64,7 +66,8 @@ TOOLS = {
         [[TORCH], ["lightning==2.6.6", "jsonargparse[signatures]"]],
         [LIGHTNING, f"{LIGHTNING} --optimizer lorapre_peft.LoRAPreAdamW --optimizer.momentum_rank 2"],
     ),
-    # litgpt 0.5.13 asks for huggingface-hub<1.4, and transformers since 5.4 for 1.5 or later: litgpt comes without its dependencies.
+    # litgpt 0.5.13 asks for huggingface-hub<1.4, and transformers since 5.4 for 1.5 or later: litgpt comes without its
+    # dependencies.
     "litgpt": Tool(
         [
             [TORCH],

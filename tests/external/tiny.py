@@ -1,4 +1,4 @@
-"""Write a tiny random Llama, its byte-level tokenizer and a few problems into a folder, for tools that read them by path.
+"""Write a tiny random Llama, its byte-level tokenizer and a few problems into a folder, for tools to read.
 
 python tests/external/tiny.py FOLDER
 """
@@ -16,9 +16,10 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message[
 
 
 def write(folder: Path) -> None:
-    """Write ``folder``/model (weights and tokenizer), and ``folder``/data.jsonl (instruction, input, output) with its description.
+    """Write ``folder``/model (weights and tokenizer) and ``folder``/data.jsonl (instruction, input, output).
 
-    The description is what LLaMA-Factory reads: ``dataset_info.json`` in version 0, ``data.yaml`` in version 1.
+    Beside the data lie its descriptions for LLaMA-Factory: ``dataset_info.json`` in version 0, ``data.yaml`` in
+    version 1.
     """
     tokens = [*SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))

@@ -1,7 +1,7 @@
 """LoRA-Pre inside tools that are not installed here, each against the interface that it publishes.
 
-What a fixture defines of a tool is what that tool's source does with a plugin or a class path. `tests/external/run.py` runs those tools
-themselves where they can be installed.
+What a fixture defines of a tool is what that tool's source does with a plugin or a class path. `tests/external/run.py`
+runs those tools themselves where they can be installed.
 """
 
 import ast
@@ -40,7 +40,7 @@ def by_class_path(path: str):
 
 
 class AxolotlTrainer(Trainer):
-    """A trainer whose optimizer is built as in axolotl's OptimizerMixin: the factory's product gets the arguments too."""
+    """A trainer whose optimizer is built as in axolotl's OptimizerMixin: the product gets its arguments too."""
 
     def create_optimizer(self, model=None):
         factory, options = self.optimizer_cls_and_kwargs
@@ -69,7 +69,7 @@ def merged(plugin, **keys) -> dict:
 @pytest.mark.parametrize("trainer_class", [AxolotlTrainer, Trainer])
 @pytest.mark.parametrize(("kind", "optimizer_class"), [("adamw", LoRAPreAdamW), ("muon", LoRAPreMuon)])
 def test_axolotl_trains_with_the_plugin(tmp_path, peft_model, tokens, plugin, trainer_class, kind, optimizer_class):
-    """Options come from the config's own keys and from `lorapre`; TRL's trainers in axolotl build optimizers as Trainer does."""
+    """Options come from the config's own keys and from `lorapre`; some trainers in axolotl build as Trainer does."""
     trainer = trainer_class(peft_model(), arguments(tmp_path, learning_rate=3e-3), train_dataset=tokens)
     plugin.post_trainer_create(merged(plugin, lorapre={"optimizer": kind, "momentum_rank": 3}), trainer)
     trainer.train()
@@ -154,7 +154,7 @@ PATH = "lorapre_peft.LoRAPreAdamW"
 
 
 def litgpt(parameters, optimizer):
-    """`litgpt.utils.instantiate_torch_optimizer` of 0.5.13, with what `litgpt pretrain` adds: only what the class takes."""
+    """`litgpt.utils.instantiate_torch_optimizer` of 0.5.13, with what `litgpt pretrain` adds."""
     path = optimizer if isinstance(optimizer, str) else optimizer["class_path"]
     given = {} if isinstance(optimizer, str) else optimizer["init_args"]
     cls = by_class_path(path)
@@ -163,7 +163,7 @@ def litgpt(parameters, optimizer):
 
 
 def kohya(parameters, optimizer_type, optimizer_args):
-    """`library.train_util.get_optimizer` of sd-scripts at 48d368f: groups with rates, and literals from the command line."""
+    """`library.train_util.get_optimizer` of sd-scripts at 48d368f: groups with rates, and Python literals."""
     options = {name: ast.literal_eval(value) for name, value in (text.split("=") for text in optimizer_args)}
     return by_class_path(optimizer_type)([{"params": list(parameters), "lr": 1e-3}], lr=1e-3, **options)
 

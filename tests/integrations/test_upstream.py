@@ -83,7 +83,7 @@ def test_method_comparison_entry_is_a_config_of_pefts():
 
 
 def test_patch_for_llamafactory_reads_options_that_exist():
-    """Every option that it hands on is one of `create_lorapre_optimizer`; LLaMA-Factory itself is run by `tests/external/run.py`."""
+    """Each is one of `create_lorapre_optimizer`; LLaMA-Factory itself is run by `tests/external/run.py`."""
     patch = (UPSTREAM / "llamafactory_v0.patch").read_text()
     added = [line[1:] for line in patch.splitlines() if line.startswith("+")]
     handed = {line.split("=")[0].strip() for line in added if "=finetuning_args.lorapre_" in line.replace(" ", "")}

@@ -128,11 +128,11 @@ def als_adam(
 
 class LoraPreOptimizer(Optimizer):
     """
-    Implements LoRA-Pre: AdamW whose two moments of each matrix are kept as low-rank factors, so that the optimizer state
-    of a p×q matrix is (p + q)(k + v) numbers instead of 2pq.
+    Implements LoRA-Pre: AdamW whose two moments of each matrix are kept as low-rank factors, so that the optimizer
+    state of a p×q matrix is (p + q)(k + v) numbers instead of 2pq.
 
-    All state is float32 and all arithmetic of a step is float64 (float32 on MPS): the matrices of adapters are small. Use
-    `create_lorapre_optimizer` to build it from a model.
+    All state is float32 and all arithmetic of a step is float64 (float32 on MPS): the matrices of adapters are small.
+    Use `create_lorapre_optimizer` to build it from a model.
 
     Args:
         params (Iterable[nn.parameter.Parameter]): Parameters to optimize.
@@ -141,7 +141,7 @@ class LoraPreOptimizer(Optimizer):
             0.95), the paper's).
         eps (float, optional): Term added to the denominator (default: 1e-8).
         weight_decay (float, optional): Decoupled weight decay (default: 0.0).
-        momentum_rank (int, optional): Rank k of the first moment of every matrix; 0 trains with plain AdamW (default: 0).
+        momentum_rank (int, optional): Rank k of the first moment of every matrix; 0 trains with plain AdamW.
         second_momentum_rank (int, optional): Rank v of the second moment, at most `momentum_rank` (default: 1).
 
     Reference:
@@ -248,14 +248,15 @@ def create_lorapre_optimizer(
     """
     Creates a LoRA-Pre optimizer for a LoRA-adapted model.
 
-    The momenta of every `lora_A`, `lora_B` and `lora_embedding_B` are kept as low-rank factors; everything else that is
-    trainable (`modules_to_save`, DoRA magnitudes, biases, `lora_embedding_A`) and adapters of rank 1 are trained with AdamW.
+    The momenta of every `lora_A`, `lora_B` and `lora_embedding_B` are kept as low-rank factors; everything else that
+    is trainable (`modules_to_save`, DoRA magnitudes, biases, `lora_embedding_A`) and adapters of rank 1 are trained
+    with AdamW.
 
     Args:
         model (`torch.nn.Module`): The PEFT model containing LoRA-adapted parameters.
         lr (`float`): Learning rate.
-        momentum_rank (`int`, *optional*): Rank of the momenta, below the rank r of every adapter; by default a quarter of
-            each adapter's rank.
+        momentum_rank (`int`, *optional*): Rank of the momenta, below the rank r of every adapter; by default a
+            quarter of each adapter's rank.
         weight_decay (`float`): Decoupled weight decay; biases and layer norms have none.
         kwargs (`dict`): Additional keyword arguments of `LoraPreOptimizer`.
 
