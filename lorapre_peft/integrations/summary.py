@@ -1,4 +1,4 @@
-"""The table that `create_lorapre_optimizer` prints: what is compressed, and what that saves."""
+"""Make the table that `create_lorapre_optimizer` prints: what is compressed, and what that saves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ..optim.base import LoRAPreOptimizer
 
 
 def state_table(optimizer: LoRAPreOptimizer, frozen: dict[str, list[Tensor]]) -> str:
-    """Compressed, AdamW path and frozen, with the state's size beside that of AdamW's float32 moments, as text.
+    """Return the table as text: what is compressed, on the AdamW path and frozen, and the state's size beside AdamW's
+    in float32.
 
-    frozen: parameters that are not trained, by what the row is to say.
+    frozen: parameters that are not trained, by the label of their row.
     """
     rows: dict[str, list[int]] = {}  # tensors, parameters, state bytes, AdamW's state bytes
     for group in optimizer.param_groups:
@@ -37,12 +38,12 @@ def state_table(optimizer: LoRAPreOptimizer, frozen: dict[str, list[Tensor]]) ->
 
 
 def adamw_state_bytes(param: Tensor) -> int:
-    """Bytes of AdamW's two float32 moments and its step for a parameter."""
+    """Return the bytes of AdamW's two float32 moments and its step for a parameter."""
     return 2 * 4 * math.prod(param.shape) + 4
 
 
 def format_bytes(count: float) -> str:
-    """Decimal units, as memory figures of models are given."""
+    """Return a number of bytes as text in decimal units, as memory figures of models are given."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
