@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -37,7 +38,12 @@ def adapter_config(
     """
     modules = {name for name in ranks if name not in by_parameter}
     # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of them.
-    for targets in ({name.rpartition(".")[2] for name in modules}, modules, "|".join(map(re.escape, sorted(modules)))):
+    selections: tuple[list[str] | str, ...] = (
+        [*{name.rpartition(".")[2] for name in modules}],
+        list(modules),
+        "|".join(map(re.escape, sorted(modules))),
+    )
+    for targets in selections:
         config = LoraConfig(target_modules=targets)
         if {name for name, _ in model.named_modules() if check_target_module_exists(config, name)} == modules:
             break
@@ -108,7 +114,7 @@ def _first_sentence(error: Exception) -> str:
 
 def _ones(model: PreTrainedModel, name: str, value: int) -> tuple[Tensor, Tensor]:
     """Factors of rank 1 whose product is ``value`` everywhere."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     p, q = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
     return torch.full((p, 1), float(value)), torch.ones(1, q)
 
@@ -116,7 +122,7 @@ def _ones(model: PreTrainedModel, name: str, value: int) -> tuple[Tensor, Tensor
 def write(folder: Path, config: LoraConfig, factors: Factors) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does."""
     config.save_pretrained(str(folder))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (B, A) in factors.items():
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -153,7 +159,7 @@ def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
     return wrong
 
 
-def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
+def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """PEFT's layers of an adapter, by their names in the base model; those that the file has no factors for are on the meta device."""
     # One zero stands for all of a weight: PEFT reads shapes, dtypes and devices alone, and moves factors to the weight's device.
     hollow = copy.deepcopy(model)._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))

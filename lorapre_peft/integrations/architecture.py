@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 from transformers import (
     AutoModel,
@@ -39,7 +41,7 @@ def architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
         return getattr(transformers, name)
     for auto in WHOLE_MODELS:
         if type(config) in auto._model_mapping:
-            found = auto._model_mapping[type(config)]
+            found: Any = auto._model_mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise ValueError(
         f"transformers has no model for a {type(config).__name__}: name one in config.architectures, such as ['LlamaForCausalLM']"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
@@ -46,7 +46,7 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _heads_by_shape(linear: list[nn.Module], table_sizes: list[int]) -> list[nn.Module]:
+def _heads_by_shape(linear: Sequence[nn.Module], table_sizes: list[int]) -> list[nn.Module]:
     """The linear layers of a model that have as many outputs as one of its embeddings has rows.
 
     Where layers also take inputs of that length, a hidden layer may have that shape too (a byte-level model of width 256; 1024 positions
@@ -63,9 +63,10 @@ def _heads_by_shape(linear: list[nn.Module], table_sizes: list[int]) -> list[nn.
     return heads
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def _features(module: Any) -> tuple[int, int]:
     """The lengths of a linear layer's input and output."""
-    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+    inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+    return inputs, outputs
 
 
 def _classifiers(model: nn.Module) -> list[nn.Module]:

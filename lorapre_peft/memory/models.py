@@ -99,12 +99,13 @@ def meta_model(
         return architecture(config)._from_config(config, dtype=dtype)
 
 
-def training_batch(model: nn.Module, batch: int, seq_len: int) -> dict[str, Tensor]:
+def training_batch(model: Any, batch: int, seq_len: int) -> dict[str, Tensor]:
     """The arguments of a training step of a meta model: text without padding, images or sound features of the size in its config.
 
     A model for text and images gets text alone. Labels are a class for each sequence or image, or a token for each position.
     """
-    config, main = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
+    config: Any = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", "input_ids")
     tokens = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
     classes = type(model).__name__.endswith(("SequenceClassification", "ImageClassification"))
     inputs = {"labels": tokens[:, 0] if classes else tokens}

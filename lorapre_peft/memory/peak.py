@@ -268,8 +268,9 @@ def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: 
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(free_gradient)
         inputs = training_batch(model, batch, seq_len)
-        if hasattr(getattr(model, "config", None), "use_cache"):
-            model.config.use_cache = False  # as in training
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # as in training
         with tracker, patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention):
             model(**inputs).loss.backward()
     except Exception as error:
