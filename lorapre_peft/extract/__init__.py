@@ -1,4 +1,4 @@
-"""LoRA adapters extracted from the difference of two checkpoints."""
+"""Extract LoRA adapters from the difference of two checkpoints."""
 
 from .lora import ExtractionReport, extract_lora
 

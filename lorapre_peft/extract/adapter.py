@@ -1,4 +1,4 @@
-"""How an extracted adapter is written so that plain PEFT opens it as it was meant, and the check that it does."""
+"""Write an extracted adapter so that plain PEFT opens it as it was meant, and check that it does."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ TOLERANCE = 1e-2
 def adapter_config(
     model: PreTrainedModel, ranks: Mapping[str, int], by_parameter: Collection[str], base: str
 ) -> LoraConfig:
-    """The config by which PEFT adapts exactly these modules, at these ranks and with a scaling of 1.
+    """Return the config by which PEFT adapts exactly these modules, at these ranks and with a scaling of 1.
 
-    ranks: the rank of each module. by_parameter: those of them that are addressed by their weight, in ``target_parameters``.
+    ranks: the rank of each module. by_parameter: those of them that are addressed by their weight, in
+    ``target_parameters``.
     """
     modules = {name for name in ranks if name not in by_parameter}
     # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of them.
@@ -68,14 +69,15 @@ def adapter_config(
 def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str], dict[str, str]]:
     """Find out how PEFT can adapt these linear modules of a model, by letting it open adapters of rank 1.
 
-    PEFT takes a name in ``target_modules`` for another one in some architectures: since transformers 5 stacks the experts of
-    mixtures, "gate_proj" there stands for them, also where dense layers and shared experts have modules of that name
-    (PEFT's ``_convert_peft_config_moe``). It refuses others (Mamba's "out_proj", which fused kernels read past the module).
+    PEFT takes a name in ``target_modules`` for another one in some architectures: since transformers 5 stacks the
+    experts of mixtures, "gate_proj" there stands for them, also where dense layers and shared experts have modules of
+    that name (PEFT's ``_convert_peft_config_moe``). It refuses others (Mamba's "out_proj", which fused kernels read
+    past the module).
 
     model: a skeleton on the meta device, which is left as it is.
 
-    Returns the modules that have to be addressed by their weight, in ``target_parameters``, and by name the reason why PEFT adapts a
-    module in neither way.
+    Returns the modules that have to be addressed by their weight, in ``target_parameters``, and by name the reason why
+    PEFT adapts a module in neither way.
     """
 
     def adapted(tried: set[str], by_parameter: bool) -> tuple[set[str], str]:
@@ -113,7 +115,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _ones(model: PreTrainedModel, name: str, value: int) -> tuple[Tensor, Tensor]:
-    """Factors of rank 1 whose product is ``value`` everywhere."""
+    """Return factors of rank 1 whose product is ``value`` everywhere."""
     module: Any = model.get_submodule(name)
     p, q = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
     return torch.full((p, 1), float(value)), torch.ones(1, q)
@@ -129,10 +131,11 @@ def write(folder: Path, config: LoraConfig, factors: Factors) -> None:
 
 
 def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
-    """Open an adapter in plain PEFT and return the modules whose weight it would not change by B A, or would without being asked.
+    """Open an adapter in plain PEFT and return the modules whose weight it would not change by B A, or would without
+    being asked.
 
-    The factors and their scaling are compared in every module; the change that PEFT makes of them, a matrix of the weight's size, in
-    the first of those that share the last part of their names.
+    The factors and their scaling are compared in every module; the change that PEFT makes of them, a matrix of the
+    weight's size, in the first of those that share the last part of their names.
 
     model: a skeleton on the meta device, which is left as it is; PEFT gets a copy whose weights take no memory.
     """
@@ -160,7 +163,9 @@ def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
 
 
 def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers of an adapter, by their names in the base model; those that the file has no factors for are on the meta device."""
+    """Yield PEFT's layers of an adapter, by their names in the base model; those that the file has no factors for are
+    on the meta device.
+    """
     # One zero stands for all of a weight: PEFT reads shapes, dtypes and devices alone, and moves factors to the weight's device.
     hollow = copy.deepcopy(model)._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     with warnings.catch_warnings():

@@ -21,7 +21,8 @@ from ..integrations.architecture import architecture
 
 
 class Checkpoint:
-    """The weights of a folder or of a cached hub model, in one file or in shards; no tensor is read before it is asked for.
+    """The weights of a folder or of a cached hub model, in one file or in shards; no tensor is read before it is asked
+    for.
 
     Raises ValueError if there is no such folder or cached model, or its safetensors are not there.
     """
@@ -54,9 +55,11 @@ class Checkpoint:
             )
 
     def skeleton(self) -> transformers.PreTrainedModel:
-        """The model without weights, on the meta device: what its tensors are called, and which belong to linear modules.
+        """Return the model without weights, on the meta device, which says what its tensors are called, and which
+        belong to linear modules.
 
-        Raises ValueError without a configuration, or if that is of a quantised model or not of one of transformers' own.
+        Raises ValueError without a configuration, or if that is of a quantised model or not of one of transformers'
+        own.
         """
         if not (self.folder / CONFIG_NAME).is_file():
             raise ValueError(f"{self.path} has no {CONFIG_NAME}, which says what its tensors are: copy the model's")
@@ -93,7 +96,7 @@ class Checkpoint:
                 self.keys[source] = self.keys.pop(name)
 
     def key(self, name: str) -> str | None:
-        """The stored name of a tensor, or of the one that the model ties it to; None if neither is stored."""
+        """Return the stored name of a tensor, or of the one that the model ties it to; None if neither is stored."""
         return self.keys.get(name) or self.keys.get(self.tied.get(name, ""))
 
     def tensor(self, name: str) -> Tensor:
@@ -105,7 +108,10 @@ class Checkpoint:
 
 
 def common_names(before: Checkpoint, after: Checkpoint, model: transformers.PreTrainedModel) -> list[str]:
-    """The names of the tensors of two checkpoints of a model, layer by layer. Raises ValueError if one lacks any of them."""
+    """Return the names of the tensors of two checkpoints of a model, layer by layer.
+
+    Raises ValueError if one lacks any of them.
+    """
     before.rename(model)
     after.rename(model)
     # A tied tensor counts once, under its source's name, unless the second checkpoint untied it.

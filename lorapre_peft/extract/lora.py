@@ -78,7 +78,7 @@ class ExtractionReport:
         return 1 - self.relative_error**2
 
     def left_out_summary(self) -> str:
-        """What was left out on one line, by reason, the largest share first."""
+        """Say on one line what was left out, by reason, the largest share first."""
         reasons: dict[str, list[float]] = {}
         for entry in self.left_out:
             reasons.setdefault(entry.reason, []).append(entry.share)
@@ -86,7 +86,7 @@ class ExtractionReport:
         return ", ".join(f"{reason} ×{len(reasons[reason])}: {sum(reasons[reason]):.2%}" for reason in order)
 
     def to_json(self) -> str:
-        """Every field, and the totals."""
+        """Return every field and the totals as JSON."""
         totals = {"kept_energy": self.kept_energy, "relative_error": self.relative_error}
         return json.dumps(totals | asdict(self), indent=2) + "\n"
 
@@ -121,12 +121,13 @@ def extract_lora(
 ) -> ExtractionReport:
     """Write the difference of two checkpoints as a plain LoRA adapter: B A ≈ Δ = tuned − base of each linear module.
 
-    One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and cut by an exact SVD, or by subspace
-    iteration where the matrix is large and the rank is not (`rules.top_factors`). Each module's alpha is its rank: the
-    scaling is 1. What changed and is not in the adapter (norms, biases, embeddings, the output head, unselected modules, modules
-    that PEFT refuses) is listed in the report, with a warning. Before the adapter is put into its folder, plain PEFT opens it on
-    a model without weights, and what it finds there is compared with what was meant. (`peft.convert_to_lora` does this for
-    adapters of a model in memory, always by a full SVD; of PEFT's helpers those that read ``target_modules`` serve here.)
+    One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and cut by an exact SVD, or by
+    subspace iteration where the matrix is large and the rank is not (`linalg.top_factors`). Each module's alpha is its
+    rank: the scaling is 1. What changed and is not in the adapter (norms, biases, embeddings, the output head,
+    unselected modules, modules that PEFT refuses) is listed in the report, with a warning. Before the adapter is put
+    into its folder, plain PEFT opens it on a model without weights, and what it finds there is compared with what was
+    meant. (`peft.convert_to_lora` does this for adapters of a model in memory, always by a full SVD; of PEFT's helpers
+    those that read ``target_modules`` serve here.)
 
     Args:
         base, tuned: folders with ``config.json`` and safetensors, in one file or in shards, or ids of cached hub models.
@@ -216,7 +217,9 @@ def extract_lora(
 def _extract(
     name: str, old: Tensor, new: Tensor, delta: Tensor, turned: bool, size: tuple, dtype: torch.dtype
 ) -> tuple[ExtractedModule, Tensor, Tensor]:
-    """A module's factors, B [out, r] and A [r, in], as they are stored, and their errors. turned: weights are [in, out]."""
+    """Return a module's factors, B [out, r] and A [r, in], as they are stored, and their errors. turned: weights are
+    [in, out].
+    """
     B, A = _factors(delta.mT if turned else delta, *size)
     # Copies, or the whole of a larger factor would stay in memory behind a cut one.
     B, A = (factor.clone(memory_format=torch.contiguous_format).to(dtype) for factor in (B, A))
@@ -231,7 +234,9 @@ def _extract(
 
 
 def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: int | None) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in] of a float32 delta [out, in], with the singular values split evenly between them."""
+    """Return B [out, r] and A [r, in] of a float32 delta [out, in], with the singular values split evenly between
+    them.
+    """
     side = min(delta.shape)
     limit = min(side, rank or max_rank or side)
     width = limit if energy is None else min(FIRST_RANK, limit)
@@ -260,7 +265,7 @@ def _norm(x: Tensor) -> float:
 
 
 def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The linear modules that PEFT would adapt, less a tied output head: its weight is the embedding's."""
+    """Return the linear modules that PEFT would adapt, less a tied output head: its weight is the embedding's."""
     config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
     selection = _maybe_include_all_linear_layers(config, model)
     linear: dict[str, nn.Module] = {
@@ -277,7 +282,7 @@ def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str
 
 
 def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
-    """Why the tensor ``owner.attribute`` is not in the adapter."""
+    """Return the reason why the tensor ``owner.attribute`` is not in the adapter."""
     try:
         module = model.get_submodule(owner)
     except AttributeError:
@@ -290,7 +295,7 @@ def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `extract_lora`."""
+    """Run the command line of `extract_lora`."""
     parser = argparse.ArgumentParser(
         prog="lorapre-extract", description="Write the difference of two checkpoints as a LoRA adapter."
     )

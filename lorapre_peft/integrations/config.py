@@ -29,11 +29,12 @@ class LoRAPreConfig(LoraConfig):
     """Configuration of a LoRA adapter that is trained with LoRA-Pre.
 
     All of `peft.LoraConfig`, and for PEFT it is one: ``peft_type`` stays LORA. The fields below are read by
-    `create_lorapre_optimizer`; they change nothing about the adapter itself. They are saved beside ``adapter_config.json``
-    in ``lorapre_config.json``, so that an adapter saved here opens in plain PEFT; `LoRAPreConfig.from_pretrained` reads both.
+    `create_lorapre_optimizer`; they change nothing about the adapter itself. They are saved beside
+    ``adapter_config.json`` in ``lorapre_config.json``, so that an adapter saved here opens in plain PEFT;
+    `LoRAPreConfig.from_pretrained` reads both.
 
-    Raises ValueError for a momentum rank that is no whole number ≥ 1 or not below the adapter's rank, for an unknown rule, and for an
-    option that the rule does not have.
+    Raises ValueError for a momentum rank that is no whole number ≥ 1 or not below the adapter's rank, for an unknown
+    rule, and for an option that the rule does not have.
     """
 
     momentum_rank: int | None = field(
@@ -87,12 +88,17 @@ class LoRAPreConfig(LoraConfig):
                 )
 
     def pattern_key(self, module_name: str) -> str | None:
-        """The first key of ``momentum_rank_pattern`` that names this module, by its name in the base model as in PEFT."""
+        """Return the first key of ``momentum_rank_pattern`` that names this module, by its name in the base model as
+        in PEFT.
+        """
         key = get_pattern_key(list(self.momentum_rank_pattern), module_name)
         return key if key in self.momentum_rank_pattern else None
 
     def module_momentum_rank(self, module_name: str, r: int) -> int:
-        """k of a module of that name, whose adapter has rank r. Raises ValueError if a pattern gives it a k ≥ r."""
+        """Return k of a module of that name, whose adapter has rank r.
+
+        Raises ValueError if a pattern gives it a k ≥ r.
+        """
         key = self.pattern_key(module_name)
         if key is not None:
             k = self.momentum_rank_pattern[key]
@@ -119,7 +125,8 @@ class LoRAPreConfig(LoraConfig):
     ) -> LoRAPreConfig:
         """Read a saved adapter's configuration from a folder or the hub, as `peft.PeftConfig.from_pretrained`.
 
-        For an adapter without ``lorapre_config.json`` (a plain LoRA) the own fields take their defaults, with a warning.
+        For an adapter without ``lorapre_config.json`` (a plain LoRA) the own fields take their defaults, with a
+        warning.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         own = cls._load_own(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
@@ -134,7 +141,9 @@ class LoRAPreConfig(LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> LoRAPreConfig:
-        """As in PEFT, which drops unknown keys with a warning; with this class in the place of `LoraConfig`."""
+        """Build a configuration as PEFT does, which drops unknown keys with a warning; with this class in the place of
+        `LoraConfig`.
+        """
         kind = kwargs.get("peft_type", PeftType.LORA)
         if kind != PeftType.LORA:
             raise ValueError(
@@ -167,11 +176,11 @@ class LoRAPreConfig(LoraConfig):
 
 
 def own_fields() -> list[str]:
-    """Names of the fields that `LoRAPreConfig` adds to `LoraConfig`."""
+    """Return the names of the fields that `LoRAPreConfig` adds to `LoraConfig`."""
     inherited = {f.name for f in dataclasses.fields(LoraConfig)}
     return [f.name for f in dataclasses.fields(LoRAPreConfig) if f.name not in inherited]
 
 
 def default_momentum_rank(r: int) -> int:
-    """A quarter of the adapter's rank, at least 1."""
+    """Return a quarter of the adapter's rank, at least 1."""
     return max(1, r // 4)

@@ -1,4 +1,6 @@
-"""Which parameters are compressed, and at which rank: the matrices of LoRA adapters, or the weights of a whole model."""
+"""Find the parameters that are compressed, and their ranks: the matrices of LoRA adapters, or the weights of a whole
+model.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,10 @@ Targets = dict[Tensor, dict[str, Any]]
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
-    """The modules that turn hidden states into logits over a vocabulary.
+    """Return the modules that turn hidden states into logits over a vocabulary.
 
-    These are the heads that transformers' models name themselves, the linear layers whose weight is an embedding's own, and outside of
-    transformers' models those that a linear layer's shape gives away (`_heads_by_shape`).
+    These are the heads that transformers' models name themselves, the linear layers whose weight is an embedding's
+    own, and outside of transformers' models those that a linear layer's shape gives away (`_heads_by_shape`).
     """
     named = (inner.get_output_embeddings() for inner in _models(model))
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -47,11 +49,12 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _heads_by_shape(linear: Sequence[nn.Module], table_sizes: list[int]) -> list[nn.Module]:
-    """The linear layers of a model that have as many outputs as one of its embeddings has rows.
+    """Return the linear layers of a model that have as many outputs as one of its embeddings has rows.
 
-    Where layers also take inputs of that length, a hidden layer may have that shape too (a byte-level model of width 256; 1024 positions
-    and width 1024). Then it counts only as the model's last layer, and only for the model's first embedding. Embeddings of up to
-    `MOMENTUM_RANK` rows are no vocabularies (token types, segments), and a head for one has no rank to compress.
+    Where layers also take inputs of that length, a hidden layer may have that shape too (a byte-level model of width
+    256; 1024 positions and width 1024). Then it counts only as the model's last layer, and only for the model's first
+    embedding. Embeddings of up to `MOMENTUM_RANK` rows are no vocabularies (token types, segments), and a head for one
+    has no rank to compress.
     """
     widths = {_features(module)[0] for module in linear}
     heads = []
@@ -64,13 +67,13 @@ def _heads_by_shape(linear: Sequence[nn.Module], table_sizes: list[int]) -> list
 
 
 def _features(module: Any) -> tuple[int, int]:
-    """The lengths of a linear layer's input and output."""
+    """Return the lengths of a linear layer's input and output."""
     inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
     return inputs, outputs
 
 
 def _classifiers(model: nn.Module) -> list[nn.Module]:
-    """Heads that PEFT's "all-linear" leaves out as well."""
+    """Return the heads that PEFT's "all-linear" leaves out as well."""
     named = (getattr(inner, name, None) for inner in _models(model) for name in SEQ_CLS_HEAD_NAMES)
     return [head for head in named if isinstance(head, nn.Module)]
 
@@ -80,7 +83,10 @@ def _models(model: nn.Module) -> list[Any]:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether the model holds LoRA layers. Raises ValueError for one of PEFT's whose adapters are all of other kinds."""
+    """Return whether the model holds LoRA layers.
+
+    Raises ValueError for one of PEFT's whose adapters are all of other kinds.
+    """
     modules = list(model.modules())
     if any(isinstance(module, LoraLayer) for module in modules):
         return True
@@ -98,7 +104,9 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def rule_options(config: LoraConfig | None, given: dict[str, Any] | None) -> dict[str, Any]:
-    """Return `RULE_OPTIONS` as they are given, or else as an adapter's config says; those that the rule does not have are None."""
+    """Return `RULE_OPTIONS` as they are given, or else as an adapter's config says; those that the rule does not have
+    are None.
+    """
     given = {name: value for name, value in (given or {}).items() if value is not None}
     found = {name: given.get(name, getattr(config, name, None)) for name in RULE_OPTIONS}
     rule = RULES.get(found["update_rule"] or "als")
@@ -110,7 +118,10 @@ def rule_options(config: LoraConfig | None, given: dict[str, Any] | None) -> dic
 
 
 def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str, Any] | None) -> Targets:
-    """The LoRA matrices of every adapter, as the adapters' configs and the overrides say; warns of patterns that name no module."""
+    """Return the LoRA matrices of every adapter with their options, as the adapters' configs and the overrides say.
+
+    Warns of patterns that name no module.
+    """
     configs: dict[str, LoraConfig] = {}
     targets: Targets = {}
     unused: dict[str, set[str]] = {}
@@ -155,7 +166,7 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
 
 
 def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
-    """An adapter's parameters among those of a LoRA layer."""
+    """Return an adapter's parameters among those of a LoRA layer."""
     if adapter not in held:
         return []
     part: Any = held[adapter]
@@ -165,11 +176,12 @@ def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
 def weight_targets(
     model: nn.Module, target_modules: str | Iterable[str], momentum_rank: int | None, given: dict[str, Any] | None
 ) -> Targets:
-    """The weights of the modules that ``target_modules`` names, as in PEFT: names, a regular expression, or "all-linear".
+    """Return the weights of the modules that ``target_modules`` names, as in PEFT: names, a regular expression, or
+    "all-linear".
 
-    The stacked weights of a mixture's experts are among "all-linear"; otherwise their own name ("experts.gate_up_proj") or that of their
-    module ("experts") selects them.
-    Raises ValueError if it names no module with a matrix, or only modules that are frozen or quantised.
+    The stacked weights of a mixture's experts are among "all-linear"; otherwise their own name
+    ("experts.gate_up_proj") or that of their module ("experts") selects them. Raises ValueError if it names no module
+    with a matrix, or only modules that are frozen or quantised.
     """
     k = MOMENTUM_RANK if momentum_rank is None else momentum_rank
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -203,7 +215,9 @@ def weight_targets(
 
 
 def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: list[str]) -> str:
-    """Why there is no weight to train, in words. frozen: the modules that ``target_modules`` names and whose weights are frozen."""
+    """Say why there is no weight to train. frozen: the modules that ``target_modules`` names and whose weights are
+    frozen.
+    """
     if any(getattr(inner, "is_quantized", False) for inner in _models(model)):
         return (
             "the model is quantised, and its weights cannot be trained themselves: train an adapter on it, get_peft_model(model, "
@@ -224,8 +238,9 @@ def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: li
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return by name the parameters that hold a matrix for each expert of a mixture, [experts, p, q].
 
-    Such are the three-dimensional ones of a module that says how many experts it has, in an attribute whose name ends with "experts"
-    (transformers: num_experts, total_experts, num_routed_experts). Convolutions and position embeddings are none.
+    Such are the three-dimensional ones of a module that says how many experts it has, in an attribute whose name ends
+    with "experts" (transformers: num_experts, total_experts, num_routed_experts). Convolutions and position embeddings
+    are none.
     """
     found = {}
     for module_name, module in model.named_modules():
@@ -239,7 +254,10 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
 def freeze_others(
     model: nn.Module, targets: Targets, others: str | None, embeddings: str | None
 ) -> dict[str, set[Tensor]]:
-    """Freeze what full-weight training leaves out: by default embeddings and head. What was frozen, by a label for the table."""
+    """Freeze what full-weight training leaves out: by default embeddings and head.
+
+    Returns what was frozen, by a label for the table.
+    """
     embedded = embedding_parameters(model) - targets.keys()
     everything: set[Tensor] = set(model.parameters())
     rest = everything - targets.keys() - embedded
@@ -261,6 +279,6 @@ def freeze_others(
 
 
 def embedding_parameters(model: nn.Module) -> set[Tensor]:
-    """The parameters of embeddings and of the output head."""
+    """Return the parameters of embeddings and of the output head."""
     modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + output_heads(model)
     return {param for module in modules for param in module.parameters()}

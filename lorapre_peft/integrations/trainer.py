@@ -1,7 +1,7 @@
 """LoRA-Pre in `transformers.Trainer` and TRL's trainers: one argument and one callback.
 
-TRL's SFTTrainer and RewardTrainer take the argument; the others, such as DPOTrainer, have Trainer's attribute of the same name to set
-before training.
+TRL's SFTTrainer and RewardTrainer take the argument; the others, such as DPOTrainer, have Trainer's attribute of the
+same name to set before training.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from .summary import adamw_state_bytes
 def lorapre_optimizer(
     optimizer: str = "adamw", args: TrainingArguments | None = None, **overrides: Any
 ) -> tuple[Callable[[], Callable[..., LoRAPreOptimizer]], dict[str, Any]]:
-    """What Trainer's ``optimizer_cls_and_kwargs`` takes, so that it builds a LoRA-Pre optimizer once the model is wrapped.
+    """Return what Trainer's ``optimizer_cls_and_kwargs`` takes, so that it builds a LoRA-Pre optimizer once the model
+    is wrapped.
 
-    Trainer does not pass its learning rate to an optimizer given this way, so it is read from ``args``, again whenever an
-    optimizer is built (a hyperparameter search changes them): learning rate, weight decay, epsilon, and each Adam beta that differs
-    from the training arguments' default (0.9 and 0.999; LoRA-Pre's own are 0.9 and 0.95, and to train with 0.999 it is given as
-    ``betas``). With ``"muon"`` betas and epsilon are those of the AdamW path.
+    Trainer does not pass its learning rate to an optimizer given this way, so it is read from ``args``, again whenever
+    an optimizer is built (a hyperparameter search changes them): learning rate, weight decay, epsilon, and each Adam
+    beta that differs from the training arguments' default (0.9 and 0.999; LoRA-Pre's own are 0.9 and 0.95, and to
+    train with 0.999 it is given as ``betas``). With ``"muon"`` betas and epsilon are those of the AdamW path.
 
     Args:
         optimizer: ``"adamw"`` or ``"muon"``.
         args: the trainer's own arguments (`TrainingArguments`, `SFTConfig`, …).
         overrides: options of `create_lorapre_optimizer`; they win over ``args``.
 
-    Raises TypeError if the first argument is no name, and ValueError if there is no learning rate in either, for an unknown
-    optimizer, and for arguments that cannot work with it: an engine that flattens parameters, or, with
+    Raises TypeError if the first argument is no name, and ValueError if there is no learning rate in either, for an
+    unknown optimizer, and for arguments that cannot work with it: an engine that flattens parameters, or, with
     ``update_in_backward=True``, gradient accumulation, global-norm clipping (``max_grad_norm`` above 0) and fp16.
     """
     if not isinstance(optimizer, str):
@@ -61,7 +62,7 @@ def lorapre_optimizer(
 
 
 def _read(optimizer: str, args: TrainingArguments | None) -> dict[str, Any]:
-    """Options of `create_lorapre_optimizer` from the training arguments as they are now."""
+    """Return the options of `create_lorapre_optimizer` from the training arguments as they are now."""
     options: dict[str, Any] = {"optimizer": optimizer}
     if args is None:
         return options
@@ -111,8 +112,9 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
 
 
 class OptimizerFactory:
-    """What builds the optimizer: Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), once it has wrapped
-    the model."""
+    """What builds the optimizer: Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), once
+    it has wrapped the model.
+    """
 
     def __init__(self, args: TrainingArguments | None) -> None:
         self.args = args
@@ -136,9 +138,10 @@ class LoRAPreCallback(TrainerCallback):
     """Checks that a trainer really runs LoRA-Pre on the model's adapter, and adds its figures to the trainer's logs.
 
     Logged at every logging step, for that step, under ``lorapre/``: ``state_bytes`` and ``adamw_state_bytes`` (float32
-    moments of the same parameters), ``captured_energy`` (share of ‖g‖² in the momentum's row space, 0 to 1), ``largest_update``
-    (largest entry of the normalised update before the clamp) and ``clamped_share`` (AdamW only), ``skipped_updates`` (so far).
-    Nothing is read from the device at other steps, but for the losses with ``stop_on_nan_loss``.
+    moments of the same parameters), ``captured_energy`` (share of ‖g‖² in the momentum's row space, 0 to 1),
+    ``largest_update`` (largest entry of the normalised update before the clamp) and ``clamped_share`` (AdamW only),
+    ``skipped_updates`` (so far). Nothing is read from the device at other steps, but for the losses with
+    ``stop_on_nan_loss``.
 
     Args:
         stop_on_nan_loss: stop at the first step with a loss that is NaN or infinite. Nothing of that step reaches the weights
@@ -146,10 +149,10 @@ class LoRAPreCallback(TrainerCallback):
             there, training goes on with the next batch. Trainer itself goes on, and by default logs the mean of the earlier
             losses in its place. (With ``update_in_backward`` finite gradients of that step have been applied already.)
 
-    Raises RuntimeError at the start of training if the optimizer is not LoRA-Pre's or does not hold the model's trainable
-    parameters, and at a logging step if it no longer does: adapters were added or replaced during training. Raises ValueError for
-    training arguments that `lorapre_optimizer` would refuse. Warns of a run
-    that was resumed from a checkpoint without optimizer state.
+    Raises RuntimeError at the start of training if the optimizer is not LoRA-Pre's or does not hold the model's
+    trainable parameters, and at a logging step if it no longer does: adapters were added or replaced during training.
+    Raises ValueError for training arguments that `lorapre_optimizer` would refuse. Warns of a run that was resumed
+    from a checkpoint without optimizer state.
     """
 
     def __init__(self, stop_on_nan_loss: bool = False) -> None:
@@ -163,8 +166,8 @@ class LoRAPreCallback(TrainerCallback):
     def attach(cls, trainer: Any, stop_on_nan_loss: bool = False) -> LoRAPreCallback:
         """Add a callback to a trainer, before its other callbacks, so that reporters see its figures; and return it.
 
-        A callback that is given to the trainer as ``callbacks=[LoRAPreCallback()]`` does the same: it looks for the trainer among
-        its callers when training begins.
+        A callback that is given to the trainer as ``callbacks=[LoRAPreCallback()]`` does the same: it looks for the
+        trainer among its callers when training begins.
         """
         callback = cls(stop_on_nan_loss)
         callback._trainer = weakref.ref(trainer)
@@ -281,7 +284,7 @@ class LoRAPreCallback(TrainerCallback):
 
 
 def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
-    """The LoRA-Pre optimizer inside accelerate's wrapper, maybe beside others.
+    """Return the LoRA-Pre optimizer inside accelerate's wrapper, maybe beside others.
 
     Raises RuntimeError if there is none, or if together they do not train the whole model.
     """
@@ -306,7 +309,7 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and those inside it: accelerate wraps one as ``optimizer``, chained ones are ``optimizers``."""
+    """Yield an optimizer and those inside it: accelerate wraps one as ``optimizer``, chained ones are ``optimizers``."""
     yield optimizer
     inside = [optimizer.optimizer] if hasattr(optimizer, "optimizer") else getattr(optimizer, "optimizers", ())
     for part in inside:
@@ -316,8 +319,9 @@ def _parts(optimizer: Any) -> Iterator[Any]:
 def _log_before_reporters(callback: LoRAPreCallback, handler: CallbackHandler | None) -> None:
     """Move the callback to the front of its trainer's list.
 
-    Trainer puts its reporters (TensorBoard, W&B, trackio) before the user's callbacks, so what a user's callback adds to the
-    logs comes too late for them. A callback is not given its handler; without `LoRAPreCallback.attach` it is the caller.
+    Trainer puts its reporters (TensorBoard, W&B, trackio) before the user's callbacks, so what a user's callback adds
+    to the logs comes too late for them. A callback is not given its handler; without `LoRAPreCallback.attach` it is
+    the caller.
     """
     if handler is None:
         warnings.warn(
@@ -329,7 +333,9 @@ def _log_before_reporters(callback: LoRAPreCallback, handler: CallbackHandler | 
 
 
 def _watched_losses(trainer: Any) -> list[Tensor]:
-    """Return the list that a trainer's training losses go to from now on, detached, whoever computes them; None: the one that calls."""
+    """Return the list that a trainer's training losses go to from now on, detached, whoever computes them; None: the
+    one that calls.
+    """
     from transformers import Trainer  # here, because it brings in datasets
 
     if trainer is None:
@@ -353,7 +359,9 @@ def _watched_losses(trainer: Any) -> list[Tensor]:
 
 
 def _caller(kind: type) -> Any:
-    """The nearest object of that class among the callers' ``self``, which a callback is not given; None if there is none."""
+    """Return the nearest object of that class among the callers' ``self``, which a callback is not given; None if
+    there is none.
+    """
     frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back

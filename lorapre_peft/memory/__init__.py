@@ -1,4 +1,4 @@
-"""Peak memory of a training run: measured where it runs, or estimated from the model's shapes."""
+"""The peak memory of a training run, measured where it runs, or estimated from the model's shapes."""
 
 from .peak import AllocationTracker, MemoryEstimate, estimate, measure
 

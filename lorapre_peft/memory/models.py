@@ -1,4 +1,6 @@
-"""From what names a model to a copy of it without memory: modules, configs, folders, built-in shapes, the hub."""
+"""Make a copy of a model that takes no memory, from a module, a config, a folder, a built-in shape or a name on the
+hub.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def find_config(name: str | os.PathLike[str]) -> tuple[PretrainedConfig, str]:
-    """A model's config, and in words where it was found: a local folder or config.json, a built-in shape, or the hub.
+    """Return a model's config, and in words where it was found: a local folder or config.json, a built-in shape, or
+    the hub.
 
     Raises ValueError if it is in none of these places.
     """
@@ -80,10 +83,11 @@ def _first_line(error: Exception) -> str:
 def meta_model(
     model: nn.Module | PretrainedConfig | str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """A model of the same shapes on the meta device, where tensors have no data; the caller's is not touched.
+    """Return a model of the same shapes on the meta device, where tensors have no data; the caller's is not touched.
 
-    A module keeps its dtypes, adapters, tied weights and what is frozen; a model built from a config has ``dtype``, and is of the class
-    that the config names (`architecture`). Raises ValueError as `find_config` and `architecture` do.
+    A module keeps its dtypes, adapters, tied weights and what is frozen; a model built from a config has ``dtype``,
+    and is of the class that the config names (`architecture`). Raises ValueError as `find_config` and `architecture`
+    do.
     """
     if isinstance(model, nn.Module):
         # Only the tensors are replaced: deepcopy finds those in the memo and copies everything around them.
@@ -100,9 +104,11 @@ def meta_model(
 
 
 def training_batch(model: Any, batch: int, seq_len: int) -> dict[str, Tensor]:
-    """The arguments of a training step of a meta model: text without padding, images or sound features of the size in its config.
+    """Return the arguments of a training step of a meta model: text without padding, images or sound features of the
+    size in its config.
 
-    A model for text and images gets text alone. Labels are a class for each sequence or image, or a token for each position.
+    A model for text and images gets text alone. Labels are a class for each sequence or image, or a token for each
+    position.
     """
     config: Any = getattr(model, "config", None)
     main = getattr(model, "main_input_name", "input_ids")

@@ -1,7 +1,8 @@
-"""What a training step takes in memory: an estimate before anything is allocated, and a measurement while it runs.
+"""Estimate what a training step takes in memory before anything is allocated, and measure it while it runs.
 
-The estimate is a dry run of the code that trains, on the meta device, where tensors have shapes and no data, with every
-allocation counted: no formula that could drift away from the code. Peers and the command line are in ``memory_peers.py``:
+The estimate is a dry run of the code that trains, on the meta device, where tensors have shapes and no data, with
+every allocation counted: no formula that could drift away from the code. Peers and the command line are in
+``peers.py``:
 
     lorapre-memory meta-llama/Llama-2-7b-hf --momentum-rank 8
 """
@@ -32,15 +33,16 @@ from .models import meta_model, training_batch
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Counts the bytes of the storages that torch's operations make while it is active, on whatever device, meta included.
+    """Counts the bytes of the storages that torch's operations make while it is active, on whatever device, meta
+    included.
 
         with AllocationTracker() as tracker:
             optimizer.step()
         tracker.peak_bytes
 
-    A storage counts from the operation that made it until nothing refers to it any more; what was there before does not
-    count. Not seen: what a kernel allocates for itself and frees before it returns (workspaces), and the rounding of an
-    allocator, in steps of 512 bytes on CUDA.
+    A storage counts from the operation that made it until nothing refers to it any more; what was there before does
+    not count. Not seen: what a kernel allocates for itself and frees before it returns (workspaces), and the rounding
+    of an allocator, in steps of 512 bytes on CUDA.
     """
 
     def __init__(self) -> None:
@@ -65,7 +67,7 @@ class AllocationTracker(TorchDispatchMode):
         self._events.append((self._numbers.pop(address), -size))
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Take a tensor's storage out of the count, from when it was made; nothing if it was not made here."""
+        """Take a tensor's storage out of the count, from when it was made; do nothing if it was not made here."""
         number = self._numbers.get(tensor.untyped_storage()._cdata)
         if number is not None:
             self._left_out.add(number)
@@ -79,17 +81,19 @@ class AllocationTracker(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """Bytes alive now of what was made while active."""
+        """The bytes that are alive now, of what was made while active."""
         return sum(size for number, size in self._events if number not in self._left_out)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was alive at once."""
+        """The most bytes that were alive at once."""
         return max(self._curve(), default=0)
 
 
 def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """Of the tensors among an operation's arguments or results; several times faster than torch's pytree."""
+    """Yield the storages of the tensors among an operation's arguments or results, several times faster than torch's
+    pytree.
+    """
     if isinstance(value, Tensor):
         if value.layout == torch.strided:
             yield value.untyped_storage()
@@ -100,10 +104,10 @@ def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one training step at their peak, per part.
+    """The bytes of each part of one training step, at its peak.
 
-    weights: parameters and buffers. gradients: all, or the largest one where each is used and freed in the backward pass.
-    state: the optimizer's. temporaries: of the optimizer's step, without its state; None where not counted.
+    weights: parameters and buffers. gradients: all, or the largest one where each is used and freed in the backward
+    pass. state: the optimizer's. temporaries: of the optimizer's step, without its state; None where not counted.
     activations: of forward and backward pass, without the gradients of parameters.
     """
 
@@ -132,18 +136,20 @@ def estimate(
     checkpointing: bool = True,
     **options: Any,
 ) -> MemoryEstimate:
-    """Peak memory of training a model with LoRA-Pre, by running `create_lorapre_optimizer`'s optimizer on the meta device.
+    """Return the peak memory of training a model with LoRA-Pre, by running `create_lorapre_optimizer`'s optimizer on
+    the meta device.
 
-    Nothing of the model's size is allocated. Weights, gradients, state and temporaries are what the eager backend makes on a
-    CPU, and kernels make less; on CUDA, torch's AdamW for many tensors at once may take up to ``temporary_bytes``/8 more on the AdamW path. Not counted:
-    workspaces of kernels, CUDA's context and the fragmentation of its allocator. Activations are those of text without
-    padding, with logits at every position, as transformers' own loss makes them (of a model for images or sound: of inputs of
-    the size in its config; of one for text and images: of text alone); ``scaled_dot_product_attention`` counts as
-    a fused kernel (flash or memory-efficient), which keeps no matrix of scores, with grouped keys and values repeated.
+    Nothing of the model's size is allocated. Weights, gradients, state and temporaries are what the eager backend
+    makes on a CPU, and kernels make less; on CUDA, torch's AdamW for many tensors at once may take up to
+    ``temporary_bytes``/8 more on the AdamW path. Not counted: workspaces of kernels, CUDA's context and the
+    fragmentation of its allocator. Activations are those of text without padding, with logits at every position, as
+    transformers' own loss makes them (of a model for images or sound: of inputs of the size in its config; of one for
+    text and images: of text alone); ``scaled_dot_product_attention`` counts as a fused kernel (flash or
+    memory-efficient), which keeps no matrix of scores, with grouped keys and values repeated.
 
     Args:
         model_or_config: a module on any device, also one with adapters, which is left as it is; a config, whose
-            ``architectures`` say what is built, else the whole model that is trained; a folder or config.json; a built-in name (`memory_models.SHAPES`); a name on the hub.
+            ``architectures`` say what is built, else the whole model that is trained; a folder or config.json; a built-in name (`models.SHAPES`); a name on the hub.
         optimizer, momentum_rank, update_rule, options: as in `create_lorapre_optimizer`, with the same defaults; but updates in the
             backward pass are asked for by ``in_backward``, and are the default here.
         dtype: of a model built from a config; a module keeps its own.
@@ -182,7 +188,9 @@ def estimate(
 
 
 def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
-    """Return the peak of the first two steps without the state: `als` starts its factors in the first and follows from then on."""
+    """Return the peak of the first two steps without the state: `als` starts its factors in the first and follows from
+    then on.
+    """
     peak = 0
     for located in _distinct_updates(optimizer, in_backward):
         for _, param, _ in located:
@@ -209,7 +217,9 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
 
 
 def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[list[Located]]:
-    """Return enough of the updates that happen at once to hold their peak: equal matrices take equal memory, chunk after chunk."""
+    """Return enough of the updates that happen at once to hold their peak: equal matrices take equal memory, chunk
+    after chunk.
+    """
     counts: Counter[tuple] = Counter()
     kept: list[Located] = []  # in the optimizer's order, on which the AdamW path's packing depends
     for group, param, position in optimizer._located():
@@ -233,7 +243,7 @@ _unfused_attention = nn.functional.scaled_dot_product_attention
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`scaled_dot_product_attention` of meta tensors as a fused kernel: torch takes the unfused form for them.
+    """Run `scaled_dot_product_attention` of meta tensors as a fused kernel; torch takes the unfused form for them.
 
     The CPU's flash attention makes and keeps what CUDA's do: the output and one float32 per query, no scores.
     """
@@ -245,7 +255,11 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: bool) -> int:
-    """Peak of one forward and backward pass of a meta model, each gradient freed at once and left out; changes the model."""
+    """Return the peak of one forward and backward pass of a meta model, without gradients, each of which is freed at
+    once.
+
+    It changes the model.
+    """
     try:
         modules: Iterator[Any] = model.train().modules()  # with attributes of their own
         for module in modules:
@@ -298,9 +312,9 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
             trainer.train()
         print(measured.peak_bytes, measured.what)
 
-    On CUDA: what tensors took on ``device`` (None: the current device), and PyTorch's peak statistics start anew. Else:
-    the process's resident memory, on Linux since the start of the block; where the system cannot start its peak anew, the
-    process's whole life, and ``what`` says so.
+    On CUDA: what tensors took on ``device`` (None: the current device), and PyTorch's peak statistics start anew.
+    Else: the process's resident memory, on Linux since the start of the block; where the system cannot start its peak
+    anew, the process's whole life, and ``what`` says so.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
     measured = Measurement()

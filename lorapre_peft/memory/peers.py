@@ -1,4 +1,4 @@
-"""The command line of ``memory.py``: LoRA-Pre's estimate in a table beside what its peers take by arithmetic."""
+"""The command ``lorapre-memory``: LoRA-Pre's estimate in a table beside what its peers take by arithmetic."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LORA_RANK = 16
 
 
 def peers(model: nn.Module, momentum_rank: int, activations: int) -> dict[str, MemoryEstimate]:
-    """Weights, gradients and state of a plain model's peers, in bytes; activations: the same number for each.
+    """Return weights, gradients and state of a plain model's peers, in bytes. activations: the same number for each.
 
-    The full-weight peers train what requires a gradient and hold all gradients at once; LoRA has adapters on all linear
-    layers but the head. Their temporaries are not counted.
+    The full-weight peers train what requires a gradient and hold all gradients at once; LoRA has adapters on all
+    linear layers but the head. Their temporaries are not counted.
     """
     total = sum(param.numel() for param in model.parameters())
     params = [param for param in model.parameters() if param.requires_grad]
@@ -64,7 +64,7 @@ def peers(model: nn.Module, momentum_rank: int, activations: int) -> dict[str, M
 
 
 def memory_table(rows: dict[str, MemoryEstimate]) -> str:
-    """Aligned text: a row per name, a column per part."""
+    """Return a table as aligned text, with a row for each name and a column for each part."""
     columns = [field.name for field in dataclasses.fields(MemoryEstimate)] + ["total"]
     width = max(map(len, rows)) + 2
     lines = [" " * width + "".join(f"{column:>13}" for column in columns)]
@@ -75,7 +75,9 @@ def memory_table(rows: dict[str, MemoryEstimate]) -> str:
 
 
 def adapter_table(model: nn.Module, ranks: Sequence[int]) -> str:
-    """State of adapters of these ranks on all linear layers of a meta model: AdamW's, and LoRA-Pre's at r/2, r/4 and r/8."""
+    """Return a table of the state of adapters of these ranks on all linear layers of a meta model: AdamW's, and
+    LoRA-Pre's at r/2, r/4 and r/8.
+    """
     lines = [f"{'adapter':>8}{'parameters':>14}{'AdamW':>12}{'k = r/2':>12}{'k = r/4':>12}{'k = r/8':>12}"]
     for r in ranks:
         adapted = get_peft_model(model, LoRAPreConfig(r=r, target_modules="all-linear"))
@@ -97,7 +99,7 @@ def _state_bytes(model: nn.Module, momentum_rank: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table for a model; argv: the command line, None for the process's own."""
+    """Print the table for a model. argv: the command line; None stands for the process's own."""
     parser = argparse.ArgumentParser(
         prog="lorapre-memory",
         description="Peak memory of full-weight training with LoRA-Pre, from a dry run that allocates nothing, beside its peers.",
