@@ -12,17 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-# Which side of an adapter's tensor is the vocabulary's, by how the tensor's name goes on behind that of the embedding or the head:
-# the module itself (modules_to_save, or saved because it was resized), the layer under an adapter, and LoRA's matrices for each.
+# Which side of an adapter's tensor is the vocabulary's, by how the tensor's name goes on behind that of the embedding
+# or the head: the module itself (modules_to_save, or saved because it was resized), the layer under an adapter, and
+# LoRA's matrices for each.
 VOCABULARY_SIDE = {".weight": 0, ".base_layer.weight": 0, ".lora_embedding_A": 1, ".lora_B.weight": 0}
 
 
 class AdaptedLM(HFLM):
     """lm-eval's `HFLM`, with another rule for the vocabulary of a model under an adapter.
 
-    HFLM resizes the base model to the number of its tokenizer's tokens. That cuts every vocabulary that is padded (Qwen's, Phi's), and
-    an adapter with an output head or embeddings of its own no longer fits. Here the model gets the vocabulary of the adapter's own
-    tensors; if the adapter has none, it is enlarged where the tokenizer has more tokens, and never cut.
+    HFLM resizes the base model to the number of its tokenizer's tokens. That cuts every vocabulary that is padded
+    (Qwen's, Phi's), and an adapter with an output head or embeddings of its own no longer fits. Here the model gets
+    the vocabulary of the adapter's own tensors; if the adapter has none, it is enlarged where the tokenizer has more
+    tokens, and never cut.
 
     Raises SystemExit for an adapter that does not fit the model, or whose tokenizer does not fit its vocabulary.
     """
@@ -35,7 +37,8 @@ class AdaptedLM(HFLM):
         own = vocabulary_size(self._model, load_peft_weights(peft, device="cpu"))
         if own is not None and own < tokens:
             raise SystemExit(
-                f"the adapter {peft!r} has a vocabulary of {own}, and the tokenizer {self.tokenizer.name_or_path!r} has {tokens} tokens: "
+                f"the adapter {peft!r} has a vocabulary of {own}, and the tokenizer {self.tokenizer.name_or_path!r} "
+                f"has {tokens} tokens: "
                 "save the tokenizer that the adapter was trained with beside it"
             )
         wanted = own or max(rows, tokens)
@@ -46,12 +49,14 @@ class AdaptedLM(HFLM):
             self._model = PeftModel.from_pretrained(self._model, peft)
         except RuntimeError as error:  # of load_state_dict, for tensors of other shapes
             raise SystemExit(
-                f"the adapter {peft!r} does not fit the model {pretrained!r}, give the one that it was trained on: {error}"
+                f"the adapter {peft!r} does not fit the model {pretrained!r}, give the one that it was trained on: "
+                f"{error}"
             ) from error
 
 
 def vocabulary_size(model: PreTrainedModel, weights: dict[str, Tensor]) -> int | None:
-    """How many tokens an adapter's tensors for embeddings or output head have rows for; None if it has none for either.
+    """How many tokens an adapter's tensors for embeddings or output head have rows for; None if it has none for
+    either.
 
     weights: the adapter's tensors, by their names in its file.
     """

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+")
 _MARKER = re.compile(r"####|\bthe (?:final )?answer is\b:?", re.IGNORECASE)
-# A minus counts as a sign unless something that it could be subtracted from stands before it: a number or a bracket, and where
-# there is a space behind the minus, a word as well.
+# A minus counts as a sign unless something that it could be subtracted from stands before it: a number or a bracket,
+# and where there is a space behind the minus, a word as well.
 _SIGNED = re.compile(
     r"(?:(?<![\w.)])(?<![\d.)]\s)(?P<sign>[-+])(?:(?!\s)|(?<![\w.)]\s[-+])\s))?(?:[$€£¥₹]\s?(?P<inner_sign>[-+])?)?"
     rf"(?P<number>{NUMBER.pattern})(?:e(?P<exponent>[-+]?\d+))?(?:\s?/\s?(?P<denominator>{NUMBER.pattern}))?",
@@ -34,7 +34,8 @@ _SIGNED = re.compile(
 )
 _BRACED = rf"\s*(?:\{{({NUMBER.pattern})\}}|(\d))"
 _FRACTION = re.compile(rf"(\d?)\\[dt]?frac{_BRACED}{_BRACED}")
-# What stands before the result of an equation of numbers: 2 + 3 = 5. Looked for from the ends of words alone, or time would be quadratic.
+# What stands before the result of an equation of numbers: 2 + 3 = 5. Looked for from the ends of words alone, or time
+# would be quadratic.
 _SUM = re.compile(r"(?<![^A-Za-z=\n])(?:[^A-Za-z=\n]*=)+")
 _MATH = re.compile(r"\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BETWEEN = re.compile(r"\s*(?:,|;)?\s*(?:and|or)?\s*")
@@ -44,7 +45,8 @@ _SPELLINGS = [("−", "-"), (r"\$", "$"), ("{,}", ","), (r"\,", ""), (r"\!", "")
 # LoRA-Pro's released evaluation reads answers and references so; what it cannot read is 0.
 _PAPER = re.compile(r"####\s*(\d+)")
 
-# The longest answer of MATH-500 has 53 characters. Longer than this is no answer, and costs the parser exponential time.
+# The longest answer of MATH-500 has 53 characters. Longer than this is no answer, and costs the parser exponential
+# time.
 _MAX_LENGTH = 500
 _SECONDS = 5
 _WORKER_BYTES = 2 << 30

@@ -60,7 +60,8 @@ def main() -> None:
         device=torch.device(args.device),
     )
     print(
-        f"{args.model}, bfloat16, k={args.momentum_rank}, batch {args.batch} × {args.seq_len}, updates in the backward pass"
+        f"{args.model}, bfloat16, k={args.momentum_rank}, batch {args.batch} × {args.seq_len}, updates in the "
+        "backward pass"
     )
     print(f"measured:  {format_bytes(measured.peak_bytes)} ({measured.what})")
     print(f"estimated: {format_bytes(expected.total)}")

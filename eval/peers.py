@@ -26,12 +26,13 @@ LARGEST_VEC_RANK = 16
 class Method:
     """An optimizer under its name.
 
-    build: (model, lr, rank) to an optimizer over the model's trainable parameters, which are the matrices of a PEFT model's
-    adapters or the weights of a plain one; rank: of the compressed momentum, for methods that have one.
-    kinds: where it applies. muon: compared with Muon rather than with AdamW. gradient_reads: how often its step must read
-    the gradient, None where no figure is claimed. overwrites_gradients: a step changes them. patience: how many times as long
-    as others its first steps may take. prime: puts a fresh optimizer past a first step that is not like the others. note:
-    what a reader of its figures must know.
+    build: (model, lr, rank) to an optimizer over the model's trainable parameters, which are the matrices of a PEFT
+    model's adapters or the weights of a plain one; rank: of the compressed momentum, for methods that have one.
+    kinds: where it applies. muon: compared with Muon rather than with AdamW. gradient_reads: how often its step must
+    read the gradient, None where no figure is claimed. overwrites_gradients: a step changes them. patience: how many
+    times as long
+    as others its first steps may take. prime: puts a fresh optimizer past a first step that is not like the others.
+    note: what a reader of its figures must know.
     """
 
     name: str
@@ -145,7 +146,8 @@ def lorapre_methods(device: torch.device) -> list[Method]:
             _lorapre(cls, {"backend": backend}),
             muon=muon,
             gradient_reads=2,
-            # The first steps start all factors and compile some twenty graphs; Muon on large weights is slow at every step.
+            # The first steps start all factors and compile some twenty graphs; Muon on large weights is slow at every
+            # step.
             patience=4 if backend == "compiled" else 1 if muon else 10,
         )
         for muon, cls in ((False, LoRAPreAdamW), (True, LoRAPreMuon))

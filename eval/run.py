@@ -19,7 +19,8 @@ from recipes.sources import SMOLLM2
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-# lm_eval, torch and datasets are imported where they are used: the process that compares expressions imports this module too.
+# lm_eval, torch and datasets are imported where they are used: the process that compares expressions imports this
+# module too.
 
 TASKS = Path(__file__).parent / "tasks"
 SAVED = "saved"  # a model's own dtype
@@ -39,13 +40,15 @@ def evaluate(
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
 ) -> dict[str, Any] | None:
-    """Answers of a model to tasks, judged; returns lm-eval's results with ``samples``, and None on all but the first process.
+    """Answers of a model to tasks, judged; returns lm-eval's results with ``samples``, and None on all but the first
+    process.
 
     Args:
         model: ``"smollm2"``, a local folder, or a hub id.
         adapter: folder or hub id of a PEFT adapter. If a tokenizer lies beside it, that is the one used.
         tasks: of `eval/tasks`, or any of lm-eval's own.
-        output_dir: gets ``results.json`` and one ``samples_TASK.jsonl`` per task, with every prompt, completion and verdict.
+        output_dir: gets ``results.json`` and one ``samples_TASK.jsonl`` per task, with every prompt, completion and
+            verdict.
         data: by task, what to read instead of the hub: a JSONL file of test rows, or a folder with one file per split.
         limit: problems per task, the first ones; None: all.
         batch_size: problems at a time, or ``"auto"``.
@@ -55,8 +58,8 @@ def evaluate(
         apply_chat_template: write every prompt as a user's message, by the tokenizer's chat template.
         system_instruction: put before every prompt; with a chat template it is the system's message.
 
-    Raises SystemExit for an unknown task, for a model or data that cannot be had, for an adapter that does not fit the model, for a
-    tokenizer without the chat template, and for a folder with other results.
+    Raises SystemExit for an unknown task, for a model or data that cannot be had, for an adapter that does not fit the
+    model, for a tokenizer without the chat template, and for a folder with other results.
     """
     import torch
     from lm_eval import simple_evaluate
@@ -87,7 +90,8 @@ def evaluate(
         ) from error
     if apply_chat_template and not lm.tokenizer.chat_template:
         raise SystemExit(
-            f"the tokenizer {lm.tokenizer.name_or_path!r} has no chat template: leave out --apply_chat_template, or save the tokenizer of "
+            f"the tokenizer {lm.tokenizer.name_or_path!r} has no chat template: leave out --apply_chat_template, or "
+            "save the tokenizer of "
             "the training, with its template, beside the adapter"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +105,9 @@ def evaluate(
 
 
 def check_folder(folder: Path, options: dict[str, Any]) -> None:
-    """Raise SystemExit if the folder's results are of another model or way of prompting. Tasks, data and limit may change: completions are kept."""
+    """Raise SystemExit if the folder's results are of another model or way of prompting. Tasks, data and limit may
+    change: completions are kept.
+    """
     path = folder / "results.json"
     found = json.loads(path.read_text())["options"] if path.exists() else options
     fixed = ("model", "adapter", "dtype", "apply_chat_template", "system_instruction")
@@ -115,7 +121,9 @@ def own_tasks() -> list[str]:
 
 
 def task_manager(names: list[str]) -> TaskManager:
-    """Knows the tasks of `eval/tasks`, and lm-eval's own if they are asked for: its thousands of files take half a minute."""
+    """Knows the tasks of `eval/tasks`, and lm-eval's own if they are asked for: its thousands of files take half a
+    minute.
+    """
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(TASKS), include_defaults=not set(names) <= set(own_tasks()))
@@ -145,7 +153,8 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
             group = manager.load({"group": f"only_{name}", "task": [{"task": name, **overrides}]})
         except OSError as error:
             raise SystemExit(
-                f"the data of task {name} cannot be had ({error}). To work offline, give a local copy, --data {name}=FILE.jsonl, "
+                f"the data of task {name} cannot be had ({error}). To work offline, give a local copy, --data "
+                f"{name}=FILE.jsonl, "
                 "or take the task generated_problems"
             ) from error
         loaded += group["tasks"].values()
@@ -162,7 +171,8 @@ def model_source(model: str) -> dict[str, str]:
 
 
 def fingerprint(source: dict[str, str], output: Path) -> str:
-    """Changes with the model's arguments and, for local folders, with the files in them, so that no stale completion is reused.
+    """Changes with the model's arguments and, for local folders, with the files in them, so that no stale completion
+    is reused.
 
     Except those in ``output``, which may lie in the model's folder and changes with every evaluation.
     """
@@ -178,7 +188,9 @@ def fingerprint(source: dict[str, str], output: Path) -> str:
 
 
 def write(results: dict[str, Any], folder: Path, options: dict[str, Any]) -> None:
-    """``results.json``: options, per task the number of problems and every metric with its standard error, surroundings."""
+    """``results.json``: options, per task the number of problems and every metric with its standard error,
+    surroundings.
+    """
     from recipes.training import environment
 
     surroundings = environment()

@@ -83,7 +83,8 @@ def report(summary: dict[str, Any], folder: Path) -> str:
     models = [case for case in cases if not case["sweep"]]
     commits = dict.fromkeys(str(case["commit"])[:12] for case in cases)  # a resumed folder may have several
     parts = [
-        f"{machine}; a copy on the device: {around['copy_bytes_per_second'] / 1e9:.1f} GB/s; commit {', '.join(commits)}\n",
+        f"{machine}; a copy on the device: {around['copy_bytes_per_second'] / 1e9:.1f} GB/s; commit "
+        f"{', '.join(commits)}\n",
         *(markdown(case, around["copy_bytes_per_second"]) for case in models),
         *(sweep_markdown(group) for group in sweeps(cases)),
     ]
@@ -113,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--patience",
         type=float,
         default=10,
-        help="seconds for building an optimizer and its first three steps, after which it is reported as too slow (default 10)",
+        help="seconds for building an optimizer and its first three steps, after which it is reported as too slow "
+        "(default 10)",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/speed"), help="folder (default runs/speed)")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the folder has from an earlier run")

@@ -38,7 +38,8 @@ def markdown(case: dict[str, Any], copy_bytes_per_second: float) -> str:
             bandwidth = f"{format_bytes(speed)}/s, {speed / copy_bytes_per_second:.0%}"
         sizes = " | ".join(format_bytes(result[key]) for key in ("state_bytes", "temporary_bytes"))
         lines.append(
-            f"| {result['name']} | {1e3 * result['median']:.3g} ({1e3 * low:.3g}–{1e3 * high:.3g}, n={len(result['seconds'])}) "
+            f"| {result['name']} | {1e3 * result['median']:.3g} ({1e3 * low:.3g}–{1e3 * high:.3g}, "
+            f"n={len(result['seconds'])}) "
             f"| {result['ratio']:.2f} | {sizes} | {bandwidth} |"
         )
     if case["not_applicable"]:
@@ -49,7 +50,8 @@ def markdown(case: dict[str, Any], copy_bytes_per_second: float) -> str:
 def title(case: dict[str, Any]) -> str:
     """Return in a line what a case steps through."""
     return (
-        f"{case['name']}: {case['extent']}, {case['matrices']:,} matrices, {case['parameters'] / 1e6:.3g} M parameters, "
+        f"{case['name']}: {case['extent']}, {case['matrices']:,} matrices, {case['parameters'] / 1e6:.3g} M "
+        "parameters, "
         f"k = {case['momentum_rank']}"
     )
 

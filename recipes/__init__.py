@@ -1,4 +1,5 @@
-"""Training scripts. Importing them silences what other packages say to nobody: their own deprecations, and files that need not exist.
+"""Training scripts. Importing them silences what other packages say to nobody: their own deprecations, and files that
+need not exist.
 
 Here, because one of them speaks while it is imported.
 """

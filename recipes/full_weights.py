@@ -1,9 +1,10 @@
-"""Fine-tune the weights of SmolLM2-135M with LoRA-Pre and with torch.optim.AdamW, each over its own grid of learning rates.
+"""Fine-tune the weights of SmolLM2-135M with LoRA-Pre and with torch.optim.AdamW, each over its own grid of learning
+rates.
 
-``recipes/configs/smollm2_full.yaml``, trained once per method, rate, rank and seed; every other key of `recipes.sft` can be given
-here too. The same matrices (attention and MLP) are trained by both; embeddings and head stay frozen. LoRA-Pre updates in the
-backward pass, as it would on a 7B model. One run is one JSON file in the output folder: started again, the script
-repeats nothing that is finished.
+``recipes/configs/smollm2_full.yaml``, trained once per method, rate, rank and seed; every other key of `recipes.sft`
+can be given here too. The same matrices (attention and MLP) are trained by both; embeddings and head stay frozen.
+LoRA-Pre updates in the backward pass, as it would on a 7B model. One run is one JSON file in the output folder:
+started again, the script repeats nothing that is finished.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ GRID = {
 
 
 def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
-    """The command line on top of the comparison's config, and ``more`` on top of both. Raises SystemExit for a key of the grid."""
+    """The command line on top of the comparison's config, and ``more`` on top of both. Raises SystemExit for a key of
+    the grid.
+    """
     for key, instead in GRID.items():
         if any(given.partition("=")[0].replace("-", "_") == f"__{key}" for given in sys.argv[1:]):
             raise SystemExit(f"--{key} cannot be given here: {instead}")
@@ -81,7 +84,8 @@ def best_rates(results: list[dict[str, Any]]) -> str:
             place = "inside the grid"
         name = "torch.optim.AdamW" if key[0] == "adamw" else f"LoRA-Pre, k={key[1]}"
         lines.append(
-            f"{name:20}{means[best]:8.3f} at lr {best:g} ({place}), state {format_bytes(runs[0]['optimizer_state_bytes'])}"
+            f"{name:20}{means[best]:8.3f} at lr {best:g} ({place}), state "
+            f"{format_bytes(runs[0]['optimizer_state_bytes'])}"
         )
         lines.append(" " * 20 + "  ".join(f"{lr:g}: {loss:.3f}" for lr, loss in means.items()))
     return "\n".join(lines)

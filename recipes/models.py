@@ -23,7 +23,8 @@ def load_model(
     Args:
         source: ``"smollm2"``, a local folder, or a hub id.
         dtype: of the weights; None for the one they were saved in.
-        options: of `AutoModelForCausalLM.from_pretrained`; ``revision`` and ``trust_remote_code`` count for the tokenizer too.
+        options: of `AutoModelForCausalLM.from_pretrained`; ``revision`` and ``trust_remote_code`` count for the
+            tokenizer too.
 
     Raises FileNotFoundError if the package is missing, or if the hub does not give the model.
     """

@@ -18,8 +18,8 @@ AUTO = "auto"
 TOKENS, INPUTS, OUTPUTS = 512, 576, 1536
 # The fastest of so many counts. The dtypes take turns, so that another process slows both.
 REPEATS = 8
-# A Xeon with bfloat16 units was 4 to 8 times as fast with them as in float32, and took 4 to 9 times as long with the units
-# switched off, busy or not. Where bfloat16 gains little float32 is taken, which rounds less.
+# A Xeon with bfloat16 units was 4 to 8 times as fast with them as in float32, and took 4 to 9 times as long with the
+# units switched off, busy or not. Where bfloat16 gains little float32 is taken, which rounds less.
 GAIN = 1.5
 
 

@@ -9,7 +9,8 @@ from datasets import Dataset
 
 from eval.answers import NUMBER
 
-# Problem and solution together, in characters, about 150 tokens: longer ones would make a CPU step several times slower.
+# Problem and solution together, in characters, about 150 tokens: longer ones would make a CPU step several times
+# slower.
 MAX_LENGTH = 500
 # No number of a solution is larger, nor has decimals: the arithmetic of a 135M model ends about there.
 MAX_NUMBER = 100

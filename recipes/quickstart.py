@@ -1,7 +1,9 @@
-"""Train a LoRA adapter of SmolLM2-135M with LoRA-Pre on generated problems, beside torch.optim.AdamW: `make quickstart`.
+"""Train a LoRA adapter of SmolLM2-135M with LoRA-Pre on generated problems, beside torch.optim.AdamW:
+`make quickstart`.
 
 Everything runs offline, on a CPU unless there is a CUDA device: weights and problems come from Python packages. It is
-``recipes/configs/smollm2.yaml``, trained once by each optimizer; every key of `recipes.sft` can be given here too. Stopped runs go on with ``--resume``.
+``recipes/configs/smollm2.yaml``, trained once by each optimizer; every key of `recipes.sft` can be given here too.
+Stopped runs go on with ``--resume``.
 """
 
 from __future__ import annotations
@@ -102,9 +104,12 @@ def held_out(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progress: str) -> dict[str, float]:
-    """Of greedy answers to held-out problems, the shares that end in ``#### number`` and that are right; the seconds that they took."""
+    """Of greedy answers to held-out problems, the shares that end in ``#### number`` and that are right; the seconds
+    that they took.
+    """
     start = time.perf_counter()
-    # One token at a time, a merged float32 model is several times faster on a CPU than bfloat16 and an adapter beside it.
+    # One token at a time, a merged float32 model is several times faster on a CPU than bfloat16 and an adapter beside
+    # it.
     model = copy.deepcopy(trainer.model).float().merge_and_unload()
     completions = generate(
         model,
@@ -123,7 +128,8 @@ def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progres
 def seconds_by_part(results: dict[str, dict[str, Any]], start_seconds: float) -> dict[str, float]:
     """What the command spent its time on, in order; the parts of all runs together.
 
-    start_seconds: until this process was ready. The installation's seconds are those that ``make install`` left in the environment.
+    start_seconds: until this process was ready. The installation's seconds are those that ``make install`` left in the
+        environment.
     """
     before, *after = results.values()
     installed = Path(sys.prefix, "installed")

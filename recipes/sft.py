@@ -1,4 +1,5 @@
-"""Supervised fine-tuning with LoRA-Pre: ``python -m recipes.sft --config recipes/configs/NAME.yaml``, or under ``accelerate launch``.
+"""Supervised fine-tuning with LoRA-Pre: ``python -m recipes.sft --config recipes/configs/NAME.yaml``, or under
+``accelerate launch``.
 
 TRL's argument classes and trainer; every key of a config can be given on the command line as well, where it wins.
 """
@@ -84,7 +85,8 @@ class ModelArguments(ModelConfig):
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Of the model's weights, those of the base model under an adapter. 'auto': the one that this machine "
+            "help": "Of the model's weights, those of the base model under an adapter. 'auto': the one that this "
+            "machine "
             "multiplies fast; bf16, where it is not given, follows the same choice.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
@@ -93,8 +95,8 @@ class ModelArguments(ModelConfig):
 
 @dataclass
 class Recipe:
-    """One run: its arguments by class, the dtypes in them and why, and ``config``, all keys as they were given (those that are
-    not the defaults)."""
+    """One run: its arguments by class, the dtypes in them and why, and ``config``, all keys as they were given (those
+    that are not the defaults)."""
 
     sft: SFTConfig
     model: ModelArguments
@@ -135,8 +137,10 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
     conversation = is_conversational(example) or is_conversational_from_value(example)
     if conversation and not tokenizer.chat_template and not recipe.sft.chat_template_path:
         raise ValueError(
-            f"the rows of {recipe.data.dataset_name} are conversations, and the tokenizer of {model_args.model_name_or_path} has no chat "
-            "template: give chat_template_path, a .jinja file or a model whose template is to be used, or rows of prompt and completion"
+            f"the rows of {recipe.data.dataset_name} are conversations, and the tokenizer of "
+            f"{model_args.model_name_or_path} has no chat "
+            "template: give chat_template_path, a .jinja file or a model whose template is to be used, or rows of "
+            "prompt and completion"
         )
     extra: dict[str, Any] = {"callbacks": list(callbacks)}
     if lorapre.optimizer == "trainer":
@@ -173,7 +177,8 @@ def _peft_config(recipe: Recipe) -> PeftConfig | None:
 
 def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
     """Options of `create_lorapre_optimizer`; an adapter's rank and rule stand in its own config."""
-    # Full weights and, in SFTTrainer, QLoRA's adapters are bfloat16: at fine-tuning rates most updates are below its spacing.
+    # Full weights and, in SFTTrainer, QLoRA's adapters are bfloat16: at fine-tuning rates most updates are below its
+    # spacing.
     options: dict[str, Any] = {"bf16_rounding": "stochastic"}
     if recipe.lorapre.adjust_lr_fn is not None:
         options["adjust_lr_fn"] = recipe.lorapre.adjust_lr_fn

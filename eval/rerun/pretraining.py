@@ -21,7 +21,9 @@ from .training import MemoryLog, Runner
 
 
 class PretrainingRunner(Runner):
-    """Trains runs one after another, keeping the tokenizer and the held-out rows, which all runs on the same text share."""
+    """Trains runs one after another, keeping the tokenizer and the held-out rows, which all runs on the same text
+    share.
+    """
 
     def __init__(self, surroundings: dict[str, Any]) -> None:
         super().__init__(surroundings)
@@ -31,7 +33,9 @@ class PretrainingRunner(Runner):
         self._text(run)
 
     def _text(self, run: Run) -> tuple[CorpusArguments, PreTrainedTokenizerBase, dict[str, list[Any]]]:
-        """Return the corpus, its tokenizer, and the held-out rows: every second one for validation, the others to test."""
+        """Return the corpus, its tokenizer, and the held-out rows: every second one for validation, the others to
+        test.
+        """
         key = f"{run.data} {run.training.max_length}"
         if key not in self._texts:
             options = {name: value for name, value in run.data.items() if name != "source"}

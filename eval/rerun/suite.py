@@ -43,10 +43,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Pretraining(Training):
-    """How every run of a pre-training suite trains: a Llama from random weights, on rows of ``max_length`` tokens of text.
+    """How every run of a pre-training suite trains: a Llama from random weights, on rows of ``max_length`` tokens of
+    text.
 
-    The cosine schedule ends at ``min_lr_rate`` of its rate. others_lr: AdamW's rate for embeddings, head and norms in every run,
-    so that rows differ in what happens to the matrices alone; None: as a method's authors train them.
+    The cosine schedule ends at ``min_lr_rate`` of its rate. others_lr: AdamW's rate for embeddings, head and norms in
+    every run, so that rows differ in what happens to the matrices alone; None: as a method's authors train them.
     """
 
     others_lr: float | None = 3e-3

@@ -81,6 +81,8 @@ def _job(jobs: int, part: list[Cell], folder: Path, surroundings: dict[str, Any]
 
 
 def _end_with_parent() -> None:
-    """End this process with the command that started it, which, started again, would share its GPUs with what is left."""
+    """End this process with the command that started it, which, started again, would share its GPUs with what
+    is left.
+    """
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -25,7 +25,9 @@ def alpaca_prompt(doc: dict[str, Any]) -> str:
 
 
 def generated(size: int, seed: int, train_size: int, train_seed: int, **metadata: Any) -> DatasetDict:
-    """``size`` problems of the quickstart's kind, none of which is among the ``train_size`` ones that it trained on."""
+    """``size`` problems of the quickstart's kind, none of which is among the ``train_size`` ones that it
+    trained on.
+    """
     return DatasetDict(test=problems(size, seed=seed, exclude=problems(train_size, seed=train_seed)))
 
 

@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module name: B [out, r], A [r, in]
 
-# Largest ‖found − meant‖ / ‖meant‖ of a module's change. Rounding to bfloat16, the coarsest dtype of weights, costs 2⁻⁹; a change that
-# is transposed or scaled twice is off by the order of 1.
+# Largest ‖found − meant‖ / ‖meant‖ of a module's change. Rounding to bfloat16, the coarsest dtype of weights, costs
+# 2⁻⁹; a change that is transposed or scaled twice is off by the order of 1.
 TOLERANCE = 1e-2
 
 
@@ -38,7 +38,8 @@ def adapter_config(
     ``target_parameters``.
     """
     modules = {name for name in ranks if name not in by_parameter}
-    # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of them.
+    # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of
+    # them.
     selections: tuple[list[str] | str, ...] = (
         [*{name.rpartition(".")[2] for name in modules}],
         list(modules),
@@ -166,7 +167,8 @@ def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Yield PEFT's layers of an adapter, by their names in the base model; those that the file has no factors for are
     on the meta device.
     """
-    # One zero stands for all of a weight: PEFT reads shapes, dtypes and devices alone, and moves factors to the weight's device.
+    # One zero stands for all of a weight: PEFT reads shapes, dtypes and devices alone, and moves factors to the
+    # weight's device.
     hollow = copy.deepcopy(model)._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -186,8 +188,10 @@ def write_checked(folder: Path, config: LoraConfig, factors: Factors, model: Pre
         write(Path(place), config, factors)
         if wrong := sorted(misread(Path(place), model, factors)):
             raise RuntimeError(
-                f"PEFT {peft.__version__} opens the adapter otherwise than it was meant in {len(wrong)} modules such as "
-                f"{', '.join(wrong[:3])}, and nothing was written: leave these out of target_modules, or deliver the tuned weights "
+                f"PEFT {peft.__version__} opens the adapter otherwise than it was meant in {len(wrong)} modules such "
+                "as "
+                f"{', '.join(wrong[:3])}, and nothing was written: leave these out of target_modules, or deliver the "
+                "tuned weights "
                 "themselves"
             )
         folder.mkdir(exist_ok=True)

@@ -34,7 +34,8 @@ class Checkpoint:
                 self.folder = Path(snapshot_download(self.path, local_files_only=True))
             except (LocalEntryNotFoundError, HFValidationError) as error:
                 raise ValueError(
-                    f"{self.path} is neither a folder nor a model in the local hub cache, and nothing is downloaded here: pass "
+                    f"{self.path} is neither a folder nor a model in the local hub cache, and nothing is downloaded "
+                    "here: pass "
                     "a folder, or fetch the model first with `hf download`"
                 ) from error
         index, single = self.folder / SAFE_WEIGHTS_INDEX_NAME, self.folder / SAFE_WEIGHTS_NAME
@@ -45,7 +46,8 @@ class Checkpoint:
                 self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
         else:
             raise ValueError(
-                f"{self.path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: write the model again with "
+                f"{self.path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: write the model again "
+                "with "
                 "save_pretrained"
             )
         absent = sorted(name for name in set(self.files.values()) if not (self.folder / name).is_file())
@@ -74,7 +76,9 @@ class Checkpoint:
             return model_class(config)
 
     def rename(self, model: transformers.PreTrainedModel) -> None:
-        """Fill ``keys``, {name in the model: name in the file}, by the rules with which from_pretrained reads names."""
+        """Fill ``keys``, {name in the model: name in the file}, by the rules with which from_pretrained reads
+        names.
+        """
         conversions = get_model_conversion_mapping(model)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -120,7 +124,8 @@ def common_names(before: Checkpoint, after: Checkpoint, model: transformers.PreT
         missing = sorted((name for name in names if checkpoint.key(name) is None), key=dot_natural_key)
         if missing:
             raise ValueError(
-                f"{checkpoint.path} lacks {len(missing)} tensors of the other checkpoint, such as {', '.join(missing[:3])}: both "
+                f"{checkpoint.path} lacks {len(missing)} tensors of the other checkpoint, such as "
+                f"{', '.join(missing[:3])}: both "
                 f"must be whole checkpoints of one {type(model).__name__}"
             )
     return sorted(names, key=dot_natural_key)

@@ -34,7 +34,9 @@ FIRST_RANK = 32
 
 @dataclass(frozen=True)
 class ExtractedModule:
-    """One module of the adapter. Δ = tuned − base, BA is the product of the factors as stored, ‖·‖ the Frobenius norm."""
+    """One module of the adapter. Δ = tuned − base, BA is the product of the factors as stored, ‖·‖ the
+    Frobenius norm.
+    """
 
     name: str
     shape: tuple[int, int]  # out_features, in_features
@@ -130,20 +132,21 @@ def extract_lora(
     those that read ``target_modules`` serve here.)
 
     Args:
-        base, tuned: folders with ``config.json`` and safetensors, in one file or in shards, or ids of cached hub models.
+        base, tuned: folders with ``config.json`` and safetensors, in one file or in shards, or ids of cached hub
+            models.
         output_dir: receives ``adapter_config.json``, ``adapter_model.safetensors`` and ``extraction_report.json``.
         rank: of every module, or as far as its matrix goes. Give this or ``energy``.
         energy: the share of ‖Δ‖² in (0, 1] that each module keeps, before the factors are rounded to ``dtype``, at the
-            smallest rank that does (that subspace iteration finds: it can be slightly above the smallest). 1 keeps even
-            the round-off in Δ.
+            smallest rank that does (that subspace iteration finds: it can be slightly above the smallest). 1 keeps
+            even the round-off in Δ.
         max_rank: upper bound of the ranks that ``energy`` chooses.
         target_modules: as in `peft.LoraConfig`: "all-linear", a list of names, or a regular expression of whole names.
         dtype: of the stored factors, such as "float32"; None is each base weight's own. The errors count its rounding.
         device: where the SVDs are computed.
 
     Raises:
-        ValueError: an invalid option; a checkpoint that cannot be read; tensors that are missing, of different shapes or
-            not finite; no linear module selected; no change, or none in what is selected.
+        ValueError: an invalid option; a checkpoint that cannot be read; tensors that are missing, of different shapes
+            or not finite; no linear module selected; no change, or none in what is selected.
         RuntimeError: this version of PEFT opens the adapter otherwise than it was meant; nothing is written then.
     """
     if (rank is None) == (energy is None):
@@ -173,7 +176,8 @@ def extract_lora(
         old, new = before.tensor(name).to(device), after.tensor(name).to(device)
         if old.shape != new.shape:
             raise ValueError(
-                f"{name} is {list(old.shape)} in {base} and {list(new.shape)} in {tuned}: both must be checkpoints of one "
+                f"{name} is {list(old.shape)} in {base} and {list(new.shape)} in {tuned}: both must be checkpoints "
+                "of one "
                 "model; if the vocabulary was resized, resize and save the base alike"
             )
         delta = new.float() - old.float()
@@ -199,7 +203,8 @@ def extract_lora(
     report = ExtractionReport(str(base), str(tuned), total, modules, left_out, len(names) - len(modules) - len(left))
     if not modules:
         raise ValueError(
-            f"nothing that changed can be put into the adapter ({report.left_out_summary()}): select more target_modules, "
+            f"nothing that changed can be put into the adapter ({report.left_out_summary()}): select more "
+            "target_modules, "
             "or deliver the tuned weights themselves"
         )
     config = adapter_config(model, {m.name: m.rank for m in modules}, by_parameter, str(base))
@@ -207,7 +212,8 @@ def extract_lora(
     (folder / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
     if left_out:
         warnings.warn(
-            f"{sum(entry.share for entry in left_out):.2%} of the change ‖tuned − base‖² is not in the adapter and will be "
+            f"{sum(entry.share for entry in left_out):.2%} of the change ‖tuned − base‖² is not in the adapter and "
+            "will be "
             f"missing where it is used ({report.left_out_summary()}); {REPORT_NAME} lists the tensors",
             stacklevel=2,
         )
@@ -241,8 +247,8 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: in
     limit = min(side, rank or max_rank or side)
     width = limit if energy is None else min(FIRST_RANK, limit)
     while True:
-        # Up to a quarter of the side subspace iteration is at least three times as fast as the SVD, and misses at most 2 %
-        # more even of pure noise, its worst case (measured at 2048 × 2048 on one core).
+        # Up to a quarter of the side subspace iteration is at least three times as fast as the SVD, and misses at most
+        # 2 % more even of pure noise, its worst case (measured at 2048 × 2048 on one core).
         exact = side <= EXACT_SVD_SIZE or 4 * (width + OVERSAMPLING) > side
         if exact:
             B, A = best_factors(delta, limit)
@@ -250,7 +256,8 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: in
             B, A = top_factors(delta.__matmul__, delta.mT.__matmul__, (delta.shape[0], delta.shape[1]), width, delta)
         if energy is None:
             return B, A
-        # ‖Δ‖² that a cut to k = 1, 2, … misses: what BA misses, and its own S² from there on; the rows of A are √S long.
+        # ‖Δ‖² that a cut to k = 1, 2, … misses: what BA misses, and its own S² from there on; the rows of A are √S
+        # long.
         S2 = wide(A).square().sum(1).square()
         missed = _norm(delta - B @ A) ** 2 + S2.flip(0).cumsum(0).flip(0) - S2
         r = int((missed > (1 - energy) * _norm(delta) ** 2).sum()) + 1

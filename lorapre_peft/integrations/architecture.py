@@ -29,7 +29,8 @@ WHOLE_MODELS = (
 
 
 def architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that ``config.architectures`` names, as every saved model's does; else, of a config made by hand, the model trained as a
+    """The class that ``config.architectures`` names, as every saved model's does; else, of a config made by hand, the
+    model trained as a
     whole: with encoder, decoder and head.
 
     Raises ValueError for a name that transformers does not have, and a kind of config that it has no model for.
@@ -44,5 +45,6 @@ def architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
             found: Any = auto._model_mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise ValueError(
-        f"transformers has no model for a {type(config).__name__}: name one in config.architectures, such as ['LlamaForCausalLM']"
+        f"transformers has no model for a {type(config).__name__}: name one in config.architectures, such as "
+        "['LlamaForCausalLM']"
     )

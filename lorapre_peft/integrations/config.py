@@ -40,13 +40,15 @@ class LoRAPreConfig(LoraConfig):
     momentum_rank: int | None = field(
         default=None,
         metadata={
-            "help": "Rank k of the momentum factors of each A and B, 1 ≤ k < r. None: a quarter of the adapter's rank, at least 1."
+            "help": "Rank k of the momentum factors of each A and B, 1 ≤ k < r. None: a quarter of the adapter's "
+            "rank, at least 1."
         },
     )
     momentum_rank_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={
-            "help": "Momentum ranks of single modules, by layer name or regular expression as in `rank_pattern`, e.g. {'q_proj': 4}; "
+            "help": "Momentum ranks of single modules, by layer name or regular expression as in `rank_pattern`, "
+            "e.g. {'q_proj': 4}; "
             "of `target_parameters` by the parameter's name, e.g. {'experts.down_proj': 4}."
         },
     )
@@ -63,7 +65,8 @@ class LoRAPreConfig(LoraConfig):
     residual_weight: float | None = field(
         default=None,
         metadata={
-            "help": "ρ of update_rule='als' in [0, 1]: weight of the gradient outside the momentum's subspace. None: 1."
+            "help": "ρ of update_rule='als' in [0, 1]: weight of the gradient outside the momentum's subspace. None: "
+            "1."
         },
     )
 
@@ -104,7 +107,8 @@ class LoRAPreConfig(LoraConfig):
             k = self.momentum_rank_pattern[key]
             if k >= r:
                 raise ValueError(
-                    f"momentum_rank_pattern[{key!r}]={k} is not below r={r} of {module_name}: nothing would be compressed; "
+                    f"momentum_rank_pattern[{key!r}]={k} is not below r={r} of {module_name}: nothing would be "
+                    "compressed; "
                     "use a smaller one there"
                 )
             return k
@@ -132,7 +136,8 @@ class LoRAPreConfig(LoraConfig):
         own = cls._load_own(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
         if own is None:
             warnings.warn(
-                f"{pretrained_model_name_or_path} has no {CONFIG_NAME} (a plain LoRA adapter?), or the hub cannot be asked for it and "
+                f"{pretrained_model_name_or_path} has no {CONFIG_NAME} (a plain LoRA adapter?), or the hub cannot be "
+                "asked for it and "
                 "it is not in the local cache: the options of LoRA-Pre take their defaults",
                 stacklevel=2,
             )

@@ -1,4 +1,6 @@
-"""`create_lorapre_optimizer`: from a PEFT model, or a plain one, to an optimizer whose groups know what to compress."""
+"""`create_lorapre_optimizer`: from a PEFT model, or a plain one, to an optimizer whose groups know what to
+compress.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,15 @@ def create_lorapre_optimizer(
     """Build a LoRA-Pre optimizer over a model's trainable parameters, and print what it compresses.
 
     With LoRA adapters in the model, their matrices are compressed at the momentum rank of each adapter's config
-    (`LoRAPreConfig`; a plain `LoraConfig` counts as one with defaults), and everything else that is trainable takes the AdamW
-    path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``. Of stacked experts (PEFT's ``target_parameters``, or
-    weights such as Qwen3-MoE's) each has factors of its own, at the momentum rank of a single one.
+    (`LoRAPreConfig`; a plain `LoraConfig` counts as one with defaults), and everything else that is trainable takes
+    the AdamW
+    path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``. Of stacked experts (PEFT's
+    ``target_parameters``, or weights such as Qwen3-MoE's) each has factors of its own, at the momentum rank of a
+    single one.
 
-    Without adapters the **weights** are trained: those of ``target_modules`` compressed at rank 8 unless told otherwise,
-    the ``others`` (norms, biases) by AdamW, embeddings and head not at all. What is not trained is frozen here
-    (``requires_grad_(False)``), so that it costs no gradient memory.
+    Without adapters the **weights** are trained: those of ``target_modules`` compressed at rank 8 unless told
+    otherwise, the ``others`` (norms, biases) by AdamW, embeddings and head not at all. What is not trained is frozen
+    here (``requires_grad_(False)``), so that it costs no gradient memory.
 
     Weight decay is split as `transformers.Trainer` does it. Tied weights count once.
 
@@ -57,27 +61,30 @@ def create_lorapre_optimizer(
         optimizer: ``"adamw"`` (`LoRAPreAdamW`) or ``"muon"`` (`LoRAPreMuon`).
         lr: learning rate of all groups. May be left out for full weights only: 2e-5, as in the paper's Table 2.
         weight_decay: decoupled, of the parameters that Trainer would decay.
-        momentum_rank, second_momentum_rank, update_rule, residual_weight: override what the adapters' configs say, or for weights the
-            defaults, of which momentum_rank's is 8; as in `LoRAPreAdamW`.
+        momentum_rank, second_momentum_rank, update_rule, residual_weight: override what the adapters' configs say, or
+            for weights the defaults, of which momentum_rank's is 8; as in `LoRAPreAdamW`.
         target_modules: full weights only: names, a regular expression or ``"all-linear"`` (the default), as in PEFT.
-        others: full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither targets nor embeddings.
+        others: full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither targets
+            nor embeddings.
         embeddings: full weights only: ``"frozen"`` (the default) or ``"adamw"``, for embeddings and head.
         verbose: print the table of what is compressed, on the first process.
         kwargs: further options of the optimizer class.
 
     Raises:
-        ValueError: nothing trainable, nothing to compress, adapters other than LoRA, a momentum rank that is too large for a module,
-            an option of full weights with an adapter in the model, or an invalid option.
+        ValueError: nothing trainable, nothing to compress, adapters other than LoRA, a momentum rank that is too large
+            for a module, an option of full weights with an adapter in the model, or an invalid option.
         TypeError: no model, no name of an optimizer, or an option that the optimizer does not have.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"found a {type(model).__name__} where the model is expected: write create_lorapre_optimizer(model, lr=…), or "
+            f"found a {type(model).__name__} where the model is expected: write create_lorapre_optimizer(model, "
+            "lr=…), or "
             "LoRAPreAdamW(parameters, lr=…) for bare parameters"
         )
     if not isinstance(optimizer, str):
         raise TypeError(
-            f"found a {type(optimizer).__name__} where the optimizer's name is expected: write create_lorapre_optimizer(model, 'adamw', "
+            f"found a {type(optimizer).__name__} where the optimizer's name is expected: write "
+            "create_lorapre_optimizer(model, 'adamw', "
             "lr=…)"
         )
     if optimizer not in OPTIMIZERS:
@@ -87,8 +94,10 @@ def create_lorapre_optimizer(
             raise ValueError(f"{name}={choice!r}: expected 'adamw' or 'frozen'")
     if not any(param.requires_grad for param in model.parameters()):
         raise ValueError(
-            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), load the adapter with "
-            "PeftModel.from_pretrained(model, path, is_trainable=True, config=LoRAPreConfig.from_pretrained(path)), or thaw the weights "
+            "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), load the "
+            "adapter with "
+            "PeftModel.from_pretrained(model, path, is_trainable=True, config=LoRAPreConfig.from_pretrained(path)), "
+            "or thaw the weights "
             "with model.requires_grad_(True)"
         )
     overrides = dict(
@@ -103,7 +112,8 @@ def create_lorapre_optimizer(
         for name, given in (("target_modules", target_modules), ("others", others), ("embeddings", embeddings)):
             if given is not None:
                 raise ValueError(
-                    f"{name}={given!r} is for full weights; with an adapter in the model, its LoraConfig says what is trained"
+                    f"{name}={given!r} is for full weights; with an adapter in the model, its LoraConfig says what "
+                    "is trained"
                 )
         if lr is None:
             raise ValueError("no learning rate: give lr=… (LoRA is usually tuned to 1e-4 or above)")
@@ -126,8 +136,10 @@ def create_lorapre_optimizer(
     if not any(built.ranks(p, g) for g in built.param_groups for p in g["params"]):
         shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
         raise ValueError(
-            f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs matrices whose smaller side (the "
-            "rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or target_modules='all-linear', a "
+            f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs matrices whose "
+            "smaller side (the "
+            "rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or "
+            "target_modules='all-linear', a "
             "smaller momentum_rank, or torch.optim.AdamW for this model"
         )
     if verbose and rank() == 0:
@@ -138,7 +150,9 @@ def create_lorapre_optimizer(
 
 
 def _param_groups(model: nn.Module, targets: Targets, weight_decay: float) -> list[dict[str, Any]]:
-    """Return named parameters by weight decay and the options of their compression, in the model's order; rank 0 is the AdamW path."""
+    """Return named parameters by weight decay and the options of their compression, in the model's order; rank 0 is
+    the AdamW path.
+    """
     decayed = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, NO_DECAY))
     plain = {"momentum_rank": 0, "update_rule": "als", "second_momentum_rank": None, "residual_weight": None}
     plain |= {"experts": None, "experts_dim": 0}

@@ -21,13 +21,14 @@ from ..lowrank.rules import RULES
 from ..optim.options import RULE_OPTIONS
 from .config import LoRAPreConfig, default_momentum_rank
 
-# LoRA's two matrices. An embedding's A (r × vocabulary) is missing on purpose: it holds one vector per token, nearly all of
-# them without a gradient at any one step, which no low-rank factor of |g| can say; it takes the AdamW path.
+# LoRA's two matrices. An embedding's A (r × vocabulary) is missing on purpose: it holds one vector per token, nearly
+# all of them without a gradient at any one step, which no low-rank factor of |g| can say; it takes the AdamW path.
 COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
 
 LINEAR = (nn.Linear, Conv1D)
 
-# parameter: momentum_rank, `RULE_OPTIONS`, and where it holds a matrix for each expert of a mixture, experts and experts_dim
+# parameter: momentum_rank, `RULE_OPTIONS`, and where it holds a matrix for each expert of a mixture, experts and
+# experts_dim
 Targets = dict[Tensor, dict[str, Any]]
 
 
@@ -97,7 +98,8 @@ def has_adapter(model: nn.Module) -> bool:
             str(getattr(config.peft_type, "value", config.peft_type)) for held in configs for config in held.values()
         }
         raise ValueError(
-            f"found a model of PEFT's without a LoRA layer (its adapters: {', '.join(sorted(kinds)) or type(others[0]).__name__}); "
+            "found a model of PEFT's without a LoRA layer (its adapters: "
+            f"{', '.join(sorted(kinds)) or type(others[0]).__name__}); "
             "expected a LoRA adapter, LoRAPreConfig(...), or a plain model. Use torch.optim.AdamW for this one"
         )
     return False
@@ -145,21 +147,25 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                 unused.setdefault(adapter, {*config.momentum_rank_pattern}).discard(config.pattern_key(own_name))
             if k >= r > 1:
                 raise ValueError(
-                    f"momentum_rank={k} is not below r={r} of {module_name}: nothing would be compressed there; use 1..{r - 1}, or "
+                    f"momentum_rank={k} is not below r={r} of {module_name}: nothing would be compressed there; use "
+                    f"1..{r - 1}, or "
                     "a smaller one for this module in momentum_rank_pattern"
                 )
             options = {"momentum_rank": k, **rule_options(config, given)}
             targets |= {param: options for param in matrices if param.ndim >= 2}
             if (
                 isinstance(module, ParamWrapper) and stacked
-            ):  # lora_A [E · r, in] has the experts' rows one after the other, lora_B [out, r · E] their columns interleaved
+                # Lora_A [E · r, in] has the experts' rows one after the other, lora_B [out, r · E] their columns
+                # interleaved.
+            ):
                 for held, dim in ((module.lora_A, 0), (module.lora_B, -1)):
                     (weight,) = _held(held, adapter)
                     targets[weight] = options | {"experts": module.num_experts, "experts_dim": dim}
     for adapter, keys in unused.items():
         if keys:
             warnings.warn(
-                f"momentum_rank_pattern of adapter {adapter!r}: {', '.join(map(repr, sorted(keys)))} names no module with an adapter",
+                f"momentum_rank_pattern of adapter {adapter!r}: {', '.join(map(repr, sorted(keys)))} names no module "
+                "with an adapter",
                 stacklevel=3,
             )
     return targets
@@ -220,17 +226,21 @@ def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: li
     """
     if any(getattr(inner, "is_quantized", False) for inner in _models(model)):
         return (
-            "the model is quantised, and its weights cannot be trained themselves: train an adapter on it, get_peft_model(model, "
+            "the model is quantised, and its weights cannot be trained themselves: train an adapter on it, "
+            "get_peft_model(model, "
             "LoRAPreConfig(r=8, target_modules='all-linear')), or load the model without quantization_config"
         )
     if frozen:
         return (
-            f"target_modules={target_modules!r} names {len(frozen)} modules such as {', '.join(frozen[:3])}, and all their weights are frozen "
-            "(requires_grad=False): thaw those to be trained with requires_grad_(True) before the optimizer is built, or name others"
+            f"target_modules={target_modules!r} names {len(frozen)} modules such as {', '.join(frozen[:3])}, and all "
+            "their weights are frozen "
+            "(requires_grad=False): thaw those to be trained with requires_grad_(True) before the optimizer is "
+            "built, or name others"
         )
     linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)})
     return (
-        f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers are called "
+        f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers "
+        "are called "
         f"{', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
     )
 
@@ -269,7 +279,8 @@ def freeze_others(
         if choice == "frozen" and params:
             if isinstance(model, DistributedDataParallel) and any(param.requires_grad for param in params):
                 raise ValueError(
-                    f"{label}: found a model that DistributedDataParallel has wrapped already, which waits for their gradients; build the "
+                    f"{label}: found a model that DistributedDataParallel has wrapped already, which waits for their "
+                    "gradients; build the "
                     "optimizer from the model inside, before it is wrapped"
                 )
             frozen[label] = params

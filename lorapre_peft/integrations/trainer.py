@@ -47,13 +47,15 @@ def lorapre_optimizer(
     """
     if not isinstance(optimizer, str):
         raise TypeError(
-            f"found a {type(optimizer).__name__} where the optimizer's name is expected: write lorapre_optimizer('adamw', args)"
+            f"found a {type(optimizer).__name__} where the optimizer's name is expected: write "
+            "lorapre_optimizer('adamw', args)"
         )
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
     if (_read(optimizer, args) | overrides).get("lr") is None:
         raise ValueError(
-            "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the trainer's "
+            "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the "
+            "trainer's "
             "arguments, or give lr=…"
         )
     if args is not None:
@@ -82,27 +84,32 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
     """Raise ValueError for training arguments under which the optimizer could not do what it says."""
     if args.deepspeed:
         raise ValueError(
-            f"deepspeed={args.deepspeed!r}: LoRA-Pre needs rows and columns, and DeepSpeed hands the optimizer flattened shards. Use "
+            f"deepspeed={args.deepspeed!r}: LoRA-Pre needs rows and columns, and DeepSpeed hands the optimizer "
+            "flattened shards. Use "
             "FSDP2, DDP or one process"
         )
     plugin = getattr(args, "fsdp_plugin_args", None) or {}  # missing in older versions of transformers
     if plugin.get("fsdp_version", 2) != 2:
         raise ValueError(
-            f"fsdp_config version {plugin['fsdp_version']}: LoRA-Pre needs rows and columns, and FSDP1 hands the optimizer flattened "
+            f"fsdp_config version {plugin['fsdp_version']}: LoRA-Pre needs rows and columns, and FSDP1 hands the "
+            "optimizer flattened "
             "shards. Use FSDP2 (fsdp_config={'version': 2}), DDP or one process"
         )
     if not update_in_backward:
         return
     if args.gradient_accumulation_steps != 1:
         raise ValueError(
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} with update_in_backward=True: the first gradients are "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} with update_in_backward=True: the first "
+            "gradients are "
             "used and freed before the next ones come. Use gradient_accumulation_steps=1 with a larger "
             "per_device_train_batch_size, or update_in_backward=False"
         )
     if args.max_grad_norm:
         raise ValueError(
-            f"max_grad_norm={args.max_grad_norm} with update_in_backward=True: the norm of all gradients is not known while they "
-            "are used one by one. Use max_grad_norm=0, and max_param_grad_norm=… in lorapre_optimizer to clip each matrix by its "
+            f"max_grad_norm={args.max_grad_norm} with update_in_backward=True: the norm of all gradients is not "
+            "known while they "
+            "are used one by one. Use max_grad_norm=0, and max_param_grad_norm=… in lorapre_optimizer to clip each "
+            "matrix by its "
             "own norm"
         )
     if args.fp16:
@@ -144,10 +151,11 @@ class LoRAPreCallback(TrainerCallback):
     ``stop_on_nan_loss``.
 
     Args:
-        stop_on_nan_loss: stop at the first step with a loss that is NaN or infinite. Nothing of that step reaches the weights
-            or the optimizer, and unless ``save_strategy="no"`` they are saved as checkpoint-N of that step N: resumed from
-            there, training goes on with the next batch. Trainer itself goes on, and by default logs the mean of the earlier
-            losses in its place. (With ``update_in_backward`` finite gradients of that step have been applied already.)
+        stop_on_nan_loss: stop at the first step with a loss that is NaN or infinite. Nothing of that step reaches the
+            weights or the optimizer, and unless ``save_strategy="no"`` they are saved as checkpoint-N of that step N:
+            resumed from there, training goes on with the next batch. Trainer itself goes on, and by default logs the
+            mean of the earlier losses in its place. (With ``update_in_backward`` finite gradients of that step have
+            been applied already.)
 
     Raises RuntimeError at the start of training if the optimizer is not LoRA-Pre's or does not hold the model's
     trainable parameters, and at a logging step if it no longer does: adapters were added or replaced during training.
@@ -185,10 +193,12 @@ class LoRAPreCallback(TrainerCallback):
     ) -> None:
         self._optimizer = _checked_optimizer(model, optimizer)
         _check_arguments(args, self._optimizer.defaults["update_in_backward"])
-        self._optimizer.zero_grad()  # of a run that broke off in a backward pass, as auto_find_batch_size's attempts do
+        # Of a run that broke off in a backward pass, as auto_find_batch_size's attempts do.
+        self._optimizer.zero_grad()
         if state.global_step and not self._optimizer.state:
             warnings.warn(
-                f"the run resumes at step {state.global_step} without optimizer state: the momenta start anew, and so does the "
+                f"the run resumes at step {state.global_step} without optimizer state: the momenta start anew, and "
+                "so does the "
                 "schedule. Trainer says nothing when optimizer.pt or scheduler.pt is missing from a checkpoint "
                 "(save_only_model=True writes neither)",
                 stacklevel=2,
@@ -229,7 +239,8 @@ class LoRAPreCallback(TrainerCallback):
             return
         if not self._losses:
             raise RuntimeError(
-                "stop_on_nan_loss=True found no loss of this step: the trainer does not compute its losses through compute_loss. "
+                "stop_on_nan_loss=True found no loss of this step: the trainer does not compute its losses through "
+                "compute_loss. "
                 "Use stop_on_nan_loss=False with it"
             )
         bad = torch.stack([~loss.isfinite().all() for loss in self._losses]).any().int()
@@ -252,7 +263,8 @@ class LoRAPreCallback(TrainerCallback):
         control.should_save = args.save_strategy != SaveStrategy.NO
         saved = f"saved as checkpoint-{state.global_step}" if control.should_save else "not saved (save_strategy='no')"
         warnings.warn(
-            f"the loss of step {state.global_step} is NaN or infinite: training stops. Weights and optimizer state are those "
+            f"the loss of step {state.global_step} is NaN or infinite: training stops. Weights and optimizer state "
+            "are those "
             f"before that step, {saved}. Lower the learning rate or look at that batch, then resume",
             stacklevel=2,
         )
@@ -302,14 +314,17 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
         raise RuntimeError(
             f"the optimizer does not hold {len(missing)} of the model's {len(trainable)} trainable parameters"
             + (f" ({', '.join(missing[:3])}, …)" if missing else "")
-            + ": it was built before the model was wrapped, or parameters were added since, and training would leave them as "
+            + ": it was built before the model was wrapped, or parameters were added since, and training would leave "
+            "them as "
             "they are. Let the trainer build it: optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args)"
         )
     return found
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer and those inside it: accelerate wraps one as ``optimizer``, chained ones are ``optimizers``."""
+    """Yield an optimizer and those inside it: accelerate wraps one as ``optimizer``, chained ones are
+    ``optimizers``.
+    """
     yield optimizer
     inside = [optimizer.optimizer] if hasattr(optimizer, "optimizer") else getattr(optimizer, "optimizers", ())
     for part in inside:

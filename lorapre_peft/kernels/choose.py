@@ -1,4 +1,6 @@
-"""Which backend computes the row part of a step: one interface (`eager.Eager`), the same results to float32 round-off."""
+"""Which backend computes the row part of a step: one interface (`eager.Eager`), the same results to float32
+round-off.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The backend that computes AdamW's whole step in C++ for CPUs, all matrices in one call; `kernels.cpp` is compiled on first use.
+"""The backend that computes AdamW's whole step in C++ for CPUs, all matrices in one call; `kernels.cpp` is compiled on
+first use.
 
-The compiled library is kept in ``$XDG_CACHE_HOME/lorapre_peft`` (default ``~/.cache/lorapre_peft``), under a name that source, compiler,
-flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. State and weights are read and written where
-they lie. Each thread holds about (k + k_v)(p + 2q) float32 numbers and 200 kB of its own, outside ``temporary_bytes``.
+The compiled library is kept in ``$XDG_CACHE_HOME/lorapre_peft`` (default ``~/.cache/lorapre_peft``), under a name that
+source, compiler, flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. State and
+weights are read and written where they lie. Each thread holds about (k + k_v)(p + 2q) float32 numbers and 200 kB of
+its own, outside ``temporary_bytes``.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from .eager import Eager
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 SOURCES = (SOURCE, *(SOURCE.with_name(f"{name}.h") for name in ("rows", "linalg", "blocks", "numbers")))
-# Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are written in.
+# Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are
+# written in.
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # By what PyTorch calls the CPU's capability; any other one gets the compiler's own default.
 _VECTORS = {
@@ -48,7 +51,8 @@ OPTIONS = (
 FOUND = 4
 # Entries of a matrix above which its rows are split among threads.
 SPLIT_ENTRIES = 1 << 20
-# Pointers that it takes of a matrix: gradient, weights, and the state's step, m_B, m_A, v_B, v_A, v_energy and v_scale.
+# Pointers that it takes of a matrix: gradient, weights, and the state's step, m_B, m_A, v_B, v_A, v_energy and
+# v_scale.
 POINTERS = 9
 
 
@@ -105,7 +109,9 @@ class Table:
         self.state: list[Tensor] = []
 
     def stacks(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return views of the parameters or of their gradients on this process: [p, q], or of a stack [experts, p, q]."""
+        """Return views of the parameters or of their gradients on this process: [p, q], or of a stack
+        [experts, p, q].
+        """
         found = (local(tensor) for tensor in tensors)
         return [
             x if member.stack is None else member.stack.matrices(x, member.shape[0])
@@ -113,7 +119,9 @@ class Table:
         ]
 
     def pointers(self, tensors: Sequence[Tensor]) -> Iterable[int]:
-        """Return the addresses of all matrices of contiguous tensors, of which each group of ``len(self.members)`` has one a member."""
+        """Return the addresses of all matrices of contiguous tensors, of which each group of ``len(self.members)`` has
+        one a member.
+        """
         found = map(Tensor.data_ptr, tensors)
         if len(self.sizes) == len(self.members):
             return found
@@ -159,9 +167,9 @@ class Cpp(Eager):
     ) -> list[tuple[float, ...]]:
         """Take one AdamW step with all matrices of a table: weights, factors and counters, in place.
 
-        options: of each of the table's groups, in the order of `OPTIONS`. sum_bytes: room for the sums of split matrices. record: whether
-        to look at the updates. Returns ‖g‖_F after clipping, and of those recorded the largest update, the number that were clamped and the energy
-        that m's rows captured, by matrix.
+        options: of each of the table's groups, in the order of `OPTIONS`. sum_bytes: room for the sums of split
+        matrices. record: whether to look at the updates. Returns ‖g‖_F after clipping, and of those recorded the
+        largest update, the number that were clamped and the energy that m's rows captured, by matrix.
         """
         params, n = table.stacks(table.params), len(table.sizes)
         if n == 0:  # a process may hold no expert of any stack
@@ -173,7 +181,8 @@ class Cpp(Eager):
         pointers = array("Q", table.pointers([*grads, *written, *table.local_state]))
         if 0 in pointers:
             raise RuntimeError(
-                "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has freed it"
+                "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has "
+                "freed it"
             )
         pointers.extend([0] * (n * POINTERS - len(pointers)))
         numbers = array("d", itertools.chain.from_iterable(options))

@@ -1,8 +1,9 @@
-"""The row part of a step in tensor operations, eager or compiled: the interface of all backends, and what each of them falls back on.
+"""The row part of a step in tensor operations, eager or compiled: the interface of all backends, and what each of them
+falls back on.
 
-A backend computes what is larger than k×k. It reads a batch's gradients and the old factors of its moments (`lowrank.moments.Moment`),
-writes the parameters, and fills in what the rule's column part needs: B_new, projected and grams. It knows neither the rule nor where
-rows live.
+A backend computes what is larger than k×k. It reads a batch's gradients and the old factors of its moments
+(`lowrank.moments.Moment`), writes the parameters, and fills in what the rule's column part needs: B_new, projected and
+grams. It knows neither the rule nor where rows live.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # A product of inner size k is bound by memory: up to here the compiler writes it out inside the pass that uses it.
 UNROLLED = 4
 
-# What Adam's row part takes of each matrix, the rows of a table [len(TABLE), n] float32. Bias corrections and v's energy are inside:
-# m/(√v + ε) becomes u = ((c_B B_m + c_X X_m) A_m + residual · g) / (√((v_scale v_B v_A)² + g²) + eps), and the weight
-# θ ← θ − (step · u + decay · θ) where ``updates`` is 1.
+# What Adam's row part takes of each matrix, the rows of a table [len(TABLE), n] float32. Bias corrections and v's
+# energy are inside: m/(√v + ε) becomes u = ((c_B B_m + c_X X_m) A_m + residual · g) / (√((v_scale v_B v_A)² + g²) +
+# eps), and the weight θ ← θ − (step · u + decay · θ) where ``updates`` is 1.
 TABLE = (
     *("g_scale", "m_keep", "m_gain", "v_keep", "v_gain", "c_B", "c_X"),
     *("residual", "v_scale", "eps", "step", "decay", "updates"),
@@ -127,7 +128,9 @@ def adam_rows(
 def momentum_rows(
     g: Tensor, m: Operands, rows: tuple[Tensor, Tensor, Tensor], projects_new: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the momentum (c_B B + c_X X) A + residual · g of a tile, then B_new and projected. rows: c_B, c_X, residual."""
+    """Return the momentum (c_B B + c_X X) A + residual · g of a tile, then B_new and projected. rows: c_B, c_X,
+    residual.
+    """
     c_B, c_X, residual = rows
     X, B_new, projected = follow_rows(g, *m, projects_new)
     return _outer(c_B * m[0] + c_X * X, m[1]).addcmul_(g, residual), B_new, projected
@@ -227,7 +230,9 @@ def _fill(m: Moment, matrices: slice, rows: slice, B_new: Tensor, projected: Ten
 
 
 class Compiled(Eager):
-    """The same functions through `torch.compile`, for any shape, so that few are compiled: one per rank k, and for a single matrix."""
+    """The same functions through `torch.compile`, for any shape, so that few are compiled: one per rank k, and for a
+    single matrix.
+    """
 
     def __init__(self) -> None:
         self._compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True))
@@ -239,7 +244,9 @@ class Compiled(Eager):
 
 
 def _without_bases(args: tuple) -> tuple:
-    """Return the same tensors, not known as views: torch.compile makes a graph for every shape of what a tensor is a view of."""
+    """Return the same tensors, not known as views: torch.compile makes a graph for every shape of what a tensor is a
+    view of.
+    """
     return tuple(
         _without_bases(arg) if isinstance(arg, tuple) else arg.detach() if isinstance(arg, Tensor) else arg
         for arg in args

@@ -1,10 +1,11 @@
 """Adam's row part in two Triton kernels for all matrices of a batch together, without any p×q temporary.
 
-The first reads the gradients once for G Aᵀ and |G| v_Aᵀ and moves the rows of both B factors on; the second reads them once more,
-rebuilds m and √v block by block, writes the weights (stochastic rounding included), and accumulates what the A factors need.
-Gradients and weights are read and written where they lie, through a table of their addresses; the factors are stacked.
-Sums over blocks of rows are written apart and added in a fixed order, so that every replica gets the same bits. Nothing
-is read by the host. Products run in "tf32x3", float32 to within its round-off on tensor cores; accumulation is float32.
+The first reads the gradients once for G Aᵀ and |G| v_Aᵀ and moves the rows of both B factors on; the second reads them
+once more, rebuilds m and √v block by block, writes the weights (stochastic rounding included), and accumulates what
+the A factors need. Gradients and weights are read and written where they lie, through a table of their addresses; the
+factors are stacked. Sums over blocks of rows are written apart and added in a fixed order, so that every replica gets
+the same bits. Nothing is read by the host. Products run in "tf32x3", float32 to within its round-off on tensor cores;
+accumulation is float32.
 """
 
 from __future__ import annotations
@@ -247,10 +248,11 @@ class Triton(Eager):
 
 
 def block_sizes(p: int, q: int, k_m: int, k_v: int) -> tuple[int, int, int, int]:
-    """Return (K_M, K_V, BP, BQ), ranks, rows and columns of a block; powers of two, at least the 16 that a product needs.
+    """Return (K_M, K_V, BP, BQ), ranks, rows and columns of a block; powers of two, at least the 16 that a product
+    needs.
 
-    At most what fits the 99 kB of shared memory of a consumer GPU, without a second stage of loads in flight, and up to rank 32 the
-    registers of compute capabilities 8.0 to 9.0 (`tests/helpers/compile_triton.py` lists both).
+    At most what fits the 99 kB of shared memory of a consumer GPU, without a second stage of loads in flight, and up
+    to rank 32 the registers of compute capabilities 8.0 to 9.0 (`tests/helpers/compile_triton.py` lists both).
     """
     K_M, K_V = (max(16, triton.next_power_of_2(k)) for k in (k_m, k_v))
     K = max(K_M, K_V)

@@ -21,20 +21,23 @@ MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 
 @functools.lru_cache(maxsize=1024)
 def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the values as a tensor [n], filled entry by entry: a copy from the host could not be captured in a CUDA graph."""
+    """Return the values as a tensor [n], filled entry by entry: a copy from the host could not be captured in a CUDA
+    graph.
+    """
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 class Batch:
     """n matrices p×q of one shape, dtype, update rule and ranks on one device, during one step.
 
-    Stacked tensors are [n, rows, columns], float32. Of matrices that are sharded over processes, parameters, gradients and B
-    factors are this process's rows.
+    Stacked tensors are [n, rows, columns], float32. Of matrices that are sharded over processes, parameters, gradients
+    and B factors are this process's rows.
 
     Attributes:
         params, grads: this process's rows of each matrix and of its gradient.
         norms: ‖g‖_F of the whole matrices after clipping, [n] float64 on the `float64_device`.
-        scale: what each gradient is multiplied by, for clipping and, negated, to maximize: [n] float32; None stands for 1.
+        scale: what each gradient is multiplied by, for clipping and, negated, to maximize: [n] float32; None stands
+            for 1.
         update: false where a matrix has no usable gradient and keeps its values, [n] bool; None: all are updated.
     """
 
@@ -76,7 +79,9 @@ class Batch:
     @overload
     def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor: ...
     def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor | None:
-        """Return an option of each matrix's group, or a function of its options: [n] float64. None if it is None or False in all."""
+        """Return an option of each matrix's group, or a function of its options: [n] float64. None if it is None or
+        False in all.
+        """
         values = [group[option] if isinstance(option, str) else option(group) for group in self.groups]
         if all(value is None or value is False for value in values):
             return None
@@ -97,7 +102,9 @@ class Batch:
         return torch.full((), float(value), dtype=torch.float64, device=self.norms.device)
 
     def steps(self) -> tuple[Tensor, Tensor | None]:
-        """Return what multiplies the update and the weight in θ ← θ − (step · update + decay · θ): [n] float32; None for no decay."""
+        """Return what multiplies the update and the weight in θ ← θ − (step · update + decay · θ): [n] float32; None
+        for no decay.
+        """
         lr, decay = self.numbers("lr"), self.numbers("weight_decay")
         step = narrow(lr * self.numbers("update_scale"), self.device)
         none = not any(group["weight_decay"] for group in self.groups)
@@ -121,7 +128,8 @@ class Batch:
     def advance(self, started: Tensor | None) -> Tensor:
         """Count one step for every matrix, and return the t ≥ 1 of the bias corrections: [n] float32.
 
-        The count begins at the first gradient that is not zero where ``started`` [n] is false; with None all have started.
+        The count begins at the first gradient that is not zero where ``started`` [n] is false; with None all have
+        started.
         """
         counts = self.read("step") + 1
         if started is not None:
@@ -152,7 +160,9 @@ class Batch:
         return min(map(tile_entries, self.groups))
 
     def gradients(self, matrices: slice, rows: slice) -> Tensor:
-        """Return a tile of the gradients, clipped, and negated to maximize: [n, rows, q] float32, not to be written to."""
+        """Return a tile of the gradients, clipped, and negated to maximize: [n, rows, q] float32, not to be written
+        to.
+        """
         grads = self.grads[matrices]
         parts = grads if rows == slice(0, len(grads[0])) else [grad[rows] for grad in grads]
         stacked = parts[0][None] if len(parts) == 1 else torch.stack(parts)
@@ -166,7 +176,8 @@ class Batch:
             update.masked_fill_(skipped.view(-1, *[1] * (update.ndim - 1)), 0)
 
     def write(self, matrices: slice, rows: slice, update: Tensor, step: Tensor, decay: Tensor | None) -> None:
-        """θ ← θ − (step · update + decay · θ) for a tile, rounded once to the parameter's dtype; ``update`` is used up.
+        """θ ← θ − (step · update + decay · θ) for a tile, rounded once to the parameter's dtype; ``update`` is used
+        up.
 
         step, decay: of `steps`.
         """
@@ -196,12 +207,16 @@ class Batch:
 
 
 def usable(norms: Any) -> Any:
-    """Whether a gradient of this norm, or of each of these, exists, is finite and has squares within float32; −1 stands for none."""
+    """Whether a gradient of this norm, or of each of these, exists, is finite and has squares within float32; −1
+    stands for none.
+    """
     return (norms >= 0) & (norms <= MAX_NORM)  # NaN is neither
 
 
 def gradient_scale(norms: Tensor, bound: Tensor | None, maximize: Tensor | None) -> Tensor | None:
-    """Return what gradients of these norms [n] are multiplied by: clipped to ``bound`` each, negated to maximize; None for 1."""
+    """Return what gradients of these norms [n] are multiplied by: clipped to ``bound`` each, negated to maximize; None
+    for 1.
+    """
     if bound is None and maximize is None:
         return None
     scale = torch.ones_like(norms) if bound is None else torch.where(norms > bound, bound / norms, 1.0)

@@ -11,9 +11,9 @@ from torch import Tensor
 class Stack(NamedTuple):
     """How one parameter holds the p×q matrices of several experts.
 
-    dim = 0: one expert after the other, as [experts, p, q] (transformers' mixtures) or [experts · p, q] (PEFT's ``lora_A`` of
-    ``target_parameters``). dim = −1: interleaved along the last dimension, as [p, q · experts], where column j · experts + e is column
-    j of expert e (PEFT's ``lora_B``).
+    dim = 0: one expert after the other, as [experts, p, q] (transformers' mixtures) or [experts · p, q] (PEFT's
+    ``lora_A`` of ``target_parameters``). dim = −1: interleaved along the last dimension, as [p, q · experts], where
+    column j · experts + e is column j of expert e (PEFT's ``lora_B``).
     """
 
     experts: int
@@ -26,7 +26,9 @@ class Stack(NamedTuple):
         return shape[0], shape[1] // self.experts
 
     def matrices(self, tensor: Tensor, p: int) -> Tensor:
-        """Return the experts that a parameter or its gradient holds, or a process's part of it: a view [experts, p, q]."""
+        """Return the experts that a parameter or its gradient holds, or a process's part of it: a view [experts, p,
+        q].
+        """
         if self.dim == 0:
             return tensor if tensor.ndim == 3 else tensor.unflatten(0, (len(tensor) // p, p))
         return tensor.unflatten(1, (tensor.shape[1] // self.experts, self.experts)).movedim(-1, 0)

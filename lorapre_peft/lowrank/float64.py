@@ -1,11 +1,13 @@
 """Where float64 work is done, and how tensors get there and back.
 
-Apple's MPS has no float64, and lacks some of the factorisations (Cholesky, QR, SVD) in some versions of torch: what needs either is done
-on the CPU for it. Float32 would not do: the damping of `als` is 1e-6/k of a Gram matrix's trace, and float32's round-off in it is up to
-6e-8·k of that trace, which is more from k = 5 on, so that a Cholesky factorisation may fail. Sums of two float32 numbers have the
-digits, but need products without round-off, which no matrix product of MPS gives. On the CPU the results are those of every other
-device, and what travels is small: the factors of a batch, k(p+q) numbers a matrix and moment there and kq back, in memory that
-an Apple GPU shares with its CPU.
+Apple's MPS has no float64, and lacks some of the factorisations (Cholesky, QR, SVD) in some versions of torch: what
+needs either is done
+on the CPU for it. Float32 would not do: the damping of `als` is 1e-6/k of a Gram matrix's trace, and float32's
+round-off in it is up to 6e-8·k of that trace, which is more from k = 5 on, so that a Cholesky factorisation may fail.
+Sums of two float32 numbers have the digits, but need products without round-off, which no matrix product of MPS gives.
+On the CPU the results are those of every other
+device, and what travels is small: the factors of a batch, k(p+q) numbers a matrix and moment there and kq back, in
+memory that an Apple GPU shares with its CPU.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from torch import Tensor
 from .experts import Stack, stack_of
 from .sharding import WHOLE, Placement, local, placement_of
 
-# Temporaries of the size of a tile, or of a batch's factors, that the eager backend holds at once, at most; a test counts them.
+# Temporaries of the size of a tile, or of a batch's factors, that the eager backend holds at once, at most; a test
+# counts them.
 TEMPORARIES = 8
 # The paper's momentum rank for fine-tuning the weights of 7B and 8B models (Table 2).
 MOMENTUM_RANK = 8
@@ -33,10 +34,11 @@ def matrix_shape(shape: torch.Size, stack: Stack | None = None) -> tuple[int, in
 
 @functools.lru_cache(maxsize=4096)
 def compressed_rank(shape: torch.Size, momentum_rank: int | None, stack: Stack | None = None) -> int:
-    """Return the rank k of the first moment of a parameter of this shape, or of each expert of a stack; 0 if the parameter takes the AdamW path.
+    """Return the rank k of the first moment of a parameter of this shape, or of each expert of a stack; 0 if the
+    parameter takes the AdamW path.
 
-    None stands for 8, or a quarter of the smaller side if that is less, at least 1. A matrix is compressed when k < min(p, q) and the factors,
-    k(p+q) numbers, are smaller than the p·q that they replace.
+    None stands for 8, or a quarter of the smaller side if that is less, at least 1. A matrix is compressed when k <
+    min(p, q) and the factors, k(p+q) numbers, are smaller than the p·q that they replace.
     """
     if len(shape) < 2 or math.prod(shape) == 0:
         return 0
@@ -47,9 +49,11 @@ def compressed_rank(shape: torch.Size, momentum_rank: int | None, stack: Stack |
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A parameter that a step updates: its group, its position in the optimizer, the ranks of its moments, and the shapes of its state.
+    """A parameter that a step updates: its group, its position in the optimizer, the ranks of its moments, and the
+    shapes of its state.
 
-    ``ranks`` has one number for each factored moment, of m and, where there is one, of v. It is empty on the AdamW path. A parameter that
+    ``ranks`` has one number for each factored moment, of m and, where there is one, of v. It is empty on the AdamW
+    path. A parameter that
     stacks experts is many matrices: `matrices` lists them, and `split` and `split_state` give what belongs to each.
     """
 
@@ -71,11 +75,15 @@ class Member:
 
     @property
     def placement(self) -> Placement:
-        """The processes that share the rows of a matrix. Where a stack's first dimension is sharded, each expert is whole on one process."""
+        """The processes that share the rows of a matrix. Where a stack's first dimension is sharded, each expert is
+        whole on one process.
+        """
         return WHOLE if self.stack is not None and self.stack.dim == 0 else placement_of(self.param)
 
     def matrices(self) -> list[Member]:
-        """Return the matrices that are here: the parameter itself, or a member for each expert with a position of its own."""
+        """Return the matrices that are here: the parameter itself, or a member for each expert with a position of its
+        own.
+        """
         stack = self.stack
         if stack is None:
             return [self]
@@ -99,9 +107,9 @@ class Member:
 class Part:
     """The parameters of a step that live on one device and, if they are sharded, are shared by the same processes.
 
-    ``tables`` holds what a backend that has a kernel for a whole step takes; ``members`` are the other parameters, and ``matrices`` these with
-    each expert of a stack by itself. ``plain`` holds the indices of the matrices that take the AdamW path, group by group; ``batches`` holds
-    those of the compressed ones that are stepped together.
+    ``tables`` holds what a backend that has a kernel for a whole step takes; ``members`` are the other parameters, and
+    ``matrices`` these with each expert of a stack by itself. ``plain`` holds the indices of the matrices that take the
+    AdamW path, group by group; ``batches`` holds those of the compressed ones that are stepped together.
     """
 
     device: torch.device
@@ -113,7 +121,9 @@ class Part:
     batches: list[list[int]] = field(default_factory=list)
 
     def split(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return each matrix's view of what the members have: their parameters or gradients, as they are on this process."""
+        """Return each matrix's view of what the members have: their parameters or gradients, as they are on this
+        process.
+        """
         return [part for member, tensor in zip(self.members, tensors) for part in member.split(tensor)]
 
     def split_states(self, states: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -134,8 +144,8 @@ def parts_of(members: Iterable[Member]) -> list[Part]:
 def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: int) -> None:
     """Fill ``part.matrices``, ``part.plain`` and ``part.batches``.
 
-    alike(group) gives the options that the matrices of a batch must have in common. The factors of a batch fit ``temporaries``
-    times into half of its ``temporary_bytes``, unless it is a single matrix.
+    alike(group) gives the options that the matrices of a batch must have in common. The factors of a batch fit
+    ``temporaries`` times into half of its ``temporary_bytes``, unless it is a single matrix.
     """
     plain: dict[int, list[int]] = {}
     equal: dict[tuple, list[int]] = {}
@@ -143,7 +153,8 @@ def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: i
     for i, member in enumerate(part.matrices):
         group, param = member.group, member.param
         if member.ranks:
-            # The whole shape: a step stacks gradients as they are, and a linear layer may be as large as a flattened convolution.
+            # The whole shape: a step stacks gradients as they are, and a linear layer may be as large as a flattened
+            # convolution.
             shape = tuple(param.shape) if member.stack is None else member.shape
             equal.setdefault((shape, param.dtype, member.ranks, alike(group)), []).append(i)
         else:
@@ -156,7 +167,9 @@ def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: i
 
 
 def tile_entries(group: dict[str, Any], temporaries: int = TEMPORARIES) -> int:
-    """Return the entries of one float32 temporary of which ``temporaries`` fit into half of the group's ``temporary_bytes``."""
+    """Return the entries of one float32 temporary of which ``temporaries`` fit into half of the group's
+    ``temporary_bytes``.
+    """
     return max(1, int(group["temporary_bytes"]) // (2 * 4 * temporaries))
 
 

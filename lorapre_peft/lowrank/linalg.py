@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .float64 import float64_device, wide
 
-# Up to this rank a Gram matrix is inverted by a few operations on all matrices at once: LAPACK takes 2 µs for each matrix of a batch.
+# Up to this rank a Gram matrix is inverted by a few operations on all matrices at once: LAPACK takes 2 µs for each
+# matrix of a batch.
 ELIMINATED = 4
 # Below this side length an exact SVD takes less time than subspace iteration (`top_factors`).
 EXACT_SVD_SIZE = 128
@@ -19,15 +20,17 @@ POWER_STEPS = 3
 
 
 def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
-    """(gram + ridge·I)⁻¹ in float64; gram: [..., k, k] float64, symmetric and not negative. ridge: [...] or a number, ≥ 0.
+    """(gram + ridge·I)⁻¹ in float64; gram: [..., k, k] float64, symmetric and not negative. ridge: [...] or a number,
+    ≥ 0.
 
-    By Cholesky, or for small k by elimination. Where that fails, and on a GPU nobody looks, the diagonal alone is inverted: a
-    shorter step, and no NaN.
+    By Cholesky, or for small k by elimination. Where that fails, and on a GPU nobody looks, the diagonal alone is
+    inverted: a shorter step, and no NaN.
     """
     k = gram.shape[-1]
     identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # float64 round-off in a Gram matrix is relative to its trace: an absolute ridge below that would not keep it positive.
+    # float64 round-off in a Gram matrix is relative to its trace: an absolute ridge below that would not keep it
+    # positive.
     floor = 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny
     ridge = floor.clamp_min(ridge) if isinstance(ridge, float) else torch.maximum(ridge, floor)
     damped = gram + ridge[..., None, None] * identity
@@ -43,7 +46,8 @@ def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
 
 
 def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse by symmetric Gauss–Jordan elimination along the diagonal, and where a pivot was not positive: [...] bool.
+    """The inverse by symmetric Gauss–Jordan elimination along the diagonal, and where a pivot was not positive: [...]
+    bool.
 
     A positive matrix needs no other pivots (Higham, Accuracy and Stability of Numerical Algorithms, section 14.4).
     """
@@ -85,8 +89,9 @@ def top_factors(
 ) -> tuple[Tensor, Tensor]:
     """Rank-k factors of a large matrix x by subspace iteration from a fixed test matrix: B [..., p, k], A [..., k, q].
 
-    times(Q) gives x Q and transposed_times(Y) gives xᵀ Y, so that x need not exist at once. The test matrix comes from a
-    generator of its own, so that every process computes the same factors. ``like`` gives batch shape, dtype and device.
+    times(Q) gives x Q and transposed_times(Y) gives xᵀ Y, so that x need not exist at once. The test matrix comes from
+    a generator of its own, so that every process computes the same factors. ``like`` gives batch shape, dtype and
+    device.
     """
     p, q = shape
     width = min(rank + OVERSAMPLING, p, q)

@@ -38,7 +38,9 @@ class Metrics:
         self.entries += entries
 
     def add_steps(self, found: list[tuple[float, ...]], entries: int) -> None:
-        """Add ‖g‖_F, the largest update, the number of clamped entries and the captured energy of each matrix, of so many entries together."""
+        """Add ‖g‖_F, the largest update, the number of clamped entries and the captured energy of each matrix, of so
+        many entries together.
+        """
         norms, largest, clamped, captured = torch.tensor(found, dtype=torch.float64).reshape(-1, 4).unbind(1)
         self.add_energy(norms)
         self.add_captured(captured.sum())
@@ -46,7 +48,9 @@ class Metrics:
             self.add_sizes(largest.amax(), clamped.sum(), entries)
 
     def reduce(self, placement: Placement) -> None:
-        """Add what the other processes saw of the rows that they share with this one; every process has to call this."""
+        """Add what the other processes saw of the rows that they share with this one; every process has to
+        call this.
+        """
         if placement is WHOLE or not self.captured:
             return
         entries = torch.tensor(float(self.entries), dtype=torch.float64, device=self.captured[0].device)

@@ -31,14 +31,15 @@ class Products(Protocol):
 
 
 class Moment:
-    """One moment of a batch's n matrices, B A with B [n, p, k] and A [n, k, q], which follows the running average ``average``.
+    """One moment of a batch's n matrices, B A with B [n, p, k] and A [n, k, q], which follows the running average
+    ``average``.
 
     Attributes:
         B, A: the old factors, after any restart. ``gram`` = A Aᵀ, [n, k, k] float64.
         started: whether A had a direction before any restart, [n] bool.
         R, keep, gain: B' = keep · B + gain · X with X = x Aᵀ R; [n, k, k], [n, 1, 1] and [n, 1, 1], float32.
-        B_new, projected, grams: what a backend's row part fills in: B'; B'ᵀx or Bᵀx [n, k, q]; and, in float64, B'ᵀ[B' | B] [n, k, 2k]
-            or BᵀB [n, k, k].
+        B_new, projected, grams: what a backend's row part fills in: B'; B'ᵀx or Bᵀx [n, k, q]; and, in float64, B'ᵀ[B'
+            | B] [n, k, 2k] or BᵀB [n, k, k].
     """
 
     grams: Tensor
@@ -60,18 +61,21 @@ class Moment:
         self.B_new, self.projected = torch.empty_like(self.B), torch.zeros_like(self.A)
 
     def captured(self) -> Tensor:
-        """Return ‖X A‖²_F over all rows that are here and all matrices: what x has inside the row space of the old A."""
+        """Return ‖X A‖²_F over all rows that are here and all matrices: what x has inside the row space of the
+        old A.
+        """
         X = (wide(self.B_new) - wide(self.keep * self.B)) / wide(self.gain)
         self.batch.mask(slice(None), X)
         return ((X.mT @ X) * self.gram).sum()
 
 
 def move_on(backend: Products, batch: Batch, moments: list[Moment]) -> Generator[None, None, list[Tensor]]:
-    """Write the new factors of some moments into the state; returns ‖B'A'‖²_F of each as the rule knows it, [n] float64.
+    """Write the new factors of some moments into the state; returns ‖B'A'‖²_F of each as the rule knows it, [n]
+    float64.
 
-    The sums over rows are added up over the processes that share them in two collectives: the projections are float32, the Gram
-    matrices float64, so that a Cholesky factorisation sees what a single process's would. With such processes the generator stops
-    once, while the sums travel.
+    The sums over rows are added up over the processes that share them in two collectives: the projections are float32,
+    the Gram matrices float64, so that a Cholesky factorisation sees what a single process's would. With such processes
+    the generator stops once, while the sums travel.
     """
     placement, found = batch.placement, []
     waits = [placement.sum([m.projected for m in moments]), placement.sum([m.grams for m in moments])]
@@ -105,7 +109,9 @@ def _columns(rule: Als | Newton, grams: Tensor, average: Average) -> tuple[Tenso
 
 
 def _balance(rule: Als | Newton, grams: Tensor, turn: Any, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what B' is multiplied by, a number [n, 1, 1] or a matrix [n, k, k], what A' is, [n, 1, 1], and ‖B'A'‖²_F [n]."""
+    """Return what B' is multiplied by, a number [n, 1, 1] or a matrix [n, k, k], what A' is, [n, 1, 1], and ‖B'A'‖²_F
+    [n].
+    """
     scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
     scale_B, most = scale_B[..., None, None], torch.finfo(torch.float32).max
     by_B = scale_B if turn is None else (scale_B * turn).clamp(-most, most)  # of a B that is zero

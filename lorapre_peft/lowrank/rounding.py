@@ -11,7 +11,8 @@ from torch import Tensor
 Bits = TypeVar("Bits", int, Tensor)
 
 _MASK = 0xFFFFFFFF
-# The two multipliers of "lowbias32", an integer hash whose output bits are nearly unbiased (C. Wellons, hash-prospector).
+# The two multipliers of "lowbias32", an integer hash whose output bits are nearly unbiased (C. Wellons,
+# hash-prospector).
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
 # Added to a key for the second round of the hash; 2³² over the golden ratio.
 _SALT = 0x9E3779B9
@@ -33,7 +34,8 @@ def _signed(value: Bits) -> Bits:
 def random_keys(named: tuple[tuple[int, int], ...], steps: Tensor) -> Tensor:
     """Return 32 bits that name each parameter at its step of one run: int64 [n].
 
-    named: seed of the run and position in the optimizer of each parameter. steps: [n], on any device, not read by the host.
+    named: seed of the run and position in the optimizer of each parameter. steps: [n], on any device, not read by the
+        host.
     """
     return mix(_parameter_keys(named, steps.device) + steps.long())
 
@@ -56,7 +58,8 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
 
 
 def random_bits(shape: torch.Size, keys: Tensor, offset: int) -> Tensor:
-    """Return the hash of (key, offset + i) for every entry i of each of n arrays in row-major order: int32, all 32 bits random.
+    """Return the hash of (key, offset + i) for every entry i of each of n arrays in row-major order: int32, all 32
+    bits random.
 
     shape: (n, ...). keys: int64 [n].
     """
@@ -75,9 +78,9 @@ def random_bits(shape: torch.Size, keys: Tensor, offset: int) -> Tensor:
 def write_stochastic(targets: list[Tensor], values: Tensor, keys: Tensor, offset: int = 0) -> None:
     """Each target (bfloat16) ← its value (float32), rounded up or down at random so that the expectation is the value.
 
-    values: [n, ...], keys: int64 [n]. The 16 bits that bfloat16 drops are compared with 16 random bits: adding them carries into
-    the kept half with just that probability. Entry i of each uses the random bits of counter offset + i, so that tiles of a
-    matrix agree with the whole. NaN and infinity pass unchanged.
+    values: [n, ...], keys: int64 [n]. The 16 bits that bfloat16 drops are compared with 16 random bits: adding them
+    carries into the kept half with just that probability. Entry i of each uses the random bits of counter offset + i,
+    so that tiles of a matrix agree with the whole. NaN and infinity pass unchanged.
     """
     bits = values.contiguous().view(torch.int32)
     rounded = random_bits(values.shape, keys, offset).bitwise_and_(0xFFFF).add_(bits).bitwise_and_(-0x10000)

@@ -1,16 +1,17 @@
 """The update rules: how low-rank factors follow a running average of gradients.
 
-A running average ``M ← decay · M + weight · x`` of p×q matrices is held as ``M ≈ B A`` with ``B`` p×k and ``A`` k×q. A rule
-says how ``B`` and ``A`` change when ``x`` arrives. Both rules are written as a *row part* and a *column part*:
+A running average ``M ← decay · M + weight · x`` of p×q matrices is held as ``M ≈ B A`` with ``B`` p×k and ``A`` k×q. A
+rule says how ``B`` and ``A`` change when ``x`` arrives. Both rules are written as a *row part* and a *column part*:
 
 * the row part (`Rows`) needs nothing but some rows of ``B`` and ``x``, and all of ``A``;
 * the column part (``columns``) needs only sums over the rows: Gram matrices, k×k or k×2k, and ``Bᵀx``, k×q.
 
-So a step can work through a matrix in tiles of rows, or in shards of rows on several devices, with the same result. This module computes
-what is k×k, for n matrices together; a backend computes what is p×k, k×q or p×q. Numbers that belong to a matrix are tensors [n] of
-float64, so that matrices of groups with different options can share a step. The Gram matrices are formed and inverted in float64: they cost nothing beside the p×q products, a Cholesky factorisation of a
-positive matrix plus a relative 1e-6 of its diagonal then does not fail, and an inverse whose entries reach 1/δ would turn
-float32's round-off in ``Bᵀx`` into momentum.
+So a step can work through a matrix in tiles of rows, or in shards of rows on several devices, with the same result.
+This module computes what is k×k, for n matrices together; a backend computes what is p×k, k×q or p×q. Numbers that
+belong to a matrix are tensors [n] of float64, so that matrices of groups with different options can share a step. The
+Gram matrices are formed and inverted in float64: they cost nothing beside the p×q products, a Cholesky factorisation
+of a positive matrix plus a relative 1e-6 of its diagonal then does not fail, and an inverse whose entries reach 1/δ
+would turn float32's round-off in ``Bᵀx`` into momentum.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch import Tensor
 from .linalg import damped_inverse, inverse_root
 from .rounding import random_bits
 
-# A factor's Frobenius norm never decays below this, so that a long run of zero gradients cannot underflow the factors to
-# zero, from where no gradient could bring them back. The product's norm, 1e-24, is below what float32 moments resolve.
+# A factor's Frobenius norm never decays below this, so that a long run of zero gradients cannot underflow the factors
+# to zero, from where no gradient could bring them back. The product's norm, 1e-24, is below what float32 moments
+# resolve.
 MIN_FACTOR_NORM = 1e-12
 
 
@@ -39,7 +41,8 @@ class Average(NamedTuple):
 
 
 def test_rows(k: int, q: int, device: torch.device) -> Tensor:
-    """Return the rows that directions of `als` start from: [k, q] float32, uniform in [0, 1), the same on every device and process.
+    """Return the rows that directions of `als` start from: [k, q] float32, uniform in [0, 1), the same on every device
+    and process.
 
     They are positive because |g| is: a row of random signs would see little of its leading direction.
     """
@@ -47,19 +50,24 @@ def test_rows(k: int, q: int, device: torch.device) -> Tensor:
     return ((bits >> 8) & 0xFFFFFF).float() * 2.0**-24
 
 
-# ρ of `als` where none is given: of those that `python -m eval.rerun rules` (AdamW) and `table2-small` (Muon) train, the best.
+# ρ of `als` where none is given: of those that `python -m eval.rerun rules` (AdamW) and `table2-small` (Muon) train,
+# the best.
 RESIDUAL_WEIGHT = 1.0
 
 
 class Rows(NamedTuple):
-    """The row part of a rule: B' = (keep · B + gain · X) · unit, where X = x Aᵀ (A Aᵀ + damping)⁻¹ fits x to A's rows. [n] float64."""
+    """The row part of a rule: B' = (keep · B + gain · X) · unit, where X = x Aᵀ (A Aᵀ + damping)⁻¹ fits x to A's rows.
+    [n] float64.
+    """
 
     keep: Tensor
     gain: Tensor
 
 
 class Mixture(NamedTuple):
-    """A rule's momentum at step t, from the old factors: (m_keep · B + m_gain · X) A + residual · x. Each [n] float64."""
+    """A rule's momentum at step t, from the old factors: (m_keep · B + m_gain · X) A + residual · x. Each [n]
+    float64.
+    """
 
     m_keep: Tensor
     m_gain: Tensor
@@ -71,10 +79,11 @@ def _as_matrix(numbers: Tensor) -> Tensor:
 
 
 class Newton:
-    """The published rule (Theorem 3.1, Algorithms 1 and 2): one damped Newton step on each factor, from the old factors.
+    """The published rule (Theorem 3.1, Algorithms 1 and 2): one damped Newton step on each factor, from the old
+    factors.
 
-    With the coupling of Appendix B.1 each factor decays by √decay and adds (1−√decay)/(1−decay) times its least-squares fit of
-    weight·x. ``damping`` is δ, absolute. It starts at B = 0 and A ~ N(0, 0.02²).
+    With the coupling of Appendix B.1 each factor decays by √decay and adds (1−√decay)/(1−decay) times its
+    least-squares fit of weight·x. ``damping`` is δ, absolute. It starts at B = 0 and A ~ N(0, 0.02²).
     """
 
     name = "newton"
@@ -109,14 +118,18 @@ class Newton:
         return torch.ones_like(norm)
 
     def columns(self, grams: Tensor, average: Average) -> tuple[Tensor, Tensor | None]:
-        """Return W with A' = W [A; Bᵀx], from BᵀB over all rows: [n, k, 2k] float64; and None: B' is not multiplied from the right."""
+        """Return W with A' = W [A; Bᵀx], from BᵀB over all rows: [n, k, 2k] float64; and None: B' is not multiplied
+        from the right.
+        """
         root = average.decay.sqrt()
         identity = torch.eye(grams.shape[-2], dtype=grams.dtype, device=grams.device)
         step = _as_matrix(average.weight * (1 - root) / (1 - average.decay)) * self.inverse(grams)
         return torch.cat([(_as_matrix(root) * identity).expand_as(step), step], dim=-1), None
 
     def balance(self, grams: Tensor, turn: None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what B' and A' are multiplied by, and ‖B'A'‖²_F, which this rule does not know: 1, 1 and NaN, [n] float64."""
+        """Return what B' and A' are multiplied by, and ‖B'A'‖²_F, which this rule does not know: 1, 1 and NaN, [n]
+        float64.
+        """
         one = grams.new_ones(grams.shape[:-2])
         return one, one, torch.full_like(one, float("nan"))
 
@@ -124,12 +137,13 @@ class Newton:
 class Als:
     """The tracked rule (this project): one sweep of alternating least squares on the target decay · B A + weight · x.
 
-    B is solved given A; its columns are made orthonormal by the Cholesky factor of its Gram matrix, which is Q of a QR decomposition; A is
-    the target's part in their span, Qᵀ(decay · B A + weight · x); then both are scaled to equal Frobenius norms. ``damping`` is relative
-    to the mean diagonal of the Gram matrix, so that scaling all gradients scales the factors and changes nothing else.
+    B is solved given A; its columns are made orthonormal by the Cholesky factor of its Gram matrix, which is Q of a QR
+    decomposition; A is the target's part in their span, Qᵀ(decay · B A + weight · x); then both are scaled to equal
+    Frobenius norms. ``damping`` is relative to the mean diagonal of the Gram matrix, so that scaling all gradients
+    scales the factors and changes nothing else.
 
-    Solved for A without the orthonormal columns the product would be the same, but directions grow alike from step to step: the
-    condition of B reached 1e3 to 1e5, and float32 and damping were felt (`docs/rules.md`).
+    Solved for A without the orthonormal columns the product would be the same, but directions grow alike from step to
+    step: the condition of B reached 1e3 to 1e5, and float32 and damping were felt (`docs/rules.md`).
     """
 
     name = "als"
@@ -153,10 +167,12 @@ class Als:
         return self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
 
     def restart(self, A: Tensor, B: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and B in which every direction whose row of A is zero starts anew: its row of A is a test row, its column of B zero.
+        """Return A and B in which every direction whose row of A is zero starts anew: its row of A is a test row, its
+        column of B zero.
 
-        Zeros are how a state begins, and what resets (ReLoRA) and pruning leave behind. From B = 0 the first sweep is one step of
-        subspace iteration on x. A test row is as long as the mean row that is not zero, or has length 1 if all are.
+        Zeros are how a state begins, and what resets (ReLoRA) and pruning leave behind. From B = 0 the first sweep is
+        one step of subspace iteration on x. A test row is as long as the mean row that is not zero, or has length 1 if
+        all are.
         A: [n, k, q], B: [n, p, k], gram: A Aᵀ in float64.
         """
         k, q = A.shape[-2:]
@@ -173,20 +189,22 @@ class Als:
         return Rows(*average)
 
     def mixture(self, average: Average, residual_weight: Tensor, t: Tensor) -> Mixture:
-        """Return the momentum at step t; after bias correction what lies outside A's rows has the weight min(1, ρ/(1−βᵗ)).
+        """Return the momentum at step t; after bias correction what lies outside A's rows has the weight min(1,
+        ρ/(1−βᵗ)).
 
-        At ρ = 1 it enters as it is, from the first step on; at ρ = 1−β its weight is Adam's own. Stated for an EMA; another average is
-        its multiple.
+        At ρ = 1 it enters as it is, from the first step on; at ρ = 1−β its weight is Adam's own. Stated for an EMA;
+        another average is its multiple.
         """
         beta, weight = average
         residual = torch.minimum(1 - beta**t, residual_weight) * (weight / (1 - beta))
         return Mixture(beta, weight - residual, residual)
 
     def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, rows: Rows) -> Tensor:
-        """Return what B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows float32: [n] float64.
+        """Return what B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows
+        float32: [n] float64.
 
-        gram: A Aᵀ [n, k, k] and old_square: ‖A‖²_F before any restart; norm: ‖x‖_F. With a = ‖A‖, ‖B‖² is old_square and ‖X‖ ≈ ‖x‖/a;
-        `balance` rescales B'.
+        gram: A Aᵀ [n, k, k] and old_square: ‖A‖²_F before any restart; norm: ‖x‖_F. With a = ‖A‖, ‖B‖² is old_square
+        and ‖X‖ ≈ ‖x‖/a; `balance` rescales B'.
         """
         length = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
         size = torch.maximum(rows.keep * old_square.sqrt() * length, rows.gain * norm)

@@ -1,7 +1,7 @@
 """Where the rows of a matrix live: all here, or sharded over processes by FSDP2 (DTensors of placement Shard(0)).
 
-A step needs nothing of the other processes' rows but sums over all rows, two a moment: the rule's column part (`rules`). B factors
-are sharded as their matrix is, A factors are whole on every process.
+A step needs nothing of the other processes' rows but sums over all rows, two a moment: the rule's column part
+(`rules`). B factors are sharded as their matrix is, A factors are whole on every process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Placement:
         return slice(min(self.rank * count, p), min((self.rank + 1) * count, p))
 
     def sum(self, tensors: list[Tensor]) -> Callable[[], None]:
-        """Begin to add up tensors of one dtype over the processes, in one collective; what is returned waits, and writes them."""
+        """Begin to add up tensors of one dtype over the processes, in one collective; what is returned waits, and
+        writes them.
+        """
         if self.group is None:
             return lambda: None
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -100,9 +102,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def place(value: Tensor, param: Tensor, name: str, stack: Stack | None = None) -> Tensor:
-    """A whole state tensor as it is kept beside a parameter: B factors and moments sharded like it, A factors replicated.
+    """A whole state tensor as it is kept beside a parameter: B factors and moments sharded like it, A factors
+    replicated.
 
-    Of a stack whose experts are sharded, each process keeps all that belongs to its own experts. Counters and other scalars stay plain.
+    Of a stack whose experts are sharded, each process keeps all that belongs to its own experts. Counters and other
+    scalars stay plain.
     """
     if not isinstance(param, DTensor) or value.ndim == 0:
         return value
@@ -118,7 +122,9 @@ def place(value: Tensor, param: Tensor, name: str, stack: Stack | None = None) -
 
 
 def _sharded_dim(name: str, stack: Stack | None) -> int | None:
-    """Return the dimension of a state tensor that is sharded as the parameter's first one is; None: it is whole on every process."""
+    """Return the dimension of a state tensor that is sharded as the parameter's first one is; None: it is whole on
+    every process.
+    """
     if stack is None:
         return None if name.endswith("_A") else 0
     if stack.dim == 0:

@@ -15,10 +15,10 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from ..integrations.architecture import architecture
 
-# The public shapes of gated models, so that an estimate needs no account and no network. Llama 2: params.json of Meta's
-# release, with the MLP's width from the formula of transformers' convert_llama_weights_to_hf.py; Llama 3.1: Table 3 of "The
-# Llama 3 Herd of Models" (arXiv 2407.21783); SmolLM2: config.json of its release. A test holds their parameter counts against
-# those on the models' hub pages.
+# The public shapes of gated models, so that an estimate needs no account and no network. Llama 2: params.json of
+# Meta's release, with the MLP's width from the formula of transformers' convert_llama_weights_to_hf.py; Llama 3.1:
+# Table 3 of "The Llama 3 Herd of Models" (arXiv 2407.21783); SmolLM2: config.json of its release. A test holds their
+# parameter counts against those on the models' hub pages.
 _LLAMA_2: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _LLAMA_3: dict[str, Any] = {
     "vocab_size": 128256,
@@ -60,7 +60,8 @@ def find_config(name: str | os.PathLike[str]) -> tuple[PretrainedConfig, str]:
             return AutoConfig.from_pretrained(name), "local config"
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{name!r} exists but holds no config that transformers can read ({_first_line(error)}): give the folder of a "
+                f"{name!r} exists but holds no config that transformers can read ({_first_line(error)}): give the "
+                "folder of a "
                 "saved model, or its config.json"
             ) from error
     short = name.removeprefix("meta-llama/").removeprefix("HuggingFaceTB/")

@@ -149,9 +149,10 @@ def estimate(
 
     Args:
         model_or_config: a module on any device, also one with adapters, which is left as it is; a config, whose
-            ``architectures`` say what is built, else the whole model that is trained; a folder or config.json; a built-in name (`models.SHAPES`); a name on the hub.
-        optimizer, momentum_rank, update_rule, options: as in `create_lorapre_optimizer`, with the same defaults; but updates in the
-            backward pass are asked for by ``in_backward``, and are the default here.
+            ``architectures`` say what is built, else the whole model that is trained; a folder or config.json; a
+            built-in name (`models.SHAPES`); a name on the hub.
+        optimizer, momentum_rank, update_rule, options: as in `create_lorapre_optimizer`, with the same defaults; but
+            updates in the backward pass are asked for by ``in_backward``, and are the default here.
         dtype: of a model built from a config; a module keeps its own.
         in_backward: as ``update_in_backward=True`` of the optimizers: one gradient at a time.
         batch, seq_len: sequences per forward pass and tokens in each. batch=0 leaves the activations out.
@@ -289,8 +290,10 @@ def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: 
             model(**inputs).loss.backward()
     except Exception as error:
         raise RuntimeError(
-            f"a training step of {type(model).__name__} does not run on the meta device ({type(error).__name__}: {error}), so its "
-            "activations cannot be counted. Use batch=0 to leave them out; transformers' models that take text, images or sound features, and "
+            f"a training step of {type(model).__name__} does not run on the meta device ({type(error).__name__}: "
+            f"{error}), so its "
+            "activations cannot be counted. Use batch=0 to leave them out; transformers' models that take text, "
+            "images or sound features, and "
             "labels, run with attn_implementation='sdpa' or 'eager'"
         ) from error
     return tracker.peak_bytes

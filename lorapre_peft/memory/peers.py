@@ -33,7 +33,8 @@ def peers(model: nn.Module, momentum_rank: int, activations: int) -> dict[str, M
     total = sum(param.numel() for param in model.parameters())
     params = [param for param in model.parameters() if param.requires_grad]
     trained = sum(param.numel() for param in params)
-    # Each expert of a stack counts as a matrix of its own for the peers too, whether or not their code takes it for one.
+    # Each expert of a stack counts as a matrix of its own for the peers too, whether or not their code takes it for
+    # one.
     targets = []
     for param, options in weight_targets(model, "all-linear", None, None).items():
         stack = stack_of(options)
@@ -57,7 +58,8 @@ def peers(model: nn.Module, momentum_rank: int, activations: int) -> dict[str, M
     for rank in dict.fromkeys((GALORE_RANK, momentum_rank)):
         projected = sum(min(rank, p, q) * (min(p, q) + 2 * max(p, q)) for p, q in targets)
         add(f"GaLore r={rank}, bf16", 2 * total, 2 * trained, 2 * projected + 4 * rest)
-    # A frozen bf16 base at 2, and 4 + 4 + 8 per adapter parameter: PEFT's autocast_adapter_dtype keeps adapters in float32.
+    # A frozen bf16 base at 2, and 4 + 4 + 8 per adapter parameter: PEFT's autocast_adapter_dtype keeps adapters in
+    # float32.
     adapters = sum(LORA_RANK * (p + q) for p, q in targets)
     add(f"LoRA r={LORA_RANK}, bf16 base", 2 * total + 4 * adapters, 4 * adapters, 8 * adapters)
     return found
@@ -102,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table for a model. argv: the command line; None stands for the process's own."""
     parser = argparse.ArgumentParser(
         prog="lorapre-memory",
-        description="Peak memory of full-weight training with LoRA-Pre, from a dry run that allocates nothing, beside its peers.",
+        description="Peak memory of full-weight training with LoRA-Pre, from a dry run that allocates nothing, "
+        "beside its peers.",
     )
     parser.add_argument("model", help="folder of a saved model, config.json, built-in name, or name on the hub")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
@@ -155,13 +158,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parameters = sum(param.numel() for param in model.parameters())
     checkpointing = "without" if args.no_checkpointing else "with"
     print(
-        f"{args.model}: {origin}; {type(model).__name__}, {parameters:,} parameters; {args.dtype}, batch {args.batch} × {args.seq_len} tokens, "
+        f"{args.model}: {origin}; {type(model).__name__}, {parameters:,} parameters; {args.dtype}, batch "
+        f"{args.batch} × {args.seq_len} tokens, "
         f"{checkpointing} gradient checkpointing"
     )
     print(memory_table(rows))
     embeddings = "embeddings and head frozen; " if args.embeddings == "frozen" else ""
     print(
         f"All rows: {embeddings}total is the sum of the peaks. LoRA-Pre: a dry run of the code; 'in backward' is "
-        "update_in_backward=True,\nwith one gradient at a time. Peers: arithmetic, with all gradients at once, temporaries not "
+        "update_in_backward=True,\nwith one gradient at a time. Peers: arithmetic, with all gradients at once, "
+        "temporaries not "
         "counted (–), and LoRA-Pre's activations."
     )

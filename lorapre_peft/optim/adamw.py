@@ -24,42 +24,48 @@ from .options import check_betas, in_range
 
 
 def update_bound(beta1: float, beta2: float) -> float:
-    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), 1.165 at (0.9, 0.95): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1² < β2."""
+    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), 1.165 at (0.9, 0.95): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1²
+    < β2.
+    """
     return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
 
 
 class LoRAPreAdamW(LoRAPreOptimizer):
-    """AdamW whose moments of each p×q matrix are factors of ranks k and k_v: (p+q)(k+k_v) numbers of state instead of 2pq.
+    """AdamW whose moments of each p×q matrix are factors of ranks k and k_v: (p+q)(k+k_v) numbers of state instead of
+    2pq.
 
     LoRA-Pre for Adam (Wang et al., "Taming Momentum", arXiv 2602.24283, Theorem 3.1 and Algorithm 1) with
-    ``update_rule="newton"``; with ``"als"``, the default, this project's tracked rule on the same state. Parameters that
-    are no matrices, or too small to compress, take `torch.optim.AdamW`'s step exactly.
+    ``update_rule="newton"``; with ``"als"``, the default, this project's tracked rule on the same state. Parameters
+    that are no matrices, or too small to compress, take `torch.optim.AdamW`'s step exactly.
 
     Args:
-        params: parameters, named parameters or groups, as in `torch.optim`. Floating-point, of any dtype; tensors of more
-            than two dimensions are flattened to (first, rest). State is float32 whatever their dtype.
+        params: parameters, named parameters or groups, as in `torch.optim`. Floating-point, of any dtype; tensors of
+            more than two dimensions are flattened to (first, rest). State is float32 whatever their dtype.
         lr: learning rate, ≥ 0; a number or a one-element tensor.
-        betas: decays (β1, β2) in [0, 1); the paper's (0.9, 0.95). ``als`` needs β1² < β2. β2 = 0.999 makes the start-up
-            bias of ``newton`` far worse.
+        betas: decays (β1, β2) in [0, 1); the paper's (0.9, 0.95). ``als`` needs β1² < β2. β2 = 0.999 makes the
+            start-up bias of ``newton`` far worse.
         eps: ε ≥ 0 in m̂/(√v̂ + ε).
         weight_decay: decoupled λ ≥ 0, as in `torch.optim.AdamW` but 0 by default.
-        momentum_rank: k ≥ 1. 0: the AdamW path for all. None: 8, or a quarter of a matrix's smaller side if that is less, at least 1;
-            matrices that are plainly embeddings or heads then take the AdamW path, and a warning says what was chosen.
+        momentum_rank: k ≥ 1. 0: the AdamW path for all. None: 8, or a quarter of a matrix's smaller side if that is
+            less, at least 1; matrices that are plainly embeddings or heads then take the AdamW path, and a warning
+            says what was chosen.
         update_rule: ``"als"`` or ``"newton"``.
-        residual_weight: ρ in [0, 1] of ``als``: the part of the gradient outside the momentum's subspace has the weight min(1, ρ/(1−β1ᵗ))
-            in m̂. None: 1, the sum of the weights that Adam gives one gradient over the steps; that part is then moved by in one step,
-            which the clamp shortens where gradients are noise. 1−β1 gives m = β1 m_B m_A + (1−β1) g.
-        second_momentum_rank: rank k_v ≥ 1 of the second moment, at most k. None: 1 with ``als``, k with ``newton``, which has no other.
-        update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend: as
-            `LoRAPreOptimizer` documents them.
+        residual_weight: ρ in [0, 1] of ``als``: the part of the gradient outside the momentum's subspace has the
+            weight min(1, ρ/(1−β1ᵗ)) in m̂. None: 1, the sum of the weights that Adam gives one gradient over the
+            steps; that part is then moved by in one step, which the clamp shortens where gradients are noise. 1−β1
+            gives m = β1 m_B m_A + (1−β1) g.
+        second_momentum_rank: rank k_v ≥ 1 of the second moment, at most k. None: 1 with ``als``, k with ``newton``,
+        which has no other. update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes,
+            maximize, seed, backend: as `LoRAPreOptimizer` documents them.
 
-    State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q], ``v_B`` [p, k_v], ``v_A`` [k_v, q], and
-    with ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``, ``exp_avg``, ``exp_avg_sq``,
-    float64 for float64 parameters.
+    State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q], ``v_B`` [p, k_v], ``v_A``
+    [k_v, q], and with ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``,
+    ``exp_avg``, ``exp_avg_sq``, float64 for float64 parameters.
 
     Raises:
         ValueError: an option out of its range.
-        NotImplementedError: a parameter that an engine has flattened, or sharded otherwise than by rows (tensor parallelism).
+        NotImplementedError: a parameter that an engine has flattened, or sharded otherwise than by rows (tensor
+            parallelism).
     """
 
     moments = ("m", "v")
@@ -120,8 +126,10 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         beta1, beta2 = group["betas"]
         if RULES[group["update_rule"]].tracked and not beta1**2 < beta2:
             raise ValueError(
-                f"betas={beta1, beta2}: update_rule='als' needs betas[0]² < betas[1], found {beta1**2:g} and {beta2:g}; "
-                "without it Adam's own update has no bound. Raise betas[1] or lower betas[0]; the paper has (0.9, 0.95)"
+                f"betas={beta1, beta2}: update_rule='als' needs betas[0]² < betas[1], found {beta1**2:g} and "
+                f"{beta2:g}; "
+                "without it Adam's own update has no bound. Raise betas[1] or lower betas[0]; the paper has (0.9, "
+                "0.95)"
             )
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:

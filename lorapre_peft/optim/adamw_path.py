@@ -1,4 +1,6 @@
-"""The AdamW path: parameters that are not compressed take `torch.optim.AdamW`'s own step, in pieces of bounded size."""
+"""The AdamW path: parameters that are not compressed take `torch.optim.AdamW`'s own step, in pieces of bounded
+size.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class AdamWOptions(NamedTuple):
 class Item:
     """A parameter with its gradient, or of a sharded one this process's rows of both.
 
-    norm: ‖g‖_F, [] float64. update: [] bool, false if the parameter keeps its value; None: the host knows that it does not.
+    norm: ‖g‖_F, [] float64. update: [] bool, false if the parameter keeps its value; None: the host knows that it does
+        not.
     """
 
     member: Member

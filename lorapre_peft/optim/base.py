@@ -1,7 +1,8 @@
-"""`LoRAPreOptimizer`: what both optimizers share, which is groups and their checks, state, the AdamW path and the order of a step.
+"""`LoRAPreOptimizer`: what both optimizers share, which is groups and their checks, state, the AdamW path and the
+order of a step.
 
-A subclass says what it does with the moments of the compressed matrices (`_update`). How factors follow a gradient is in
-``lowrank/rules.py``, which matrices are stepped together in ``lowrank/layout.py``.
+A subclass says what it does with the moments of the compressed matrices (`_update`). How factors follow a gradient is
+in ``lowrank/rules.py``, which matrices are stepped together in ``lowrank/layout.py``.
 """
 
 from __future__ import annotations
@@ -36,36 +37,43 @@ class LoRAPreOptimizer(StatefulOptimizer):
     """Base of `LoRAPreAdamW` and `LoRAPreMuon`, not for direct use, and the options that both have.
 
     Args:
-        params, defaults: as in `torch.optim.Optimizer`; ``defaults`` holds all options of a group. Those that both optimizers have are:
+        params, defaults: as in `torch.optim.Optimizer`; ``defaults`` holds all options of a group. Those that both
+            optimizers have are:
 
-            momentum_rank: k ≥ 1. 0: the AdamW path for all. None: 8, or a quarter of a matrix's smaller side if that is less, at least
-                1; matrices that are plainly embeddings or heads (`is_embedding`) then take the AdamW path. A group that has a
-                ``momentum_rank`` of its own, as those of `create_lorapre_optimizer`, is compressed as it says, embeddings included.
+            momentum_rank: k ≥ 1. 0: the AdamW path for all. None: 8, or a quarter of a matrix's smaller side if that
+                is less, at least 1; matrices that are plainly embeddings or heads (`is_embedding`) then take the AdamW
+                path. A group that has a ``momentum_rank`` of its own, as those of `create_lorapre_optimizer`, is
+                compressed as it says, embeddings included.
             update_rule: ``"als"`` or ``"newton"``.
             residual_weight: ρ of ``als``, in [0, 1]; None: 1.
-            update_scale: factor on the update of compressed matrices, > 0; the paper's pre-training uses 0.25, as GaLore does.
+            update_scale: factor on the update of compressed matrices, > 0; the paper's pre-training uses 0.25, as
+                GaLore does.
             max_param_grad_norm: clip each parameter's gradient to this norm > 0, by itself; None: no clipping.
-            bf16_rounding: how bfloat16 parameters are written: ``"stochastic"``, which keeps the mean of updates too small for bfloat16's
-                8 bits, or ``"nearest"``. The random bits depend on (seed, step, parameter) alone.
-            update_in_backward: update each parameter, and free its gradient, as soon as `backward` has made it; `step` then
-                only closes the step. Without gradient accumulation, global-norm clipping or GradScaler. In several processes it works
-                under FSDP2, and under DDP with `ddp_update_hook`.
+            bf16_rounding: how bfloat16 parameters are written: ``"stochastic"``, which keeps the mean of updates too
+                small for bfloat16's 8 bits, or ``"nearest"``. The random bits depend on (seed, step, parameter) alone.
+            update_in_backward: update each parameter, and free its gradient, as soon as `backward` has made it; `step`
+                then only closes the step. Without gradient accumulation, global-norm clipping or GradScaler. In
+                several processes it works under FSDP2, and under DDP with `ddp_update_hook`.
             temporary_bytes: bound on all temporaries of a compressed matrix's step together. Outside it are Muon's
-                orthogonalization, which needs the matrix whole, and what each thread of ``backend="cpp"`` holds (`kernels.cpp`).
+                orthogonalization, which needs the matrix whole, and what each thread of ``backend="cpp"`` holds
+                (`kernels.cpp`).
             maximize: maximize the objective.
-            seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global generator.
-            experts, experts_dim: keys of a group, not of the constructor. Every parameter of the group holds the matrices of so many
-                experts, each of which gets factors of its own and is left alone where its gradient is exactly zero (an expert without
-                tokens): one after the other (0, the default: [experts, p, q] or [experts · p, q]), or interleaved along the last
-                dimension (−1: [p, q · experts]). State tensors then have a leading dimension of experts.
-        backend: how the step of compressed matrices is computed: ``"cpp"`` (CPUs under Linux with a C++ compiler, which runs once for a few
-            seconds), ``"triton"`` (CUDA, package triton), ``"compiled"`` (`torch.compile`; the first step takes seconds),
-            ``"eager"``, or ``"auto"``: C++ or Triton where they run, else eager. The results are the same to float32 round-off.
-            Not saved in checkpoints.
+            seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global
+                generator.
+            experts, experts_dim: keys of a group, not of the constructor. Every parameter of the group holds the
+                matrices of so many experts, each of which gets factors of its own and is left alone where its gradient
+                is exactly zero (an expert without tokens): one after the other (0, the default: [experts, p, q] or
+                [experts · p, q]), or interleaved along the last dimension (−1: [p, q · experts]). State tensors then
+                have a leading dimension of experts.
+        backend: how the step of compressed matrices is computed: ``"cpp"`` (CPUs under Linux with a C++ compiler,
+            which runs once for a few seconds), ``"triton"`` (CUDA, package triton), ``"compiled"`` (`torch.compile`;
+            the first step takes seconds),
+            ``"eager"``, or ``"auto"``: C++ or Triton where they run, else eager. The results are the same to float32
+            round-off. Not saved in checkpoints.
 
     Attributes:
-        skipped_updates: how many updates of single parameters were skipped since construction, for a gradient that is not
-            finite or whose square float32 cannot hold.
+        skipped_updates: how many updates of single parameters were skipped since construction, for a gradient that is
+            not finite or whose square float32 cannot hold.
         record_metrics: set it before the backward pass to have that step's `metrics` kept.
     """
 
@@ -156,7 +164,9 @@ class LoRAPreOptimizer(StatefulOptimizer):
         self._check_betas(group)
 
     def _check_betas(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for decay rates out of their range; at each step, as a scheduler that cycles them may have moved them."""
+        """Raise ValueError for decay rates out of their range; at each step, as a scheduler that cycles them may have
+        moved them.
+        """
         raise NotImplementedError
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
@@ -170,8 +180,8 @@ class LoRAPreOptimizer(StatefulOptimizer):
         """Take one optimization step.
 
         closure: reevaluates the model and returns the loss, as in `torch.optim`. Returns the closure's value or None.
-        Raises RuntimeError for a sparse or complex gradient and where an engine has replaced matrices by flat shards, and ValueError
-        for decay rates out of their range, before anything has changed.
+        Raises RuntimeError for a sparse or complex gradient and where an engine has replaced matrices by flat shards,
+        and ValueError for decay rates out of their range, before anything has changed.
         """
         loss = None
         if closure is not None:
@@ -188,9 +198,11 @@ class LoRAPreOptimizer(StatefulOptimizer):
         return loss
 
     def _left_over(self, located: list[Located]) -> list[Located]:
-        """Return the parameters that the backward pass has not updated and that have a gradient, such as one that was set by hand.
+        """Return the parameters that the backward pass has not updated and that have a gradient, such as one that was
+        set by hand.
 
-        An engine may have replaced parameters since their hooks were made: then it is all of them, once, and the new ones get hooks.
+        An engine may have replaced parameters since their hooks were made: then it is all of them, once, and the new
+        ones get hooks.
         """
         for param in self._averaged:
             param.grad = None
@@ -201,8 +213,10 @@ class LoRAPreOptimizer(StatefulOptimizer):
             self._places.clear()
         if world_size() > 1 and any(placement_of(param) is WHOLE for _, param, _ in found):
             warnings.warn(
-                "update_in_backward=True in several processes: parameters that are not sharded are updated by step(), as their gradients "
-                "are averaged after the backward pass has made them. Under DDP register the hook that updates them earlier: "
+                "update_in_backward=True in several processes: parameters that are not sharded are updated by "
+                "step(), as their gradients "
+                "are averaged after the backward pass has made them. Under DDP register the hook that updates them "
+                "earlier: "
                 "ddp_model.register_comm_hook(optimizer, lorapre_peft.ddp_update_hook)",
                 stacklevel=4,
             )
@@ -213,7 +227,9 @@ class LoRAPreOptimizer(StatefulOptimizer):
         self._averaged.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in `torch.optim.Optimizer`; a backward pass that broke off under ``update_in_backward`` may be repeated after it."""
+        """As in `torch.optim.Optimizer`; a backward pass that broke off under ``update_in_backward`` may be repeated
+        after it.
+        """
         super().zero_grad(set_to_none)
         self._forget_backward()
 
@@ -231,7 +247,8 @@ class LoRAPreOptimizer(StatefulOptimizer):
         """Update a parameter whose gradient DDP has just averaged; `ddp_update_hook` calls this."""
         if not self.defaults["update_in_backward"]:
             raise ValueError(
-                "ddp_update_hook updates parameters in the backward pass: build the optimizer with update_in_backward=True"
+                "ddp_update_hook updates parameters in the backward pass: build the optimizer with "
+                "update_in_backward=True"
             )
         self._update_one(param)
         self._averaged.add(param)
@@ -240,8 +257,10 @@ class LoRAPreOptimizer(StatefulOptimizer):
     def _update_one(self, param: Tensor) -> None:
         if param in self._updated:
             raise RuntimeError(
-                f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): gradients "
-                "cannot be accumulated with update_in_backward=True, which has already used and freed the first ones. Call "
+                f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): "
+                "gradients "
+                "cannot be accumulated with update_in_backward=True, which has already used and freed the first "
+                "ones. Call "
                 "step() after every backward pass (gradient_accumulation_steps=1), or use update_in_backward=False"
             )
         if not self._updated:
@@ -261,7 +280,9 @@ class LoRAPreOptimizer(StatefulOptimizer):
             self._step_part(part)
 
     def _layout(self, located: list[Located]) -> list[Part]:
-        """Return which of these parameters are stepped together: what the last step found if nothing about them has changed."""
+        """Return which of these parameters are stepped together: what the last step found if nothing about them has
+        changed.
+        """
         if not located:
             return []
         names = (*RANK_OPTIONS, *self.shared_options)
@@ -352,7 +373,8 @@ class LoRAPreOptimizer(StatefulOptimizer):
         next(waiting, None)
 
     def _usable(self, norms: Tensor) -> tuple[list[bool], Tensor | None]:
-        """Return which parameters, by their gradients' norms [N], are stepped, and which of those are updated: [N] bool, None for all.
+        """Return which parameters, by their gradients' norms [N], are stepped, and which of those are updated: [N]
+        bool, None for all.
 
         On a CPU the host reads the norms. Elsewhere it reads nothing, and what is not usable is masked on the device.
         """
@@ -367,7 +389,9 @@ class LoRAPreOptimizer(StatefulOptimizer):
         return [bool(usable(norm)) for norm in known], None
 
     def _update(self, batch: Batch) -> Iterator[None]:
-        """Take one step with a batch of compressed matrices: parameters and factors, in place. Stops at most once, for a collective."""
+        """Take one step with a batch of compressed matrices: parameters and factors, in place. Stops at most once, for
+        a collective.
+        """
         raise NotImplementedError
 
     def _backend(self, device: torch.device) -> Eager:
@@ -375,18 +399,19 @@ class LoRAPreOptimizer(StatefulOptimizer):
 
     @property
     def skipped_updates(self) -> int:
-        """Updates of single parameters skipped since construction, for a gradient that is not finite or whose square float32
-        cannot hold. Reading it synchronises the devices, and warns of the first that it sees.
+        """Updates of single parameters skipped since construction, for a gradient that is not finite or whose square
+        float32 cannot hold. Reading it synchronises the devices, and warns of the first that it sees.
         """
         return self._skips.count()
 
     # ---- what a run can look at -----------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """What the last step with `record_metrics` saw, over all compressed matrices; reading it synchronises the device.
+        """What the last step with `record_metrics` saw, over all compressed matrices; reading it synchronises the
+        device.
 
         captured_energy: share of ‖g‖² inside the row space of m_A, 0 to 1 (before that step's update of m_A).
-        largest_update, clamped_share: largest |m̂/(√v̂+ε)| before any clamp, and the share of entries that ``als`` clamped
-        (`LoRAPreAdamW` only). Empty if nothing was recorded.
+        largest_update, clamped_share: largest |m̂/(√v̂+ε)| before any clamp, and the share of entries that ``als``
+        clamped (`LoRAPreAdamW` only). Empty if nothing was recorded.
         """
         return self._metrics.read()

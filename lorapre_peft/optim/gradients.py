@@ -1,4 +1,6 @@
-"""The gradients of a step before any update: which parameters take part, their norms, and the count of those that cannot be used."""
+"""The gradients of a step before any update: which parameters take part, their norms, and the count of those that
+cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from .adamw_path import adamw_dtype
 
 
 def takes_part(param: Tensor) -> bool:
-    """Whether a step updates the parameter. Sharded ones all take part, with zeros, so that no collective waits for them."""
+    """Whether a step updates the parameter. Sharded ones all take part, with zeros, so that no collective waits for
+    them.
+    """
     if param.grad is None:
         return param.requires_grad and placement_of(param) is not WHOLE and param.numel() > 0
     return param.numel() > 0
@@ -30,7 +34,9 @@ def local_gradient(param: Tensor) -> Tensor:
 
 
 def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement, backend: Eager) -> Tensor:
-    """Return ‖g‖_F of gradients on one device, not read: [N] float64 on the `float64_device`, −1 where no process has a gradient."""
+    """Return ‖g‖_F of gradients on one device, not read: [N] float64 on the `float64_device`, −1 where no process has
+    a gradient.
+    """
     alike: dict[torch.dtype, list[int]] = {}
     for i, grad in enumerate(grads):
         alike.setdefault(grad.dtype, []).append(i)
@@ -52,7 +58,9 @@ def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement
 
 
 class Skips:
-    """Counts the updates of single parameters that were skipped, as the host or, unread, a device sees them; it warns once."""
+    """Counts the updates of single parameters that were skipped, as the host or, unread, a device sees them; it warns
+    once.
+    """
 
     def __init__(self) -> None:
         self._by_host = 0
@@ -80,7 +88,8 @@ class Skips:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"a gradient has the norm {found}: the update of that parameter is skipped and its state kept. This is said "
+                f"a gradient has the norm {found}: the update of that parameter is skipped and its state kept. This "
+                "is said "
                 "once; `optimizer.skipped_updates` counts on. Skips that keep coming mean that training has diverged "
                 "(lower the learning rate) or that the loss scale of fp16 is still settling.",
                 stacklevel=5,

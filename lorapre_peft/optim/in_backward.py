@@ -1,8 +1,8 @@
 """Updates in the backward pass: each parameter is updated, and its gradient freed, as soon as the gradient is there.
 
-In one process, and under FSDP2, a hook on the parameter does it: FSDP2 calls such hooks on the sharded parameter after each
-reduce-scatter, in the same order on every process. Under DDP a parameter's hook comes before the gradient is averaged, so that
-`ddp_update_hook` does it instead.
+In one process, and under FSDP2, a hook on the parameter does it: FSDP2 calls such hooks on the sharded parameter after
+each reduce-scatter, in the same order on every process. Under DDP a parameter's hook comes before the gradient is
+averaged, so that `ddp_update_hook` does it instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Updater(Protocol):
 
 
 def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, params: Iterable[Tensor]) -> None:
-    """Have the backward pass call ``method(owner, param)`` once a parameter's gradient is made, for as long as ``owner`` exists.
+    """Have the backward pass call ``method(owner, param)`` once a parameter's gradient is made, for as long as
+    ``owner`` exists.
 
     Hooks of earlier owners are removed; with None that is all.
     """
@@ -57,8 +58,9 @@ def _call(method: Callable[[Any, Tensor], None], owner: weakref.ref, param: Tens
 def ddp_update_hook(optimizer: Updater, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP communication hook that updates each parameter of a bucket once the bucket is averaged.
 
-    Register it with ``ddp_model.register_comm_hook(optimizer, ddp_update_hook)``, for an optimizer with ``update_in_backward=True``.
-    DDP keeps its buckets, which are as large as all gradients; ``gradient_as_bucket_view=True`` spares the gradients beside them.
+    Register it with ``ddp_model.register_comm_hook(optimizer, ddp_update_hook)``, for an optimizer with
+    ``update_in_backward=True``. DDP keeps its buckets, which are as large as all gradients;
+    ``gradient_as_bucket_view=True`` spares the gradients beside them.
     """
     averaged = allreduce_hook(cast(Any, None), bucket).wait()
     for param, grad in zip(bucket.parameters(), bucket.gradients()):
@@ -69,5 +71,6 @@ def ddp_update_hook(optimizer: Updater, bucket: GradBucket) -> torch.futures.Fut
     return done
 
 
-# DDP compares the annotations with these objects; as strings, which the import from __future__ makes of them, they are refused.
+# DDP compares the annotations with these objects; as strings, which the import from __future__ makes of them, they are
+# refused.
 ddp_update_hook.__annotations__ |= {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}

@@ -24,9 +24,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalize(m: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Move a matrix towards the nearest semi-orthogonal one by Newton–Schulz iteration, in ``dtype`` (None: its own).
 
-    m: [..., p, q], and so is the result, in m's dtype. The iteration is the quintic of `torch.optim.Muon`: singular values end between
-    about 0.7 and 1.2. A zero matrix stays zero. torch's floor of 1e-7 under the norm is left out: LoRA's gradients can be smaller, and
-    the step must not depend on their scale.
+    m: [..., p, q], and so is the result, in m's dtype. The iteration is the quintic of `torch.optim.Muon`: singular
+    values end between about 0.7 and 1.2. A zero matrix stays zero. torch's floor of 1e-7 under the norm is left out:
+    LoRA's gradients can be smaller, and the step must not depend on their scale.
     """
     a, b, c = NEWTON_SCHULZ
     x = (m.mT if m.shape[-2] > m.shape[-1] else m).reshape(-1, min(m.shape[-2:]), max(m.shape[-2:]))
@@ -53,10 +53,10 @@ def shape_scale(shape: tuple[int, int], adjust_lr_fn: str | None) -> float:
 class LoRAPreMuon(LoRAPreOptimizer):
     """Muon whose momentum of each p×q matrix is a pair of factors of rank k: (p+q)k numbers of state instead of pq.
 
-    LoRA-Pre for Muon (Wang et al., arXiv 2602.24283, Algorithm 2) with ``update_rule="newton"``: m = μ m_B m_A + g from the previous
-    factors, then Newton–Schulz, then the step. With ``"als"``, the default, the part of g outside the row space of m_A has the
-    weight min(ρ, 1−μᵗ)/(1−μ). Parameters that are no matrices, or too small to compress, take AdamW with a learning
-    rate of their own.
+    LoRA-Pre for Muon (Wang et al., arXiv 2602.24283, Algorithm 2) with ``update_rule="newton"``: m = μ m_B m_A + g
+    from the previous factors, then Newton–Schulz, then the step. With ``"als"``, the default, the part of g outside
+    the row space of m_A has the weight min(ρ, 1−μᵗ)/(1−μ). Parameters that are no matrices, or too small to compress,
+    take AdamW with a learning rate of their own.
 
     Args:
         params: as in `LoRAPreAdamW`.
@@ -66,22 +66,24 @@ class LoRAPreMuon(LoRAPreOptimizer):
         momentum_rank, update_rule: as in `LoRAPreAdamW`.
         residual_weight: as in `LoRAPreAdamW`, for an average of decay μ. 1−μ gives Algorithm 2's m = μ m_B m_A + g.
         nesterov: step along g + μ m instead of m, as torch.optim.Muon does. The paper reports none: False.
-        adjust_lr_fn: ``"original"`` (√max(1, p/q)) or ``"match_rms_adamw"`` (0.2 √max(p, q): a learning rate tuned for AdamW
-            carries over), as in torch.optim.Muon; None for no scale, as in Algorithm 2 (torch's None means ``"original"``).
+        adjust_lr_fn: ``"original"`` (√max(1, p/q)) or ``"match_rms_adamw"`` (0.2 √max(p, q): a learning rate tuned for
+            AdamW carries over), as in torch.optim.Muon; None for no scale, as in Algorithm 2 (torch's None means
+            ``"original"``).
         ns_steps: Newton–Schulz steps, ≥ 1.
-        ns_dtype: ``"float32"``, or ``"bfloat16"`` as in torch.optim.Muon, which is several times as fast where a processor multiplies
-            bfloat16 matrices and several times as slow where it does not.
-        adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion, which is the group's
-            ``adamw_lr_ratio`` from then on. None: ``lr``.
+        ns_dtype: ``"float32"``, or ``"bfloat16"`` as in torch.optim.Muon, which is several times as fast where a
+            processor multiplies bfloat16 matrices and several times as slow where it does not.
+        adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion, which is the
+            group's ``adamw_lr_ratio`` from then on. None: ``lr``.
         adamw_betas, adamw_eps: of the AdamW path.
-        update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend: as
-            `LoRAPreOptimizer` documents them. No ``backend="triton"``: the step is products of whole matrices.
+        update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend:
+            as `LoRAPreOptimizer` documents them. No ``backend="triton"``: the step is products of whole matrices.
 
     State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q].
 
     Raises:
         ValueError: an option out of its range.
-        NotImplementedError: a parameter that an engine has flattened, or sharded otherwise than by rows (tensor parallelism).
+        NotImplementedError: a parameter that an engine has flattened, or sharded otherwise than by rows (tensor
+            parallelism).
     """
 
     moments = ("m",)
@@ -188,7 +190,9 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     @staticmethod
     def _direction(batch: Batch, matrices: slice, g: Tensor, m: Tensor) -> Tensor:
-        """Return the orthogonalized momenta of some matrices, from this process's rows of them and of the gradients: [n, rows, q]."""
+        """Return the orthogonalized momenta of some matrices, from this process's rows of them and of the gradients:
+        [n, rows, q].
+        """
         group = batch.groups[0]
         if group["nesterov"]:
             m = torch.addcmul(g, m, narrow(batch.numbers("momentum")[matrices], m.device)[:, None, None])

@@ -61,14 +61,16 @@ def check_options(group: dict[str, Any]) -> None:
     k = group["momentum_rank"]
     if k is not None and not _is_whole(k, 0):
         raise ValueError(
-            f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's smaller side "
+            f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's "
+            "smaller side "
             "if that is less), or 0 (the whole group takes the AdamW path)"
         )
     check_rule_options(group)
     experts, dim = group.get("experts"), group.get("experts_dim", 0)
     if (experts is not None and not _is_whole(experts, 1)) or dim not in (0, -1):
         raise ValueError(
-            f"experts={experts!r}, experts_dim={dim!r}: expected the number of experts that each parameter of the group holds, or None, and "
+            f"experts={experts!r}, experts_dim={dim!r}: expected the number of experts that each parameter of the "
+            "group holds, or None, and "
             "0 (one after the other) or -1 (interleaved along the last dimension)"
         )
     if not _is_whole(group["seed"], 0):
@@ -91,7 +93,8 @@ def check_rule_options(options: dict[str, Any]) -> None:
     for name, value in (("second_momentum_rank", second), ("residual_weight", rho)):
         if value is not None and getattr(rule, name) is None:
             raise ValueError(
-                f"{name}={value} is an option of update_rule='als', found update_rule={rule.name!r}: leave it out, or use 'als'"
+                f"{name}={value} is an option of update_rule='als', found update_rule={rule.name!r}: leave it out, "
+                "or use 'als'"
             )
     if second is not None and not _is_whole(second, 1):
         raise ValueError(
@@ -115,17 +118,22 @@ def check_parameter(param: Tensor) -> None:
         )
     if isinstance(param, DTensor) and not is_supported(param):
         raise NotImplementedError(
-            f"{where} that is a DTensor with placements {param.placements}: LoRA-Pre follows FSDP2 (fully_shard), which "
-            "shards rows (Shard(0)) over one dimension of its mesh, and no tensor parallelism. Use FSDP2, DDP or one process"
+            f"{where} that is a DTensor with placements {param.placements}: LoRA-Pre follows FSDP2 (fully_shard), "
+            "which "
+            "shards rows (Shard(0)) over one dimension of its mesh, and no tensor parallelism. Use FSDP2, DDP or one "
+            "process"
         )
 
 
 def check_stack(param: Tensor, group: dict[str, Any]) -> None:
-    """Raise for a parameter that does not hold the experts that its group says, or one of them in rows of several processes."""
+    """Raise for a parameter that does not hold the experts that its group says, or one of them in rows of several
+    processes.
+    """
     stack = stack_of(group)
     if stack is None:
         return
-    where = f"found a parameter of shape {tuple(param.shape)} in a group of experts={stack.experts}, experts_dim={stack.dim}"
+    shape = tuple(param.shape)
+    where = f"found a parameter of shape {shape} in a group of experts={stack.experts}, experts_dim={stack.dim}"
     if not stack.fits(param.shape):
         expected = "[experts, p, q] or [experts · p, q]" if stack.dim == 0 else "[p, q · experts]"
         raise ValueError(f"{where}; expected {expected}. Put other parameters into a group of their own")
@@ -133,7 +141,8 @@ def check_stack(param: Tensor, group: dict[str, Any]) -> None:
         size, rows = placement_of(param).size, param.shape[0] // stack.experts
         if param.ndim == 2 and -(-param.shape[0] // size) != rows * -(-stack.experts // size):
             raise NotImplementedError(
-                f"{where}, whose rows are sharded over {size} processes in the middle of an expert: use a number of processes that divides "
+                f"{where}, whose rows are sharded over {size} processes in the middle of an expert: use a number of "
+                "processes that divides "
                 f"{stack.experts}, or DDP"
             )
 
@@ -143,7 +152,8 @@ def check_gradient(param: Tensor) -> None:
     grad = local(cast(Tensor, param.grad))
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
-            f"found a sparse gradient of shape {tuple(grad.shape)}; LoRA-Pre needs dense ones: build the embedding with sparse=False"
+            f"found a sparse gradient of shape {tuple(grad.shape)}; LoRA-Pre needs dense ones: build the embedding "
+            "with sparse=False"
         )
     if grad.is_complex():
         raise RuntimeError(f"found a complex gradient of shape {tuple(grad.shape)}; LoRA-Pre needs real ones")
@@ -154,7 +164,9 @@ def check_flattened_shards(groups: Iterable[dict[str, Any]]) -> None:
     for group in groups:
         if group.get("num_matrices") and group["params"] and all(param.ndim < 2 for param in group["params"]):
             raise RuntimeError(
-                f"a parameter group was built with {group['num_matrices']} matrices and now holds only flat tensors of shapes "
-                f"{[tuple(param.shape) for param in group['params'][:3]]}: DeepSpeed ZeRO and FSDP1 hand the optimizer "
+                f"a parameter group was built with {group['num_matrices']} matrices and now holds only flat tensors "
+                "of shapes "
+                f"{[tuple(param.shape) for param in group['params'][:3]]}: DeepSpeed ZeRO and FSDP1 hand the "
+                "optimizer "
                 "flattened shards, which have no rows and columns to compress. Use FSDP2, DDP or one process"
             )

@@ -1,8 +1,9 @@
-"""Both update rules on one p×q matrix, line by line in the paper's names; slow, and what every faster path is tested against.
+"""Both update rules on one p×q matrix, line by line in the paper's names; slow, and what every faster path is tested
+against.
 
 Every function takes and returns plain tensors of one dtype (float64 for a test) and changes nothing in place. θ is the
-parameter, g its gradient, t the step from 1, λ the decoupled weight decay. State is a dict of m_B [p, k], m_A [k, q], the same for
-v with Adam, at a rank of its own; with ``als`` also E and the count t (numbers).
+parameter, g its gradient, t the step from 1, λ the decoupled weight decay. State is a dict of m_B [p, k], m_A [k, q],
+the same for v with Adam, at a rank of its own; with ``als`` also E and the count t (numbers).
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, da
 def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """This project: a direction whose row of A is zero starts anew, from a fixed row and B = 0.
 
-    That is how a state of zeros begins, and what makes good what a reset or pruning has zeroed. The row is as long as the others
-    are on average, or has length 1 if there are none.
+    That is how a state of zeros begins, and what makes good what a reset or pruning has zeroed. The row is as long as
+    the others are on average, or has length 1 if there are none.
     """
     k, q = A.shape
     dead = A.norm(dim=1) == 0
@@ -57,7 +58,9 @@ def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def no_momentum(theta: Tensor, **ranks: int) -> State:
-    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8 and v=1."""
+    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8
+    and v=1.
+    """
     factors: State = {}
     for moment, k in ranks.items():
         factors |= {
@@ -104,7 +107,9 @@ def als_adam(
     residual_weight: float = 1.0,
     damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """The tracked rule (this project). state: of `no_momentum` before the first step; it counts t, from the first g ≠ 0."""
+    """The tracked rule (this project). state: of `no_momentum` before the first step; it counts t, from the first g ≠
+    0.
+    """
     beta1, beta2 = betas
     E, t = state["E"], state["t"] + 1 if state["E"] > 0 or g.any() else 0
     if t == 0:
@@ -157,7 +162,9 @@ def als_muon(
     residual_weight: float = 1.0,
     damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """Algorithm 2 with the tracked rule (this project): the same sweep on the target μ M + g, and the same residual."""
+    """Algorithm 2 with the tracked rule (this project): the same sweep on the target μ M + g, and the same
+    residual.
+    """
     mu = momentum
     t = state["t"] + 1 if state["t"] or g.any() else 0
     if t == 0:

@@ -41,7 +41,9 @@ def matched_states(
 
 
 def restore_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> None:
-    """Put the optimizer's own saved tensors back as they were saved, after torch has cast its copies to the parameters' dtypes."""
+    """Put the optimizer's own saved tensors back as they were saved, after torch has cast its copies to the
+    parameters' dtypes.
+    """
     group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
     for param, saved in matched_states(optimizer, state_dict):
         for name in saved.keys() & optimizer.state_shapes(param, group_of[param]).keys():
@@ -50,13 +52,17 @@ def restore_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> N
 
 
 def check_held_state(member: Member, state: dict[str, Tensor]) -> None:
-    """Raise ValueError if a parameter's shape or its group's options have changed into what its state is not made for."""
+    """Raise ValueError if a parameter's shape or its group's options have changed into what its state is not
+    made for.
+    """
     expected = member.state_shapes
     if all(name in state and state[name].shape == shape for name, shape in expected.items()):
         return
     raise ValueError(
-        f"a parameter of shape {tuple(member.param.shape)} with {_rank_options(member.group)} has the state {shapes_of(state)}, expected {expected}: its shape "
-        "or these options have changed since its first step. Build a new optimizer, or delete optimizer.state[param] to start without it"
+        f"a parameter of shape {tuple(member.param.shape)} with {_rank_options(member.group)} has the state "
+        f"{shapes_of(state)}, expected {expected}: its shape "
+        "or these options have changed since its first step. Build a new optimizer, or delete optimizer.state[param] "
+        "to start without it"
     )
 
 
@@ -101,7 +107,8 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
     for index, (param, saved) in enumerate(matched_states(optimizer, state_dict)):
         group = group_of[param]
         expected, found = optimizer.state_shapes(param, group), shapes_of(saved)
-        # Other tools keep keys of their own there, such as a Lookahead's slow weights; also beside a state that has not begun.
+        # Other tools keep keys of their own there, such as a Lookahead's slow weights; also beside a state that has
+        # not begun.
         if any(found.get(key) != shape for key, shape in expected.items()) and found.keys() & OWN_STATE:
             raise ValueError(
                 f"the saved state of parameter {index} of shape {tuple(param.shape)} is {found}; {name} with "
@@ -115,8 +122,8 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
 def check_saved_group(optimizer: StatefulOptimizer, group: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise ValueError if the saved options are out of their ranges, or another rank or rule than the group's.
 
-    Loading takes over all other options, as in torch. Factors of another rank, or kept by another rule, are no start for
-    this one's; before the first step there are none, but the run would still not be the one that its options say.
+    Loading takes over all other options, as in torch. Factors of another rank, or kept by another rule, are no start
+    for this one's; before the first step there are none, but the run would still not be the one that its options say.
     """
     optimizer.check_group(saved | {"update_in_backward": group["update_in_backward"]})
     saved = saved | {"params": group["params"]}
@@ -125,8 +132,10 @@ def check_saved_group(optimizer: StatefulOptimizer, group: dict[str, Any], saved
         if not same_rule or optimizer.state_shapes(param, saved) != optimizer.state_shapes(param, group):
             found, expected = _rank_options(saved), _rank_options(group)
             raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} was saved with {found}; this {type(optimizer).__name__} has {expected}, "
-                "and factors are not converted. Build the optimizer with the options of the saved run, or start without its state"
+                f"a parameter of shape {tuple(param.shape)} was saved with {found}; this {type(optimizer).__name__} "
+                f"has {expected}, "
+                "and factors are not converted. Build the optimizer with the options of the saved run, or start "
+                "without its state"
             )
 
 
@@ -142,14 +151,18 @@ def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor], stack
         )
         if expected != found or local(like).shape != local(value).shape:
             raise ValueError(
-                f"the saved {key} of parameter {index} of shape {tuple(param.shape)} is {found}; expected {expected}. Load what was "
-                "saved in other processes through torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which "
+                f"the saved {key} of parameter {index} of shape {tuple(param.shape)} is {found}; expected "
+                f"{expected}. Load what was "
+                "saved in other processes through torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, "
+                "which "
                 "distributes it (a whole state_dict with StateDictOptions(full_state_dict=True))"
             )
 
 
 class StatefulOptimizer(Optimizer):
-    """What an optimizer with factored moments keeps of each parameter: names, shapes, start, and the way through a checkpoint."""
+    """What an optimizer with factored moments keeps of each parameter: names, shapes, start, and the way through a
+    checkpoint.
+    """
 
     moments: tuple[str, ...]  # prefixes of the factored state: m, and v where there is a second moment
 
@@ -187,7 +200,9 @@ class StatefulOptimizer(Optimizer):
         return state
 
     def _init_state(self, member: Member, state: dict[str, Tensor]) -> None:
-        """Fill in zeros, whatever the gradient, and A factors as the rule starts them, from a generator of each matrix's own."""
+        """Fill in zeros, whatever the gradient, and A factors as the rule starts them, from a generator of each
+        matrix's own.
+        """
         group, param = member.group, member.param
         check_parameter(param)  # an engine may have replaced what the group was built with
         check_stack(param, group)
@@ -214,8 +229,8 @@ class StatefulOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping every state tensor in float32.
 
-        `torch.optim.Optimizer.load_state_dict` casts state to the parameter's dtype, which would round the factors of a bf16
-        parameter; a resumed run would not continue as the uninterrupted one. Raises ValueError, before anything
+        `torch.optim.Optimizer.load_state_dict` casts state to the parameter's dtype, which would round the factors of
+        a bf16 parameter; a resumed run would not continue as the uninterrupted one. Raises ValueError, before anything
         changes, if the state is not this optimizer's.
         """
         loaded: dict[str, Any] = {}

@@ -25,8 +25,8 @@ from versions import skip_before
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.lowrank.layout import TEMPORARIES
 
-# No power of two divides these, and the first two are the smallest that are compressed. Few ranks, for each below 5 is a
-# graph of its own to compile.
+# No power of two divides these, and the first two are the smallest that are compressed. Few ranks, for each below 5 is
+# a graph of its own to compile.
 SHAPES = [((2, 3), 1), ((3, 2), 1), ((12, 40), 1), ((33, 31), 7), ((48, 40), 17), ((10, 3, 1, 9), 7)]
 
 
@@ -93,7 +93,9 @@ def test_half_precision(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_weights_keep_their_digits(backend):
-    """θ(1 − 2⁻¹⁰) to 1e-9, where rounding a weight of 2 to float32 would cost 6e-8; and the ordinary update beside it."""
+    """θ(1 − 2⁻¹⁰) to 1e-9, where rounding a weight of 2 to float32 would cost 6e-8; and the ordinary update
+    beside it.
+    """
     found, optimizer = run(backend, (19, 17), 5, dtype=torch.float64)
     for a in found:
         assert a.dtype == torch.float64
@@ -126,7 +128,9 @@ def test_strides_do_not_show(backend, n):
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_stochastic_rounding_bit_for_bit(backend):
-    """The same random bits fall on the same entries. θ(1 − 2⁻¹⁰) needs no rounding in float32, the update adds nothing."""
+    """The same random bits fall on the same entries. θ(1 − 2⁻¹⁰) needs no rounding in float32, the update adds
+    nothing.
+    """
     options = {"lr": 2.0**-5, "weight_decay": 2.0**-5, "update_scale": 1e-30, "bf16_rounding": "stochastic", "seed": 3}
     options |= {"dtype": torch.bfloat16, "n": 3}
     for shape in ((19, 17), (10, 3, 2, 9)):

@@ -1,4 +1,6 @@
-"""What only one backend has: blocks and ranks of Triton's kernels, threads of the C++ ones, graphs of the compiled one."""
+"""What only one backend has: blocks and ranks of Triton's kernels, threads of the C++ ones, graphs of the compiled
+one.
+"""
 
 import functools
 import importlib.util
@@ -66,7 +68,9 @@ def test_muon_has_no_kernels():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @skip_before("triton", "3.4", "cannot compile for a GPU that is not there where a number is a constant")
 def test_triton_kernels_compile_for_a_gpu(tmp_path):
-    """For compute capabilities 8.0, 8.9 and 9.0, without one: in a process without the interpreter. k = 1 comes as a constant there."""
+    """For compute capabilities 8.0, 8.9 and 9.0, without one: in a process without the interpreter. k = 1 comes as a
+    constant there.
+    """
     code = Path(__file__).parents[1] / "helpers" / "compile_triton.py"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)
@@ -177,7 +181,9 @@ def test_sums_of_split_rows_stay_within_the_bound(monkeypatch):
 
 @cpp_
 def test_kernels_that_do_not_compile_are_named(monkeypatch, fresh_backends, tmp_path):
-    """A compiler that fails: an error where the backend was asked for, a warning and the eager one where it was not."""
+    """A compiler that fails: an error where the backend was asked for, a warning and the eager one where it
+    was not.
+    """
     from lorapre_peft.kernels import cpp as cpp_backend
 
     broken = tmp_path / "g++"
@@ -214,7 +220,9 @@ def test_kernels_that_do_not_load_are_named(monkeypatch, fresh_backends):
 
 @pytest.fixture
 def graphs(monkeypatch, fresh_backends):
-    """The graphs that torch.compile traces from now on; they are run uncompiled. A graph break would raise (fullgraph)."""
+    """The graphs that torch.compile traces from now on; they are run uncompiled. A graph break would raise
+    (fullgraph).
+    """
     traced = []
 
     def keep(graph, _):
@@ -247,7 +255,9 @@ def test_no_recompile_as_numbers_change(graphs, cls, rule):
 
 
 def test_few_graphs_for_many_shapes(graphs):
-    """A set for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower rank."""
+    """A set for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower
+    rank.
+    """
     # Moments of one rank: of two, each has a set.
     for n, shape, k in (3, (33, 31), 7), (2, (19, 17), 5), (2, (48, 40), 17), (5, (20, 300), 5), (2, (10, 3, 3, 3), 5):
         options = dict(n=n, second_momentum_rank=k)

@@ -1,4 +1,6 @@
-"""torch.distributed.checkpoint: what one number of processes saved goes on in another; what would be restored wrongly is refused."""
+"""torch.distributed.checkpoint: what one number of processes saved goes on in another; what would be restored wrongly
+is refused.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ CLASSES = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
 
 
 def build(cls, seed=0, **options):
-    """A model, sharded by FSDP2 in a run of several processes, and its optimizer; layers with fewer rows than processes too."""
+    """A model, sharded by FSDP2 in a run of several processes, and its optimizer; layers with fewer rows than
+    processes too.
+    """
     torch.manual_seed(seed)
     layers = [
         nn.Linear(20, 7),
@@ -66,7 +70,9 @@ def everything(model, optimizer):
 
 
 def stage(first, last, source, target):
-    """Both optimizers from checkpoint ``source``, if any, through steps ``first`` to ``last`` to checkpoint ``target``."""
+    """Both optimizers from checkpoint ``source``, if any, through steps ``first`` to ``last`` to checkpoint
+    ``target``.
+    """
     results = {}
     for name, cls in CLASSES.items():
         model, optimizer = build(cls, seed=0 if source is None else 1)

@@ -35,7 +35,8 @@ def trainer_for(folder, kind, adapters, options, **changed):
     rank, world = dist.get_rank(), dist.get_world_size()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
-    args = arguments(folder, max_steps=4, lr_scheduler_type="cosine", save_strategy="steps", save_steps=2, per_device_train_batch_size=2, **(options | changed))  # fmt: skip
+    schedule = dict(max_steps=4, lr_scheduler_type="cosine", save_strategy="steps", save_steps=2)
+    args = arguments(folder, per_device_train_batch_size=2, **schedule, **(options | changed))
     if args.fsdp:  # accelerate looks at its FSDP options only on accelerators, and goes on as DDP on CPUs
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     ids = torch.randint(4, 64, (24, 12), generator=torch.Generator().manual_seed(1)).tolist()

@@ -1,4 +1,6 @@
-"""FSDP2 with stacked experts: whole experts on each process, or rows of all of them; and mixtures of transformers and PEFT."""
+"""FSDP2 with stacked experts: whole experts on each process, or rows of all of them; and mixtures of transformers and
+PEFT.
+"""
 
 import warnings
 
@@ -22,7 +24,8 @@ from lorapre_peft import LoRAPreAdamW, LoRAPreMuon, create_lorapre_optimizer
 from lorapre_peft.lowrank.sharding import local
 
 CLASSES = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
-# By layout, how many experts: uneven shards, and with four processes one without an expert; PEFT's lora_A only where none is cut.
+# By layout, how many experts: uneven shards, and with four processes one without an expert; PEFT's lora_A only where
+# none is cut.
 STACKS = [("3-D", 5), ("3-D", 3), ("lora_A", 4), ("lora_B", 3), ("lora_B", 4)]
 SHAPE, STEPS = (7, 12), 5
 
@@ -39,7 +42,9 @@ def products(state):
 
 
 def gradients(layout, experts, seed):
-    """Some experts without tokens in some steps, one with a gradient that is not finite in one, and one step without any gradient."""
+    """Some experts without tokens in some steps, one with a gradient that is not finite in one, and one step without
+    any gradient.
+    """
     streams = [stream(SHAPE, STEPS, seed=seed + e) for e in range(experts)]
     streams[1][0].zero_()
     streams[2][3].zero_()
@@ -64,7 +69,8 @@ def train(cls, rule, mesh=None, prepare=undisturbed):
     groups.append({"params": params[-1:]})
     streams.append(stream((9, 8), STEPS + 1))
     options = {"update_rule": rule, "weight_decay": 0.1, "momentum_rank": 2, "max_param_grad_norm": 20.0}
-    # Rows of several processes take the eager path: so does one process, for `newton` makes much of another order of sums.
+    # Rows of several processes take the eager path: so does one process, for `newton` makes much of another order of
+    # sums.
     optimizer = prepare(cls(groups, lr=0.01, backend="eager", **options))
     for step, grads in enumerate(zip(*streams)):
         optimizer.record_metrics = step == STEPS
@@ -115,7 +121,9 @@ def test_steps_are_those_of_one_process(runs, name):
 
 
 def test_each_process_holds_the_state_of_its_own_experts(runs):
-    """Together as much as one process alone, but for the A factors and counters of matrices that are sharded by rows."""
+    """Together as much as one process alone, but for the A factors and counters of matrices that are sharded
+    by rows.
+    """
     alone = train(LoRAPreAdamW, "als")["held"]
     together = [sum(counts) for counts in zip(*(rank[str(("adamw", "als"))]["held"] for rank in runs))]
     for (layout, _), one, many in zip(STACKS, alone, together):
@@ -127,7 +135,8 @@ def test_an_expert_that_would_be_cut_is_refused(runs):
         assert "in the middle of an expert: use a number of processes that divides 5, or DDP" in rank["refused"]
 
 
-# ---- models of transformers and PEFT, sharded by FSDP2 ----------------------------------------------------------------
+# ---- models of transformers and PEFT, sharded by FSDP2
+# ----------------------------------------------------------------
 
 
 def build(adapter):
@@ -141,7 +150,9 @@ def build(adapter):
 
 
 def stage(adapter, first, last, source, target):
-    """From checkpoint ``source``, if any, through steps ``first`` to ``last`` to checkpoint ``target``; the parameters then."""
+    """From checkpoint ``source``, if any, through steps ``first`` to ``last`` to checkpoint ``target``; the parameters
+    then.
+    """
     model, optimizer = build(adapter)
     if source is not None:
         weights_, state = get_state_dict(model, optimizer)

@@ -20,9 +20,11 @@ import lorapre_peft.optim.base
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.lowrank.sharding import local
 
-# (2, 24) is LoRA's A with fewer rows than processes; of (5, 12) the fourth process has no row. The vectors take the AdamW path.
+# (2, 24) is LoRA's A with fewer rows than processes; of (5, 12) the fourth process has no row. The vectors take the
+# AdamW path.
 SHAPES = [(7, 20), (33, 16), (2, 24), (5, 12), (33,), (20, 7), (33, 16), (8, 3, 3, 3), (3,)]
-# Longer sums than the others'. Not for `newton`: there, rounding the gradients by 1e-7 moves one process's own weights as far as sharding does.
+# Longer sums than the others'. Not for `newton`: there, rounding the gradients by 1e-7 moves one process's own weights
+# as far as sharding does.
 LARGE = (150, 140)
 
 ALL = {
@@ -78,7 +80,9 @@ def products(state):
 
 
 def gradients(shapes, steps, faults):
-    """A list of gradients for each parameter; with ``faults`` also what a step must get over on every process alike."""
+    """A list of gradients for each parameter; with ``faults`` also what a step must get over on every process
+    alike.
+    """
     streams = [stream(shape, steps, seed=i) for i, shape in enumerate(shapes)]
     if faults:
         streams[5][1][-1, 3] = float("nan")  # in the last process's rows
@@ -107,7 +111,8 @@ def train(
 ):
     """Steps over fixed gradient streams, and everything that has to agree between one process and many, whole.
 
-    mesh: shard everything over it. absent: what the second of ``world`` processes holds has no gradient in every second step.
+    mesh: shard everything over it. absent: what the second of ``world`` processes holds has no gradient in every
+        second step.
     masked: as on a GPU, where the host does not read which gradients are finite.
     """
     shapes = SHAPES[:5] if steps > 5 else [*SHAPES, LARGE] if large else SHAPES
@@ -135,7 +140,9 @@ def train(
         return {
             "params": [whole(param) for param in params],
             "state": [products({name: whole(value) for name, value in state.items()}) for state in states],
-            "copies": [local(state[name]).clone() for state in states for name in sorted(state) if name.endswith("_A")],
+            "copies": [
+                local(state[name]).clone() for state in states for name in sorted(state) if name.endswith("_A")
+            ],
             "metrics": optimizer.metrics(),
             "skipped": optimizer.skipped_updates,
         }  # fmt: skip
@@ -163,7 +170,9 @@ def tensors(result):
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_one_process(runs, name):
-    """Parameters, state and figures but for the order of sums; what the processes share, and what is replicated, in every bit."""
+    """Parameters, state and figures but for the order of sums; what the processes share, and what is replicated, in
+    every bit.
+    """
     cls, rule, how = CASES[name]
     first, *others = (rank[name] for rank in runs)
     assert_same_steps(tensors(first), lambda prepare: tensors(train(cls, rule, len(runs), prepare=prepare, **how)))
@@ -201,7 +210,8 @@ def counted(world):
 
 
 def test_collectives_of_a_step(tmp_path):
-    """A batch: the norms, kq projections and 2k² Gram entries of each moment and matrix; of Muon also its whole momentum.
+    """A batch: the norms, kq projections and 2k² Gram entries of each moment and matrix; of Muon also its whole
+    momentum.
 
     v has the rank 1.
     """
@@ -213,7 +223,9 @@ def test_collectives_of_a_step(tmp_path):
 
 
 def in_backward(world):
-    """What several optimizers make of a sharded model in the backward pass and by ordinary steps; layers with fewer rows than processes too."""
+    """What several optimizers make of a sharded model in the backward pass and by ordinary steps; layers with fewer
+    rows than processes too.
+    """
     results = {}
     for cls, rule in itertools.product((LoRAPreAdamW, LoRAPreMuon), ("als", "newton")):
         for early in (True, False):
@@ -244,7 +256,9 @@ def in_backward(world):
 @skip_before("torch", "2.8", "adds FSDP2's gradients up over processes on CPUs, where it should average them")
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_updates_in_the_backward_pass_are_the_ordinary_ones(tmp_path, world):
-    """FSDP2 calls the hooks after each reduce-scatter; stepped one by one or together, a matrix's step is the same but for sums' order."""
+    """FSDP2 calls the hooks after each reduce-scatter; stepped one by one or together, a matrix's step is the same but
+    for sums' order.
+    """
     first, *others = run(world, tmp_path / "run", in_backward, world)
     for name in [name for name in first if name.endswith("True")]:
         early, ordinary = first[name], first[name.replace("True", "False")]

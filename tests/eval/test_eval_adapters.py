@@ -1,4 +1,6 @@
-"""`eval.run` with adapters whose vocabulary or tokenizer is not the base model's, and with chat templates; offline, on tiny models."""
+"""`eval.run` with adapters whose vocabulary or tokenizer is not the base model's, and with chat templates; offline, on
+tiny models.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def model(llama_path, tmp_path) -> Path:
 
 @pytest.fixture
 def adapter(model, tmp_path):
-    """adapter(rows=None, tokens=(), **options of LoraConfig): the folder of a random adapter, trained after the vocabulary was resized."""
+    """adapter(rows=None, tokens=(), **options of LoraConfig): the folder of a random adapter, trained after the
+    vocabulary was resized.
+    """
 
     def save(rows=None, tokens=(), tokenizer=False, **options) -> Path:
         torch.manual_seed(1)
@@ -94,7 +98,9 @@ def test_an_adapter_runs_with_the_vocabulary_it_was_trained_with(model, adapter,
 
 
 def test_tokens_that_the_adapter_has_no_rows_for_enlarge_the_base(model, adapter, capsys):
-    """Trained without saving embeddings: the rows that the base has are left as they are, and the run says that it adds some."""
+    """Trained without saving embeddings: the rows that the base has are left as they are, and the run says that it
+    adds some.
+    """
     _, folder = adapter(tokens=[f"<t{i}>" for i in range(20)])
     tokens = len(AutoTokenizer.from_pretrained(folder))
     assert tokens > ROWS

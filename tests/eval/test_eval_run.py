@@ -169,7 +169,8 @@ def test_results_in_the_models_own_folder_are_no_change_of_the_model(command, mo
 
 def test_importing_the_command_is_light(tmp_path):
     """The process that judges expressions imports it too, under a limit on its memory."""
-    code = "import sys, eval.run, eval.answers; print({'torch', 'transformers', 'datasets', 'lm_eval'} & set(sys.modules))"
+    heavy = "{'torch', 'transformers', 'datasets', 'lm_eval'}"
+    code = f"import sys, eval.run, eval.answers; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == "set()"
 

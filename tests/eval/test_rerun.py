@@ -28,7 +28,8 @@ from lorapre_peft.integrations.summary import format_bytes
 ROOT = Path(__file__).parents[2]
 
 
-# ---- suites -----------------------------------------------------------------------------------------------------------
+# ---- suites
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,8 @@ def test_run_names_depend_on_the_whole_declaration():
     assert make_run().name == make_run().name
 
 
-# ---- the plan ---------------------------------------------------------------------------------------------------------
+# ---- the plan
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_best_rate_inside_the_grid_then_its_other_seeds(tmp_path):
@@ -138,7 +140,8 @@ def test_shards_are_disjoint_and_complete(tmp_path):
     assert sorted(labels) == sorted(entry.label for entry in suite.entries)
 
 
-# ---- results on disk --------------------------------------------------------------------------------------------------
+# ---- results on disk
+# --------------------------------------------------------------------------------------------------
 
 
 def test_claims_exclude_each_other_and_end_with_the_block(tmp_path):
@@ -232,7 +235,9 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
-    """SIGKILL in the middle of the smoke suite; the second start repeats nothing that was finished, and names a broken package."""
+    """SIGKILL in the middle of the smoke suite; the second start repeats nothing that was finished, and names a broken
+    package.
+    """
     broken = tmp_path / "packages" / "MLorc_optim"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('broken')")

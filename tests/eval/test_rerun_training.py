@@ -45,7 +45,9 @@ def untrained(runner) -> float:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains(name, runner, untrained):
-    """Three steps change the model, and the record has what the report reads. (At the first the rate is 0, at the second LoFT's B is.)"""
+    """Three steps change the model, and the record has what the report reads. (At the first the rate is 0, at the
+    second LoFT's B is.)
+    """
     if reason := METHODS[name].unavailable():
         pytest.skip(reason)
     run = make_run(name, lr=1e-2)
@@ -69,7 +71,9 @@ def test_runs_leave_the_shared_model_as_it_was(runner):
 
 
 def test_the_base_is_cast_but_not_its_frequencies(runner, monkeypatch):
-    """`from_pretrained` in bfloat16 keeps RoPE's frequencies in float32; rounded, they turn far positions by a radian."""
+    """`from_pretrained` in bfloat16 keeps RoPE's frequencies in float32; rounded, they turn far positions by a
+    radian.
+    """
     seen = []
 
     def keep(model, args, options):
@@ -182,7 +186,9 @@ RECORDED = {
 
 
 def test_peft_format(tmp_path, runner):
-    """PEFT's own reader (method_comparison/processing.py) takes these fields; the adapter's configuration opens in PEFT."""
+    """PEFT's own reader (method_comparison/processing.py) takes these fields; the adapter's configuration opens in
+    PEFT.
+    """
     suite = write_suite(tmp_path, methods=["lorapre-adam"], protocols={"paper": {"lr": 1e-3, "seeds": [0]}}, answers=2)
     (cell,) = cells(suite)
     (run,) = cell.pending({})

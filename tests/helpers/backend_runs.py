@@ -50,7 +50,9 @@ def run(
 
 
 def tensors(params, optimizer):
-    """What two backends have in common: parameters, and of their state the counts of steps and the products of factors."""
+    """What two backends have in common: parameters, and of their state the counts of steps and the products of
+    factors.
+    """
     states = [optimizer.state[param] for param in params]
     return [*params, *(value for state in states for value in (state["step"], *products(state)))]
 
@@ -65,9 +67,10 @@ def assert_like_eager(found, shape, k, steps=4, **options):
 def assert_like_rounded(found, expected, steps=4):
     """Half-precision weights of two backends after steps of `LR`: in the last place, where they differ.
 
-    An update that lies within round-off, 1e-6 of it, of the middle between two numbers may be rounded to the other one, and later steps
-    keep the difference: one entry in a hundred at most, as numbers around 1 are 2⁻⁸ or 2⁻¹¹ apart. It is then of one or two places of the
-    largest weight that ``steps`` updates of at most `update_bound` times `LR` can bring there.
+    An update that lies within round-off, 1e-6 of it, of the middle between two numbers may be rounded to the other
+    one, and later steps
+    keep the difference: one entry in a hundred at most, as numbers around 1 are 2⁻⁸ or 2⁻¹¹ apart. It is then of one
+    or two places of the largest weight that ``steps`` updates of at most `update_bound` times `LR` can bring there.
     """
     for a, b in zip(found, expected):
         eps = torch.finfo(b.dtype).eps

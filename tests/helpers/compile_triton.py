@@ -1,4 +1,6 @@
-"""Compile the Triton kernels for GPUs that need not be there, at pairs of ranks; prints what each takes of a multiprocessor, as JSON."""
+"""Compile the Triton kernels for GPUs that need not be there, at pairs of ranks; prints what each takes of a
+multiprocessor, as JSON.
+"""
 
 import json
 import re

@@ -9,7 +9,9 @@ import numpy as np
 
 
 def hashed_rows(k, q):
-    """The rows that directions of `als` start from: two rounds of lowbias32 on 0, 1, 2, …, the upper 24 bits as a number in [0, 1)."""
+    """The rows that directions of `als` start from: two rounds of lowbias32 on 0, 1, 2, …, the upper 24 bits as a
+    number in [0, 1).
+    """
     bits, mask = np.arange(k * q, dtype=np.uint64), np.uint64(0xFFFFFFFF)
 
     def lowbias32(x):

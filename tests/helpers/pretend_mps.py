@@ -1,8 +1,9 @@
-"""A pretended Apple GPU, for machines without one: tensors that say that they are on MPS, hold their values on the CPU, and raise for
-what MPS refuses. That is
+"""A pretended Apple GPU, for machines without one: tensors that say that they are on MPS, hold their values on the
+CPU, and raise for what MPS refuses. That is
 
 * float64, however it comes about;
-* operands on two devices, and a copy to another device that changes the dtype on the way, which on MPS fails for float64;
+* operands on two devices, and a copy to another device that changes the dtype on the way, which on MPS fails for
+    float64;
 * operations for which torch's own table of kernels names none for MPS. Operations inside a composite one are not seen.
 
 Inside `pretended()` also factory functions with ``device=MPS`` make such tensors.
@@ -22,8 +23,8 @@ aten = torch.ops.aten
 
 
 class MpsTensor(Tensor):
-    """A tensor on the pretended GPU; ``held`` has its values. To torch's own C++ it is a meta tensor, as a device that this build
-    of torch does not have could not be made the current one.
+    """A tensor on the pretended GPU; ``held`` has its values. To torch's own C++ it is a meta tensor, as a device that
+    this build of torch does not have could not be made the current one.
     """
 
     device = MPS

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# One server imports what every process needs, and forks them all: an import of transformers and PEFT takes longer than a test.
+# One server imports what every process needs, and forks them all: an import of transformers and PEFT takes longer than
+# a test.
 multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "lorapre_peft"])
 
 

@@ -1,11 +1,12 @@
 """Where the tests' tolerances come from: how far apart two right computations of the same steps may be.
 
-A sum of n products, added in any order, is off by at most γ(n) = n·u / (1 − n·u) of the sum of their sizes, with u half the distance
-from 1 to the next number (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). The order is the BLAS's, the compiler's and
-the CPU's choice. What such errors grow to is a matter of the problem's condition, and that is measured: the same steps are taken again
-with everything that a step reads changed in its last places: gradients and factors by ±γ(n), weights by ±4u, for they are rounded
-twice a step, the inverses of Gram matrices, which are made in float64, by ±γ(2k). `oracle_room` does so with the float64 oracle,
-`assert_same_steps` with the optimizer that is compared with.
+A sum of n products, added in any order, is off by at most γ(n) = n·u / (1 − n·u) of the sum of their sizes, with u
+half the distance from 1 to the next number (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). The
+order is the BLAS's, the compiler's and the CPU's choice. What such errors grow to is a matter of the problem's
+condition, and that is measured: the same steps are taken again
+with everything that a step reads changed in its last places: gradients and factors by ±γ(n), weights by ±4u, for they
+are rounded twice a step, the inverses of Gram matrices, which are made in float64, by ±γ(2k). `oracle_room` does so
+with the float64 oracle, `assert_same_steps` with the optimizer that is compared with.
 """
 
 import copy
@@ -30,8 +31,9 @@ def gamma(length: int, dtype: torch.dtype = torch.float32) -> float:
 def chain(shape, k: int) -> int:
     """How many operations one number of a step of a p×q matrix goes through.
 
-    The sums of x Aᵀ (q), times the inverse (k), times A (k); of Bᵀx (p) and W [A; Bᵀx] (2k); of Muon's iterations three products of up
-    to max(p, q), of which the first iteration's errors count most; and some twenty operations by entry.
+    The sums of x Aᵀ (q), times the inverse (k), times A (k); of Bᵀx (p) and W [A; Bᵀx] (2k); of Muon's iterations
+    three products of up to max(p, q), of which the first iteration's errors count most; and some twenty operations by
+    entry.
     """
     p, q = (shape[0], int(np.prod(shape[1:]))) if len(shape) > 1 else (0, 0)
     return p + q + 4 * k + 3 * max(p, q) + 20
@@ -45,7 +47,8 @@ def disturbed(values: np.ndarray, size: float, rng: np.random.Generator) -> np.n
 def oracle_room(
     truth, theta, grads, lr, weight_decay=0.0, *, dtype=torch.float32, before=lambda truth, t: None
 ) -> tuple[np.ndarray, float]:
-    """How far arithmetic of ``dtype`` may be from an oracle that has not stepped: in θ after each step, and in m's B A at the end.
+    """How far arithmetic of ``dtype`` may be from an oracle that has not stepped: in θ after each step, and in m's B A
+    at the end.
 
     before: called with an oracle before its step t, counted from 0.
     """
@@ -86,7 +89,8 @@ def undisturbed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def disturb(optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> torch.optim.Optimizer:
     """The same optimizer, before each of whose steps gradients, factors and weights are disturbed.
 
-    Weights of half precision are left alone: they are rounded from the float32 update, and fall the other way where that has changed.
+    Weights of half precision are left alone: they are rounded from the float32 update, and fall the other way where
+        that has changed.
     """
 
     def before_step(optimizer, args, kwargs):
@@ -121,9 +125,10 @@ def assert_same_steps(
 ) -> None:
     """``found`` are the tensors of another run than ``run``, equal but for the order of sums.
 
-    run(prepare) trains with ``prepare(optimizer)`` in the place of each optimizer that it makes, and returns what is compared. Each of the
-    two may be as far from exact arithmetic as the disturbed runs are from the undisturbed one. rtol: how far the two may be apart where
-    the trained weights are the same, as losses are that are computed in another way.
+    run(prepare) trains with ``prepare(optimizer)`` in the place of each optimizer that it makes, and returns what is
+    compared. Each of the two may be as far from exact arithmetic as the disturbed runs are from the undisturbed one.
+    rtol: how far the two may be apart where the trained weights are the same, as losses are that are computed in
+        another way.
     """
     found, expected = ([value.detach().clone() for value in values] for values in (found, run(undisturbed)))
     assert len(found) == len(expected)
@@ -137,7 +142,8 @@ def assert_same_steps(
 def model_room(model: torch.nn.Module, forward: Callable[[torch.nn.Module], torch.Tensor]) -> float:
     """How far what ``forward`` computes of a model may be from the exact values.
 
-    By a copy whose weights are disturbed by γ of the sums that they take part in: of a row, and of a low-rank product besides.
+    By a copy whose weights are disturbed by γ of the sums that they take part in: of a row, and of a low-rank product
+    besides.
     """
     rng, rough = np.random.default_rng(0), copy.deepcopy(model)
     for param in rough.parameters():
@@ -149,12 +155,15 @@ def model_room(model: torch.nn.Module, forward: Callable[[torch.nn.Module], torc
 def extraction_room(change: torch.Tensor, weight: torch.Tensor) -> float:
     """How far a weight plus its change may be off where the change comes from its singular vectors.
 
-    An SVD is that of a matrix γ(p + q) of the largest singular value away; the sum is rounded, and was when the change was taken.
+    An SVD is that of a matrix γ(p + q) of the largest singular value away; the sum is rounded, and was when the change
+    was taken.
     """
     largest = torch.linalg.matrix_norm(change.double(), 2).item() if change.ndim == 2 else 0.0
     return gamma(2) * weight.abs().max().item() + gamma(sum(change.shape)) * largest
 
 
 def error_room(change: torch.Tensor, weight: torch.Tensor) -> float:
-    """How far ‖merged − tuned‖ / ‖change‖ may be off: entries of the change and of the sum are rounded as those of the weights are."""
+    """How far ‖merged − tuned‖ / ‖change‖ may be off: entries of the change and of the sum are rounded as those of the
+    weights are.
+    """
     return gamma(4) * (weight.float().abs().max() / change.float().square().mean().sqrt()).item()

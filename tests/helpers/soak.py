@@ -1,8 +1,10 @@
 """`python tests/helpers/soak.py`: thousands of steps with crashes at random moments, against the same run without any.
 
-A tiny Llama's LoRA adapter is trained twice on the same batches. The second run writes a checkpoint at random steps and "crashes" at random
-others: model, optimizer and schedule are thrown away, built anew with other seeds, and loaded from the last checkpoint. In the end both
-runs' weights and optimizer state must be equal in every bit, and the memory of the process and the number of live tensors must have stayed flat.
+A tiny Llama's LoRA adapter is trained twice on the same batches. The second run writes a checkpoint at random steps
+and "crashes" at random
+others: model, optimizer and schedule are thrown away, built anew with other seeds, and loaded from the last
+checkpoint. In the end both runs' weights and optimizer state must be equal in every bit, and the memory of the process
+and the number of live tensors must have stayed flat.
 """
 
 from __future__ import annotations

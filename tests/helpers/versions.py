@@ -7,7 +7,9 @@ from packaging.version import Version
 
 
 def skip_before(package: str, first: str, reason: str) -> pytest.MarkDecorator:
-    """Skip where ``package`` is installed in a version before ``first``, the one that does not do what ``reason`` says."""
+    """Skip where ``package`` is installed in a version before ``first``, the one that does not do what ``reason``
+    says.
+    """
     try:
         found = Version(version(package))
     except PackageNotFoundError:

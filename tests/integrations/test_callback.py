@@ -122,7 +122,9 @@ def test_an_attached_callback_does_not_look_for_its_trainer(tmp_path, monkeypatc
 
 
 def test_the_callback_is_called_once_though_it_moves_to_the_front(tmp_path, peft_model, tokens):
-    """It moves while Trainer walks through the list: nobody may be left out or called twice, in a second run either."""
+    """It moves while Trainer walks through the list: nobody may be left out or called twice, in a second run
+    either.
+    """
     before, after = Recorder(), Recorder()
     trainer = lorapre_trainer(peft_model(), arguments(tmp_path, max_steps=2), tokens, [before])
     trainer.add_callback(after)

@@ -70,7 +70,11 @@ def test_default_momentum_rank_is_a_quarter_of_the_modules_rank(r, k):
 def test_momentum_rank_explicit_and_by_pattern():
     config = LoRAPreConfig(r=8, momentum_rank=5, momentum_rank_pattern={"q_proj": 3, r"layers\.1\..*v_proj": 1})
     layer = "base_model.model.model.layers.{}.self_attn.{}"
-    found = {(i, name): config.module_momentum_rank(layer.format(i, name), 8) for i in (0, 1) for name in ("q_proj", "v_proj", "o_proj")}  # fmt: skip
+    found = {
+        (i, name): config.module_momentum_rank(layer.format(i, name), 8)
+        for i in (0, 1)
+        for name in ("q_proj", "v_proj", "o_proj")
+    }
     assert found == {
         (0, "q_proj"): 3,
         (1, "q_proj"): 3,
@@ -259,7 +263,9 @@ print(json.dumps({"blocked": blocked, "plain": opened(base_path, *rest[:2]), "ou
 
 
 def test_saved_adapter_opens_in_plain_peft(llama_path, batch, tmp_path):
-    """In a process that cannot import lorapre_peft: the same outputs, and no warning that a plain LoRA adapter does not give."""
+    """In a process that cannot import lorapre_peft: the same outputs, and no warning that a plain LoRA adapter does
+    not give.
+    """
     arguments = [llama_path]
     for config_class, own in ((LoraConfig, {}), (LoRAPreConfig, OWN_FIELDS)):
         base = AutoModelForCausalLM.from_pretrained(llama_path)

@@ -25,7 +25,8 @@ def test_training_arguments_in_place_of_the_name(tmp_path):
 
 @pytest.mark.parametrize("given", [1e-3, {"lr": 1e-3}, torch.tensor(1e-3)], ids=["number", "dict", "tensor"])
 def test_no_name_of_an_optimizer(make_llama, given):
-    message = rf"found a {type(given).__name__} where the optimizer's name is expected: write create_lorapre_optimizer\(model, 'adamw'"
+    message = rf"found a {type(given).__name__} where the optimizer's name is expected: "
+    message += r"write create_lorapre_optimizer\(model, 'adamw'"
     with pytest.raises(TypeError, match=message):
         create_lorapre_optimizer(make_llama(), given)
 
@@ -80,7 +81,8 @@ def test_frozen_targets(make_llama):
             module.requires_grad_(False)
     with pytest.raises(
         ValueError,
-        match=r"'all-linear' names 14 modules such as model.layers.0.* all their weights are frozen .*requires_grad_\(True\)",
+        match=r"'all-linear' names 14 modules such as model.layers.0.* all their weights are frozen "
+        r".*requires_grad_\(True\)",
     ):
         create_lorapre_optimizer(model)
     with pytest.raises(ValueError, match=r"target_modules=\['q_proj'\] names 2 modules such as"):

@@ -67,7 +67,9 @@ def test_adapters_of_target_parameters(name, optimizer):
 
 
 def test_an_expert_is_what_peft_takes_for_it():
-    """The blocks that the optimizer sees are those from which PEFT makes each expert's change: blanking one blanks that change alone."""
+    """The blocks that the optimizer sees are those from which PEFT makes each expert's change: blanking one blanks
+    that change alone.
+    """
     model = with_adapter(qwen(), init_lora_weights=False)
     built = create_lorapre_optimizer(model, lr=1e-2, verbose=False)
     wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper))
@@ -159,7 +161,11 @@ def test_router_and_shared_experts_are_matrices_of_their_own():
 @pytest.mark.parametrize(
     "model",
     [
-        ViTModel(ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=32)),
+        ViTModel(
+            ViTConfig(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=32
+            )
+        ),
         Wav2Vec2Model(
             Wav2Vec2Config(
                 hidden_size=32,

@@ -125,12 +125,20 @@ def test_trainer_lowers_the_loss(tmp_path, peft_model, tokens, kind, options, pe
 
 
 def test_two_lines_turn_a_lora_run_into_lora_pre(tmp_path, llama_path, texts):
-    """The change as the README shows it, with TRL's own defaults: bf16 autocast, gradient checkpointing, the model's tokenizer."""
+    """The change as the README shows it, with TRL's own defaults: bf16 autocast, gradient checkpointing, the model's
+    tokenizer.
+    """
     model = AutoModelForCausalLM.from_pretrained(llama_path)
     args, ds = arguments(tmp_path, SFTConfig, max_steps=8, logging_steps=4), texts
 
     model = get_peft_model(model, LoRAPreConfig(r=8, target_modules="all-linear"))
-    trainer = SFTTrainer(model, args, train_dataset=ds, optimizer_cls_and_kwargs=lorapre_optimizer("adamw", args), callbacks=[LoRAPreCallback()])  # fmt: skip
+    trainer = SFTTrainer(
+        model,
+        args,
+        train_dataset=ds,
+        optimizer_cls_and_kwargs=lorapre_optimizer("adamw", args),
+        callbacks=[LoRAPreCallback()],
+    )
 
     trainer.train()
     logs = training_logs(trainer)
@@ -142,7 +150,9 @@ def test_two_lines_turn_a_lora_run_into_lora_pre(tmp_path, llama_path, texts):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_sft_trainer_wraps_the_model_itself(tmp_path, llama_path, texts, kind):
-    """peft_config: the trainable parameters exist only once the trainer is built, and the optimizer must hold those."""
+    """peft_config: the trainable parameters exist only once the trainer is built, and the optimizer must hold
+    those.
+    """
     args = arguments(tmp_path, SFTConfig, max_steps=8, logging_steps=4, learning_rate=1e-2 if kind == "adamw" else 0.1)
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(llama_path),
@@ -198,7 +208,9 @@ def test_gradients_are_clipped_before_the_step(tmp_path, peft_model, tokens):
 
 
 def test_cosine_schedule_with_warmup_is_what_the_steps_apply(tmp_path, peft_model, tokens):
-    """Logged rate, rate in the groups and size of the update agree: an update's entries are bounded by C·lr and reach lr."""
+    """Logged rate, rate in the groups and size of the update agree: an update's entries are bounded by C·lr and reach
+    lr.
+    """
     recorder = Recorder()
     args = arguments(tmp_path, max_steps=8, lr_scheduler_type="cosine", warmup_steps=3)
     trainer = lorapre_trainer(peft_model(), args, tokens, [recorder])
@@ -296,7 +308,9 @@ def check_equal_runs(straight, resumed):
 
 
 def test_arguments_changed_later_are_read_when_an_optimizer_is_built(tmp_path, peft_model, tokens):
-    """As a hyperparameter search changes them from trial to trial; what was given to `lorapre_optimizer` itself stays."""
+    """As a hyperparameter search changes them from trial to trial; what was given to `lorapre_optimizer`
+    itself stays.
+    """
     args = arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1)
     trainer = lorapre_trainer(peft_model(), args, tokens, weight_decay=0.2)
     for lr, given, beta2 in (1e-3, 0.96, 0.96), (5e-3, 0.98, 0.98), (1e-3, 0.999, 0.95):  # 0.999: Trainer's default

@@ -101,7 +101,9 @@ def test_heads_of_plain_models(model, expected):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_embedding_and_head_stay_as_they_are_unless_asked_for(tied, capsys):
-    """As for transformers' models: frozen by default, trained by AdamW if told so, compressed only where they are named."""
+    """As for transformers' models: frozen by default, trained by AdamW if told so, compressed only where they are
+    named.
+    """
     own = {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
     hidden = {f"transformer.h.{i}.{x}.weight" for i in (0, 1) for x in ("c_attn", "c_proj", "c_fc", "mlp_proj")}
 

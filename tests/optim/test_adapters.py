@@ -40,7 +40,9 @@ variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.ke
 
 @variants
 def test_variant_trains_and_survives_save_load_merge(make_llama, batch, tmp_path, variant):
-    """Training lowers the loss and moves every parameter on the path it belongs to; saved, loaded and merged it is the same model."""
+    """Training lowers the loss and moves every parameter on the path it belongs to; saved, loaded and merged it is the
+    same model.
+    """
     peft_options, llama_options, adamw_path = variant
     model = adapted(make_llama(**llama_options), **peft_options)
     base_logits = logits(make_llama(**llama_options), batch)

@@ -21,7 +21,8 @@ def test_best_factors_are_the_best(shape):
     x = decaying(*shape)
     B, A = best_factors(x, 4)
     u, s, vh = np.linalg.svd(x.numpy())
-    # An SVD is that of a matrix γ(p + q) away, whose directions turn by the inverse of the gap between singular values: 0.6³ − 0.6⁴.
+    # An SVD is that of a matrix γ(p + q) away, whose directions turn by the inverse of the gap between singular
+    # values: 0.6³ − 0.6⁴.
     room = gamma(sum(shape), torch.float64)
     np.testing.assert_allclose(B @ A, (u[:, :4] * s[:4]) @ vh[:4], rtol=0, atol=2 * room / (0.6**3 - 0.6**4))
     assert B.norm().item() == pytest.approx(A.norm().item(), rel=2 * room)

@@ -188,7 +188,8 @@ def marked(**attributes):
 PARAMETERS = [
     (nn.Parameter(torch.ones(4, 3, dtype=torch.complex64)), TypeError, r"shape \(4, 3\) .*complex64; .* real"),
     (nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False), TypeError, r"int8; expected a float"),
-    (marked(_fsdp_flattened=True), NotImplementedError, r"shape \(20, 12\) that FSDP1 has flattened: .* Use FSDP2, DDP"),
+    (marked(_fsdp_flattened=True), NotImplementedError, r"shape \(20, 12\) that FSDP1 has "
+                                                        r"flattened: .* Use FSDP2, DDP"),
     (marked(ds_id=3), NotImplementedError, r"shape \(20, 12\) that DeepSpeed ZeRO-3 has flattened: .* FSDP2"),
 ]  # fmt: skip
 
@@ -283,7 +284,8 @@ REFUSED = {
     ),
     "Muon's": (
         lambda: saved_by(lambda params: LoRAPreMuon(params, momentum_rank=2)),
-        r"the saved groups have no betas, eps, second_momentum_rank: they are another optimizer's, expected LoRAPreAdamW's",
+        r"the saved groups have no betas, eps, second_momentum_rank: they are another optimizer's, expected "
+        r"LoRAPreAdamW's",
     ),
     "another rank": (
         lambda: saved_by(lambda params: LoRAPreAdamW(params, momentum_rank=3)),
@@ -302,7 +304,8 @@ REFUSED = {
         r"was saved with momentum_rank=3",
     ),
     "a number for a state": (lambda: edited(lambda s: s["state"].update({0: 1})), r"not those of a state_dict of Lo"),
-    "a number for a group": (lambda: edited(lambda s: s["param_groups"].append(1)), r"not those of a state_dict of Lo"),
+    "a number for a group": (lambda: edited(lambda s: s["param_groups"].append(1)), r"not those of a "
+                                                                                    r"state_dict of Lo"),
     "an option out of its range": (
         lambda: edited(lambda s: s["param_groups"][0].update(lr=NAN)),
         r"lr=nan: expected a number of at least 0",

@@ -106,7 +106,9 @@ def test_bits_are_those_of_separate_parameters(cls, backend, layout, dtype):
 @every_layout
 @pytest.mark.parametrize("masked", [False, True], ids=["read", "masked"])
 def test_an_expert_without_tokens_loses_nothing(cls, rule, backend, layout, masked, monkeypatch):
-    """Weight, factors and counters stay in every bit, before and after its first gradient; also where the host reads no norm."""
+    """Weight, factors and counters stay in every bit, before and after its first gradient; also where the host reads
+    no norm.
+    """
     if masked:
         for module in (lorapre_peft.optim.base, lorapre_peft.lowrank.moments):
             monkeypatch.setattr(module, "reads_are_free", lambda device: False)
@@ -174,7 +176,9 @@ def test_figures_are_those_of_the_experts_with_tokens(cls):
 
 
 def test_experts_have_random_bits_and_starts_of_their_own():
-    """Equal experts with equal gradients: stochastic rounding falls differently in each, and so do the starts of `newton`."""
+    """Equal experts with equal gradients: stochastic rounding falls differently in each, and so do the starts of
+    `newton`.
+    """
     for backend in ("eager", "cpp"):
         param = one_parameter("3-D", [weights(*SHAPE, dtype=torch.bfloat16).detach()] * EXPERTS)
         one = [{"params": [param], "experts": EXPERTS, "experts_dim": 0, "bf16_rounding": "stochastic"}]

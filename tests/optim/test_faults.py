@@ -1,4 +1,6 @@
-"""What goes wrong in long runs: killed processes, broken files, NaN losses, overflows, spikes, and models that change under way."""
+"""What goes wrong in long runs: killed processes, broken files, NaN losses, overflows, spikes, and models that change
+under way.
+"""
 
 import os
 import re
@@ -144,7 +146,9 @@ def test_resuming_without_optimizer_state_is_said(uninterrupted, tmp_path, name)
 
 
 def spoil(model, value, calls):
-    """Add ``value`` to the loss of these forward passes, counted from 1; an infinite one leaves the gradients as they are."""
+    """Add ``value`` to the loss of these forward passes, counted from 1; an infinite one leaves the gradients as they
+    are.
+    """
     count = iter(range(1, 10_000))
 
     def hook(module, inputs, output):
@@ -236,7 +240,9 @@ def test_stop_on_nan_loss_says_so_where_it_sees_no_loss(tmp_path):
 
 
 def regression(cls, steps, spike=(), dtype=None, scaler=None, lr=0.02, freeze=(), prepare=undisturbed, **options):
-    """A small net taught x → sin x: its losses, net and optimizer. ``spike``: steps whose gradient is a million times as large."""
+    """A small net taught x → sin x: its losses, net and optimizer. ``spike``: steps whose gradient is a million times
+    as large.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 8))
     optimizer = prepare(cls(model.parameters(), lr=lr, momentum_rank=2, **options))
@@ -261,7 +267,9 @@ def regression(cls, steps, spike=(), dtype=None, scaler=None, lr=0.02, freeze=()
 
 @both_optimizers
 def test_fp16_with_a_grad_scaler_that_settles(cls):
-    """The first steps overflow at a scale of 2**30: the scaler halves it and skips them, and the optimizer never sees them."""
+    """The first steps overflow at a scale of 2**30: the scaler halves it and skips them, and the optimizer never sees
+    them.
+    """
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=25)
     losses, model, optimizer = regression(cls, 120, dtype=torch.float16, scaler=scaler)
     taken = {int(optimizer.state[param]["step"]) for param in model.parameters()}
@@ -278,7 +286,9 @@ class TorchAdamW(torch.optim.AdamW):
 
 
 def test_a_gradient_spike_of_a_million_costs_no_more_than_in_adamw():
-    """Adam's m points along the spike for some 20 steps, and its v keeps later steps small for some 500: a factor of 2 for the rest."""
+    """Adam's m points along the spike for some 20 steps, and its v keeps later steps small for some 500: a factor of 2
+    for the rest.
+    """
     ours, theirs = (regression(cls, 120, spike=[60])[0] for cls in (LoRAPreAdamW, TorchAdamW))
     assert max(ours[60:]) < 2 * max(theirs[60:])
 
@@ -322,7 +332,9 @@ def adapter_parameters(model, adapter) -> list[nn.Parameter]:
 
 @both_optimizers
 def test_an_adapter_added_and_switched_to_while_the_optimizer_lives(make_llama, batch, cls):
-    """As in torch, a parameter that was not given is not trained; `add_param_group` gives it. The first adapter takes up in every bit."""
+    """As in torch, a parameter that was not given is not trained; `add_param_group` gives it. The first adapter takes
+    up in every bit.
+    """
 
     def run(switch):
         model = adapted(make_llama(), momentum_rank=2)
@@ -350,7 +362,9 @@ def test_an_adapter_added_and_switched_to_while_the_optimizer_lives(make_llama, 
 
 
 def test_an_adapter_deleted_while_the_optimizer_lives(two_adapters, batch):
-    """Its parameters stay in the groups, without gradients: nothing happens to them. Its state fits no optimizer of the smaller model."""
+    """Its parameters stay in the groups, without gradients: nothing happens to them. Its state fits no optimizer of
+    the smaller model.
+    """
     model = two_adapters
     model.base_model.set_adapter(["default", "second"])
     optimizer = create_lorapre_optimizer(model, lr=1e-2)

@@ -143,7 +143,9 @@ def test_errors(make_llama, options, message):
 @both_optimizers
 @dtypes
 def test_in_backward_equals_the_ordinary_step(make_llama, batch, cls, rule, dtype):
-    """Nothing in a matrix's update may depend on which other matrices are stepped with it, but for the order of sums."""
+    """Nothing in a matrix's update may depend on which other matrices are stepped with it, but for the order
+    of sums.
+    """
     kind = "adamw" if cls is LoRAPreAdamW else "muon"
     options = {"lr": 1e-2, "weight_decay": 0.1, "update_rule": rule, "momentum_rank": 4}
 
@@ -324,8 +326,8 @@ def test_rounding_of_a_stack_is_that_of_each():
 def test_small_updates_move_bf16_weights_on_average(rounding, k):
     """lr 2e-5 on weights of 1: nearest rounding loses every update, stochastic keeps their mean.
 
-    A constant gradient moves each weight by lr a step: 100 steps make 2e-3, a quarter of bf16's spacing of 2^-7 above 1 and half
-    of that of 2^-8 below. 3,200 entries; the mean move is within 5 standard errors.
+    A constant gradient moves each weight by lr a step: 100 steps make 2e-3, a quarter of bf16's spacing of 2^-7 above
+    1 and half of that of 2^-8 below. 3,200 entries; the mean move is within 5 standard errors.
     """
     param = nn.Parameter(torch.ones(80, 40, dtype=torch.bfloat16))
     optimizer = LoRAPreAdamW([param], lr=2e-5, momentum_rank=k, bf16_rounding=rounding)

@@ -1,7 +1,8 @@
-"""Any shapes, ranks, dtypes, groups and gradients: finite in, finite out, bounded steps, and a state that survives a file.
+"""Any shapes, ranks, dtypes, groups and gradients: finite in, finite out, bounded steps, and a state that survives a
+file.
 
-Deterministic and short by default. `HYPOTHESIS_PROFILE=long pytest tests/optim/test_fuzz.py` draws other examples each time, and
-forty times as many.
+Deterministic and short by default. `HYPOTHESIS_PROFILE=long pytest tests/optim/test_fuzz.py` draws other examples each
+time, and forty times as many.
 """
 
 import io
@@ -53,7 +54,9 @@ def gradients(patterns: list[str]):
 
 
 def gradient(param: nn.Parameter, pattern: str, scale: float, seed: int, step: int) -> torch.Tensor | None:
-    """One of PATTERNS, in the parameter's dtype; float16 cannot hold the largest scales: those entries are infinite."""
+    """One of PATTERNS, in the parameter's dtype; float16 cannot hold the largest scales: those entries are
+    infinite.
+    """
     if pattern == "none":
         return None
     shape, entry = param.shape, seed * 7919 % param.numel()
@@ -92,7 +95,9 @@ def parameters(optimizer) -> list[nn.Parameter]:
 
 
 def step(optimizer, drawn, number: int, *, finite: bool = False) -> None:
-    """A step of gradients of which each parameter gets its own; with ``finite``, nothing that its dtype cannot hold."""
+    """A step of gradients of which each parameter gets its own; with ``finite``, nothing that its dtype cannot
+    hold.
+    """
     for position, param in enumerate(parameters(optimizer)):
         param.grad = gradient(param, *drawn, step=number + position)
         if finite and param.grad is not None and not param.grad.isfinite().all():
@@ -148,7 +153,9 @@ def test_newton_stays_finite(cls, layout, drawn):
 @pytest.mark.parametrize("rule", ["als", "newton"])
 @given(layout=LAYOUTS, drawn=gradients(PATTERNS), cut=st.integers(0, 8))
 def test_state_dict_round_trip(cls, rule, layout, drawn, cut):
-    """Saved to a file at any moment and loaded into another optimizer: the same bits, then and after every later step."""
+    """Saved to a file at any moment and loaded into another optimizer: the same bits, then and after every
+    later step.
+    """
     optimizer = build(cls, layout, rule, lr=1e-2, weight_decay=0.1)
     for number, one in enumerate(drawn[:cut]):
         step(optimizer, one, number)

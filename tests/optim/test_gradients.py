@@ -92,7 +92,8 @@ def test_rank_deficient_gradients(cls, rule):
 def test_extreme_gradients(cls, scale):
     """Sixty orders of magnitude lie between the squares of these; `als` takes the steps of gradients around 1.
 
-    An ε of 0 is one of the √ of the smallest normal float32, which beside gradients around 1 is ``scale`` times as small.
+    An ε of 0 is one of the √ of the smallest normal float32, which beside gradients around 1 is ``scale`` times as
+    small.
     """
     grads = stream((20, 12), 30)
 

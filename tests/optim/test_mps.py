@@ -33,7 +33,9 @@ def pretending(device):
 
 
 def run(device, cls, parameters=PARAMETERS, steps=4, broken=None, **options):
-    """Parameters, states, metrics and skips after some steps on a device, on the CPU. broken: the step with a NaN in a gradient."""
+    """Parameters, states, metrics and skips after some steps on a device, on the CPU. broken: the step with a NaN in a
+    gradient.
+    """
     dtype = torch.bfloat16 if "bf16_rounding" in options else torch.float32
     values = [weights(*shape, seed=i, dtype=dtype).detach() for i, (shape, _) in enumerate(parameters)]
     streams = [stream((*shape, 1), steps, seed=i) for i, (shape, _) in enumerate(parameters)]
@@ -54,7 +56,9 @@ def run(device, cls, parameters=PARAMETERS, steps=4, broken=None, **options):
 
 
 def assert_same_steps(cls, **options):
-    """In every bit: below the pretended GPU run the CPU's kernels on the same shapes, and float64 has to stay float64."""
+    """In every bit: below the pretended GPU run the CPU's kernels on the same shapes, and float64 has to stay
+    float64.
+    """
     params, states, metrics, skipped = run(MPS, cls, **options)
     on_cpu, cpu_states, *rest = run(torch.device("cpu"), cls, **options)
     assert all(map(torch.equal, params, on_cpu))

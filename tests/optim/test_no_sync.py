@@ -1,6 +1,8 @@
-"""The host reads nothing that a step computes, the first one included: a GPU would have to wait, and no CUDA graph could hold it.
+"""The host reads nothing that a step computes, the first one included: a GPU would have to wait, and no CUDA graph
+could hold it.
 
-On a CPU reads are free and the ordinary path makes them; here they are refused, and every bit must be the ordinary path's.
+On a CPU reads are free and the ordinary path makes them; here they are refused, and every bit must be the ordinary
+path's.
 """
 
 import sys
@@ -30,7 +32,9 @@ BAD = {(1, 3): float("nan"), (4, 3): float("inf"), (2, 4): float("-inf"), (3, 4)
 
 
 class NoReads(TorchDispatchMode):
-    """Refuses what makes a GPU wait, but not to torch's own AdamW and Triton's interpreter, which wait on a CPU alone."""
+    """Refuses what makes a GPU wait, but not to torch's own AdamW and Triton's interpreter, which wait on a
+    CPU alone.
+    """
 
     def __init__(self, refused=REFUSED):
         super().__init__()
@@ -70,7 +74,9 @@ def as_on_a_gpu(monkeypatch):
 
 
 def streams(bad=()):
-    """Gradients of every parameter; those in ``bad``, {(parameter, step): value}, hold one entry that is not finite."""
+    """Gradients of every parameter; those in ``bad``, {(parameter, step): value}, hold one entry that is not
+    finite.
+    """
     found = [stream(shape if len(shape) > 1 else (20, 12), STEPS, seed=i) for i, shape in enumerate(SHAPES)]
     found = [
         [g.flatten()[: shape.numel()].view(shape).clone() for g in grads]

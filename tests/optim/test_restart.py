@@ -1,4 +1,6 @@
-"""How `als` starts, and starts again where momenta have been zeroed from outside: ReLoRA's resets, pruning, resets by hand."""
+"""How `als` starts, and starts again where momenta have been zeroed from outside: ReLoRA's resets, pruning, resets by
+hand.
+"""
 
 import oracle
 import pytest
@@ -47,7 +49,9 @@ def test_a_zeroed_state_starts_like_a_new_one(cls, backend, kept):
 
 @pytest.mark.parametrize(("cls", "backend"), CASES)
 def test_single_zeroed_directions_come_back(cls, backend):
-    """Pruning may take two of five directions; of noise, which has as many as it can get, the sweeps find them again."""
+    """Pruning may take two of five directions; of noise, which has as many as it can get, the sweeps find them
+    again.
+    """
     param, optimizer = trained(cls, backend, **({"second_momentum_rank": K} if cls is LoRAPreAdamW else {}))
     state = optimizer.state[param]
     for moment in optimizer.moments:
@@ -78,7 +82,9 @@ def test_a_zeroed_column_of_one_factor_alone_is_no_direction(cls):
 
 @pytest.mark.parametrize(("k", "q"), [(1, 7), (5, 24), (64, 300)])
 def test_start_rows_are_the_oracles(k, q):
-    """The same numbers on every device and process, and none that a gradient's rows are likely to miss: conditions stay small."""
+    """The same numbers on every device and process, and none that a gradient's rows are likely to miss: conditions
+    stay small.
+    """
     rows = start_rows(k, q, DEVICE).cpu().double()
     assert (rows.numpy() == oracle.hashed_rows(k, q)).all()
     assert torch.linalg.cond(rows) < 10 * (k * 3 + 1) ** 0.5 / (
@@ -89,7 +95,9 @@ def test_start_rows_are_the_oracles(k, q):
 @pytest.mark.parametrize("rho", [0.1, 0.3, 1.0])
 @pytest.mark.parametrize("average", [(0.9, 0.1), (0.95, 1.0)], ids=["adam", "muon"])
 def test_residual_weight_after_bias_correction(rho, average):
-    """min(1, ρ/(1−βᵗ)): what lies outside the subspace enters as it is as long as an EMA with bias correction would keep more."""
+    """min(1, ρ/(1−βᵗ)): what lies outside the subspace enters as it is as long as an EMA with bias correction would
+    keep more.
+    """
     t = torch.arange(1, 60, dtype=torch.float64)
     average = Average(*(torch.full_like(t, number) for number in average))
     mixture = RULES["als"].mixture(average, torch.full_like(t, rho), t)

@@ -209,8 +209,9 @@ def updates(stream, *, rule="als", k=2, scale=1.0, prepare=undisturbed, **option
 def test_als_at_full_rank_is_adams_first_moment(shape):
     """(a) With k = min(p, q) nothing is compressed: what is left of an error is a wrong sweep, not a lack of rank.
 
-    Through the reference and the rule in float64: an optimizer's state is float32 and its k stays below min(p, q). Each step adds the
-    damping, 1e-14, and round-off, times the squared condition of what is solved with, A and the new B: up to 3e4 where p < q.
+    Through the reference and the rule in float64: an optimizer's state is float32 and its k stays below min(p, q).
+    Each step adds the damping, 1e-14, and round-off, times the squared condition of what is solved with, A and the new
+    B: up to 3e4 where p < q.
     """
     k, rule, theta, m, room = min(shape), Als(damping=1e-14), torch.zeros(shape).double(), 0.0, 0.0
     error, state = 1e-14 + gamma(chain(shape, k), torch.float64), ref.no_momentum(theta, m=k, v=1)
@@ -229,7 +230,9 @@ def test_als_at_full_rank_is_adams_first_moment(shape):
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 def test_als_ignores_gradient_scale(scale):
-    """(b) Adam's step does not change with the loss's scale; LoRA A's gradients are small. Equal but for float32's round-off."""
+    """(b) Adam's step does not change with the loss's scale; LoRA A's gradients are small. Equal but for float32's
+    round-off.
+    """
     stream = oracle.gradients((20, 12), 30)
     found, _ = updates(stream, eps=0.0, scale=scale)
     assert_same_steps(found, lambda prepare: updates(stream, eps=0.0, prepare=prepare)[0])

@@ -251,7 +251,9 @@ def accelerator():
 
 @both_optimizers
 def test_state_stays_where_it_lies(cls):
-    """A step writes into the state's own tensors, whatever else lies in their storage; other tools hold references to them."""
+    """A step writes into the state's own tensors, whatever else lies in their storage; other tools hold references to
+    them.
+    """
     params = [nn.Parameter(torch.zeros(shape)) for shape in [(8, 40), (40, 8)] * 3]
     grads = [stream(param.shape, 3, seed=i) for i, param in enumerate(params)]
     optimizer = cls(params, lr=LR, momentum_rank=2)

@@ -88,7 +88,8 @@ def test_maximize_is_minimize_of_negative(cls, rule):
 def test_half_precision_rounds_once(cls, rule, dtype, shape):
     """State stays float32, the new weight is rounded once: bit for bit the rounded float32 step."""
     param, wide, grads = weights(*shape, dtype=dtype), weights(*shape), stream((20, 12), 20)
-    # Eager: there both are the same float32 operations, where the C++ kernels are compiled for each dtype (test_backends.py has them).
+    # Eager: there both are the same float32 operations, where the C++ kernels are compiled for each dtype
+    # (test_backends.py has them).
     options = dict(
         lr=LR, weight_decay=0.1, momentum_rank=2, bf16_rounding="nearest", update_rule=rule, backend="eager"
     )
@@ -129,7 +130,9 @@ def test_float64_parameters(cls, rule):
 @both_rules
 @pytest.mark.parametrize(("shape", "k"), [((12, 10), 2), ((40, 24), 6), ((140, 132), 5), ((12, 40), 1)], ids=str)
 def test_stacked_equal_alone(cls, rule, shape, k):
-    """What is beside a matrix must not show in its step, but for the order in which a BLAS sums a batch and a single product."""
+    """What is beside a matrix must not show in its step, but for the order in which a BLAS sums a batch and a single
+    product.
+    """
     n, grads = 5, [stream(shape, 8, seed=i) for i in range(5)]
 
     def trained(groups, prepare=undisturbed):
@@ -355,7 +358,9 @@ def orthogonal_room(m, dtype):
 @needs_torch_muon
 @pytest.mark.parametrize("shape", [(64, 64), (8, 300), (300, 8)], ids=str)
 def test_orthogonalize_in_bfloat16_is_as_exact_as_torchs(shape):
-    """Of the same iteration in the same dtype; round-off differs, so that one matrix's error may be twice the other's."""
+    """Of the same iteration in the same dtype; round-off differs, so that one matrix's error may be twice the
+    other's.
+    """
     from torch.optim._muon import _zeropower_via_newtonschulz
 
     m = np.random.default_rng(0).normal(size=shape)
@@ -436,7 +441,8 @@ def test_muon_without_scale_is_algorithm_2():
         param = weights(*tall)
         take_steps(LoRAPreMuon([param], lr=LR, momentum_rank=2, adjust_lr_fn=name), [param], grads)
         paths[name] = param.detach() - weights(*tall).detach()
-    # The same updates; a weight is rounded twice a step, and the scale multiplies the round-off of the path without one.
+    # The same updates; a weight is rounded twice a step, and the scale multiplies the round-off of the path without
+    # one.
     rounding = gamma(2 * steps) * weights(*tall).abs().max().item()
     for name, scale in (("original", (40 / 6) ** 0.5), ("match_rms_adamw", 0.2 * 40**0.5)):
         torch.testing.assert_close(paths[name], paths[None] * scale, rtol=0, atol=(1 + scale) * rounding)

@@ -213,7 +213,8 @@ def test_adamw_path_follows_schedule(cls, tensor_lr):
         take_steps(reference, [theirs], [g[0]])
         for schedule in schedules:
             schedule.step()
-    # A weight is rounded twice a step; a rate of float32, and what is computed with it, changes an update of at most `rate` a little.
+    # A weight is rounded twice a step; a rate of float32, and what is computed with it, changes an update of at most
+    # `rate` a little.
     room = gamma(2 * steps) * theirs.abs().max().item() + steps * rate * gamma(20)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=room)
 

@@ -1,14 +1,16 @@
-"""torch's own helpers for testing optimizers (`torch.testing._internal.common_optimizers`), over both optimizers and both rules.
+"""torch's own helpers for testing optimizers (`torch.testing._internal.common_optimizers`), over both optimizers and
+both rules.
 
-An `OptimizerInfo` of each says what it takes; the checks below are those that torch's test_optim.py makes of every optimizer with such
-an info, where they apply. Not driven from here, and why:
+An `OptimizerInfo` of each says what it takes; the checks below are those that torch's test_optim.py makes of every
+optimizer with such an info, where they apply. Not driven from here, and why:
 
 * foreach, fused, capturable, differentiable and torch.compile: there are no such arguments;
 * complex parameters and sparse gradients: refused, see test_errors.py;
 * several devices, CUDA graphs and peak memory: need a GPU;
-* loading a `step` that is a Python number, or groups that lack an option (checkpoints of old torch versions): refused, see
-  test_errors.py; there are no such checkpoints of this package;
-* torch's error messages for betas, weight decay and a `lr` of two elements: ours say what was expected, see test_errors.py.
+* loading a `step` that is a Python number, or groups that lack an option (checkpoints of old torch versions): refused,
+  see test_errors.py; there are no such checkpoints of this package;
+* torch's error messages for betas, weight decay and a `lr` of two elements: ours say what was expected, see
+    test_errors.py.
 """
 
 import copy
@@ -46,7 +48,10 @@ SHARED = [
 ]
 OWN = {
     LoRAPreAdamW: [({"betas": (0.8, 0.9), "eps": 1e-6}, "betas and eps")],
-    LoRAPreMuon: [({"momentum": 0.8, "nesterov": True, "adjust_lr_fn": "original"}, "nesterov"), ({"adamw_lr": 0.01}, "adamw_lr")],
+    LoRAPreMuon: [
+        ({"momentum": 0.8, "nesterov": True, "adjust_lr_fn": "original"}, "nesterov"),
+        ({"adamw_lr": 0.01}, "adamw_lr"),
+    ],
 }  # fmt: skip
 
 
@@ -144,7 +149,9 @@ def test_groups_with_their_own_lr_and_weight_decay(one, case):
 
 @every_case
 def test_implementations_agree(one, case):
-    """torch compares for-loop and foreach with this tracker; here both of ours: matrices stacked in one bucket, and each alone."""
+    """torch compares for-loop and foreach with this tracker; here both of ours: matrices stacked in one bucket, and
+    each alone.
+    """
     tracker = TensorTracker()
     for together in (True, False):
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,6 @@
-"""The SFT recipe on one's own JSONL, in each form that TRL prepares: the tokens trained on are those of TRL's trainer itself."""
+"""The SFT recipe on one's own JSONL, in each form that TRL prepares: the tokens trained on are those of TRL's trainer
+itself.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from trl import SFTConfig, SFTTrainer
 from recipes import sft
 from recipes.data import load_data
 
-CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 COUNT = 12
 
 
@@ -134,7 +139,8 @@ def test_columns_that_trl_does_not_take_are_named(jsonl):
     path = str(jsonl(lambda n: {"prompt": "a", "chosen": "b", "rejected": "c"}))
     with pytest.raises(
         ValueError,
-        match=r"has the columns prompt, chosen, rejected; expected MetaMathQA's .*, or a form that TRL prepares: prompt and completion, "
+        match=r"has the columns prompt, chosen, rejected; expected MetaMathQA's .*, or a form that TRL prepares: "
+        r"prompt and completion, "
         "messages, conversations, or text",
     ):
         load_data(path, {"train": 1})
@@ -154,7 +160,9 @@ def test_conversations_need_a_chat_template(form, jsonl, llama_path, tmp_path):
 
 @pytest.mark.parametrize("name", ["messages", "text"])
 def test_a_run_on_ones_own_file(name, jsonl, model, tmp_path, monkeypatch):
-    """The whole command: trained, resumed without another row, repeated from its manifest, refused on a changed file."""
+    """The whole command: trained, resumed without another row, repeated from its manifest, refused on a
+    changed file.
+    """
     path = jsonl(FORMS[name])
 
     def run(folder, *options):

@@ -83,7 +83,8 @@ def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, c
     assert "(AT THE GRID'S EDGE: widen it)" in printed
     assert "(the only rate)" in printed
     assert len(list(folder.glob("*_seed0.json"))) == 3
-    # Both train the matrices of attention and MLP alone: AdamW's two moments, beside factors of ranks 8 and 1 (and v's scales).
+    # Both train the matrices of attention and MLP alone: AdamW's two moments, beside factors of ranks 8 and 1 (and v's
+    # scales).
     shapes = [
         p.shape for name, p in AutoModelForCausalLM.from_pretrained(llama_path).named_parameters() if "_proj" in name
     ]

@@ -31,7 +31,9 @@ def question(kind: str, query: str, response: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def metamath(tmp_path_factory) -> Path:
-    """MetaMathQA's columns: of 14 rows, 0 to 13, those of MATH (1 and 6) and the one of 512 tokens (3) are not to be taken."""
+    """MetaMathQA's columns: of 14 rows, 0 to 13, those of MATH (1 and 6) and the one of 512 tokens (3) are not to be
+    taken.
+    """
     rows = [
         question("GSM_Rephrased", f"what is {n} + 1?", f"{n} + 1 = {n + 1}\nthe answer is: {n + 1}") for n in range(14)
     ]
@@ -84,7 +86,8 @@ def test_rows_are_the_papers(load):
     assert data["train"]["row"][:] == [0, 2, 4, 5, 7, 8, 9]
     assert data["eval"]["row"][:] == [10, 11, 12]
     assert data["train"][0] == {
-        "prompt": "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "prompt": "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request."
         "\n\n### Instruction:\nwhat is 0 + 1?\n\n### Response:\n",
         "completion": " 0 + 1 = 1\nthe answer is: 1",
         "row": 0,

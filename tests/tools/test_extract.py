@@ -57,7 +57,9 @@ def test_low_rank_change_merges_back(tmp_path, checkpoint_pair, tied, shard):
 
 
 def test_reported_error_is_the_merge_error(tmp_path, checkpoint_pair):
-    """A change of full rank, cut: the stated error of every module is the one that a merge by PEFT has, and the optimum."""
+    """A change of full rank, cut: the stated error of every module is the one that a merge by PEFT has, and the
+    optimum.
+    """
     base, tuned = checkpoint_pair(full)
     report = extract_lora(base, tuned, tmp_path / "lora", rank=5)
     true = true_errors(base, tuned, tmp_path / "lora", report)
@@ -251,7 +253,9 @@ def test_gpt2_transposed_weights_and_hub_names(tmp_path, checkpoint_pair):
 
 
 def test_fused_experts_are_left_out(tmp_path, checkpoint_pair):
-    """Mixtral's files hold a matrix for each expert, its model one tensor for all: no LoRA of a linear module fits there."""
+    """Mixtral's files hold a matrix for each expert, its model one tensor for all: no LoRA of a linear module fits
+    there.
+    """
     torch.manual_seed(0)
     sizes = dict(
         hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
@@ -294,7 +298,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT 0.21.2's own, under transformers 5.23
+# PEFT 0.21.2's own, under transformers 5.23.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 base, tuned, one_rank, many_ranks = sys.argv[1:]
 want = AutoModelForCausalLM.from_pretrained(tuned).state_dict()
 for model in (PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), one_rank),

@@ -1,4 +1,6 @@
-"""`extract_lora` and plain PEFT: what PEFT makes of the adapter is what the report says, for modules that PEFT renames or refuses too."""
+"""`extract_lora` and plain PEFT: what PEFT makes of the adapter is what the report says, for modules that PEFT renames
+or refuses too.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ def opened(base: str, folder: Path) -> nn.Module:
 @pytest.mark.parametrize("build", [deepseek, qwen3_moe])
 @pytest.mark.parametrize("size", [dict(rank=4), dict(energy=1 - 1e-9)], ids=["one rank", "ranks by module"])
 def test_modules_that_share_their_names_with_stacked_experts(tmp_path, checkpoint_pair, build, size):
-    """PEFT takes "gate_proj" there for the experts: dense layers and shared experts are addressed by their weights instead.
+    """PEFT takes "gate_proj" there for the experts: dense layers and shared experts are addressed by their weights
+    instead.
 
     The whole model's output is compared, as it runs with the adapter and merged: it changes by order 1.
     """
@@ -80,7 +83,8 @@ def test_modules_that_share_their_names_with_stacked_experts(tmp_path, checkpoin
     before = logits(AutoModelForCausalLM.from_pretrained(base))
     want = logits(AutoModelForCausalLM.from_pretrained(tuned))
     assert (want - before).abs().max() > 0.1
-    # Round-off of the weights' change, 1e-7 of it, through three matrix products a layer: far below 1e-3 of the output's.
+    # Round-off of the weights' change, 1e-7 of it, through three matrix products a layer: far below 1e-3 of the
+    # output's.
     room = 1e-3 * float((want - before).abs().max())
     adapted = opened(base, tmp_path / "lora")
     torch.testing.assert_close(logits(adapted), want, rtol=0, atol=room)
@@ -106,7 +110,9 @@ def test_a_module_that_peft_refuses_is_left_out(tmp_path, checkpoint_pair):
 
 
 def test_an_adapter_that_peft_would_misread_is_not_written(tmp_path, checkpoint_pair, monkeypatch):
-    """As with a PEFT that changes the meaning of a name: the earlier files in the folder stay, and no new ones come."""
+    """As with a PEFT that changes the meaning of a name: the earlier files in the folder stay, and no new ones
+    come.
+    """
     torch.manual_seed(0)
     model = deepseek()
     base, tuned = checkpoint_pair(low_rank(model), model)

@@ -1,4 +1,6 @@
-"""What `import lorapre_peft` costs and touches: trainers, TRL and Triton load only when asked for, PEFT stays as it was."""
+"""What `import lorapre_peft` costs and touches: trainers, TRL and Triton load only when asked for, PEFT stays as it
+was.
+"""
 
 import ast
 import json
@@ -16,7 +18,8 @@ import json, sys
 from peft import mapping
 tables = lambda: {name: dict(value) for name, value in vars(mapping).items() if name.startswith("PEFT_TYPE_TO_")}
 loaded = set(sys.modules)  # PEFT itself imports bitsandbytes where it is installed, and that Triton
-heavy = lambda: [name for name in ("trl", "datasets", "triton", "transformers.trainer") if name in {*sys.modules} - loaded]
+names = ("trl", "datasets", "triton", "transformers.trainer")
+heavy = lambda: [name for name in names if name in {*sys.modules} - loaded]
 before = tables()
 import lorapre_peft
 facts = {"heavy": heavy(), "tables": len(before), "tables untouched": tables() == before}

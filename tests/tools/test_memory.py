@@ -13,7 +13,8 @@ from lorapre_peft.memory.models import SHAPES, find_config, meta_model
 from lorapre_peft.memory.peak import AllocationTracker, estimate, measure
 from lorapre_peft.memory.peers import main, peers
 
-# Several matrices to a chunk, one matrix to a chunk and several tiles to a matrix all occur with these shapes and this bound.
+# Several matrices to a chunk, one matrix to a chunk and several tiles to a matrix all occur with these shapes and this
+# bound.
 SIZES = {"hidden_size": 128, "intermediate_size": 320}
 TEMPORARY_BYTES = 1_200_000
 TOKENS = (2, 64)  # batch, seq_len
@@ -108,8 +109,8 @@ def test_kernels_take_less_than_estimated(make_llama, in_backward):
 @both_modes
 @pytest.mark.parametrize("temporary_bytes", [TEMPORARY_BYTES, 64_000_000])
 def test_the_adamw_path_and_clipping_as_trained(make_llama, in_backward, temporary_bytes):
-    # Few and small compressed matrices, so that the peak is the AdamW path's, which packs parameters of all shapes together:
-    # in pieces under the smaller bound, all at once under the larger.
+    # Few and small compressed matrices, so that the peak is the AdamW path's, which packs parameters of all shapes
+    # together: in pieces under the smaller bound, all at once under the larger.
     model = make_llama(dtype=torch.bfloat16, vocab_size=1000, **SIZES)
     options = dict(
         target_modules=["k_proj"], embeddings="adamw", max_param_grad_norm=1e-6, temporary_bytes=temporary_bytes
@@ -219,7 +220,8 @@ def test_a_copy_on_meta_keeps_ties_dtypes_and_what_is_frozen(make_llama):
     assert all((a.shape, a.dtype, a.requires_grad) == (b.shape, b.dtype, b.requires_grad) for a, b in pairs)
 
 
-# ---- large models -----------------------------------------------------------------------------------------------------
+# ---- large models
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_seven_billion_parameters_against_known_numbers():
@@ -232,7 +234,8 @@ def test_seven_billion_parameters_against_known_numbers():
 
     assert estimated.weights == pytest.approx(2 * PUBLISHED["Llama-2-7b-hf"], rel=1e-6)  # and a few buffers
     assert estimated.gradients == 11008 * 4096 * 2
-    # Moments of k (p+q) and of p+q float32 numbers for 4 of 4096×4096 and 3 of 11008×4096 in each of 32 layers; the norms' besides.
+    # Moments of k (p+q) and of p+q float32 numbers for 4 of 4096×4096 and 3 of 11008×4096 in each of 32 layers; the
+    # norms' besides.
     factors = 32 * (4 * (4096 + 4096) + 3 * (11008 + 4096)) * (8 + 1) * 4
     assert factors == pytest.approx(0.09e9, rel=0.05)
     assert factors < estimated.state < 1.03 * factors  # norms take 2 MB
@@ -256,11 +259,14 @@ def test_built_in_shapes_have_the_published_sizes(name):
     assert sum(param.numel() for param in meta_model(f"meta-llama/{name}").parameters()) == PUBLISHED[name]
 
 
-# ---- peers ------------------------------------------------------------------------------------------------------------
+# ---- peers
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_peers_of_a_small_model(make_llama):
-    """By hand: one layer of q, o (128×128), k, v (64×128), gate, up, down (320×128), 3 norms; embeddings, head (64×128)."""
+    """By hand: one layer of q, o (128×128), k, v (64×128), gate, up, down (320×128), 3 norms; embeddings, head
+    (64×128).
+    """
     model = meta_model(make_llama(num_hidden_layers=1, **SIZES))
     square, narrow, wide, rest = 128 * 128, 64 * 128, 320 * 128, 3 * 128 + 2 * 64 * 128
     total = 2 * square + 2 * narrow + 3 * wide + rest
@@ -303,7 +309,8 @@ def test_bitsandbytes_state_is_as_counted(make_llama):
     assert peers(meta_model(model), 4, 0)["8-bit AdamW, bf16"].state == held
 
 
-# ---- the command line -------------------------------------------------------------------------------------------------
+# ---- the command line
+# -------------------------------------------------------------------------------------------------
 
 
 def test_command_line_with_a_built_in_shape(capsys):
@@ -313,7 +320,8 @@ def test_command_line_with_a_built_in_shape(capsys):
     assert "134,515,008 parameters" in heading
     assert columns.split() == ["weights", "gradients", "state", "temporaries", "activations", "total"]
     assert rows[0].startswith("LoRA-Pre AdamW, als k=8 ")
-    # Gradients of all but the embeddings, which are the head too; factors of 7 matrices in each of 30 layers, and the norms' moments.
+    # Gradients of all but the embeddings, which are the head too; factors of 7 matrices in each of 30 layers, and the
+    # norms' moments.
     sides = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
     state = 30 * sides * (8 + 1) * 4 + 61 * 576 * 2 * 4
     assert rows[0].split()[6:10] == [f"{2 * (134_515_008 - 49152 * 576) / 1e6:.2f}", "MB", f"{state / 1e6:.2f}", "MB"]
@@ -344,7 +352,8 @@ def test_command_line_with_a_folder_and_every_option(llama_path, capsys):
     assert rows[1].startswith("LoRA-Pre Muon, newton k=2 ")
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------
+# ---- errors
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_names_and_paths_of_configs(llama_path, tmp_path):
@@ -385,7 +394,9 @@ def test_errors(make_llama):
 
 
 def test_adapter_states_as_the_readme_has_them(capsys):
-    """Llama-2-7B: per layer 4 square matrices, gate, up and down; A and B of r = 4 and 8, float32 moments of ranks k and 1."""
+    """Llama-2-7B: per layer 4 square matrices, gate, up and down; A and B of r = 4 and 8, float32 moments of ranks k
+    and 1.
+    """
     main(["meta-llama/Llama-2-7b-hf", "--lora-r", "4", "8"])
     smallest, small = (line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("r ="))
     sides = 4 * (4096 + 4096) + 3 * (4096 + 11008)

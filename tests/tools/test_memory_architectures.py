@@ -1,4 +1,6 @@
-"""Memory estimates of models that are no causal language models: all that is trained is counted, by the class that the config names."""
+"""Memory estimates of models that are no causal language models: all that is trained is counted, by the class that the
+config names.
+"""
 
 from __future__ import annotations
 

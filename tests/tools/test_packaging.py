@@ -1,4 +1,6 @@
-"""What setup.cfg says of the package: that all it imports is declared, and under which names its commands are known."""
+"""What setup.cfg says of the package: that all it imports is declared, and under which names its commands are
+known.
+"""
 
 import ast
 import configparser
@@ -36,7 +38,9 @@ def distributions(requirements: str) -> set[str]:
 
 
 def test_every_import_is_declared(declared):
-    """An import that something else happens to bring along fails for the user whose something else is another version."""
+    """An import that something else happens to bring along fails for the user whose something else is another
+    version.
+    """
     needed = distributions(declared["options"]["install_requires"])
     optional = {
         "triton_kernels.py": distributions(declared["options.extras_require"]["triton"]),

@@ -41,7 +41,9 @@ def test_rows(k: int, q: int, device: torch.device) -> Tensor:
 
 
 def no_momentum(theta: Tensor, **ranks: int) -> State:
-    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8 and v=1."""
+    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8
+    and v=1.
+    """
     factors: State = {}
     for moment, k in ranks.items():
         factors |= {
@@ -54,8 +56,8 @@ def no_momentum(theta: Tensor, **ranks: int) -> State:
 def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """The package lorapre-peft: a direction whose row of A is zero starts anew, from a fixed row and B = 0.
 
-    That is how a state of zeros begins, and what makes good what a reset or pruning has zeroed. The row is as long as the others
-    are on average, or has length 1 if there are none.
+    That is how a state of zeros begins, and what makes good what a reset or pruning has zeroed. The row is as long as
+    the others are on average, or has length 1 if there are none.
     """
     k, q = A.shape
     dead = A.norm(dim=1) == 0
@@ -86,7 +88,9 @@ def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, da
 
 
 def update_bound(beta1: float, beta2: float) -> float:
-    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), 1.165 at (0.9, 0.95): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1² < β2."""
+    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), 1.165 at (0.9, 0.95): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1²
+    < β2.
+    """
     return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
 
 
@@ -102,7 +106,9 @@ def als_adam(
     residual_weight: float = 1.0,
     damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """The tracked rule of the package lorapre-peft. state: of `no_momentum` before the first step; it counts t, from the first g ≠ 0."""
+    """The tracked rule of the package lorapre-peft. state: of `no_momentum` before the first step; it counts t, from the first g ≠
+    0.
+    """
     beta1, beta2 = betas
     E, t = state["E"], state["t"] + 1 if state["E"] > 0 or g.any() else 0
     if t == 0:
