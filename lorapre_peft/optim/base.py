@@ -175,6 +175,7 @@ class LoRAPreOptimizer(StatefulOptimizer):
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # there is nothing in it to compile, and tracing it takes seconds
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimization step.

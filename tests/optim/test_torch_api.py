@@ -243,3 +243,21 @@ def test_grad_scaler_skips_and_unscales(cls):
     assert scaler.get_scale() == 512.0
     assert optimizers[0].skipped_updates == 0
     assert optimizers[0].state[params[0]]["step"].item() == 5
+
+
+@both_optimizers
+def test_a_compiled_step_is_the_step_and_traces_nothing(cls):
+    """torch.compile(optimizer.step) is what some loops write; tracing what the step does took seconds."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    params, twins = ([weights(20, 12, seed=i) for i in range(2)] for _ in range(2))
+    grads = [stream((20, 12), 3, seed=i) for i in range(2)]
+    plain, compiled = (cls(own, lr=LR, momentum_rank=2) for own in (params, twins))
+    take_steps(plain, params, *grads)
+    step = torch.compile(compiled.step)
+    for of_step in zip(*grads):
+        for param, grad in zip(twins, of_step):
+            param.grad = grad
+        step()
+    assert all(map(torch.equal, params, twins))
+    assert not torch._dynamo.utils.counters["stats"].get("calls_captured")
