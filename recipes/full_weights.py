@@ -23,7 +23,7 @@ from recipes.training import environment, held_bytes, start_run, write_atomicall
 
 @dataclass
 class FullWeightArguments:
-    """The grid of the comparison; the defaults are what the README reports."""
+    """The grid of the comparison; the defaults are what docs/quality.md reports."""
 
     lrs: list[float] = field(
         default_factory=lambda: [1e-4, 2e-4, 5e-4, 1e-3], metadata={"help": "Learning rates of LoRA-Pre."}
