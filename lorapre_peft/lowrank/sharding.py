@@ -82,7 +82,7 @@ WHOLE = Placement()
 
 
 def placement_of(param: Tensor) -> Placement:
-    """Of a parameter that `checks.check_parameter` has let through."""
+    """Return the placement of a parameter that `optim.options.check_parameter` has let through."""
     if not isinstance(param, DTensor):
         return WHOLE
     mesh = param.device_mesh
