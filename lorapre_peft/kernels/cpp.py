@@ -147,15 +147,11 @@ class Table:
 class Cpp(Eager):
     """Calls the kernels. Float64, and what is sharded, takes the eager path."""
 
-    factor_temporaries = 4
-
     def __init__(self) -> None:
         made, size, whole = library(), ctypes.c_int64, ctypes.c_int32
-        self._step, self._norms, self._gram, self._columns = made.adam_step, made.norms, made.gram, made.columns
+        self._step, self._norms = made.adam_step, made.norms
         self._step.argtypes = [*[ctypes.c_void_p] * 5, size, size, size, whole, whole]
         self._norms.argtypes = [ctypes.c_void_p, ctypes.c_void_p, size, whole, ctypes.c_void_p, whole]
-        self._gram.argtypes = [ctypes.c_void_p, size, size, size, ctypes.c_void_p, whole]
-        self._columns.argtypes = [*[ctypes.c_void_p] * 3, size, size, size, *[ctypes.c_void_p] * 2, whole]
 
     @staticmethod
     def takes(param: Tensor) -> bool:
@@ -203,20 +199,6 @@ class Cpp(Eager):
         out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), _TYPES[grads[0].dtype]
         self._norms(_at(pointers), _at(sizes), len(grads), kind, _at(out), torch.get_num_threads())
         return out
-
-    def gram(self, A: Tensor) -> Tensor:
-        n, k, q = A.shape
-        A, out = A.contiguous(), A.new_empty(n, k, k, dtype=torch.float64)
-        self._gram(_at(A), n, k, q, _at(out), torch.get_num_threads())
-        return out
-
-    def columns(self, W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        n, k, q = A.shape
-        W, A, projected = W.contiguous(), A.contiguous(), projected.contiguous()
-        A_new, gram = torch.empty_like(A), W.new_empty(n, k, k)
-        threads = torch.get_num_threads()
-        self._columns(_at(W), _at(A), _at(projected), n, k, q, _at(A_new), _at(gram), threads)
-        return A_new, gram
 
 
 def _contiguous(tensors: list[Tensor]) -> list[Tensor]:

@@ -315,28 +315,6 @@ void adam_step(const Shape* shapes, const Options* options, void* const* pointer
   }
 }
 
-// A Aᵀ of n matrices A [k, q], float64 [k, k].
-void gram(const float* A, int64_t n, int64_t k, int64_t q, double* out, int32_t threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<double> part;
-#pragma omp for
-    for (int64_t i = 0; i < n; ++i) gram_of(A + i * k * q, k, q, out + i * k * k, part);
-  }
-}
-
-// A' = W [A; P] and A' A'ᵀ of n matrices, W [k, 2k], A and P [k, q].
-void columns(const double* W, const float* A, const float* P, int64_t n, int64_t k, int64_t q, float* out, double* gram,
-             int32_t threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> part;
-#pragma omp for
-    for (int64_t i = 0; i < n; ++i)
-      columns_of(W + i * 2 * k * k, A + i * k * q, P + i * k * q, q, k, q, out + i * k * q, gram + i * k * k, part);
-  }
-}
-
 // ‖x‖₂ of n tensors of one type, accumulated in float64.
 void norms(const void* const* x, const int64_t* sizes, int64_t n, int32_t type, double* out, int32_t threads) {
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)

@@ -13,6 +13,8 @@ namespace {
 
 // As in rules.py.
 constexpr double DAMPING = 1e-6, MIN_FACTOR_NORM = 1e-12;
+// What float32 loses of a sum of CHUNK squares that is larger is below 1e-10 of it.
+constexpr float LEAST_TRACE = 1e-25f;
 
 // Memory that will be read soon: its share of it is asked for whenever a share of other work is done.
 class Later {
@@ -155,7 +157,15 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
     std::fill_n(products, rows * k, 0.f);
     for (int64_t r0 = 0; r0 < k; r0 += ROWS)
       BY_RANKS(k, (dot_tile<ROWS, J, false>(made + r0 * stride, stride, made + j0 * stride, stride, columns, products + r0 * k + j0, int(k))))
-    for (int64_t i = 0; i < k * k; ++i) gram[i] += products[i];
+    float trace = 0;
+    for (int64_t j = 0; j < k; ++j) trace += products[j * k + j];
+    if (trace > LEAST_TRACE && trace < 1 / LEAST_TRACE) {
+      for (int64_t i = 0; i < k * k; ++i) gram[i] += products[i];
+    } else {  // squares near the ends of float32's range, or zeros
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < k; ++j)
+          for (int c = 0; c < here; ++c) gram[i * k + j] += double(made[i * stride + c]) * made[j * stride + c];
+    }
   }
 }
 

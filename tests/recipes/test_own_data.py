@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from recipes import sft
+from recipes import arguments, sft
 from recipes.data import load_data
 
 CHAT = (
@@ -68,7 +68,7 @@ def model(llama_path, tmp_path) -> Path:
 
 
 def trainer_for(model: Path, data: Path, folder: Path, *options: str) -> SFTTrainer:
-    path = sft.CONFIGS / "llama2_7b_lora_adamw.yaml"
+    path = arguments.CONFIGS / "llama2_7b_lora_adamw.yaml"
     own = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(folder), "--use_cpu"]
     sizes = [] if "--train_size" in options else ["--train_size", "8", "--eval_size", "4"]
     recipe = sft.parse(["--config", str(path), *own, *sizes, *options])[0]
@@ -176,7 +176,7 @@ def test_a_run_on_ones_own_file(name, jsonl, model, tmp_path, monkeypatch):
         ]
         quick = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--report_to", "none"]
         sizes = ["--train_size", "8", "--eval_size", "4", "--use_cpu", "--learning_rate", "1e-2"]
-        config = ["--config", str(sft.CONFIGS / "smollm2.yaml")]
+        config = ["--config", str(arguments.CONFIGS / "smollm2.yaml")]
         monkeypatch.setattr(sys, "argv", ["sft", *config, *own, *quick, *sizes, *options])
         monkeypatch.setattr(sys.modules["__main__"], "__spec__", sft.__spec__)
         monkeypatch.chdir(tmp_path)

@@ -175,10 +175,13 @@ def test_a_suite_goes_on_in_the_dtypes_of_its_finished_runs(machine, tmp_path):
 @pytest.mark.parametrize("name", ["rules", "table2-small"])
 @pytest.mark.parametrize("fast", ["bfloat16", "float32"])
 def test_runs_in_git_are_found_on_every_machine(machine, name, fast):
+    """All but LoRA-Pre's with Adam, whose second moment has a rank of its own since they were trained."""
     machine(fast)
     records = Store(SUITES.parent / "results" / name).load()
     suite, _ = load_suite(name).settled(records)
-    assert all(not cell.pending(records) for cell in cells(suite))
+    others = [cell for cell in cells(suite) if "second_momentum_rank" not in cell.method.options]
+    assert others
+    assert all(not cell.pending(records) for cell in others)
 
 
 def test_a_record_holds_its_dtypes(machine, tmp_path, capsys):
