@@ -14,13 +14,15 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from ..integrations.targets import expert_parameters
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module name: B [out, r], A [r, in]
 
@@ -30,14 +32,18 @@ TOLERANCE = 1e-2
 
 
 def adapter_config(
-    model: PreTrainedModel, ranks: Mapping[str, int], by_parameter: Collection[str], base: str
+    model: PreTrainedModel,
+    ranks: Mapping[str, int],
+    by_parameter: Collection[str],
+    base: str,
+    stacks: Collection[str] = (),
 ) -> LoraConfig:
     """Return the config by which PEFT adapts exactly these modules, at these ranks and with a scaling of 1.
 
     ranks: the rank of each module. by_parameter: those of them that are addressed by their weight, in
-    ``target_parameters``.
+    ``target_parameters``. stacks: those names that are parameters themselves, which stack experts.
     """
-    modules = {name for name in ranks if name not in by_parameter}
+    modules = {name for name in ranks if name not in by_parameter and name not in stacks}
     # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of
     # them.
     selections: tuple[list[str] | str, ...] = (
@@ -57,7 +63,10 @@ def adapter_config(
         r=largest,
         lora_alpha=largest,
         target_modules=targets,
-        target_parameters=sorted(f"{name}.weight" for name in by_parameter if name in ranks) or None,
+        target_parameters=sorted(
+            name if name in stacks else f"{name}.weight" for name in ranks if name in by_parameter or name in stacks
+        )
+        or None,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in modules),
@@ -85,7 +94,7 @@ def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str
         factors = {name: _ones(model, name, value=1 + i) for i, name in enumerate(tried)}
         config = adapter_config(model, dict.fromkeys(tried, 1), tried if by_parameter else (), base="")
         with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder), config, factors)
+            write(Path(folder), config, factors, model)
             try:
                 wrong = misread(Path(folder), model, factors)
             except Exception as error:  # whatever PEFT raises for what it cannot adapt
@@ -122,11 +131,28 @@ def _ones(model: PreTrainedModel, name: str, value: int) -> tuple[Tensor, Tensor
     return torch.full((p, 1), float(value)), torch.ones(1, q)
 
 
-def write(folder: Path, config: LoraConfig, factors: Factors) -> None:
+def _wrapped(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Return the names of PEFT's layers for these modules and stacks of experts.
+
+    PEFT wraps a module once for each of its parameters, in their order, and the first wrapper is the innermost.
+    """
+    stacks: dict[str, list[str]] = {}
+    for name in expert_parameters(model):
+        if name in names:
+            stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    wrapped = {
+        name: owner + ".base_layer" * (len(stacked) - 1 - i)
+        for owner, stacked in stacks.items()
+        for i, name in enumerate(stacked)
+    }
+    return [wrapped.get(name, name) for name in names]
+
+
+def write(folder: Path, config: LoraConfig, factors: Factors, model: PreTrainedModel) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does."""
     config.save_pretrained(str(folder))
     tensors: dict[str, Tensor] = {}
-    for name, (B, A) in factors.items():
+    for name, (B, A) in zip(_wrapped(model, factors), factors.values()):
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
@@ -155,7 +181,11 @@ def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
         kind = name.rpartition(".")[2]
         if kind not in spot_checked:
             spot_checked.add(kind)
-            meant = A.mT @ B.mT if isinstance(model.get_submodule(name), Conv1D) else B @ A
+            if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+                each = B.unflatten(1, (-1, layer.num_experts)).movedim(-1, 0) @ A.unflatten(0, (layer.num_experts, -1))
+                meant = each.mT if getattr(layer.get_base_layer(), "is_transposed", False) else each
+            else:
+                meant = A.mT @ B.mT if isinstance(model.get_submodule(name), Conv1D) else B @ A
             change = layer.get_delta_weight("default")
             if change.shape != meant.shape or (change - meant).norm() > TOLERANCE * meant.norm():
                 continue
@@ -175,7 +205,10 @@ def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
         opened = PeftModel.from_pretrained(hollow, str(folder), torch_device="cpu", low_cpu_mem_usage=True)
     for name, layer in opened.named_modules():
         if isinstance(layer, LoraLayer):
-            yield name.removeprefix("base_model.model."), layer
+            name = name.removeprefix("base_model.model.")
+            if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+                name = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+            yield name, layer
 
 
 def write_checked(folder: Path, config: LoraConfig, factors: Factors, model: PreTrainedModel) -> None:
@@ -185,7 +218,7 @@ def write_checked(folder: Path, config: LoraConfig, factors: Factors, model: Pre
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
-        write(Path(place), config, factors)
+        write(Path(place), config, factors, model)
         if wrong := sorted(misread(Path(place), model, factors)):
             raise RuntimeError(
                 f"PEFT {peft.__version__} opens the adapter otherwise than it was meant in {len(wrong)} modules such "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import re
+from concurrent.futures import Future
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -18,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..integrations.architecture import architecture
+from ..integrations.targets import expert_parameters
 
 
 class Checkpoint:
@@ -78,6 +83,9 @@ class Checkpoint:
     def rename(self, model: transformers.PreTrainedModel) -> None:
         """Fill ``keys``, {name in the model: name in the file}, by the rules with which from_pretrained reads
         names.
+
+        Stacked experts, which files hold matrix by matrix, come under the model's name with the name of their first
+        matrix; ``fused`` holds the converter that puts each together, and the names and patterns of its parts.
         """
         conversions = get_model_conversion_mapping(model)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -86,11 +94,18 @@ class Checkpoint:
         # Such as buffers that older versions saved; from_pretrained passes over them too.
         ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
         self.keys: dict[str, str] = {}
+        self.fused: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        stacks = expert_parameters(model)
         for key in sorted(self.files, key=dot_natural_key):
-            name, converter = rename_source_key(key, renamings, converters, prefix, known)
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
-                name, converter = rename_source_key(key, [], [], prefix, known)
-            if converter is not None:  # one of several tensors that the model fuses: it keeps its stored name
+                name, pattern = rename_source_key(key, [], [], prefix, known)
+            if pattern is not None and name in stacks and len(by_pattern[pattern].target_patterns) == 1:
+                self.fused.setdefault(name, (by_pattern[pattern], []))[1].append((key, pattern))
+                self.keys.setdefault(name, key)
+                continue
+            if pattern is not None:  # one of several tensors that the model fuses: it keeps its stored name
                 name = key
             if name in known or not any(re.search(pattern, name) for pattern in ignored):
                 self.keys[name] = key
@@ -105,8 +120,19 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor from the disk, by the model's name for it."""
+        if name in self.fused:
+            converter, parts = self.fused[name]
+            converter = copy.deepcopy(converter)
+            for part, pattern in parts:
+                # transformers takes a function too, which it calls; its annotation names futures alone.
+                read = cast(Future, functools.partial(self._stored, part))
+                converter.add_tensor(name, part, pattern, read)
+            return converter.convert(name)[name]
         key = self.key(name)
         assert key is not None, f"{name} is not stored: `common_names` has left it out"
+        return self._stored(key)
+
+    def _stored(self, key: str) -> Tensor:
         with safe_open(self.folder / self.files[key], "pt") as file:
             return file.get_tensor(key)
 

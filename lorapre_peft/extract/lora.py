@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
+from ..integrations.targets import expert_parameters
 from ..lowrank.float64 import float64_device, wide
 from ..lowrank.linalg import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
 from .adapter import adapter_config, addressable, write_checked
@@ -39,7 +40,7 @@ class ExtractedModule:
     """
 
     name: str
-    shape: tuple[int, int]  # out_features, in_features
+    shape: tuple[int, ...]  # out_features, in_features; of stacked experts their number before
     rank: int
     change: float  # ‖Δ‖
     kept_energy: float  # 1 − ‖Δ − BA‖² / ‖Δ‖²
@@ -125,11 +126,12 @@ def extract_lora(
 
     One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and cut by an exact SVD, or by
     subspace iteration where the matrix is large and the rank is not (`linalg.top_factors`). Each module's alpha is its
-    rank: the scaling is 1. What changed and is not in the adapter (norms, biases, embeddings, the output head,
-    unselected modules, modules that PEFT refuses) is listed in the report, with a warning. Before the adapter is put
-    into its folder, plain PEFT opens it on a model without weights, and what it finds there is compared with what was
-    meant. (`peft.convert_to_lora` does this for adapters of a model in memory, always by a full SVD; of PEFT's helpers
-    those that read ``target_modules`` serve here.)
+    rank: the scaling is 1. Of stacked experts each has factors of its own, in PEFT's ``target_parameters``. What
+    changed and is not in the adapter (norms, biases, embeddings, the output head, unselected modules, modules that
+    PEFT refuses) is listed in the report, with a warning. Before the adapter is put into its folder, plain PEFT opens
+    it on a model without weights, and what it finds there is compared with what was meant. (`peft.convert_to_lora`
+    does this for adapters of a model in memory, always by a full SVD; of PEFT's helpers those that read
+    ``target_modules`` serve here.)
 
     Args:
         base, tuned: folders with ``config.json`` and safetensors, in one file or in shards, or ids of cached hub
@@ -140,7 +142,8 @@ def extract_lora(
             smallest rank that does (that subspace iteration finds: it can be slightly above the smallest). 1 keeps
             even the round-off in Δ.
         max_rank: upper bound of the ranks that ``energy`` chooses.
-        target_modules: as in `peft.LoraConfig`: "all-linear", a list of names, or a regular expression of whole names.
+        target_modules: as in `peft.LoraConfig`: "all-linear", a list of names, or a regular expression of whole
+            names. Stacked experts are among "all-linear", and else go by the parameter's name or their module's.
         dtype: of the stored factors, such as "float32"; None is each base weight's own. The errors count its rounding.
         device: where the SVDs are computed.
 
@@ -167,6 +170,7 @@ def extract_lora(
     model = before.skeleton()
     names = common_names(before, after, model)
     linear = _selected_linears(model, target_modules)
+    stacks = _selected_experts(model, target_modules)
     by_parameter, refused = addressable(model, linear)
 
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -185,7 +189,14 @@ def extract_lora(
         if not math.isfinite(change):
             raise ValueError(f"{name} has values that are not finite in {base} or {tuned}: did the training diverge?")
         owner, _, attribute = name.rpartition(".")
-        if change and (attribute != "weight" or owner not in linear or owner in refused):
+        if change and name in stacks:
+            turned = getattr(model.get_submodule(owner), "is_transposed", False)
+            module, B, A = _extract_experts(
+                name, old, new, delta, turned, (rank, energy, max_rank), stored or old.dtype
+            )
+            factors[name] = (B, A)
+            modules.append(module)
+        elif change and (attribute != "weight" or owner not in linear or owner in refused):
             left.append((name, refused.get(owner) or _reason(model, owner, attribute), change))
         elif change:
             size = (rank, energy, max_rank)
@@ -207,7 +218,7 @@ def extract_lora(
             "target_modules, "
             "or deliver the tuned weights themselves"
         )
-    config = adapter_config(model, {m.name: m.rank for m in modules}, by_parameter, str(base))
+    config = adapter_config(model, {m.name: m.rank for m in modules}, by_parameter, str(base), stacks)
     write_checked(folder, config, factors, model)
     (folder / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
     if left_out:
@@ -231,12 +242,38 @@ def _extract(
     B, A = (factor.clone(memory_format=torch.contiguous_format).to(dtype) for factor in (B, A))
     product = B.float() @ A.float()
     out_features, in_features = product.shape
-    product = product.mT if turned else product
+    module = _measured(name, (out_features, in_features), len(A), old, new, delta, product.mT if turned else product)
+    return module, B.cpu(), A.cpu()
+
+
+def _extract_experts(
+    name: str, old: Tensor, new: Tensor, delta: Tensor, turned: bool, size: tuple, dtype: torch.dtype
+) -> tuple[ExtractedModule, Tensor, Tensor]:
+    """The factors of a stack of experts as PEFT stores them, B [out, r · E] and A [r · E, in], and their errors.
+
+    r is the largest that an expert needs: PEFT has one for all of a parameter. turned: weights are [experts, in, out].
+    """
+    deltas = delta.mT if turned else delta
+    experts, out_features, in_features = deltas.shape
+    found = {e: _factors(deltas[e], *size) for e in range(experts) if deltas[e].any()}
+    r = max(len(A) for _, A in found.values())
+    B, A = delta.new_zeros(experts, out_features, r), delta.new_zeros(experts, r, in_features)
+    for e, (of_B, of_A) in found.items():
+        B[e, :, : len(of_A)], A[e, : len(of_A)] = of_B, of_A
+    B, A = B.to(dtype), A.to(dtype)
+    product = B.float() @ A.float()
+    module = _measured(name, deltas.shape, r, old, new, delta, product.mT if turned else product)
+    return module, B.movedim(0, -1).flatten(1).contiguous().cpu(), A.flatten(0, 1).contiguous().cpu()
+
+
+def _measured(
+    name: str, shape: Sequence[int], rank: int, old: Tensor, new: Tensor, delta: Tensor, product: Tensor
+) -> ExtractedModule:
+    """What the stored factors, whose product is ``product``, miss of a change."""
     change = _norm(delta)
     error = _norm(delta - product) / change
     merged = _norm(new.float() - (old.float() + product).to(old.dtype).float()) / change
-    module = ExtractedModule(name, (out_features, in_features), len(A), change, 1 - error**2, error, merged)
-    return module, B.cpu(), A.cpu()
+    return ExtractedModule(name, tuple(shape), rank, change, 1 - error**2, error, merged)
 
 
 def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: int | None) -> tuple[Tensor, Tensor]:
@@ -288,6 +325,19 @@ def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str
     return selected
 
 
+def _selected_experts(model: PreTrainedModel, target_modules: str | Sequence[str]) -> set[str]:
+    """The stacked weights of experts that ``target_modules`` names, as `create_lorapre_optimizer` selects them."""
+    names = expert_parameters(model).keys()
+    if target_modules == "all-linear":
+        return set(names)
+    config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
+    return {
+        name
+        for name in names
+        if any(check_target_module_exists(config, part) for part in (name, name.rpartition(".")[0]))
+    }
+
+
 def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
     """Return the reason why the tensor ``owner.attribute`` is not in the adapter."""
     try:
@@ -296,6 +346,8 @@ def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
         return (
             f"not a module of {type(model).__name__}"  # such as an expert's matrix, which the model fuses with others
         )
+    if f"{owner}.{attribute}" in expert_parameters(model):
+        return "not in target_modules"
     if isinstance(module, (nn.Linear, Conv1D)) and attribute == "weight":
         return "output head" if module is model.get_output_embeddings() else "not in target_modules"
     return "bias" if attribute == "bias" else type(module).__name__

@@ -21,8 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from lorapre_peft.extract import lora as extract
@@ -250,23 +248,6 @@ def test_gpt2_transposed_weights_and_hub_names(tmp_path, checkpoint_pair):
     }
     for m in report.modules:
         assert m.relative_error == pytest.approx(true[m.name], rel=1e-4)
-
-
-def test_fused_experts_are_left_out(tmp_path, checkpoint_pair):
-    """Mixtral's files hold a matrix for each expert, its model one tensor for all: no LoRA of a linear module fits
-    there.
-    """
-    torch.manual_seed(0)
-    sizes = dict(
-        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
-    )
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=40, num_hidden_layers=1, **sizes))
-    base, tuned = checkpoint_pair(everything, model)
-    with pytest.warns(UserWarning, match="not a module of MixtralForCausalLM ×6"):
-        report = extract_lora(base, tuned, tmp_path / "lora", rank=16)
-    assert {m.name.rpartition(".")[2] for m in report.modules} == set(LINEAR[:4])
-    true = true_errors(base, tuned, tmp_path / "lora", report)
-    assert max(true.values()) < 1e-5
 
 
 def test_tied_weights_under_other_names(tmp_path, checkpoint_pair):

@@ -148,7 +148,7 @@ def test_every_kind_of_misreading_is_found(tmp_path, make_llama, fault):
         written[f"{bad}.weight"] = written.pop(bad)
     else:
         del written[bad], factors[bad]  # the config asks for a module that is not in the file
-    adapter.write(tmp_path, config, written)
+    adapter.write(tmp_path, config, written, model)
     assert adapter.misread(tmp_path, model, factors) == {bad}
 
 
