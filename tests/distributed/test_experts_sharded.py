@@ -139,14 +139,15 @@ def test_an_expert_that_would_be_cut_is_refused(runs):
 # ----------------------------------------------------------------
 
 
-def build(adapter):
+def build(adapter, early=False):
     model = with_adapter(qwen(num_experts=4)) if adapter else qwen(num_experts=5)
     if dist.is_initialized() and dist.get_world_size() > 1:
         layers = (model.base_model.model if adapter else model).model.layers
         for layer in layers:
             fully_shard(layer)
         fully_shard(model)
-    return model, create_lorapre_optimizer(model, lr=1e-2, momentum_rank=2, verbose=False)
+    options = {"lr": 1e-2, "momentum_rank": 2, "update_in_backward": early, "verbose": False}
+    return model, create_lorapre_optimizer(model, **options)
 
 
 def stage(adapter, first, last, source, target):
@@ -193,3 +194,23 @@ def test_a_mixture_is_resharded_from_checkpoint_to_checkpoint(adapter, tmp_path)
         return trained(model)
 
     assert_same_steps(found, straight)
+
+
+def in_the_backward_pass():
+    model, optimizer = build(adapter=False, early=True)
+    steps(model, optimizer, 0, 3)
+    return trained(model)
+
+
+@skip_before("torch", "2.8", "adds FSDP2's gradients up over processes on CPUs, where it should average them")
+def test_updates_in_the_backward_pass(tmp_path):
+    """Five experts over two processes, each updated as soon as its gradient has been reduced and scattered."""
+    (found, other) = run(2, tmp_path / "run", in_the_backward_pass)
+
+    def straight(prepare):
+        model, optimizer = build(adapter=False)
+        steps(model, prepare(optimizer), 0, 3)
+        return trained(model)
+
+    assert_same_steps(found, straight)
+    assert all(map(torch.equal, found, other))
