@@ -143,7 +143,8 @@ def lorapre_methods(device: torch.device) -> list[Method]:
         Method(
             f"LoRA-Pre {'Muon' if muon else 'AdamW'}, {backend}",
             "lorapre-peft",
-            _lorapre(cls, {"backend": backend}),
+            # Newton–Schulz in bfloat16, as torch.optim.Muon has it.
+            _lorapre(cls, {"backend": backend} | ({"ns_dtype": "bfloat16"} if muon else {})),
             muon=muon,
             gradient_reads=2,
             # The first steps start all factors and compile some twenty graphs; Muon on large weights is slow at every
