@@ -97,6 +97,7 @@ class Table:
         number = {key: i for i, key in enumerate(groups)}
         self.shapes, self.sizes = array("q"), []
         self.counts: list[int] = []  # matrices of each parameter
+        self.stacked = any(member.stack is not None for member in members)
         for member in members:
             types = _TYPES[cast(Tensor, member.param.grad).dtype], _TYPES[member.param.dtype]
             matrices = member.matrices()
@@ -112,6 +113,8 @@ class Table:
         """Return views of the parameters or of their gradients on this process: [p, q], or of a stack
         [experts, p, q].
         """
+        if not self.stacked:
+            return list(tensors)
         found = (local(tensor) for tensor in tensors)
         return [
             x if member.stack is None else member.stack.matrices(x, member.shape[0])
@@ -123,7 +126,7 @@ class Table:
         one a member.
         """
         found = map(Tensor.data_ptr, tensors)
-        if len(self.sizes) == len(self.members):
+        if not self.stacked:
             return found
         spans = zip(found, tensors, itertools.cycle(self.counts))
         return itertools.chain.from_iterable(
@@ -171,7 +174,7 @@ class Cpp(Eager):
         if n == 0:  # a process may hold no expert of any stack
             return []
         grads, written = (
-            _contiguous(table.stacks(cast(Tensor, param.grad) for param in table.params)),
+            _contiguous(table.stacks([cast(Tensor, param.grad) for param in table.params])),
             _contiguous(params),
         )
         pointers = array("Q", table.pointers([*grads, *written, *table.local_state]))

@@ -287,12 +287,13 @@ class LoRAPreOptimizer(StatefulOptimizer):
         if not located:
             return []
         names = (*RANK_OPTIONS, *self.shared_options)
-        groups = {id(group): tuple(map(group.get, names)) for group, _, _ in located}
+        groups = {id(group): group for group, _, _ in located}
+        options = {key: tuple(map(group.get, names)) for key, group in groups.items()}
         kinds = [
             (id(group), id(param), param.shape, param.dtype, param.device, kind_of_gradient(param))
             for group, param, _ in located
         ]
-        key, first = (groups, kinds), located[0][2]
+        key, first = (options, kinds), located[0][2]
         if first not in self._layouts or self._layouts[first][0] != key:
             for _, param, _ in located:
                 if param.grad is not None:

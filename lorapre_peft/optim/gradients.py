@@ -18,14 +18,14 @@ def takes_part(param: Tensor) -> bool:
     """Whether a step updates the parameter. Sharded ones all take part, with zeros, so that no collective waits for
     them.
     """
-    if param.grad is None:
-        return param.requires_grad and placement_of(param) is not WHOLE and param.numel() > 0
-    return param.numel() > 0
+    taken = param.grad is not None or (param.requires_grad and placement_of(param) is not WHOLE)
+    return taken and param.numel() > 0
 
 
 def kind_of_gradient(param: Tensor) -> tuple | None:
     """Return what a step has to know of a gradient beside its values: dtype and layout; None if there is none."""
-    return None if param.grad is None else (param.grad.dtype, param.grad.layout)
+    grad = param.grad
+    return None if grad is None else (grad.dtype, grad.layout)
 
 
 def local_gradient(param: Tensor) -> Tensor:
