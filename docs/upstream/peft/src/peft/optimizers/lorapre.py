@@ -119,7 +119,7 @@ def als_adam(
     X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
     m_hat = (beta1 * m_B + (1 - beta1) * X) @ m_A / (1 - beta1**t) + r * (g - X @ m_A)
     v = (1 - beta2) * g**2
-    if E > 0:
+    if (v_B @ v_A).any():  # else it starts, or another tool has zeroed it
         c = E / (v_B @ v_A).norm() ** 2
         v = beta2 * c * (v_B @ v_A) ** 2 + v
     m_B, m_A = als_factors(m_B, m_A, g, beta1, 1 - beta1, damping)
