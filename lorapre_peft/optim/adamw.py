@@ -55,8 +55,9 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             steps; that part is then moved by in one step, which the clamp shortens where gradients are noise. 1−β1
             gives m = β1 m_B m_A + (1−β1) g.
         second_momentum_rank: rank k_v ≥ 1 of the second moment, at most k. None: 1 with ``als``, k with ``newton``,
-        which has no other. update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes,
-            maximize, seed, backend: as `LoRAPreOptimizer` documents them.
+            which has no other.
+        update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend:
+            as `LoRAPreOptimizer` documents them.
 
     State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q], ``v_B`` [p, k_v], ``v_A``
     [k_v, q], and with ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``,
