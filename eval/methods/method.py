@@ -63,8 +63,8 @@ class Method:
         unknown = set(options) - set(self.options)
         if unknown:
             raise ValueError(
-                f"{self.title} has no option {', '.join(sorted(unknown))}; "
-                f"expected: {', '.join(self.options) or 'none'}"
+                f"{self.title} has no option {', '.join(sorted(unknown))}; expected: "
+                f"{', '.join(self.options) or 'none'}"
             )
         return {**self.options, **options}
 

@@ -130,13 +130,10 @@ def markdown(
         "",
         "Cells: mean over seeds ± half the width of the 95 % t interval. *Place*: among the rows of a table, by "
         f"{_title(suite.primary)}; a range, because one row counts as before another only where their intervals do "
-        "not touch, and "
-        "none for a row of which a seed failed. "
-        "*Difference*: to the first row of the suite that trains the same, seed by seed, because runs of one seed "
-        "share their "
-        "training rows. Each interval holds for itself: of twenty, one may miss. They are over seeds, on these test "
-        "rows: what other "
-        "test rows would give is not in them.",
+        "not touch, and none for a row of which a seed failed. *Difference*: to the first row of the suite that "
+        "trains the same, seed by seed, because runs of one seed share their training rows. Each interval holds for "
+        "itself: of twenty, one may miss. They are over seeds, on these test rows: what other test rows would give "
+        "is not in them.",
     ]
     for group in _groups(rows):
         lines += ["", f"## {group[0]['model']}, protocol `{group[0]['protocol']}`", "", *_table(suite, group)]

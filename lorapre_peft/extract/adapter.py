@@ -222,10 +222,8 @@ def write_checked(folder: Path, config: LoraConfig, factors: Factors, model: Pre
         if wrong := sorted(misread(Path(place), model, factors)):
             raise RuntimeError(
                 f"PEFT {peft.__version__} opens the adapter otherwise than it was meant in {len(wrong)} modules such "
-                "as "
-                f"{', '.join(wrong[:3])}, and nothing was written: leave these out of target_modules, or deliver the "
-                "tuned weights "
-                "themselves"
+                f"as {', '.join(wrong[:3])}, and nothing was written: leave these out of target_modules, or deliver "
+                "the tuned weights themselves"
             )
         folder.mkdir(exist_ok=True)
         for path in Path(place).iterdir():

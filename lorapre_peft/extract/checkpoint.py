@@ -40,8 +40,7 @@ class Checkpoint:
             except (LocalEntryNotFoundError, HFValidationError) as error:
                 raise ValueError(
                     f"{self.path} is neither a folder nor a model in the local hub cache, and nothing is downloaded "
-                    "here: pass "
-                    "a folder, or fetch the model first with `hf download`"
+                    "here: pass a folder, or fetch the model first with `hf download`"
                 ) from error
         index, single = self.folder / SAFE_WEIGHTS_INDEX_NAME, self.folder / SAFE_WEIGHTS_NAME
         if index.is_file():
@@ -52,8 +51,7 @@ class Checkpoint:
         else:
             raise ValueError(
                 f"{self.path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: write the model again "
-                "with "
-                "save_pretrained"
+                "with save_pretrained"
             )
         absent = sorted(name for name in set(self.files.values()) if not (self.folder / name).is_file())
         if absent:
@@ -151,7 +149,6 @@ def common_names(before: Checkpoint, after: Checkpoint, model: transformers.PreT
         if missing:
             raise ValueError(
                 f"{checkpoint.path} lacks {len(missing)} tensors of the other checkpoint, such as "
-                f"{', '.join(missing[:3])}: both "
-                f"must be whole checkpoints of one {type(model).__name__}"
+                f"{', '.join(missing[:3])}: both must be whole checkpoints of one {type(model).__name__}"
             )
     return sorted(names, key=dot_natural_key)

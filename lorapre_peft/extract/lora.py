@@ -180,9 +180,8 @@ def extract_lora(
         old, new = before.tensor(name).to(device), after.tensor(name).to(device)
         if old.shape != new.shape:
             raise ValueError(
-                f"{name} is {list(old.shape)} in {base} and {list(new.shape)} in {tuned}: both must be checkpoints "
-                "of one "
-                "model; if the vocabulary was resized, resize and save the base alike"
+                f"{name} is {list(old.shape)} in {base} and {list(new.shape)} in {tuned}: both must be checkpoints of "
+                "one model; if the vocabulary was resized, resize and save the base alike"
             )
         delta = new.float() - old.float()
         change = _norm(delta)
@@ -215,8 +214,7 @@ def extract_lora(
     if not modules:
         raise ValueError(
             f"nothing that changed can be put into the adapter ({report.left_out_summary()}): select more "
-            "target_modules, "
-            "or deliver the tuned weights themselves"
+            "target_modules, or deliver the tuned weights themselves"
         )
     config = adapter_config(model, {m.name: m.rank for m in modules}, by_parameter, str(base), stacks)
     write_checked(folder, config, factors, model)
@@ -224,8 +222,7 @@ def extract_lora(
     if left_out:
         warnings.warn(
             f"{sum(entry.share for entry in left_out):.2%} of the change ‖tuned − base‖² is not in the adapter and "
-            "will be "
-            f"missing where it is used ({report.left_out_summary()}); {REPORT_NAME} lists the tensors",
+            f"will be missing where it is used ({report.left_out_summary()}); {REPORT_NAME} lists the tensors",
             stacklevel=2,
         )
     return report

@@ -48,8 +48,7 @@ class LoRAPreConfig(LoraConfig):
         default_factory=dict,
         metadata={
             "help": "Momentum ranks of single modules, by layer name or regular expression as in `rank_pattern`, "
-            "e.g. {'q_proj': 4}; "
-            "of `target_parameters` by the parameter's name, e.g. {'experts.down_proj': 4}."
+            "e.g. {'q_proj': 4}; of `target_parameters` by the parameter's name, e.g. {'experts.down_proj': 4}."
         },
     )
     update_rule: str = field(
@@ -108,8 +107,7 @@ class LoRAPreConfig(LoraConfig):
             if k >= r:
                 raise ValueError(
                     f"momentum_rank_pattern[{key!r}]={k} is not below r={r} of {module_name}: nothing would be "
-                    "compressed; "
-                    "use a smaller one there"
+                    "compressed; use a smaller one there"
                 )
             return k
         return self.momentum_rank if self.momentum_rank is not None else default_momentum_rank(r)
@@ -137,8 +135,7 @@ class LoRAPreConfig(LoraConfig):
         if own is None:
             warnings.warn(
                 f"{pretrained_model_name_or_path} has no {CONFIG_NAME} (a plain LoRA adapter?), or the hub cannot be "
-                "asked for it and "
-                "it is not in the local cache: the options of LoRA-Pre take their defaults",
+                "asked for it and it is not in the local cache: the options of LoRA-Pre take their defaults",
                 stacklevel=2,
             )
             return config

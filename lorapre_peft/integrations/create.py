@@ -78,14 +78,12 @@ def create_lorapre_optimizer(
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"found a {type(model).__name__} where the model is expected: write create_lorapre_optimizer(model, "
-            "lr=…), or "
-            "LoRAPreAdamW(parameters, lr=…) for bare parameters"
+            "lr=…), or LoRAPreAdamW(parameters, lr=…) for bare parameters"
         )
     if not isinstance(optimizer, str):
         raise TypeError(
             f"found a {type(optimizer).__name__} where the optimizer's name is expected: write "
-            "create_lorapre_optimizer(model, 'adamw', "
-            "lr=…)"
+            "create_lorapre_optimizer(model, 'adamw', lr=…)"
         )
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
@@ -95,10 +93,8 @@ def create_lorapre_optimizer(
     if not any(param.requires_grad for param in model.parameters()):
         raise ValueError(
             "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), load the "
-            "adapter with "
-            "PeftModel.from_pretrained(model, path, is_trainable=True, config=LoRAPreConfig.from_pretrained(path)), "
-            "or thaw the weights "
-            "with model.requires_grad_(True)"
+            "adapter with PeftModel.from_pretrained(model, path, is_trainable=True, "
+            "config=LoRAPreConfig.from_pretrained(path)), or thaw the weights with model.requires_grad_(True)"
         )
     overrides = dict(
         update_rule=update_rule, second_momentum_rank=second_momentum_rank, residual_weight=residual_weight
@@ -137,10 +133,8 @@ def create_lorapre_optimizer(
         shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
         raise ValueError(
             f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs matrices whose "
-            "smaller side (the "
-            "rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or "
-            "target_modules='all-linear', a "
-            "smaller momentum_rank, or torch.optim.AdamW for this model"
+            "smaller side (the rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or "
+            "target_modules='all-linear', a smaller momentum_rank, or torch.optim.AdamW for this model"
         )
     if verbose and rank() == 0:
         frozen: set[Tensor] = {param for param in model.parameters() if not param.requires_grad}

@@ -99,8 +99,8 @@ def has_adapter(model: nn.Module) -> bool:
         }
         raise ValueError(
             "found a model of PEFT's without a LoRA layer (its adapters: "
-            f"{', '.join(sorted(kinds)) or type(others[0]).__name__}); "
-            "expected a LoRA adapter, LoRAPreConfig(...), or a plain model. Use torch.optim.AdamW for this one"
+            f"{', '.join(sorted(kinds)) or type(others[0]).__name__}); expected a LoRA adapter, LoRAPreConfig(...), "
+            "or a plain model. Use torch.optim.AdamW for this one"
         )
     return False
 
@@ -148,8 +148,7 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
             if k >= r > 1:
                 raise ValueError(
                     f"momentum_rank={k} is not below r={r} of {module_name}: nothing would be compressed there; use "
-                    f"1..{r - 1}, or "
-                    "a smaller one for this module in momentum_rank_pattern"
+                    f"1..{r - 1}, or a smaller one for this module in momentum_rank_pattern"
                 )
             options = {"momentum_rank": k, **rule_options(config, given)}
             targets |= {param: options for param in matrices if param.ndim >= 2}
@@ -227,21 +226,19 @@ def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: li
     if any(getattr(inner, "is_quantized", False) for inner in _models(model)):
         return (
             "the model is quantised, and its weights cannot be trained themselves: train an adapter on it, "
-            "get_peft_model(model, "
-            "LoRAPreConfig(r=8, target_modules='all-linear')), or load the model without quantization_config"
+            "get_peft_model(model, LoRAPreConfig(r=8, target_modules='all-linear')), or load the model without "
+            "quantization_config"
         )
     if frozen:
         return (
             f"target_modules={target_modules!r} names {len(frozen)} modules such as {', '.join(frozen[:3])}, and all "
-            "their weights are frozen "
-            "(requires_grad=False): thaw those to be trained with requires_grad_(True) before the optimizer is "
-            "built, or name others"
+            "their weights are frozen (requires_grad=False): thaw those to be trained with requires_grad_(True) "
+            "before the optimizer is built, or name others"
         )
     linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)})
     return (
-        f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers "
-        "are called "
-        f"{', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
+        f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers are "
+        f"called {', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
     )
 
 
@@ -280,8 +277,7 @@ def freeze_others(
             if isinstance(model, DistributedDataParallel) and any(param.requires_grad for param in params):
                 raise ValueError(
                     f"{label}: found a model that DistributedDataParallel has wrapped already, which waits for their "
-                    "gradients; build the "
-                    "optimizer from the model inside, before it is wrapped"
+                    "gradients; build the optimizer from the model inside, before it is wrapped"
                 )
             frozen[label] = params
             for param in params:

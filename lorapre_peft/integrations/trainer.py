@@ -55,8 +55,7 @@ def lorapre_optimizer(
     if (_read(optimizer, args) | overrides).get("lr") is None:
         raise ValueError(
             "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the "
-            "trainer's "
-            "arguments, or give lr=…"
+            "trainer's arguments, or give lr=…"
         )
     if args is not None:
         _check_arguments(args, bool(overrides.get("update_in_backward")))
@@ -85,32 +84,27 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
     if args.deepspeed:
         raise ValueError(
             f"deepspeed={args.deepspeed!r}: LoRA-Pre needs rows and columns, and DeepSpeed hands the optimizer "
-            "flattened shards. Use "
-            "FSDP2, DDP or one process"
+            "flattened shards. Use FSDP2, DDP or one process"
         )
     plugin = getattr(args, "fsdp_plugin_args", None) or {}  # missing in older versions of transformers
     if plugin.get("fsdp_version", 2) != 2:
         raise ValueError(
             f"fsdp_config version {plugin['fsdp_version']}: LoRA-Pre needs rows and columns, and FSDP1 hands the "
-            "optimizer flattened "
-            "shards. Use FSDP2 (fsdp_config={'version': 2}), DDP or one process"
+            "optimizer flattened shards. Use FSDP2 (fsdp_config={'version': 2}), DDP or one process"
         )
     if not update_in_backward:
         return
     if args.gradient_accumulation_steps != 1:
         raise ValueError(
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} with update_in_backward=True: the first "
-            "gradients are "
-            "used and freed before the next ones come. Use gradient_accumulation_steps=1 with a larger "
+            "gradients are used and freed before the next ones come. Use gradient_accumulation_steps=1 with a larger "
             "per_device_train_batch_size, or update_in_backward=False"
         )
     if args.max_grad_norm:
         raise ValueError(
-            f"max_grad_norm={args.max_grad_norm} with update_in_backward=True: the norm of all gradients is not "
-            "known while they "
-            "are used one by one. Use max_grad_norm=0, and max_param_grad_norm=… in lorapre_optimizer to clip each "
-            "matrix by its "
-            "own norm"
+            f"max_grad_norm={args.max_grad_norm} with update_in_backward=True: the norm of all gradients is not known "
+            "while they are used one by one. Use max_grad_norm=0, and max_param_grad_norm=… in lorapre_optimizer to "
+            "clip each matrix by its own norm"
         )
     if args.fp16:
         raise ValueError(
@@ -198,9 +192,8 @@ class LoRAPreCallback(TrainerCallback):
         if state.global_step and not self._optimizer.state:
             warnings.warn(
                 f"the run resumes at step {state.global_step} without optimizer state: the momenta start anew, and "
-                "so does the "
-                "schedule. Trainer says nothing when optimizer.pt or scheduler.pt is missing from a checkpoint "
-                "(save_only_model=True writes neither)",
+                "so does the schedule. Trainer says nothing when optimizer.pt or scheduler.pt is missing from a "
+                "checkpoint (save_only_model=True writes neither)",
                 stacklevel=2,
             )
         trainer = self._trainer() if self._trainer is not None else None
@@ -240,8 +233,7 @@ class LoRAPreCallback(TrainerCallback):
         if not self._losses:
             raise RuntimeError(
                 "stop_on_nan_loss=True found no loss of this step: the trainer does not compute its losses through "
-                "compute_loss. "
-                "Use stop_on_nan_loss=False with it"
+                "compute_loss. Use stop_on_nan_loss=False with it"
             )
         bad = torch.stack([~loss.isfinite().all() for loss in self._losses]).any().int()
         self._losses.clear()
@@ -264,8 +256,7 @@ class LoRAPreCallback(TrainerCallback):
         saved = f"saved as checkpoint-{state.global_step}" if control.should_save else "not saved (save_strategy='no')"
         warnings.warn(
             f"the loss of step {state.global_step} is NaN or infinite: training stops. Weights and optimizer state "
-            "are those "
-            f"before that step, {saved}. Lower the learning rate or look at that batch, then resume",
+            f"are those before that step, {saved}. Lower the learning rate or look at that batch, then resume",
             stacklevel=2,
         )
 
@@ -315,8 +306,7 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
             f"the optimizer does not hold {len(missing)} of the model's {len(trainable)} trainable parameters"
             + (f" ({', '.join(missing[:3])}, …)" if missing else "")
             + ": it was built before the model was wrapped, or parameters were added since, and training would leave "
-            "them as "
-            "they are. Let the trainer build it: optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args)"
+            "them as they are. Let the trainer build it: optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args)"
         )
     return found
 

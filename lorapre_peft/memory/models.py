@@ -61,8 +61,7 @@ def find_config(name: str | os.PathLike[str]) -> tuple[PretrainedConfig, str]:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{name!r} exists but holds no config that transformers can read ({_first_line(error)}): give the "
-                "folder of a "
-                "saved model, or its config.json"
+                "folder of a saved model, or its config.json"
             ) from error
     short = name.removeprefix("meta-llama/").removeprefix("HuggingFaceTB/")
     if short in SHAPES:

@@ -291,10 +291,8 @@ def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: 
     except Exception as error:
         raise RuntimeError(
             f"a training step of {type(model).__name__} does not run on the meta device ({type(error).__name__}: "
-            f"{error}), so its "
-            "activations cannot be counted. Use batch=0 to leave them out; transformers' models that take text, "
-            "images or sound features, and "
-            "labels, run with attn_implementation='sdpa' or 'eager'"
+            f"{error}), so its activations cannot be counted. Use batch=0 to leave them out; transformers' models "
+            "that take text, images or sound features, and labels, run with attn_implementation='sdpa' or 'eager'"
         ) from error
     return tracker.peak_bytes
 

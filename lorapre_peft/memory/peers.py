@@ -158,15 +158,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parameters = sum(param.numel() for param in model.parameters())
     checkpointing = "without" if args.no_checkpointing else "with"
     print(
-        f"{args.model}: {origin}; {type(model).__name__}, {parameters:,} parameters; {args.dtype}, batch "
-        f"{args.batch} × {args.seq_len} tokens, "
-        f"{checkpointing} gradient checkpointing"
+        f"{args.model}: {origin}; {type(model).__name__}, {parameters:,} parameters; {args.dtype}, batch {args.batch} "
+        f"× {args.seq_len} tokens, {checkpointing} gradient checkpointing"
     )
     print(memory_table(rows))
     embeddings = "embeddings and head frozen; " if args.embeddings == "frozen" else ""
     print(
         f"All rows: {embeddings}total is the sum of the peaks. LoRA-Pre: a dry run of the code; 'in backward' is "
         "update_in_backward=True,\nwith one gradient at a time. Peers: arithmetic, with all gradients at once, "
-        "temporaries not "
-        "counted (–), and LoRA-Pre's activations."
+        "temporaries not counted (–), and LoRA-Pre's activations."
     )

@@ -128,9 +128,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         if RULES[group["update_rule"]].tracked and not beta1**2 < beta2:
             raise ValueError(
                 f"betas={beta1, beta2}: update_rule='als' needs betas[0]² < betas[1], found {beta1**2:g} and "
-                f"{beta2:g}; "
-                "without it Adam's own update has no bound. Raise betas[1] or lower betas[0]; the paper has (0.9, "
-                "0.95)"
+                f"{beta2:g}; without it Adam's own update has no bound. Raise betas[1] or lower betas[0]; the paper "
+                "has (0.9, 0.95)"
             )
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:

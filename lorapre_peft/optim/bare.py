@@ -48,7 +48,6 @@ def describe_choice(ranks: set[int], spared: list[tuple[int, ...]]) -> str:
         else ""
     )
     return (
-        f"matrices {at}{but}. To choose, give momentum_rank (in a group: its matrices whatever they look like; 0: "
-        "the AdamW path), "
-        "or build the optimizer with create_lorapre_optimizer(model, …), which knows the modules"
+        f"matrices {at}{but}. To choose, give momentum_rank (in a group: its matrices whatever they look like; 0: the "
+        "AdamW path), or build the optimizer with create_lorapre_optimizer(model, …), which knows the modules"
     )

@@ -215,10 +215,9 @@ class LoRAPreOptimizer(StatefulOptimizer):
         if world_size() > 1 and any(placement_of(param) is WHOLE for _, param, _ in found):
             warnings.warn(
                 "update_in_backward=True in several processes: parameters that are not sharded are updated by "
-                "step(), as their gradients "
-                "are averaged after the backward pass has made them. Under DDP register the hook that updates them "
-                "earlier: "
-                "ddp_model.register_comm_hook(optimizer, lorapre_peft.ddp_update_hook)",
+                "step(), as their gradients are averaged after the backward pass has made them. Under DDP register "
+                "the hook that updates them earlier: ddp_model.register_comm_hook(optimizer, "
+                "lorapre_peft.ddp_update_hook)",
                 stacklevel=4,
             )
         return found
@@ -259,10 +258,9 @@ class LoRAPreOptimizer(StatefulOptimizer):
         if param in self._updated:
             raise RuntimeError(
                 f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): "
-                "gradients "
-                "cannot be accumulated with update_in_backward=True, which has already used and freed the first "
-                "ones. Call "
-                "step() after every backward pass (gradient_accumulation_steps=1), or use update_in_backward=False"
+                "gradients cannot be accumulated with update_in_backward=True, which has already used and freed the "
+                "first ones. Call step() after every backward pass (gradient_accumulation_steps=1), or use "
+                "update_in_backward=False"
             )
         if not self._updated:
             self._metrics = Metrics()

@@ -89,8 +89,7 @@ class Skips:
             self._warned = True
             warnings.warn(
                 f"a gradient has the norm {found}: the update of that parameter is skipped and its state kept. This "
-                "is said "
-                "once; `optimizer.skipped_updates` counts on. Skips that keep coming mean that training has diverged "
-                "(lower the learning rate) or that the loss scale of fp16 is still settling.",
+                "is said once; `optimizer.skipped_updates` counts on. Skips that keep coming mean that training has "
+                "diverged (lower the learning rate) or that the loss scale of fp16 is still settling.",
                 stacklevel=5,
             )

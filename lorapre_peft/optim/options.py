@@ -61,17 +61,15 @@ def check_options(group: dict[str, Any]) -> None:
     k = group["momentum_rank"]
     if k is not None and not _is_whole(k, 0):
         raise ValueError(
-            f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's "
-            "smaller side "
-            "if that is less), or 0 (the whole group takes the AdamW path)"
+            f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's smaller "
+            "side if that is less), or 0 (the whole group takes the AdamW path)"
         )
     check_rule_options(group)
     experts, dim = group.get("experts"), group.get("experts_dim", 0)
     if (experts is not None and not _is_whole(experts, 1)) or dim not in (0, -1):
         raise ValueError(
             f"experts={experts!r}, experts_dim={dim!r}: expected the number of experts that each parameter of the "
-            "group holds, or None, and "
-            "0 (one after the other) or -1 (interleaved along the last dimension)"
+            "group holds, or None, and 0 (one after the other) or -1 (interleaved along the last dimension)"
         )
     if not _is_whole(group["seed"], 0):
         raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
@@ -119,9 +117,8 @@ def check_parameter(param: Tensor) -> None:
     if isinstance(param, DTensor) and not is_supported(param):
         raise NotImplementedError(
             f"{where} that is a DTensor with placements {param.placements}: LoRA-Pre follows FSDP2 (fully_shard), "
-            "which "
-            "shards rows (Shard(0)) over one dimension of its mesh, and no tensor parallelism. Use FSDP2, DDP or one "
-            "process"
+            "which shards rows (Shard(0)) over one dimension of its mesh, and no tensor parallelism. Use FSDP2, DDP "
+            "or one process"
         )
 
 
@@ -142,8 +139,7 @@ def check_stack(param: Tensor, group: dict[str, Any]) -> None:
         if param.ndim == 2 and -(-param.shape[0] // size) != rows * -(-stack.experts // size):
             raise NotImplementedError(
                 f"{where}, whose rows are sharded over {size} processes in the middle of an expert: use a number of "
-                "processes that divides "
-                f"{stack.experts}, or DDP"
+                f"processes that divides {stack.experts}, or DDP"
             )
 
 
@@ -165,8 +161,7 @@ def check_flattened_shards(groups: Iterable[dict[str, Any]]) -> None:
         if group.get("num_matrices") and group["params"] and all(param.ndim < 2 for param in group["params"]):
             raise RuntimeError(
                 f"a parameter group was built with {group['num_matrices']} matrices and now holds only flat tensors "
-                "of shapes "
-                f"{[tuple(param.shape) for param in group['params'][:3]]}: DeepSpeed ZeRO and FSDP1 hand the "
-                "optimizer "
-                "flattened shards, which have no rows and columns to compress. Use FSDP2, DDP or one process"
+                f"of shapes {[tuple(param.shape) for param in group['params'][:3]]}: DeepSpeed ZeRO and FSDP1 hand "
+                "the optimizer flattened shards, which have no rows and columns to compress. Use FSDP2, DDP or one "
+                "process"
             )

@@ -60,9 +60,8 @@ def check_held_state(member: Member, state: dict[str, Tensor]) -> None:
         return
     raise ValueError(
         f"a parameter of shape {tuple(member.param.shape)} with {_rank_options(member.group)} has the state "
-        f"{shapes_of(state)}, expected {expected}: its shape "
-        "or these options have changed since its first step. Build a new optimizer, or delete optimizer.state[param] "
-        "to start without it"
+        f"{shapes_of(state)}, expected {expected}: its shape or these options have changed since its first step. "
+        "Build a new optimizer, or delete optimizer.state[param] to start without it"
     )
 
 
@@ -112,8 +111,8 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
         if any(found.get(key) != shape for key, shape in expected.items()) and found.keys() & OWN_STATE:
             raise ValueError(
                 f"the saved state of parameter {index} of shape {tuple(param.shape)} is {found}; {name} with "
-                f"{_rank_options(group)} expects {expected}. "
-                "Build the optimizer with the options of the saved run, or start without its state"
+                f"{_rank_options(group)} expects {expected}. Build the optimizer with the options of the saved run, "
+                "or start without its state"
             )
         stack = None if "exp_avg" in expected else stack_of(group)
         _check_placements(index, param, {key: saved[key] for key in expected if key in saved}, stack)
@@ -133,9 +132,8 @@ def check_saved_group(optimizer: StatefulOptimizer, group: dict[str, Any], saved
             found, expected = _rank_options(saved), _rank_options(group)
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} was saved with {found}; this {type(optimizer).__name__} "
-                f"has {expected}, "
-                "and factors are not converted. Build the optimizer with the options of the saved run, or start "
-                "without its state"
+                f"has {expected}, and factors are not converted. Build the optimizer with the options of the saved "
+                "run, or start without its state"
             )
 
 
@@ -151,11 +149,10 @@ def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor], stack
         )
         if expected != found or local(like).shape != local(value).shape:
             raise ValueError(
-                f"the saved {key} of parameter {index} of shape {tuple(param.shape)} is {found}; expected "
-                f"{expected}. Load what was "
-                "saved in other processes through torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, "
-                "which "
-                "distributes it (a whole state_dict with StateDictOptions(full_state_dict=True))"
+                f"the saved {key} of parameter {index} of shape {tuple(param.shape)} is {found}; expected {expected}. "
+                "Load what was saved in other processes through "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which distributes it (a whole "
+                "state_dict with StateDictOptions(full_state_dict=True))"
             )
 
 

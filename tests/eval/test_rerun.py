@@ -214,10 +214,9 @@ def test_a_run_that_stops_its_process_stops_no_other(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_processes_end_with_the_command_that_started_them():
     script = (
-        "import multiprocessing; from eval.rerun.work import _end_with_parent\n"
-        "if __name__ == '__main__':\n"
-        "    child = multiprocessing.get_context('spawn').Process(target=_end_with_parent)\n"
-        "    child.start(); print(child.pid, flush=True); child.join()"
+        "import multiprocessing; from eval.rerun.work import _end_with_parent\nif __name__ == '__main__':\n    child "
+        "= multiprocessing.get_context('spawn').Process(target=_end_with_parent)\n    child.start(); print(child.pid, "
+        "flush=True); child.join()"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child = psutil.Process(int(parent.stdout.readline()))

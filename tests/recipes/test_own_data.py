@@ -19,8 +19,8 @@ from recipes import arguments, sft
 from recipes.data import load_data
 
 CHAT = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt "
+    "%}<s>assistant: {% endif %}"
 )
 COUNT = 12
 

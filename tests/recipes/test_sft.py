@@ -87,8 +87,7 @@ def test_rows_are_the_papers(load):
     assert data["eval"]["row"][:] == [10, 11, 12]
     assert data["train"][0] == {
         "prompt": "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request."
-        "\n\n### Instruction:\nwhat is 0 + 1?\n\n### Response:\n",
+        "request.\n\n### Instruction:\nwhat is 0 + 1?\n\n### Response:\n",
         "completion": " 0 + 1 = 1\nthe answer is: 1",
         "row": 0,
     }
