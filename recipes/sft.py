@@ -36,6 +36,9 @@ from recipes.models import load_model
 from recipes.precision import Precision
 from recipes.training import start_run, train
 
+# What an adapter's own config says, and for full weights the optimizer is told.
+RANK_KEYS = ("momentum_rank", "second_momentum_rank", "update_rule", "residual_weight")
+
 
 @dataclass
 class LoRAPreArguments:
@@ -51,7 +54,14 @@ class LoRAPreArguments:
     momentum_rank: int | None = field(
         default=None, metadata={"help": "Rank of the momenta. Not given: a quarter of lora_r, or 8 for full weights."}
     )
+    second_momentum_rank: int | None = field(
+        default=None, metadata={"help": "Rank of AdamW's second moment with 'als'. Not given: 1."}
+    )
     update_rule: str | None = field(default=None, metadata={"help": "'als' or 'newton'. Not given: 'als'."})
+    residual_weight: float | None = field(
+        default=None,
+        metadata={"help": "ρ of 'als': weight of the gradient outside the momentum's subspace. Not given: 1."},
+    )
     adjust_lr_fn: str | None = field(
         default=None,
         metadata={"help": "Muon: 'original' or 'match_rms_adamw' (AdamW's rates carry over), as in torch.optim.Muon."},
@@ -74,8 +84,8 @@ class LoRAPreArguments:
 
     def unused(self) -> list[str]:
         """The keys that are given and mean nothing without LoRA-Pre."""
-        keys = ("momentum_rank", "update_rule", "adjust_lr_fn", "update_in_backward")
-        return [key for key in keys if self.optimizer == "trainer" and getattr(self, key)]
+        keys = (*RANK_KEYS, "adjust_lr_fn", "update_in_backward")
+        return [key for key in keys if self.optimizer == "trainer" and getattr(self, key) not in (None, False)]
 
 
 @dataclass
@@ -168,7 +178,7 @@ def _peft_config(recipe: Recipe) -> PeftConfig | None:
     lora = get_peft_config(recipe.model)
     if lora is None or recipe.lorapre.optimizer == "trainer":
         return lora
-    own = {name: getattr(recipe.lorapre, name) for name in ("momentum_rank", "update_rule")}
+    own = {name: getattr(recipe.lorapre, name) for name in RANK_KEYS}
     options = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora) if f.init}
     return LoRAPreConfig(**options, **{name: value for name, value in own.items() if value is not None})
 
@@ -182,7 +192,7 @@ def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
         options["adjust_lr_fn"] = recipe.lorapre.adjust_lr_fn
     options |= {"others": recipe.lorapre.others, "embeddings": recipe.lorapre.embeddings}
     if not recipe.model.use_peft:
-        options |= {name: getattr(recipe.lorapre, name) for name in ("momentum_rank", "update_rule")}
+        options |= {name: getattr(recipe.lorapre, name) for name in RANK_KEYS}
         options["target_modules"] = recipe.model.lora_target_modules
     return options | {"update_in_backward": recipe.lorapre.update_in_backward}
 

@@ -207,6 +207,19 @@ def test_the_command_line_wins_over_the_config():
     assert one.config["lr_scheduler_type"] == "cosine"
 
 
+@pytest.mark.parametrize("name", ["llama2_7b_full_adamw", "llama2_7b_lora_adamw"])
+def test_options_of_the_rule_reach_the_optimizer_or_the_adapter(name):
+    given = {"momentum_rank": 2, "second_momentum_rank": 2, "update_rule": "als", "residual_weight": 0.3}
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    one = recipe(config(name), "--use_cpu", *words)
+    options, adapter = sft._optimizer_options(one), sft._peft_config(one)
+    if adapter is None:
+        assert given.items() <= options.items()
+    else:
+        assert not given.keys() & options.keys()
+        assert {key: getattr(adapter, key) for key in given} == given
+
+
 def test_an_unknown_key_is_named(tmp_path):
     (tmp_path / "wrong.yaml").write_text("base: smollm2.yaml\nmomentum_rnk: 2\n")
     with pytest.raises(ValueError, match="momentum_rnk"):
