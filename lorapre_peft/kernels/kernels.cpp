@@ -215,8 +215,11 @@ class Task {
           W[r * 2 * k + k + l] = weight * inverse[r * k + l];
         }
     }
+    if (o.newton) {
+      wide_columns(W.data(), m.A, sums.P[i].data(), s.stride, k, s.q, scratch.work);
+      return std::numeric_limits<double>::quiet_NaN();
+    }
     columns_of(W.data(), m.A, sums.P[i].data(), s.stride, k, s.q, m.A, gram_A.data(), scratch.columns);
-    if (o.newton) return std::numeric_limits<double>::quiet_NaN();
     // B'ᵀB' of the orthonormal columns, which are B' L⁻ᵀ.
     std::vector<double>&half = scratch.work, &gram_B = scratch.held;
     half.assign(k * k, 0.0), gram_B.assign(k * k, 0.0);

@@ -124,6 +124,23 @@ void gram_of(const float* A, int64_t k, int64_t q, double* gram, std::vector<dou
   mirror(gram, k);
 }
 
+// A ← W [A; P] with products in float64, for an inverse whose entries would turn their round-off into momentum: `newton`'s, whose damping
+// is absolute. Arguments as in `columns_of`; made: room for k rows of CHUNK numbers.
+inline void wide_columns(const double* W, float* A, const float* P, int64_t p_stride, int64_t k, int64_t q, std::vector<double>& made) {
+  for (int64_t c0 = 0; c0 < q; c0 += CHUNK) {
+    const int64_t here = std::min<int64_t>(CHUNK, q - c0);
+    made.assign(k * CHUNK, 0.0);
+    for (int64_t r = 0; r < k; ++r)
+      for (int64_t j = 0; j < k; ++j) {
+        const double of_A = W[r * 2 * k + j], of_P = W[r * 2 * k + k + j];
+        const float *a = A + j * q + c0, *p = P + j * p_stride + c0;
+        double* out = made.data() + r * CHUNK;
+        for (int64_t c = 0; c < here; ++c) out[c] += of_A * a[c] + of_P * p[c];
+      }
+    for (int64_t r = 0; r < k; ++r) std::copy_n(made.data() + r * CHUNK, here, A + r * q + c0);
+  }
+}
+
 // A' = W [A; P] and A' A'ᵀ; W [k, 2k], A [k, q], and P [k, q] in rows of ``p_stride`` numbers. W is rounded to float32, in which products of up
 // to CHUNK columns are summed: P was. A' may lie where A does. part: room for three matrices of k rows of CHUNK numbers, and for two of k.
 void columns_of(const double* W, const float* A, const float* P, int64_t p_stride, int64_t k, int64_t q, float* out,

@@ -26,7 +26,7 @@ from ..lowrank.sharding import WHOLE, local, placement_of, world_size
 from .adamw_path import AdamWOptions, Item, adamw_path
 from .bare import describe_choice, is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
-from .in_backward import has_hook, register_hooks
+from .in_backward import UPDATED_BY_STEP, has_hook, register_hooks
 from .options import check_flattened_shards, check_gradient, check_options, check_parameter, check_stack
 from .state import RANK_OPTIONS, StatefulOptimizer
 
@@ -90,12 +90,11 @@ class LoRAPreOptimizer(StatefulOptimizer):
 
     def _say_what_was_chosen(self) -> None:
         """Warn if nobody said which matrices are compressed, and at which rank."""
-        ranks: set[int] = set()
-        spared: list[tuple[int, ...]] = []
-        for group in self.param_groups:
-            if group["momentum_rank"] is None:
-                ranks |= {rank for param in group["params"] for rank in self.ranks(param, group)[:1]}
-            spared += [tuple(group["params"][i].shape) for i in group["uncompressed"]]
+        given = [(param, group) for group in self.param_groups for param in group["params"]]
+        ranks = {
+            rank for param, group in given if group["momentum_rank"] is None for rank in self.ranks(param, group)[:1]
+        }
+        spared = [tuple(group["params"][i].shape) for group in self.param_groups for i in group["uncompressed"]]
         if ranks or spared:
             warnings.warn(describe_choice(ranks, spared), stacklevel=4)
 
@@ -213,13 +212,7 @@ class LoRAPreOptimizer(StatefulOptimizer):
                 self._register_hooks(group)
             self._places.clear()
         if world_size() > 1 and any(placement_of(param) is WHOLE for _, param, _ in found):
-            warnings.warn(
-                "update_in_backward=True in several processes: parameters that are not sharded are updated by "
-                "step(), as their gradients are averaged after the backward pass has made them. Under DDP register "
-                "the hook that updates them earlier: ddp_model.register_comm_hook(optimizer, "
-                "lorapre_peft.ddp_update_hook)",
-                stacklevel=4,
-            )
+            warnings.warn(UPDATED_BY_STEP, stacklevel=4)
         return found
 
     def _forget_backward(self) -> None:

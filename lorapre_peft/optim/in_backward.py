@@ -19,6 +19,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+UPDATED_BY_STEP = (
+    "update_in_backward=True in several processes: parameters that are not sharded are updated by step(), as their "
+    "gradients are averaged after the backward pass has made them. Under DDP register the hook that updates them "
+    "earlier: ddp_model.register_comm_hook(optimizer, lorapre_peft.ddp_update_hook)"
+)
 # The hook on each parameter: its latest optimizer's only.
 _HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
 
