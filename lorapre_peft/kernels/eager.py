@@ -18,7 +18,6 @@ from torch import Tensor
 from ..lowrank.batch import Batch
 from ..lowrank.float64 import narrow, wide
 from ..lowrank.layout import TEMPORARIES
-from ..lowrank.linalg import gram_rows
 from ..lowrank.metrics import Metrics
 from ..lowrank.moments import Moment
 from ..lowrank.rules import Mixture
@@ -145,12 +144,6 @@ def gram_columns(B: Tensor, B_new: Tensor, projects_new: bool) -> Tensor:
     return torch.cat([B_new.mT @ B_new, B_new.mT @ B], -1)
 
 
-def new_columns(W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A' = W [A; projected] and A' A'ᵀ, both float64. W: [..., k, 2k] float64."""
-    A_new = W @ wide(torch.cat([A, projected], -2))
-    return A_new, A_new @ A_new.mT
-
-
 class Eager:
     """Batched tensor operations, tile by tile."""
 
@@ -165,14 +158,6 @@ class Eager:
         """Return ‖x‖_F of tensors of one dtype, accumulated in ``dtype``: [n] float64."""
         return wide(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
 
-    def gram(self, A: Tensor) -> Tensor:
-        """Return A Aᵀ of [n, k, q] in float64."""
-        return self.run(gram_rows, A)
-
-    def columns(self, W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A' = W [A; projected] and A' A'ᵀ [n, k, k] float64. W: [n, k, 2k] float64."""
-        return self.run(new_columns, W, A, projected)
-
     def adam(
         self, batch: Batch, m: Moment, v: Moment, table: Tensor, bound: Tensor | None, metrics: Metrics | None
     ) -> None:
@@ -181,7 +166,8 @@ class Eager:
         table: [len(TABLE), n]. bound: the clamp of the normalised update, [n] float32, or None.
         """
         scalars = table[TABLE.index("c_B") : TABLE.index("eps") + 1]
-        step, decay = batch.steps()
+        step = table[TABLE.index("step")]
+        decay = table[TABLE.index("decay")] if batch.decays else None
         for matrices, rows in batch.tiles():
             update, m_B, m_projected, v_B, v_projected = self.run(
                 adam_rows,

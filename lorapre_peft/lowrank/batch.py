@@ -107,8 +107,12 @@ class Batch:
         """
         lr, decay = self.numbers("lr"), self.numbers("weight_decay")
         step = narrow(lr * self.numbers("update_scale"), self.device)
-        none = not any(group["weight_decay"] for group in self.groups)
-        return step, None if none else narrow(lr * decay, self.device)
+        return step, narrow(lr * decay, self.device) if self.decays else None
+
+    @property
+    def decays(self) -> bool:
+        """Whether any of the matrices has weight decay."""
+        return any(group["weight_decay"] for group in self.groups)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 

@@ -53,8 +53,8 @@ class Member:
     shapes of its state.
 
     ``ranks`` has one number for each factored moment, of m and, where there is one, of v. It is empty on the AdamW
-    path. A parameter that
-    stacks experts is many matrices: `matrices` lists them, and `split` and `split_state` give what belongs to each.
+    path. A parameter that stacks experts is many matrices: `matrices` lists them, and `split` and `split_state` give
+    what belongs to each.
     """
 
     group: dict[str, Any]

@@ -80,6 +80,12 @@ def gram_rows(A: Tensor) -> Tensor:
     return A @ A.mT
 
 
+def new_columns(W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A' = W [A; projected] and A' A'ᵀ, both float64. W: [..., k, 2k] float64."""
+    A_new = W @ wide(torch.cat([A, projected], -2))
+    return A_new, A_new @ A_new.mT
+
+
 def top_factors(
     times: Callable[[Tensor], Tensor],
     transposed_times: Callable[[Tensor], Tensor],

@@ -13,21 +13,16 @@ from torch import Tensor
 
 from .batch import Batch
 from .float64 import reads_are_free, wide
+from .linalg import gram_rows, new_columns
 from .rules import Als, Average, Newton
 from .sharding import WHOLE
 
 
-class Products(Protocol):
-    """What a backend computes of factors."""
+class Runner(Protocol):
+    """A backend, which decides how functions of tensors are called."""
 
     def run(self, function: Callable, *args: Any) -> Any:
         """Call a function of tensors, the backend's way."""
-
-    def gram(self, A: Tensor) -> Tensor:
-        """Return A Aᵀ in float64; A: [n, k, q]."""
-
-    def columns(self, W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A' = W [A; projected] and A' A'ᵀ in float64; W: [n, k, 2k] float64."""
 
 
 class Moment:
@@ -44,17 +39,17 @@ class Moment:
 
     grams: Tensor
 
-    def __init__(self, backend: Products, batch: Batch, name: str, average: Average):
+    def __init__(self, backend: Runner, batch: Batch, name: str, average: Average):
         self.batch, self.name, self.average = batch, name, average
         rule = batch.rule
         self.B, self.A = batch.read(f"{name}_B"), batch.read(f"{name}_A")
-        self.gram = backend.gram(self.A)
+        self.gram = backend.run(gram_rows, self.A)
         squares = self.gram.diagonal(dim1=-2, dim2=-1)
         old_square = squares.sum(-1)
         # Where reading is free, only if there is something to restart.
         if rule.tracked and not (reads_are_free(squares.device) and squares.all()):
             self.A, self.B = cast(Als, rule).restart(self.A, self.B, self.gram)
-            self.gram = backend.gram(self.A)
+            self.gram = backend.run(gram_rows, self.A)
         self.started = (old_square > 0).to(batch.device)
         prepared = backend.run(_prepare, rule, self.gram, old_square, batch.norms, average)
         self.R, self.keep, self.gain = (value.to(batch.device) for value in prepared)
@@ -69,7 +64,7 @@ class Moment:
         return ((X.mT @ X) * self.gram).sum()
 
 
-def move_on(backend: Products, batch: Batch, moments: list[Moment]) -> Generator[None, None, list[Tensor]]:
+def move_on(backend: Runner, batch: Batch, moments: list[Moment]) -> Generator[None, None, list[Tensor]]:
     """Write the new factors of some moments into the state; returns ‖B'A'‖²_F of each as the rule knows it, [n]
     float64.
 
@@ -85,7 +80,7 @@ def move_on(backend: Products, batch: Batch, moments: list[Moment]) -> Generator
         wait()
     for m in moments:
         W, turn = backend.run(_columns, batch.rule, m.grams, m.average)
-        A_new, gram_A = backend.columns(W, m.A, m.projected)
+        A_new, gram_A = backend.run(new_columns, W, m.A, m.projected)
         by_B, by_A, squared_norm = backend.run(_balance, batch.rule, m.grams, turn, gram_A)
         by_B, by_A = by_B.to(batch.device), by_A.to(A_new.device)
         batch.save(f"{m.name}_B", m.B_new * by_B if turn is None else m.B_new @ by_B)

@@ -9,8 +9,8 @@ import torch
 from roundoff import assert_same_steps, chain, gamma, oracle_room, undisturbed
 
 from lorapre_peft import LoRAPreAdamW
-from lorapre_peft.kernels.eager import gram_columns, new_columns
-from lorapre_peft.lowrank.linalg import gram_rows
+from lorapre_peft.kernels.eager import gram_columns
+from lorapre_peft.lowrank.linalg import gram_rows, new_columns
 from lorapre_peft.lowrank.rules import RULES, Als, Average, Newton
 from lorapre_peft.optim import reference as ref
 from lorapre_peft.optim.adamw import update_bound
