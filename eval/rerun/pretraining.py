@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from eval.methods import METHODS, pretraining_optimizer
@@ -17,7 +18,7 @@ from recipes.training import OptimizerTimer, Progress, held_bytes
 
 from .models import base_config
 from .suite import Pretraining, Run
-from .training import MemoryLog, Runner
+from .training import MemoryLog, Runner, factory, measurements
 
 
 class PretrainingRunner(Runner):
@@ -57,13 +58,14 @@ class PretrainingRunner(Runner):
         model = LlamaForCausalLM(config)
         timer, memory_log = OptimizerTimer(), MemoryLog()
         with tempfile.TemporaryDirectory() as folder:
+            args = _arguments(run, folder)
             trainer = StreamTrainer(
                 model,
-                _arguments(run, folder),
+                args,
                 train_dataset=corpus.train_stream(tokenizer, run.seed),
                 eval_dataset=held_out,
                 processing_class=tokenizer,
-                optimizer_cls_and_kwargs=(_optimizer, {"run": run, "args": _arguments(run, folder)}),
+                optimizer_cls_and_kwargs=(factory(_optimizer), {"run": run, "args": args}),
                 callbacks=[timer, memory_log],
             )
             Progress.replace(trainer)
@@ -73,25 +75,11 @@ class PretrainingRunner(Runner):
             seconds = time.perf_counter() - start
             losses = trainer.evaluate()
         optimizer = trainer.optimizer.optimizer
-        log = [row for row in trainer.state.log_history if "loss" in row]
-        return {
-            "metrics": {"validation_loss": losses["eval_validation_loss"], "test_loss": losses["eval_test_loss"]},
-            "verdicts": {},
-            "optimizer": type(optimizer.optimizers[0]).__name__,
-            "weights_bytes": sum(param.nbytes for param in model.parameters()),
-            "gradient_bytes": sum(param.nbytes for param in model.parameters()),
-            "adapter_bytes": 0,
-            "state_bytes": held_bytes(optimizer.optimizers[0]),
+        return measurements(trainer, optimizer.optimizers[0], losses, timer, memory_log, seconds) | {
             "all_state_bytes": held_bytes(optimizer),
             "peak_bytes": memory.peak_bytes,
             "peak_of": memory.what,
-            "memory": memory_log.summary(),
-            "trained_parameters": model.num_parameters(),
-            "parameters": model.num_parameters(),
             "tokens": training.steps * training.batch_size * training.max_length,
-            "train_seconds": seconds,
-            "optimizer_seconds_per_step": timer.per_step(),
-            "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
         }
 
 
@@ -120,12 +108,7 @@ def _arguments(run: Run, folder: str) -> TrainingArguments:
     )
 
 
-def _optimizer() -> Any:
-    """Trainer calls what it is given without arguments, and the result with the model and the options."""
-
-    def build(model: LlamaForCausalLM, run: Run, args: TrainingArguments) -> Any:
-        training = run.training
-        assert isinstance(training, Pretraining)
-        return pretraining_optimizer(METHODS[run.method], model, args, run.options, others_lr=training.others_lr)
-
-    return build
+def _optimizer(model: LlamaForCausalLM, run: Run, args: TrainingArguments) -> Optimizer:
+    training = run.training
+    assert isinstance(training, Pretraining)
+    return pretraining_optimizer(METHODS[run.method], model, args, run.options, others_lr=training.others_lr)

@@ -22,6 +22,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl import SFTTrainer
 
@@ -137,7 +138,7 @@ class Runner:
                 train_dataset=splits.train,
                 eval_dataset={"validation": splits.validation, "test": splits.test},
                 processing_class=tokenizer,
-                optimizer_cls_and_kwargs=(_factory(method.build), {"args": args, "options": run.options}),
+                optimizer_cls_and_kwargs=(factory(method.build), {"args": args, "options": run.options}),
                 callbacks=[timer, memory_log],
             )
             Progress.replace(trainer)
@@ -149,26 +150,8 @@ class Runner:
                     trainer.train()
                 seconds += time.perf_counter() - start
                 losses = trainer.evaluate()
-        params = [param for param in model.parameters() if param.requires_grad]
-        log = [row for row in trainer.state.log_history if "loss" in row]
-        measured = {
-            "metrics": {"validation_loss": losses["eval_validation_loss"], "test_loss": losses["eval_test_loss"]},
-            "verdicts": {},
-            "optimizer": type(trainer.optimizer.optimizer).__name__,
-            "weights_bytes": sum(param.nbytes for param in model.parameters()),
-            "gradient_bytes": sum(param.nbytes for param in params),
-            "adapter_bytes": sum(param.nbytes for name, param in model.named_parameters() if "lora_" in name),
-            "state_bytes": held_bytes(trainer.optimizer.optimizer),
-            "peak_bytes": max(preparing.peak_bytes, memory.peak_bytes),
-            "peak_of": memory.what,
-            "memory": memory_log.summary(),
-            "trained_parameters": sum(param.numel() for param in params),
-            "parameters": sum(param.numel() for param in model.parameters()),
-            "tokens": trainer.state.num_input_tokens_seen,
-            "train_seconds": seconds,
-            "optimizer_seconds_per_step": timer.per_step(),
-            "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
-        }
+        measured = measurements(trainer, trainer.optimizer.optimizer, losses, timer, memory_log, seconds)
+        measured |= {"peak_bytes": max(preparing.peak_bytes, memory.peak_bytes), "peak_of": memory.what}
         trainer.accelerator.free_memory()
         del trainer  # with the optimizer's state; like the gradients it would take the answers' room
         model.zero_grad()
@@ -208,6 +191,39 @@ class Runner:
             yield problems.verdicts(completions, asked["answer"])
 
 
+def measurements(
+    trainer: Trainer,
+    optimizer: Optimizer,
+    losses: dict[str, float],
+    timer: OptimizerTimer,
+    memory_log: MemoryLog,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return what a record says of a training that has ended, but for its peak of memory.
+
+    optimizer: the one that trains what the run compares. losses: of the trainer's evaluation of both held-out sets.
+    """
+    model = trainer.model
+    params = [param for param in model.parameters() if param.requires_grad]
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    return {
+        "metrics": {"validation_loss": losses["eval_validation_loss"], "test_loss": losses["eval_test_loss"]},
+        "verdicts": {},
+        "optimizer": type(optimizer).__name__,
+        "weights_bytes": sum(param.nbytes for param in model.parameters()),
+        "gradient_bytes": sum(param.nbytes for param in params),
+        "adapter_bytes": sum(param.nbytes for name, param in model.named_parameters() if "lora_" in name),
+        "state_bytes": held_bytes(optimizer),
+        "memory": memory_log.summary(),
+        "trained_parameters": sum(param.numel() for param in params),
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "tokens": trainer.state.num_input_tokens_seen,
+        "train_seconds": seconds,
+        "optimizer_seconds_per_step": timer.per_step(),
+        "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
+    }
+
+
 def _of_the_process(error: Exception) -> bool:
     """Return whether every later run would fail in the same way: for a full disk and its like, and for CUDA's own
     errors, which stay.
@@ -225,7 +241,7 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _factory(build: Any) -> Any:
+def factory(build: Any) -> Any:
     """Return what Trainer takes for an optimizer that is built from the model: it calls ``factory()(model,
     **kwargs)``.
     """
