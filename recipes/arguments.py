@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import field
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,17 @@ import torch
 import yaml
 from trl import TrlParser
 
-from recipes.precision import Precision, accelerator, choose
+from recipes.precision import AUTO, Precision, accelerator, choose
 from recipes.training import started_with
 
 CONFIGS = Path(__file__).parent / "configs"
+
+
+def dtype_field(of: str) -> Any:
+    """Return the field of a recipe's dtype; of: what has it, a sentence of the help."""
+    chosen = "'auto': the one that this machine multiplies fast; bf16, where it is not given, follows the same choice."
+    choices = [AUTO, "bfloat16", "float16", "float32"]
+    return field(default=AUTO, metadata={"help": f"{of} {chosen}", "choices": choices})
 
 
 class RecipeParser(TrlParser):

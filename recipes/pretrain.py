@@ -27,7 +27,7 @@ from transformers import (
 from eval.methods import METHODS, pretraining_optimizer
 from eval.methods.lorapre import LORAPRE
 from lorapre_peft import LoRAPreCallback
-from recipes.arguments import parse_recipe
+from recipes.arguments import dtype_field, parse_recipe
 from recipes.corpus import CorpusArguments, run_tokenizer, write_corpus_manifest
 from recipes.plots import plot_training
 from recipes.precision import Precision
@@ -89,14 +89,7 @@ class LlamaArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Such as 'flash_attention_2'. Not given: PyTorch's own."}
     )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Of the weights. 'auto': the one that this machine multiplies fast; bf16, where it is not given, "
-            "follows the same choice.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
+    dtype: str = dtype_field("Of the weights.")
 
 
 @dataclass

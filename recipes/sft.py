@@ -30,7 +30,7 @@ from trl import (
 
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.integrations.targets import freeze_others, weight_targets
-from recipes.arguments import parse_recipe
+from recipes.arguments import dtype_field, parse_recipe
 from recipes.data import DataArguments, write_manifest
 from recipes.models import load_model
 from recipes.precision import Precision
@@ -92,14 +92,7 @@ class LoRAPreArguments:
 class ModelArguments(ModelConfig):
     """TRL's, with another default."""
 
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Of the model's weights, those of the base model under an adapter. 'auto': the one that this "
-            "machine multiplies fast; bf16, where it is not given, follows the same choice.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
+    dtype: str = dtype_field("Of the model's weights, those of the base model under an adapter.")
 
 
 @dataclass
