@@ -13,23 +13,20 @@ import ctypes
 import functools
 import hashlib
 import itertools
-import math
-import operator
 import os
 import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..lowrank.layout import Member
-from ..lowrank.sharding import local
-from .eager import Eager
+from ..lowrank.batch import usable
+from ..lowrank.metrics import Metrics
+from .table import POINTERS, TYPES, Table, WholeStep, contiguous
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 SOURCES = (SOURCE, *(SOURCE.with_name(f"{name}.h") for name in ("rows", "linalg", "blocks", "numbers")))
@@ -41,19 +38,11 @@ _VECTORS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16"),
     "AVX2": ("-mavx2", "-mfma", "-DLANES=8"),
 }
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# What the kernel ``adam_step`` takes of a group, in its order.
-OPTIONS = (
-    *("beta1", "beta2", "lr", "weight_decay", "eps", "residual_weight", "update_scale"),
-    *("max_norm", "sign", "bound", "newton", "damping", "seed", "stochastic", "skips_zeros"),
-)
-# Numbers that it returns of a matrix.
+# Numbers that the kernel ``adam_step`` returns of a matrix: ‖g‖_F after clipping, and of those recorded the largest update,
+# the number of entries that were clamped and the energy that m's rows captured.
 FOUND = 4
 # Entries of a matrix above which its rows are split among threads.
 SPLIT_ENTRIES = 1 << 20
-# Pointers that it takes of a matrix: gradient, weights, and the state's step, m_B, m_A, v_B, v_A, v_energy and
-# v_scale.
-POINTERS = 9
 
 
 def compiler() -> str | None:
@@ -83,71 +72,7 @@ def library() -> ctypes.CDLL:
         ) from error
 
 
-class Table:
-    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step.
-
-    ``members`` are parameters; each expert of a stack is a matrix of its own.
-    """
-
-    def __init__(self, members: list[Member]):
-        self.members = members
-        self.params = [member.param for member in members]
-        groups = {id(member.group): member.group for member in members}
-        self.groups = list(groups.values())
-        number = {key: i for i, key in enumerate(groups)}
-        self.shapes, self.sizes = array("q"), []
-        self.counts: list[int] = []  # matrices of each parameter
-        self.stacked = any(member.stack is not None for member in members)
-        for member in members:
-            types = _TYPES[cast(Tensor, member.param.grad).dtype], _TYPES[member.param.dtype]
-            matrices = member.matrices()
-            for matrix in matrices:
-                self.shapes.extend((*matrix.shape, *matrix.ranks, number[id(matrix.group)], matrix.position, *types))
-                self.sizes.append(math.prod(matrix.shape))
-            self.counts.append(len(matrices))
-        self.order = array("q", sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i]))
-        self.names = tuple(members[0].state_shapes)
-        self.state: list[Tensor] = []
-
-    def stacks(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return views of the parameters or of their gradients on this process: [p, q], or of a stack
-        [experts, p, q].
-        """
-        if not self.stacked:
-            return list(tensors)
-        found = (local(tensor) for tensor in tensors)
-        return [
-            x if member.stack is None else member.stack.matrices(x, member.shape[0])
-            for member, x in zip(self.members, found)
-        ]
-
-    def pointers(self, tensors: Sequence[Tensor]) -> Iterable[int]:
-        """Return the addresses of all matrices of contiguous tensors, of which each group of ``len(self.members)`` has
-        one a member.
-        """
-        found = map(Tensor.data_ptr, tensors)
-        if not self.stacked:
-            return found
-        spans = zip(found, tensors, itertools.cycle(self.counts))
-        return itertools.chain.from_iterable(
-            range(at, at + tensor.nbytes, max(1, tensor.nbytes // max(1, count))) for at, tensor, count in spans
-        )
-
-    def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
-        """Whether the state's tensors are those of the last step."""
-        found = [state.get(name) for name in self.names for state in states]
-        return len(found) == len(self.state) and all(map(operator.is_, found, self.state))
-
-    def take_state(self, states: list[dict[str, Tensor]]) -> None:
-        """Hold the state's tensors, all of them float32, contiguous and on the CPU afterwards."""
-        for state in states:
-            for name in self.names:
-                state[name] = state[name].to("cpu", torch.float32).contiguous()
-        self.state = [state[name] for name in self.names for state in states]
-        self.local_state = list(map(local, self.state))
-
-
-class Cpp(Eager):
+class Cpp(WholeStep):
     """Calls the kernels. Float64, and what is sharded, takes the eager path."""
 
     def __init__(self) -> None:
@@ -156,26 +81,13 @@ class Cpp(Eager):
         self._step.argtypes = [*[ctypes.c_void_p] * 5, size, size, size, whole, whole]
         self._norms.argtypes = [ctypes.c_void_p, ctypes.c_void_p, size, whole, ctypes.c_void_p, whole]
 
-    @staticmethod
-    def takes(param: Tensor) -> bool:
-        """Whether `step` reads and writes a matrix of this dtype, with its gradient."""
-        return param.grad is not None and param.dtype in _TYPES and param.grad.dtype in _TYPES
-
-    def step(
-        self, table: Table, options: list[tuple[float, ...]], sum_bytes: int, record: bool
-    ) -> list[tuple[float, ...]]:
-        """Take one AdamW step with all matrices of a table: weights, factors and counters, in place.
-
-        options: of each of the table's groups, in the order of `OPTIONS`. sum_bytes: room for the sums of split
-        matrices. record: whether to look at the updates. Returns ‖g‖_F after clipping, and of those recorded the
-        largest update, the number that were clamped and the energy that m's rows captured, by matrix.
-        """
+    def step(self, table: Table, options: list[tuple], metrics: Metrics | None) -> Tensor:
         params, n = table.stacks(table.params), len(table.sizes)
         if n == 0:  # a process may hold no expert of any stack
-            return []
+            return torch.empty(0, dtype=torch.float64)
         grads, written = (
-            _contiguous(table.stacks([cast(Tensor, param.grad) for param in table.params])),
-            _contiguous(params),
+            contiguous(table.stacks([cast(Tensor, param.grad) for param in table.params])),
+            contiguous(params),
         )
         pointers = array("Q", table.pointers([*grads, *written, *table.local_state]))
         if 0 in pointers:
@@ -183,29 +95,34 @@ class Cpp(Eager):
                 "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has "
                 "freed it"
             )
-        pointers.extend([0] * (n * POINTERS - len(pointers)))
+        pointers.extend([0] * (n * (2 + len(POINTERS)) - len(pointers)))
         numbers = array("d", itertools.chain.from_iterable(options))
         found = array("d", bytes(8 * n * FOUND))
         arrays: tuple[array, ...] = (table.shapes, numbers, pointers, found, table.order)
-        self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, record, torch.get_num_threads())
+        sum_bytes = (
+            min(int(group["temporary_bytes"]) for group in table.groups) // 2
+        )  # room for sums of split matrices
+        self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, metrics is not None, torch.get_num_threads())
         if written is not params:  # what is not contiguous was copied
             for param, value in zip(params, written):
                 if value is not param:
                     param.copy_(value)
-        return list(zip(*[iter(found)] * FOUND))
+        seen = torch.frombuffer(found, dtype=torch.float64).view(n, FOUND)
+        norms = seen[:, 0]
+        if metrics is not None:
+            kept = usable(norms)
+            sizes = torch.tensor(table.sizes)[kept]
+            metrics.add_steps(seen[kept], int(sizes.sum()))
+        return norms
 
     def norms(self, grads: list[Tensor], dtype: torch.dtype) -> Tensor:
-        if grads[0].dtype not in _TYPES:
+        if grads[0].dtype not in TYPES:
             return super().norms(grads, dtype)
-        grads = _contiguous(grads)
+        grads = contiguous(grads)
         pointers, sizes = _pointers(grads), array("q", map(Tensor.numel, grads))
-        out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), _TYPES[grads[0].dtype]
+        out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), TYPES[grads[0].dtype]
         self._norms(_at(pointers), _at(sizes), len(grads), kind, _at(out), torch.get_num_threads())
         return out
-
-
-def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    return tensors if all(map(Tensor.is_contiguous, tensors)) else [tensor.contiguous() for tensor in tensors]
 
 
 def _pointers(tensors: list[Tensor]) -> array:

@@ -37,14 +37,14 @@ class Metrics:
         self.clamped.append(clamped)
         self.entries += entries
 
-    def add_steps(self, found: list[tuple[float, ...]], entries: int) -> None:
-        """Add ‖g‖_F, the largest update, the number of clamped entries and the captured energy of each matrix, of so
-        many entries together.
+    def add_steps(self, found: Tensor, entries: int) -> None:
+        """Add ‖g‖_F, the largest update, the number of clamped entries and the captured energy of each matrix, [n, 4]
+        float64, of so many entries together.
         """
-        norms, largest, clamped, captured = torch.tensor(found, dtype=torch.float64).reshape(-1, 4).unbind(1)
+        norms, largest, clamped, captured = found.unbind(1)
         self.add_energy(norms)
         self.add_captured(captured.sum())
-        if found:
+        if len(found):
             self.add_sizes(largest.amax(), clamped.sum(), entries)
 
     def reduce(self, placement: Placement) -> None:

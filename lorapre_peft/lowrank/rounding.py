@@ -15,7 +15,7 @@ _MASK = 0xFFFFFFFF
 # hash-prospector).
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
 # Added to a key for the second round of the hash; 2³² over the golden ratio.
-_SALT = 0x9E3779B9
+SALT = 0x9E3779B9
 
 
 def mix(value: Bits) -> Bits:
@@ -49,7 +49,7 @@ def _parameter_keys(named: tuple[tuple[int, int], ...], device: torch.device) ->
 
 def round_keys(keys: Tensor) -> Tensor:
     """Return the keys of the two rounds of the hash: int64 [2, n]."""
-    return torch.stack([keys, mix(keys + _SALT)])
+    return torch.stack([keys, mix(keys + SALT)])
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..kernels.cpp import Cpp, Table
 from ..kernels.eager import adam_scalars, adam_table
-from ..lowrank.batch import Batch, usable
+from ..kernels.table import Table, WholeStep
+from ..lowrank.batch import Batch
 from ..lowrank.float64 import narrow, wide
 from ..lowrank.layout import Part
 from ..lowrank.moments import Moment, move_on
@@ -168,17 +168,17 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             batch.save("v_energy", energy)
             batch.save("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))
 
-    # ---- the step in one call of a kernel ---------------------------------------------------------------------------
+    # ---- the step in kernels of its own -----------------------------------------------------------------------------
 
     def _divide(self, part: Part) -> None:
         backend = self._backend(part.device)
-        if isinstance(backend, Cpp) and part.placement is WHOLE:
-            taken = [member for member in part.members if member.ranks and backend.takes(member.param)]
-            part.members = [member for member in part.members if not (member.ranks and backend.takes(member.param))]
+        if isinstance(backend, WholeStep) and part.placement is WHOLE:
+            taken = [member for member in part.members if member.ranks and backend.takes(member)]
+            part.members = [member for member in part.members if not (member.ranks and backend.takes(member))]
             for rule in RULES:
                 of_rule = [member for member in taken if member.group["update_rule"] == rule]
                 if of_rule:
-                    part.tables.append(Table(of_rule))
+                    part.tables.append(backend.table(of_rule))
         super()._divide(part)
 
     def _step_part(self, part: Part) -> None:
@@ -190,22 +190,16 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         if not table.holds_state([self.state[param] for param in table.params]):
             table.take_state([self._state_of(member) for member in table.members])
         options = [self._kernel_options(group) for group in table.groups]
-        sum_bytes = min(int(group["temporary_bytes"]) for group in table.groups) // 2
-        found = cast(Cpp, self._backend(torch.device("cpu"))).step(table, options, sum_bytes, self.record_metrics)
-        for norm, *_ in found:
-            if not usable(norm) and not norm < 0:  # −1 is an expert without tokens
-                self._skips.add(norm)
-        if self.record_metrics:
-            kept = [i for i, (norm, *_) in enumerate(found) if usable(norm)]
-            self._metrics.add_steps([found[i] for i in kept], sum(table.sizes[i] for i in kept))
+        metrics = self._metrics if self.record_metrics else None
+        self._usable(cast(WholeStep, self._backend(table.device)).step(table, options, metrics))
 
-    def _kernel_options(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """Return what `cpp.OPTIONS` names, of a group as it is now."""
+    def _kernel_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Return what `table.OPTIONS` names, of a group as it is now."""
         rule, bound, clip = RULES[group["update_rule"]], float("inf"), group["max_param_grad_norm"]
         if rule.tracked:
             bound = update_bound(*group["betas"])
         return (
-            *(*group["betas"], float(group["lr"]), group["weight_decay"], _positive(group["eps"])),
+            *(*group["betas"], group["lr"], group["weight_decay"], _positive(group["eps"])),
             *(group["residual_weight"] or 0.0, group["update_scale"], float("inf") if clip is None else clip),
             *(-1.0 if group["maximize"] else 1.0, bound, not rule.tracked, rule.damping),
             *(mix(group["seed"]), group["bf16_rounding"] == "stochastic", group["experts"] is not None),

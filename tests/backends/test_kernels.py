@@ -31,7 +31,7 @@ from lorapre_peft.kernels.eager import UNROLLED
 @triton_
 def test_blocks_equal_one_block(monkeypatch, shape, k):
     """Rows split among programs and walked through by one, both in more than one block."""
-    from lorapre_peft.kernels import triton_kernels as triton_backend
+    from lorapre_peft.kernels import triton_rows as triton_backend
 
     second = 2
     K_M, K_V, BP, BQ = triton_backend.block_sizes(*shape, k, second)
@@ -46,7 +46,7 @@ def test_blocks_equal_one_block(monkeypatch, shape, k):
 
 @triton_
 def test_ranks_beyond_the_kernels_are_eager(monkeypatch, fresh_backends):
-    from lorapre_peft.kernels import triton_kernels as triton_backend
+    from lorapre_peft.kernels import triton_rows as triton_backend
 
     monkeypatch.setattr(triton_backend, "MAX_RANK", 4)
     with pytest.warns(UserWarning, match=r"momentum rank 5 is above the Triton kernels' 4: eager") as said:

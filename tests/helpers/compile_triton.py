@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorapre_peft.kernels import triton_kernels as triton_backend
+from lorapre_peft.kernels import triton_rows as triton_backend
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = ("n", "p", "q", "k_m", "k_v", "rows_per_split", "first_row")

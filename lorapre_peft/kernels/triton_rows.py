@@ -180,7 +180,7 @@ def _update_block(
         tl.store(clamped + program, tl.sum(count, axis=0))
 
 
-class Triton(Eager):
+class RowKernels(Eager):
     """The kernels' launches. Ranks above `MAX_RANK` take the eager path and say so once."""
 
     def __init__(self) -> None:

@@ -1,0 +1,119 @@
+"""Backends that have kernels for AdamW's whole step: their interface, and the matrices that they take together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..lowrank.layout import Member
+from ..lowrank.metrics import Metrics
+from ..lowrank.sharding import local
+from .eager import Eager
+
+# The types of gradients and weights that the kernels read and write, by the numbers that C++ knows them by.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# What the kernels take of a group, in this order.
+OPTIONS = (
+    *("beta1", "beta2", "lr", "weight_decay", "eps", "residual_weight", "update_scale"),
+    *("max_norm", "sign", "bound", "newton", "damping", "seed", "stochastic", "skips_zeros"),
+)
+# The state whose addresses they take of a matrix, in this order, after those of its gradient and of its weights.
+POINTERS = ("step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale")
+
+
+class Table:
+    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step.
+
+    ``members`` are parameters; each expert of a stack is a matrix of its own.
+    """
+
+    def __init__(self, members: list[Member]):
+        self.members = members
+        self.device = members[0].param.device
+        self.params = [member.param for member in members]
+        groups = {id(member.group): member.group for member in members}
+        self.groups = list(groups.values())
+        number = {key: i for i, key in enumerate(groups)}
+        self.shapes, self.sizes = array("q"), []
+        self.counts: list[int] = []  # matrices of each parameter
+        self.stacked = any(member.stack is not None for member in members)
+        for member in members:
+            types = TYPES[cast(Tensor, member.param.grad).dtype], TYPES[member.param.dtype]
+            matrices = member.matrices()
+            for matrix in matrices:
+                self.shapes.extend((*matrix.shape, *matrix.ranks, number[id(matrix.group)], matrix.position, *types))
+                self.sizes.append(math.prod(matrix.shape))
+            self.counts.append(len(matrices))
+        self.order = array("q", sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i]))
+        self.names = tuple(members[0].state_shapes)
+        self.state: list[Tensor] = []
+
+    def stacks(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return views of the parameters or of their gradients on this process: [p, q], or of a stack
+        [experts, p, q].
+        """
+        if not self.stacked:
+            return list(tensors)
+        found = (local(tensor) for tensor in tensors)
+        return [
+            x if member.stack is None else member.stack.matrices(x, member.shape[0])
+            for member, x in zip(self.members, found)
+        ]
+
+    def pointers(self, tensors: Sequence[Tensor]) -> Iterable[int]:
+        """Return the addresses of all matrices of contiguous tensors, of which each group of ``len(self.members)`` has
+        one a member.
+        """
+        found = map(Tensor.data_ptr, tensors)
+        if not self.stacked:
+            return found
+        spans = zip(found, tensors, itertools.cycle(self.counts))
+        return itertools.chain.from_iterable(
+            range(at, at + tensor.nbytes, max(1, tensor.nbytes // max(1, count))) for at, tensor, count in spans
+        )
+
+    def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
+        """Whether the state's tensors are those of the last step."""
+        found = [state.get(name) for name in self.names for state in states]
+        return len(found) == len(self.state) and all(map(operator.is_, found, self.state))
+
+    def take_state(self, states: list[dict[str, Tensor]]) -> None:
+        """Hold the state's tensors, all of them float32, contiguous and on the parameters' device afterwards."""
+        for state, param in zip(states, self.params):
+            for name in self.names:
+                state[name] = state[name].to(param.device, torch.float32).contiguous()
+        self.state = [state[name] for name in self.names for state in states]
+        self.local_state = list(map(local, self.state))
+
+
+def contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors, those that are not contiguous copied."""
+    return tensors if all(map(Tensor.is_contiguous, tensors)) else [tensor.contiguous() for tensor in tensors]
+
+
+class WholeStep(Eager):
+    """A backend that takes the whole AdamW step of matrices that are not sharded, and of others the row part."""
+
+    table: type[Table] = Table
+
+    @staticmethod
+    def takes(member: Member) -> bool:
+        """Return whether `step` takes a compressed parameter, which depends on its types and on its gradient's."""
+        grad = member.param.grad
+        return grad is not None and member.param.dtype in TYPES and grad.dtype in TYPES
+
+    def step(self, table: Any, options: list[tuple], metrics: Metrics | None) -> Tensor:
+        """Take one AdamW step with all matrices of a table: weights, factors and counters, in place.
+
+        options: of each of the table's groups, in the order of `OPTIONS`. metrics: where the figures of this step are
+        added, if anyone looks at them. Returns ‖g‖_F of each matrix after clipping, −1 for one without a gradient, in
+        any order: [N] float64.
+        """
+        raise NotImplementedError
