@@ -28,12 +28,14 @@ from eval.speed_report import markdown, plot_cases, plot_sweeps, sweep_markdown,
 from recipes.training import commit, environment, write_atomically
 
 
-def measure_case(case: Case, device: torch.device, seconds: float, patience: float) -> dict[str, Any]:
+def measure_case(
+    case: Case, device: torch.device, seconds: float, patience: float, names: Sequence[str] = ("",)
+) -> dict[str, Any]:
     """Return a case's description and every method's result, ready for JSON.
 
-    Sweeps measure LoRA-Pre AdamW and the reference alone.
+    names: beginnings of the methods' names. Sweeps measure LoRA-Pre AdamW and the reference alone.
     """
-    methods = [*lorapre_methods(device), *PEERS]
+    methods = [method for method in (*lorapre_methods(device), *PEERS) if method.name.startswith(tuple(names))]
     if case.sweep:
         methods = [method for method in methods if method.package == "lorapre-peft" and not method.muon]
     applicable = sorted((m for m in methods if case.kind in m.kinds), key=lambda method: method.muon)
@@ -108,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="instead: one layer of SmolLM2, to see that everything runs"
     )
+    parser.add_argument(
+        "--methods", nargs="+", default=[""], metavar="NAME", help="those whose names begin so (default: all)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=6, help="of timing per case, Muon apart (default 6)")
     parser.add_argument(
@@ -130,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in tqdm(cases, desc="cases"):
         done = args.output / f"{case.name.replace(' ', '_').replace('/', '_')}.json"
         if not (args.resume and done.exists()):
-            measured = measure_case(case, device, args.seconds, args.patience) | {"where": where}
+            measured = measure_case(case, device, args.seconds, args.patience, args.methods) | {"where": where}
             write_atomically(done, json.dumps(measured, indent=2))
             release(device)
         found = json.loads(done.read_text())

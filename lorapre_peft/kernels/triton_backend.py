@@ -31,8 +31,8 @@ WIDE, SUMS = 64, 64
 PROGRAMS = 1056
 # Sums of parts of the rows, which one program adds up.
 MAX_SPLITS = 32
-# Blocks whose loads are under way at once.
-STAGES, FIT_STAGES = 3, 2
+# Blocks whose loads are under way at once; rows of a block of `_fit_bfloat16`.
+STAGES, FIT_ROWS = 3, 128
 # Columns or rows of a factor that a program of the smaller kernels works through.
 PART = 512
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -83,7 +83,7 @@ class DeviceTable(Table):
         positions = [matrices[i][0].position & 0xFFFFFFFF for i in self.places]
         self.of_group = on_device(of_group, self.device, torch.int32)
         self.positions = on_device(positions, self.device, torch.int64)
-        self._kept: dict[str, tuple[list[int], Tensor]] = {}
+        self._kept: dict[str, tuple[list[int], Tensor, bool]] = {}
 
     def addresses(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
         """Return the addresses of all matrices, [kinds of tensors, N] int64 on the device, and whether all are
@@ -92,9 +92,10 @@ class DeviceTable(Table):
         found = list(self.pointers(tensors))
         if name not in self._kept or self._kept[name][0] != found:
             n = len(self.places)
-            ordered = [found[kind * n + i] for kind in range(len(found) // max(1, n)) for i in self.places]
-            self._kept[name] = found, on_device(ordered, self.device, torch.int64).view(-1, n)
-        return self._kept[name][1], not any(address % 16 for address in found)
+            ordered = [found[kind * n + i] for kind in range(len(found) // n) for i in self.places]
+            table = on_device(ordered, self.device, torch.int64).view(-1, n)
+            self._kept[name] = found, table, not any(address % 16 for address in found)
+        return self._kept[name][1:]
 
 
 def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -199,12 +200,19 @@ def _launch(
     kernels._start[(column_parts, n, 2)](
         states, m_lengths, v_lengths, m_A, v_A, m_grams, v_grams, stride, q, k_m, k_v, **blocks, TRACKED=tracked
     )
-    row_blocks = triton.cdiv(p, tile.fit_rows)
+    on_tensor_cores = equal.grad == torch.bfloat16 and min(p, q) >= WIDE
+    row_blocks = triton.cdiv(p, FIT_ROWS if on_tensor_cores else tile.fit_rows)
     squares = new(n, row_blocks, 2)
-    kernels._fit[(row_blocks, n)](
-        grads, m_A, v_A, m_X, v_X, squares, p, q, k_m, k_v, **ranks, **types,
-        ROWS=tile.fit_rows, COLUMNS=tile.fit_columns, LANE=tile.lane, STAGES=FIT_STAGES, num_warps=tile.fit_warps,
-    )  # fmt: skip
+    fitted = grads, m_A, v_A, m_X, v_X, squares, p, q, k_m, k_v
+    if on_tensor_cores:
+        kernels._fit_bfloat16[(row_blocks, n)](
+            *fitted, **ranks, ROWS=FIT_ROWS, COLUMNS=WIDE, STAGES=STAGES, ALIGNED=aligned, num_warps=8
+        )
+    else:
+        kernels._fit[(row_blocks, n)](
+            *fitted, **ranks, **types, ROWS=tile.fit_rows, COLUMNS=tile.fit_columns, LANE=tile.lane,
+            num_warps=tile.fit_warps,
+        )  # fmt: skip
     kernels._numbers[(n,)](
         states, squares, m_lengths, v_lengths, m_grams, v_grams, m_R, v_R, options, groups, positions, numbers, keys,
         found, stride, n, n_groups, k_m, k_v, row_blocks, column_parts,
@@ -225,7 +233,7 @@ def _launch(
     kernels._update[(column_blocks, splits, n)](
         grads, params, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, numbers, keys, largest, clamped,
         stride, n, p, q, k_m, k_v, rows_per_split, **ranks, **types, PARAM=_TRITON_TYPES[equal.param],
-        ROWS=tile.rows, COLUMNS=tile.columns, SUMS=1 if q > WIDE else tile.rows, STAGES=STAGES if q > WIDE else 1,
+        ROWS=tile.rows, COLUMNS=tile.columns, SUMS=1 if q > WIDE else tile.rows, STAGES=tile.stages,
         TRACKED=tracked, STOCHASTIC=equal.stochastic, METRICS=metrics is not None, num_warps=tile.warps,
     )  # fmt: skip
     if metrics is not None:
@@ -261,6 +269,7 @@ class Tile:
     lane: int
     warps: int
     fit_warps: int
+    stages: int = 1
 
     @staticmethod
     @functools.cache
@@ -277,7 +286,8 @@ class Tile:
             for widths in ((128, 256, 512), (128, 256))
         )
         fit_rows = min(rows_up, max(1, SUMS // K), 8)
-        return Tile(1, width, fit_rows, fit_width, lane, width // (32 * lane), fit_width // (32 * lane))
+        rows, stages = (1, STAGES) if K <= 8 else (min(rows_up, 2), 1)
+        return Tile(rows, width, fit_rows, fit_width, lane, width // (32 * lane), fit_width // (32 * lane), stages)
 
 
 def _block(K: int) -> int:

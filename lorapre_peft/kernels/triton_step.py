@@ -240,7 +240,7 @@ def _start_moment(
 @triton.jit
 def _fit(
     grads, m_A, v_A, m_X, v_X, squares, p, q, k_m, k_v,
-    K_M: tl.constexpr, K_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
+    K_M: tl.constexpr, K_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANE: tl.constexpr,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """g A_mᵀ and |g| v_Aᵀ of some rows, and the sum of their squares, of gradients as they are."""
@@ -256,7 +256,7 @@ def _fit(
     v_sum = tl.zeros((K_V, ROWS, THREADS), tl.float32)
     square = tl.zeros((1, ROWS, THREADS), tl.float32)
     raised = tl.zeros((1, ROWS, THREADS), tl.float32)
-    for start in tl.range(0, q, COLUMNS, num_stages=STAGES):
+    for start in range(0, q, COLUMNS):
         columns = start + lanes
         g = tl.load(g_ptr + rows.to(tl.int64) * q + columns, mask=(rows < p) & (columns < q), other=0).to(tl.float32)
         m_columns = tl.load(m_A + m_ranks * q + columns, mask=(m_ranks < k_m) & (columns < q), other=0)
@@ -277,6 +277,61 @@ def _fit(
     at = squares + (matrix * tl.num_programs(0) + block) * 2
     tl.store(at, tl.sum(tl.sum(tl.sum(square, 2), 1), 0))
     tl.store(at + 1, tl.sum(tl.sum(tl.sum(raised, 2), 1), 0))
+
+
+@triton.jit
+def _three(x):
+    """Three bfloat16 numbers whose sum is x, but for less than float32's last place."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _fit_bfloat16(
+    grads, m_A, v_A, m_X, v_X, squares, p, q, k_m, k_v,
+    K_M: tl.constexpr, K_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`_fit` on tensor cores: products of bfloat16 gradients with three bfloat16 parts of a factor are exact."""
+    block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g_ptr = _own(grads, matrix, tl.bfloat16, ALIGNED)
+    m_A += matrix * k_m * q
+    v_A += matrix * k_v * q
+    rows = block * ROWS + tl.arange(0, ROWS)[:, None]
+    m_ranks, v_ranks = tl.arange(0, K_M), tl.arange(0, K_V)
+    m_sum = tl.zeros((ROWS, K_M), tl.float32)
+    v_sum = tl.zeros((ROWS, K_V if K_V > 1 else COLUMNS), tl.float32)
+    square = tl.zeros((ROWS, COLUMNS), tl.float32)
+    raised = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in tl.range(0, q, COLUMNS, num_stages=STAGES):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = columns < q
+        g = tl.load(g_ptr + rows.to(tl.int64) * q + columns[None, :], mask=(rows < p) & inside[None, :], other=0)
+        wide = g.to(tl.float32)
+        square += wide * wide
+        raised += (wide * RAISED) * (wide * RAISED)
+        # As [columns, ranks], the shape that a product takes.
+        at = m_ranks[None, :] * q + columns[:, None]
+        high, middle, low = _three(tl.load(m_A + at, mask=(m_ranks[None, :] < k_m) & inside[:, None], other=0))
+        m_sum = tl.dot(g, high, tl.dot(g, middle, tl.dot(g, low, m_sum)))
+        if K_V > 1:
+            at = v_ranks[None, :] * q + columns[:, None]
+            high, middle, low = _three(tl.load(v_A + at, mask=(v_ranks[None, :] < k_v) & inside[:, None], other=0))
+            size = tl.abs(g)
+            v_sum = tl.dot(size, high, tl.dot(size, middle, tl.dot(size, low, v_sum)))
+        else:
+            v_sum += tl.abs(wide) * tl.load(v_A + columns, mask=inside, other=0)[None, :]
+    tl.store(m_X + (matrix * p + rows) * k_m + m_ranks[None, :], m_sum, mask=(rows < p) & (m_ranks[None, :] < k_m))
+    if K_V > 1:
+        tl.store(v_X + (matrix * p + rows) * k_v + v_ranks[None, :], v_sum, mask=(rows < p) & (v_ranks[None, :] < k_v))
+    else:
+        row = block * ROWS + tl.arange(0, ROWS)
+        tl.store(v_X + matrix * p + row, tl.sum(v_sum, 1), mask=row < p)
+    at = squares + (matrix * tl.num_programs(0) + block) * 2
+    tl.store(at, tl.sum(tl.sum(square, 1), 0))
+    tl.store(at + 1, tl.sum(tl.sum(raised, 1), 0))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from backend_runs import assert_like_eager, assert_like_rounded, cpp_, parameters, peak_of_a_step, run, triton_
-from roundoff import assert_same_steps
+from roundoff import assert_same_steps, gamma
 from stepping import LR, both_optimizers, both_rules, stream, take_steps, weights
 from torch import nn
 from versions import skip_before
@@ -27,28 +27,84 @@ from lorapre_peft.kernels.eager import UNROLLED
 # ---- Triton ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "k"), [((70, 12), 2), ((9, 140), 3)], ids=["blocks of rows", "blocks of columns"])
+@pytest.mark.parametrize(
+    ("shape", "k"),
+    [((70, 12), 2), ((9, 700), 3), ((600, 140), 2)],
+    ids=["narrow", "blocks of columns", "blocks of rows"],
+)
 @triton_
 def test_blocks_equal_one_block(monkeypatch, shape, k):
-    """Rows split among programs and walked through by one, both in more than one block."""
-    from lorapre_peft.kernels import triton_rows as triton_backend
+    """Rows split among programs and walked through by one; factors in several parts and in one."""
+    from lorapre_peft.kernels import triton_backend
 
-    second = 2
-    K_M, K_V, BP, BQ = triton_backend.block_sizes(*shape, k, second)
-    assert shape[0] > BP or shape[1] > BQ
-    assert k <= K_M
-    assert second <= K_V
-    options = dict(second_momentum_rank=second)
+    options = dict(second_momentum_rank=2)
     assert_like_eager(run("triton", shape, k, 3, **options), shape, k, 3, **options)
     monkeypatch.setattr(triton_backend, "PROGRAMS", 1)
+    monkeypatch.setattr(triton_backend, "PART", 4096)
     assert_like_eager(run("triton", shape, k, 3, **options), shape, k, 3, **options)
+
+
+@triton_
+def test_matrices_share_launches_and_bits(monkeypatch):
+    """Matrices of two groups in one launch, and each in a launch of its own, for which its temporaries are too many."""
+    from lorapre_peft.kernels import triton_backend
+
+    def steps():
+        params = parameters((33, 31), 3)
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": LR / 2, "betas": (0.8, 0.9)}]
+        optimizer = LoRAPreAdamW(groups, lr=LR, momentum_rank=3, backend="triton")
+        take_steps(optimizer, params, *(stream((33, 31), 4, seed=i) for i in range(3)))
+        return [*params, *(value for param in params for value in optimizer.state[param].values())]
+
+    launches, launch = [], triton_backend._launch
+    monkeypatch.setattr(triton_backend, "_launch", lambda *args: launches.append(1) or launch(*args))
+    together = steps()
+    assert len(launches) == 4
+    monkeypatch.setattr(triton_backend, "_work_bytes", lambda equal: equal.temporary_bytes)
+    assert all(torch.equal(a, b) for a, b in zip(together, steps()))
+    assert len(launches) == 4 + 4 * 3
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-16, 1e16], ids="{:g}".format)
+@triton_
+def test_norms_of_any_size(size):
+    """Squares that float32 does not hold are summed on another scale; v's energy is what every other backend keeps."""
+    (_, found), (_, expected) = (
+        run(name, (19, 17), 2, 2, grads=[[g * size for g in stream((19, 17), 2)]], n=1) for name in ("triton", "eager")
+    )
+    (a,), (b,) = (optimizer.state.values() for optimizer in (found, expected))
+    torch.testing.assert_close(a["v_energy"], b["v_energy"], rtol=2 * gamma(19 * 17), atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter multiplies no bfloat16 numbers")
+@pytest.mark.parametrize("rule", ["als", "newton"])
+def test_bfloat16_gradients_on_tensor_cores(rule):
+    shape, k = (200, 150), 8
+    found, expected = (run(name, shape, k, dtype=torch.bfloat16, update_rule=rule) for name in ("triton", "eager"))
+    assert_like_rounded(found[0], expected[0])
+
+
+@triton_
+def test_rows_alone_equal_eager(monkeypatch):
+    """Ranks above those of the step's kernels take the kernels of the row part, in more than one block and in one."""
+    from lorapre_peft.kernels import triton_backend, triton_rows
+
+    monkeypatch.setattr(triton_backend, "MAX_RANK", 2)
+    shapes = [(70, 12), (9, 140)]
+    for shape in shapes:
+        assert_like_eager(run("triton", shape, 3, 3), shape, 3, 3)
+    monkeypatch.setattr(triton_rows, "PROGRAMS", 1)
+    for shape in shapes:
+        assert_like_eager(run("triton", shape, 3, 3), shape, 3, 3)
 
 
 @triton_
 def test_ranks_beyond_the_kernels_are_eager(monkeypatch, fresh_backends):
-    from lorapre_peft.kernels import triton_rows as triton_backend
+    from lorapre_peft.kernels import triton_backend, triton_rows
 
-    monkeypatch.setattr(triton_backend, "MAX_RANK", 4)
+    for module in (triton_backend, triton_rows):
+        monkeypatch.setattr(module, "MAX_RANK", 4)
     with pytest.warns(UserWarning, match=r"momentum rank 5 is above the Triton kernels' 4: eager") as said:
         found, _ = run("triton", (19, 17), 5)
     assert len(said) == 1

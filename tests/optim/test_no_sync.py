@@ -196,3 +196,33 @@ def test_kernels_skip_what_is_not_finite(as_on_a_gpu, rule):
     assert same(found[3], found[4]) == [(i, 3) in BAD for i in range(len(SHAPES))]
     with pytest.warns(UserWarning, match="skipped"):
         assert optimizer.skipped_updates == len(BAD)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@both_rules
+def test_a_cuda_graph_holds_the_step(rule, backend):
+    """Replayed, a captured step is the ordinary one in every bit."""
+
+    def build_on_the_gpu():
+        params = [weights(*shape, seed=i).detach().cuda().requires_grad_() for i, shape in enumerate(SHAPES)]
+        for param, grads in zip(params, streams()):
+            param.grad = grads[0].to(param)
+        return params, LoRAPreAdamW(params, lr=LR, momentum_rank=2, update_rule=rule, backend=backend)
+
+    ordinary, optimizer = build_on_the_gpu()
+    for _ in range(STEPS):
+        optimizer.step()
+    replayed, captured = build_on_the_gpu()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(STEPS - 3):
+        graph.replay()
+    assert same(contents(replayed, captured), contents(ordinary, optimizer)) == [True] * len(SHAPES)
