@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from eval.optimizers.ablation import AblationAdam
 from eval.optimizers.chained import ChainedOptimizer
 from eval.optimizers.mofasgd import MoFaSGD
 from eval.optimizers.racs import RACS, Alice
@@ -23,6 +24,11 @@ from .method import Build, Method, Options, adam_options, build_adamw, trained
 
 def _without_momentum(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     return build_adamw(model, args, {"betas": (0.0, args.adam_beta2)})
+
+
+def _ablation(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    adam = adam_options(args)
+    return AblationAdam(trained(model), **adam | dict(options, betas=options["betas"] or adam["betas"]))
 
 
 def _adamw8bit(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -240,6 +246,27 @@ WEIGHTS: dict[str, Method] = {
         note="transformers' Adafactor with the options that make it AdaLomo's rule, which is Adafactor's without the "
         "cap of the rate. The authors' package updates within the backward pass, where gradients cannot be "
         "accumulated or clipped by their common norm; that concerns memory, not the rule",
+    ),
+    # LoRA-Pre taken apart.
+    "ablation": Method(
+        "Adam, moments by choice",
+        "weights",
+        _ablation,
+        dict(
+            first="als",
+            second="als",
+            matched=False,
+            momentum_rank=8,
+            second_momentum_rank=1,
+            betas=None,
+            gammas=None,
+            damping=1e-6,
+            init_std=None,
+        ),
+        paper="this project; the moments are those of arXiv 2602.24283 and of Adam",
+        state="8*(p*q*((matched or first == 'full') + (matched or second == 'full')) + (p + q)*("
+        "(first in ('als', 'newton'))*momentum_rank + (second in ('als', 'newton'))*second_momentum_rank) + 1)",
+        note="for experiments: in float64, with float64 state",
     ),
     # Low-rank state.
     "galore": Method(
