@@ -27,7 +27,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
     configs: dict[str, PretrainedConfig] = {}
     activations: dict[tuple, int] = {}
     memory: dict[tuple, MemoryEstimate | None] = {}
-    unestimated: dict[str, str] = {}
+    unestimated: dict[str, list[str]] = {}  # labels of rows by error
     lines = [f"{'model':20}{'protocol':10}{'method':34}{'runs':>9}{'memory':>12}{'time left':>12}  rates"]
     total, unknown = 0.0, 0
     for cell in tqdm(cells, desc="plan"):
@@ -49,7 +49,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
                 memory[key] = memory_estimate(cell, configs[cell.model], activations)
             except Exception as error:  # most often because a package reads values, which meta tensors do not have
                 memory[key] = None
-                unestimated[cell.entry.label] = describe(error)
+                unestimated.setdefault(describe(error), []).append(cell.entry.label)
         taken = "–" if memory[key] is None else format_bytes(memory[key].total)
         rates = ", ".join(f"{lr:g}" for lr in cell.rates(records)) or f"{cell.best_rate(records):g}"
         lines.append(f"{head}{f'{done}/{expected}':>9}{taken:>12}{left:>12}  {rates}")
@@ -59,7 +59,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
         "memory: weights, gradients, optimizer state, its step's temporaries and activations of sequences of full "
         "length"
     )
-    lines += [f"no estimate of memory for {label}: {error}" for label, error in unestimated.items()]
+    lines += [f"no estimate of memory for {'; '.join(labels)}: {error}" for error, labels in unestimated.items()]
     return "\n".join(lines)
 
 
