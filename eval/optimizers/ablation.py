@@ -107,7 +107,7 @@ class AblationAdam(MatrixOptimizer):
         return u.to(gradient.dtype)
 
     def _start(self, state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None:
-        """Make the state of a matrix: ``m`` and ``v`` where exact moments are needed, and the low-rank ones' factors."""
+        """Make a matrix's state: ``m`` and ``v`` where exact moments are needed, factors of low-rank ones."""
         state["step"] = 0
         for name, kind, k in zip("mv", (group["first"], group["second"]), group["ranks"]):
             if kind == "full" or group["matched"]:
