@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from eval.methods import METHODS, pretraining_optimizer
 from lorapre_peft.memory.peak import measure
@@ -49,26 +49,9 @@ class PretrainingRunner(Runner):
 
     def _train(self, run: Run) -> dict[str, Any]:
         training = run.training
-        assert isinstance(training, Pretraining)
-        corpus, tokenizer, held_out = self._text(run)
-        set_seed(run.seed)
-        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        config = base_config(run.model)
-        config.update({"vocab_size": corpus.vocab_size, "use_cache": False} | special)
-        model = LlamaForCausalLM(config)
         timer, memory_log = OptimizerTimer(), MemoryLog()
         with tempfile.TemporaryDirectory() as folder:
-            args = _arguments(run, folder)
-            trainer = StreamTrainer(
-                model,
-                args,
-                train_dataset=corpus.train_stream(tokenizer, run.seed),
-                eval_dataset=held_out,
-                processing_class=tokenizer,
-                optimizer_cls_and_kwargs=(factory(_optimizer), {"run": run, "args": args}),
-                callbacks=[timer, memory_log],
-            )
-            Progress.replace(trainer)
+            trainer = self.trainer(run, folder, [timer, memory_log])
             start = time.perf_counter()
             with measure() as memory:
                 trainer.train()
@@ -81,6 +64,27 @@ class PretrainingRunner(Runner):
             "peak_of": memory.what,
             "tokens": training.steps * training.batch_size * training.max_length,
         }
+
+    def trainer(self, run: Run, folder: str, callbacks: list[TrainerCallback]) -> StreamTrainer:
+        """Return what trains a run: its model from random weights, its rows and its optimizer. folder: Trainer's."""
+        assert isinstance(run.training, Pretraining)
+        corpus, tokenizer, held_out = self._text(run)
+        set_seed(run.seed)
+        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        config = base_config(run.model)
+        config.update({"vocab_size": corpus.vocab_size, "use_cache": False} | special)
+        args = _arguments(run, folder)
+        trainer = StreamTrainer(
+            LlamaForCausalLM(config),
+            args,
+            train_dataset=corpus.train_stream(tokenizer, run.seed),
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=(factory(_optimizer), {"run": run, "args": args}),
+            callbacks=callbacks,
+        )
+        Progress.replace(trainer)
+        return trainer
 
 
 def _arguments(run: Run, folder: str) -> TrainingArguments:
