@@ -31,10 +31,18 @@ _RANDOM_CONFIG = LlamaConfig(
 )
 
 
-# The shapes of `recipes/configs/pretrain/llama_1m_local.yaml` and `llama_4m_local.yaml`.
+def _llama(*shape: int) -> dict[str, int]:
+    return dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), shape))
+
+
+# The shapes of `recipes/configs/pretrain`.
 _PRETRAINED = {
-    "llama-1m": dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4),
-    "llama-4m": dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8),
+    "llama-1m": _llama(128, 344, 4, 4) | {"vocab_size": 2048, "max_position_embeddings": 128},
+    "llama-4m": _llama(256, 688, 4, 8) | {"vocab_size": 2048, "max_position_embeddings": 128},
+    "llama-60m": _llama(512, 1376, 8, 8),
+    "llama-130m": _llama(768, 2048, 12, 12),
+    "llama-350m": _llama(1024, 2736, 24, 16),
+    "llama-1b": _llama(2048, 5461, 24, 32),
 }
 
 
@@ -52,7 +60,7 @@ def base_config(name: str) -> PretrainedConfig:
     if name == RANDOM:
         return _RANDOM_CONFIG
     if name in _PRETRAINED:
-        return LlamaConfig(vocab_size=2048, max_position_embeddings=128, **_PRETRAINED[name])
+        return LlamaConfig(**_PRETRAINED[name])
     return load_model(name)[0].config if name == SMOLLM2 else find_config(name)[0]
 
 

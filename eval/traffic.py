@@ -1,0 +1,97 @@
+"""Bytes that each process sends in a training step, by size of model: ``python -m eval.traffic --processes 8``.
+
+Under DDP every process computes the whole step from averaged gradients: no optimizer sends anything. Under FSDP2
+AdamW's step is elementwise and sends nothing either; LoRA-Pre adds up sums over a matrix's rows. A test counts the
+collectives of real steps (`tests/distributed/test_traffic.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from eval.rerun.models import base_config
+from lorapre_peft.integrations.create import create_lorapre_optimizer
+from lorapre_peft.integrations.summary import format_bytes
+from lorapre_peft.lowrank.experts import stack_of
+from lorapre_peft.lowrank.layout import matrix_shape
+from lorapre_peft.lowrank.rules import RULES
+from lorapre_peft.memory.models import meta_model
+from lorapre_peft.optim.base import LoRAPreOptimizer
+
+MODELS = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "Llama-2-7b-hf")
+OPTIMIZERS: dict[str, dict] = {
+    "AdamW, als, k = 8": dict(optimizer="adamw", update_rule="als", momentum_rank=8),
+    "AdamW, newton, k = 8": dict(optimizer="adamw", update_rule="newton", momentum_rank=8),
+    "AdamW, newton, k = 128": dict(optimizer="adamw", update_rule="newton", momentum_rank=128),
+    "Muon, als, k = 8": dict(optimizer="muon", update_rule="als", momentum_rank=8),
+}
+
+
+def all_reduce(payload: int, processes: int) -> float:
+    """Return the bytes that a process sends in a ring all-reduce: every part passes it twice, but for one."""
+    return 2 * payload * (processes - 1) / processes
+
+
+def all_gather(payload: int, processes: int) -> float:
+    """Return the bytes that a process sends in a ring all-gather, or reduce-scatter, of so many bytes altogether."""
+    return payload * (processes - 1) / processes
+
+
+def payloads(optimizer: LoRAPreOptimizer, processes: int) -> tuple[int, int]:
+    """Return the bytes of what an FSDP2 step adds up over the processes, and of what it gathers.
+
+    Of each parameter: ‖g‖² and whether there is a gradient, float64. Of each moment of rank k of a p×q matrix: k q
+    float32 projections, and Gram matrices in float64, 2k² numbers for ``als`` and k² for ``newton``. Muon gathers its
+    momentum, p×q float32 with p rounded up to a multiple of the processes.
+    """
+    summed = gathered = 0
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            summed += 2 * 8
+            ranks = optimizer.ranks(param, group)
+            if not ranks:
+                continue
+            p, q = matrix_shape(param.shape, stack_of(group))
+            grams = 2 if RULES[group["update_rule"]].projects_new else 1
+            summed += sum(4 * k * q + 8 * grams * k * k for k in ranks)
+            if len(optimizer.moments) == 1:
+                gathered += 4 * processes * -(-p // processes) * q
+    return summed, gathered
+
+
+def sent(config: PretrainedConfig, processes: int) -> dict[str, float]:
+    """Return the bytes that each process sends in a step: by DDP, by FSDP2, and by each optimizer beside FSDP2's.
+
+    DDP: one all-reduce of the gradients. FSDP2: the weights gathered for the forward and the backward pass, the
+    gradients reduced and scattered. All in bfloat16.
+    """
+    model = meta_model(config)
+    size = sum(param.nbytes for param in model.parameters())
+    found = {"DDP": all_reduce(size, processes), "FSDP2": 3 * all_gather(size, processes)}
+    for name, options in OPTIMIZERS.items():
+        optimizer = create_lorapre_optimizer(model, lr=1e-3, embeddings="adamw", verbose=False, **options)
+        summed, gathered = payloads(optimizer, processes)
+        found[name] = all_reduce(summed, processes) + all_gather(gathered, processes)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table. argv: None stands for the process's own."""
+    parser = argparse.ArgumentParser(prog="python -m eval.traffic", description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=8, help="that share the model (default 8)")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="names of the suites' models, folders or shapes")
+    args = parser.parse_args(argv)
+    rows = {name: sent(base_config(name), args.processes) for name in args.models}
+    heads = list(next(iter(rows.values())))
+    print(f"| {args.processes} processes | {' | '.join(heads)} |\n|" + "---|" * (len(heads) + 1))
+    for name, row in rows.items():
+        cells = (format_bytes(round(row[head])) for head in heads[:2])
+        added = (f"+{format_bytes(round(row[head]))} ({100 * row[head] / row['FSDP2']:.2g} %)" for head in heads[2:])
+        print(f"| {name} | {' | '.join([*cells, *added])} |")
+
+
+if __name__ == "__main__":
+    main()
