@@ -1,0 +1,73 @@
+"""Which momentum rank has GaLore's peak memory, by size of model: ``python -m eval.equal_memory``.
+
+The budget of a model is what GaLore at its published rank takes in weights, gradients and state. LoRA-Pre's peaks,
+temporaries of its step included, are those of `lorapre_peft.memory.estimate`; the peers' are arithmetic
+(`lorapre_peft.memory.peers`). All rows: bfloat16 weights, all gradients at once, embeddings and head frozen; and the
+same activations, which are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from eval.rerun.models import base_config
+from lorapre_peft.integrations.summary import format_bytes
+from lorapre_peft.integrations.targets import embedding_parameters
+from lorapre_peft.memory.models import meta_model
+from lorapre_peft.memory.peak import estimate
+from lorapre_peft.memory.peers import peers
+
+# GaLore's ranks by model (its scripts/benchmark_c4), which are the paper's momentum ranks too.
+RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-350m": 256, "llama-1b": 512}
+OPTIMIZERS: dict[str, dict[str, str]] = {
+    "AdamW, als": {"optimizer": "adamw", "update_rule": "als"},
+    "AdamW, newton": {"optimizer": "adamw", "update_rule": "newton"},
+    "Muon, als": {"optimizer": "muon", "update_rule": "als"},
+}
+
+
+def largest_rank(peak: Callable[[int], int], budget: int, most: int) -> int:
+    """Return the largest rank in [0, most] whose peak, which grows with the rank, is within the budget; 0 if none."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= budget else (low, middle)
+    return low
+
+
+def row(name: str, galore_rank: int) -> dict[str, str]:
+    """Return the cells of a model's row: the budget, what dense methods take beyond it, and LoRA-Pre's ranks."""
+    model = meta_model(base_config(name))
+    for param in embedding_parameters(model):
+        param.requires_grad_(False)
+    dense = peers(model, galore_rank, 0)
+    budget = dense[f"GaLore r={galore_rank}, bf16"].total
+    found = {"GaLore": f"r = {galore_rank}, {format_bytes(budget)}"}
+    for peer in ("AdamW, bf16", "8-bit AdamW, bf16"):
+        found[peer] = f"{format_bytes(dense[peer].total - budget)} more"
+    side = min(min(param.shape) for param in model.parameters() if param.ndim == 2 and param.requires_grad)
+    for title, options in OPTIMIZERS.items():
+
+        def peak(k: int, options: dict[str, str] = options) -> int:
+            return estimate(model, momentum_rank=k, in_backward=False, batch=0, **options).total
+
+        k = largest_rank(peak, budget, side - 1)
+        found[f"LoRA-Pre {title}"] = f"k = {k}, {format_bytes(peak(k))}" if k else "none"
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table. argv: None stands for the process's own."""
+    parser = argparse.ArgumentParser(prog="python -m eval.equal_memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=RANKS, default=list(RANKS), help="default: all")
+    args = parser.parse_args(argv)
+    rows = {name: row(name, RANKS[name]) for name in args.models}
+    heads = list(next(iter(rows.values())))
+    print(f"| model | {' | '.join(heads)} |\n|" + "---|" * (len(heads) + 1))
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells.values())} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Which rank a budget of memory affords."""
+
+import pytest
+
+from eval import equal_memory
+from eval.equal_memory import largest_rank
+from eval.rerun import models
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(9, 0), (10, 1), (34, 3), (1000, 7)])
+def test_the_largest_rank_within_a_budget(budget, expected):
+    assert largest_rank(lambda k: 10 * k, budget, 7) == expected
+
+
+def test_a_models_row_holds_its_budget(monkeypatch, capsys):
+    """Of one layer of width 64: 4 (p + q)(k + 1) bytes of state for `als` within GaLore's (r = 16, bfloat16)."""
+    monkeypatch.setitem(models._PRETRAINED, "llama-60m", models._llama(64, 96, 1, 4) | {"vocab_size": 99})
+    monkeypatch.setitem(equal_memory.RANKS, "llama-60m", 16)
+    equal_memory.main(["--models", "llama-60m"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    matrices = [(64, 64)] * 4 + [(64, 96)] * 3
+    galore = sum(2 * 16 * (min(shape) + 2 * max(shape)) for shape in matrices)
+    entries = sum(p * q for p, q in matrices)
+    norms = 3 * 64
+    total = 2 * (entries + 2 * 99 * 64 + norms) + 2 * (entries + norms) + galore + 4 * norms
+    assert cells[1] == f"r = 16, {total / 1e3:.2f} kB" or cells[1] == f"r = 16, {total / 1e6:.2f} MB"
+    assert cells[2] == f"{(4 * entries - galore) / 1e3:.2f} kB more"
