@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from eval.methods import METHODS, pretraining_optimizer
+from eval.methods import METHODS, Method, pretraining_optimizer
 from eval.methods.lorapre import LORAPRE
 from lorapre_peft import LoRAPreCallback
 from recipes.arguments import dtype_field, parse_recipe
@@ -92,6 +92,11 @@ class LlamaArguments:
     dtype: str = dtype_field("Of the weights.")
 
 
+def _takes(method: Method) -> bool:
+    """Return whether this recipe can train by a method: nothing here keeps the graph of gradients."""
+    return method.trains == "weights" and not method.second_order
+
+
 @dataclass
 class MethodArguments:
     """How the weights are trained."""
@@ -100,7 +105,7 @@ class MethodArguments:
         default="lorapre-adam-weights",
         metadata={
             "help": "What trains the matrices of attention and MLP, at learning_rate: a method of eval.methods.",
-            "choices": sorted(name for name, method in METHODS.items() if method.trains == "weights"),
+            "choices": sorted(name for name, method in METHODS.items() if _takes(method)),
         },
     )
     method_options: dict | str | None = field(

@@ -57,7 +57,7 @@ def _soap(model: nn.Module, args: TrainingArguments, options: Options) -> Optimi
     return SOAP(trained(model), **options, **adam_options(args))
 
 
-def _sophia(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+def build_sophia(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     from pytorch_optimizer import SophiaH
 
     # Its own betas (0.96, 0.99): the second is of a curvature that is measured at every tenth step only.
@@ -223,7 +223,7 @@ ADAPTERS: dict[str, Method] = {
     "sophia": Method(
         "Sophia-H",
         "adapter",
-        _sophia,
+        build_sophia,
         rate_shift=6,
         second_order=True,
         **_PYTORCH_OPTIMIZER,

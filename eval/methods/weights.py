@@ -16,9 +16,11 @@ from eval.optimizers.chained import ChainedOptimizer
 from eval.optimizers.mofasgd import MoFaSGD
 from eval.optimizers.racs import RACS, Alice
 from eval.optimizers.scale import Scale
+from eval.optimizers.shampoo import Shampoo
 from eval.optimizers.sinkgd import SinkGD
 from lorapre_peft.integrations.targets import embedding_parameters, output_heads
 
+from .adapters import build_sophia
 from .method import Build, Method, Options, adam_options, build_adamw, trained
 
 
@@ -29,6 +31,10 @@ def _without_momentum(model: nn.Module, args: TrainingArguments, options: Option
 def _ablation(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     adam = adam_options(args)
     return AblationAdam(trained(model), **adam | dict(options, betas=options["betas"] or adam["betas"]))
+
+
+def _shampoo(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    return Shampoo(trained(model), **options, **adam_options(args))
 
 
 def _adamw8bit(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -201,6 +207,28 @@ WEIGHTS: dict[str, Method] = {
         rate_shift=2,
         paper="Wang et al., arXiv 2509.24218",
         state="4*(2*p*q + min(p, q)**2)",
+    ),
+    # Curvature.
+    "shampoo-weights": Method(
+        "Shampoo",
+        "weights",
+        _shampoo,
+        {"gap": 10, "damping": 1e-6},
+        paper="Gupta et al., arXiv 1802.09568; Anil et al., arXiv 2002.09018",
+        state="8*(p*q + p**2 + q**2)",
+        note="the classes of pytorch-optimizer keep their statistics in objects that no checkpoint holds "
+        "(ScalableShampoo), or take the preconditioned gradient for the gradient's momentum (Shampoo)",
+    ),
+    "sophia-weights": Method(
+        "Sophia-H",
+        "weights",
+        build_sophia,
+        **_PYTORCH_OPTIMIZER,
+        rate_shift=6,
+        second_order=True,
+        paper="Liu et al., arXiv 2305.14342",
+        state="12*p*q",
+        note="the package keeps the last estimate of the curvature too, a third of the state; the rule needs two",
     ),
     # Quantised or shared second moments.
     "adamw-8bit": Method(

@@ -18,7 +18,11 @@ from recipes.training import OptimizerTimer, Progress, held_bytes
 
 from .models import base_config
 from .suite import Pretraining, Run
-from .training import MemoryLog, Runner, factory, measurements
+from .training import MemoryLog, Runner, SecondOrder, factory, measurements
+
+
+class SecondOrderStreamTrainer(SecondOrder, StreamTrainer):
+    """`StreamTrainer` for optimizers that differentiate gradients."""
 
 
 class PretrainingRunner(Runner):
@@ -74,7 +78,7 @@ class PretrainingRunner(Runner):
         config = base_config(run.model)
         config.update({"vocab_size": corpus.vocab_size, "use_cache": False} | special)
         args = _arguments(run, folder)
-        trainer = StreamTrainer(
+        trainer = (SecondOrderStreamTrainer if METHODS[run.method].second_order else StreamTrainer)(
             LlamaForCausalLM(config),
             args,
             train_dataset=corpus.train_stream(tokenizer, run.seed),

@@ -28,6 +28,7 @@ from trl import SFTTrainer
 
 from eval.exact_match import generate
 from eval.methods import METHODS
+from eval.optimizers.chained import ChainedOptimizer
 from lorapre_peft.memory.peak import measure
 from recipes.training import OptimizerTimer, Progress, held_bytes, sft_config
 
@@ -143,8 +144,8 @@ class Runner:
             )
             Progress.replace(trainer)
             start = time.perf_counter()
-            # The fused kernels have no second derivative, and on a CPU a step takes a seventh longer with them.
-            kernels = contextlib.nullcontext() if on_gpu and not method.second_order else sdpa_kernel(SDPBackend.MATH)
+            # On a CPU a step takes a seventh longer with the fused kernels.
+            kernels = contextlib.nullcontext() if on_gpu else sdpa_kernel(SDPBackend.MATH)
             with kernels:
                 with measure() as memory:
                     trainer.train()
@@ -278,25 +279,30 @@ class MemoryLog(TrainerCallback):
         return {name: int(value) for name, value in found.items()}
 
 
-class SecondOrderTrainer(SFTTrainer):
+class SecondOrder(Trainer):
     """Keeps the graph of the gradients for optimizers that differentiate them: at every ``update_period``-th step, and
     of its last micro-batch alone, for the graphs of all would not fit.
-
-    TRL's own loss has none: it is the same number computed in chunks.
     """
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return Trainer.compute_loss(self, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         backward = self.accelerator.backward
 
         def with_graph(loss: Tensor, **options: Any) -> None:
-            due = self.state.global_step % self.optimizer.optimizer.update_period == 0
+            optimizer = self.optimizer.optimizer
+            optimizer = optimizer.optimizers[0] if isinstance(optimizer, ChainedOptimizer) else optimizer
+            due = self.state.global_step % optimizer.update_period == 0
             backward(loss, create_graph=due and self.accelerator.sync_gradients, **options)
 
         self.accelerator.backward = with_graph
-        return super().train(*args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            return super().train(*args, **kwargs)
+
+
+class SecondOrderTrainer(SecondOrder, SFTTrainer):
+    """TRL's own loss has no graph of gradients: here it is the same number, not computed in chunks."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.compute_loss(self, *args, **kwargs)
 
 
 def _finite(value: Any) -> Any:

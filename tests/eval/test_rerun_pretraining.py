@@ -57,6 +57,12 @@ def test_methods_differ_in_the_matrices_alone(runner, run):
     assert runner(run("adamw", lr=1e-30, training=frozen))["metrics"]["test_loss"] > still[0]["test_loss"] + 0.1
 
 
+def test_second_order_methods_have_their_graph(runner, run):
+    found = runner(run("sophia-weights", lr=1.0))
+    assert found["status"] == "finished", found.get("error")
+    assert found["optimizer"] == "SophiaH"
+
+
 def test_state_of_the_matrices_is_counted_apart(runner, run):
     found = {method: runner(run(method)) for method in ("adamw", "scale", "lorapre-adam-weights")}
     config = base_config("llama-1m")

@@ -67,12 +67,18 @@ RULES = {
     "conda": partial(rivals.Conda, gap=3, scale=0.25, **ADAM),
     "alice": partial(rivals.Alice, rank=RANK),
     "mofasgd": partial(rivals.MoFaSGD, rank=RANK, beta=0.95),
+    "shampoo-weights": partial(rivals.Shampoo, gap=2, damping=1e-2, **ADAM),
     "racs": rivals.RACS,
     "sinkgd": rivals.SinkGD,
     "scale": partial(rivals.Scale, momentum=0.0),
 }
-OPTIONS = {"conda": {"update_proj_gap": 3}, "alice": {"leading": 2}}
-SPECTRAL = ("galore", "fira", "conda", "alice", "mofasgd")
+OPTIONS = {
+    "conda": {"update_proj_gap": 3},
+    "alice": {"leading": 2},
+    # The roots divide a covariance's rounding by the damping.
+    "shampoo-weights": {"gap": 2, "damping": 1e-2},
+}
+SPECTRAL = ("galore", "fira", "conda", "alice", "mofasgd", "shampoo-weights")
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
@@ -204,6 +210,30 @@ def test_eight_bit_adamw_is_adamw_on_moments_of_256_values(tmp_path):
         assert ((held.double() - torch.tensor(exact)).abs() <= gap + allowed).all()
 
 
+def test_sophia_clips_the_momentum_over_hutchinsons_estimate(tmp_path):
+    """arXiv 2305.14342, Algorithms 1 and 3, on a loss ½ Σ c θ², whose Hessian is diagonal: the estimate is c z².
+
+    At steps 1 and 11, for it is measured every tenth; entries whose curvature is not positive move by the bound.
+    """
+    rng = np.random.default_rng(0)
+    curvature = rng.standard_normal((9, 14))
+    matrix = nn.Parameter(torch.tensor(rng.standard_normal((9, 14))))
+    optimizer = built("sophia-weights", matrix, tmp_path)
+    c, m, h, expected = torch.tensor(curvature), 0.0, 0.0, matrix.detach().numpy().copy()
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        (c * matrix.square() / 2).sum().backward(create_graph=True)
+        torch.manual_seed(step)
+        optimizer.step()
+        torch.manual_seed(step)
+        z = torch.randn_like(matrix).detach().numpy()
+        m = 0.96 * m + 0.04 * curvature * expected
+        h = 0.99 * h + 0.01 * curvature * z**2 if step in (1, 11) else h
+        expected = expected - LR * np.clip(m / np.maximum(h, 1e-12), -0.01, 0.01)
+    # float64, and quotients by at least 1e-12 are either exact to γ of some hundred operations or clipped.
+    np.testing.assert_allclose(matrix.detach().numpy(), expected, rtol=0, atol=rivals.gamma(1000, torch.float64))
+
+
 def test_racs_finds_the_best_rank_one_approximation_of_the_squares():
     """Proposition 3 of arXiv 2502.07752: the fixed point is the principal singular pair of g∘g."""
     theta, (g, *_) = problem((12, 20))
@@ -287,7 +317,7 @@ def test_state_is_what_the_row_says(name, shape, tmp_path):
     """Within the counters of a step and one norm; for 8 bits, within the two tables of 256 numbers."""
     method, matrix = METHODS[name], nn.Parameter(torch.randn(shape))
     optimizer = built(name, matrix, tmp_path)
-    matrix.grad = torch.randn(shape)
+    (matrix.square() * torch.randn(shape)).sum().backward(create_graph=method.second_order)
     optimizer.step()
     p, q = shape
     expected = eval(method.state, {"p": p, "q": q, **method.merged({})})

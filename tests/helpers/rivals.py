@@ -106,6 +106,27 @@ class Muon(Rule):
         return 0.2 * np.sqrt(max(g.shape)) * (x.T if len(g) > g.shape[1] else x)
 
 
+class Shampoo(Rule):
+    """arXiv 1802.09568, Algorithm 1, with averages, and of 2002.09018 grafting onto Adam's length and the momentum."""
+
+    def u(self, g, theta):
+        beta1, beta2 = self.betas
+        self.L = beta2 * getattr(self, "L", 0.0) + (1 - beta2) * g @ g.T
+        self.R = beta2 * getattr(self, "R", 0.0) + (1 - beta2) * g.T @ g
+        if (self.t - 1) % self.gap == 0:
+            self.roots = [self.root(matrix) for matrix in (self.L, self.R)]
+        self.v = beta2 * getattr(self, "v", 0.0) + (1 - beta2) * g**2
+        adam = g / (np.sqrt(self.v / (1 - beta2**self.t)) + self.eps)
+        d = self.roots[0] @ g @ self.roots[1]
+        self.m = beta1 * getattr(self, "m", 0.0) + (1 - beta1) * d * np.linalg.norm(adam) / np.linalg.norm(d)
+        return self.m / (1 - beta1**self.t)
+
+    def root(self, matrix):
+        """(matrix + damping λ_max I)^(−1/4)"""
+        U, values, _ = np.linalg.svd(matrix + self.damping * np.linalg.norm(matrix, 2) * np.eye(len(matrix)))
+        return U @ np.diag(values**-0.25) @ U.T
+
+
 class GaLore(Rule):
     """arXiv 2403.03507, Algorithm 2, for p ≤ q, with one projection."""
 

@@ -1,0 +1,69 @@
+"""Shampoo: gradients preconditioned from both sides by roots of their averaged covariances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .matrix import MatrixOptimizer
+
+
+class Shampoo(MatrixOptimizer):
+    """Shampoo (Gupta, Koren and Singer, arXiv 1802.09568, Algorithm 1) with steps of Adam's length.
+
+    L ← β2 L + (1−β2) G Gᵀ and R ← β2 R + (1−β2) Gᵀ G, averages in the place of the paper's sums;
+    d = L^(−1/4) G R^(−1/4), with the Frobenius norm of G/(√v̂ + ε), where v̂ is Adam's second moment (grafting);
+    m ← β1 m + (1−β1) d and u = m/(1−β1ᵗ). Averages, grafting and momentum are those of Anil et al., arXiv 2002.09018.
+
+    Args:
+        params: matrices, or groups of them.
+        lr: learning rate.
+        betas, eps: β1, β2 and ε.
+        gap: steps from one computation of the roots to the next; the first step is one.
+        damping: added to L and R before the roots, relative to their largest eigenvalue.
+        weight_decay: decoupled λ.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        gap: int = 10,
+        damping: float = 1e-6,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(
+            params, dict(lr=lr, betas=betas, eps=eps, gap=gap, damping=damping, weight_decay=weight_decay)
+        )
+
+    def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        beta1, beta2 = group["betas"]
+        if not state:
+            state["step"] = 0
+            state["L"], state["R"] = (gradient.new_zeros(side, side) for side in gradient.shape)
+            state["m"], state["v"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        state["L"].lerp_(gradient @ gradient.mT, 1 - beta2)
+        state["R"].lerp_(gradient.mT @ gradient, 1 - beta2)
+        state["v"].lerp_(gradient.square(), 1 - beta2)
+        if state["step"] % group["gap"] == 0:
+            for name in ("L", "R"):
+                state[f"{name}_root"] = _inverse_fourth_root(state[name], group["damping"])
+        state["step"] += 1
+        direction = state["L_root"] @ gradient @ state["R_root"]
+        adam = gradient / ((state["v"] / (1 - beta2 ** state["step"])).sqrt() + group["eps"])
+        tiny = torch.finfo(gradient.dtype).tiny
+        state["m"].lerp_(direction * (adam.norm() / direction.norm().clamp_min(tiny)), 1 - beta1)
+        return state["m"] / (1 - beta1 ** state["step"])
+
+
+def _inverse_fourth_root(matrix: Tensor, damping: float) -> Tensor:
+    """Return (matrix + damping · its largest eigenvalue · I)^(−1/4), by a float64 eigendecomposition."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    tiny = torch.finfo(torch.float32).tiny
+    values = (values.clamp_min(0) + damping * values[-1]).clamp_min(tiny)
+    return ((vectors * values**-0.25) @ vectors.mT).to(matrix.dtype)
