@@ -9,7 +9,11 @@ same activations, which are left out.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cache
+
+from torch import nn
 
 from eval.rerun.models import base_config
 from lorapre_peft.integrations.summary import format_bytes
@@ -27,13 +31,20 @@ OPTIMIZERS: dict[str, dict[str, str]] = {
 }
 
 
-def largest_rank(peak: Callable[[int], int], budget: int, most: int) -> int:
-    """Return the largest rank in [0, most] whose peak, which grows with the rank, is within the budget; 0 if none."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak(middle) <= budget else (low, middle)
-    return low
+def largest_rank(model: nn.Module, budget: int, options: dict[str, str]) -> tuple[int, int]:
+    """Return a momentum rank whose peak is within the budget while the next one's is not, and its peak.
+
+    Rank 0 and the peak of rank 1 if not even that is within it. By bisection: the peak grows with the rank but for
+    small steps of the temporaries, which depend on how many matrices are stepped together.
+    """
+    side = min(min(param.shape) for param in model.parameters() if param.ndim == 2 and param.requires_grad)
+
+    @cache
+    def peak(k: int) -> int:
+        return estimate(model, momentum_rank=k, in_backward=False, batch=0, **options).total
+
+    k = bisect_right(range(1, side), budget, key=peak)
+    return k, peak(max(k, 1))
 
 
 def row(name: str, galore_rank: int) -> dict[str, str]:
@@ -46,14 +57,9 @@ def row(name: str, galore_rank: int) -> dict[str, str]:
     found = {"GaLore": f"r = {galore_rank}, {format_bytes(budget)}"}
     for peer in ("AdamW, bf16", "8-bit AdamW, bf16"):
         found[peer] = f"{format_bytes(dense[peer].total - budget)} more"
-    side = min(min(param.shape) for param in model.parameters() if param.ndim == 2 and param.requires_grad)
     for title, options in OPTIMIZERS.items():
-
-        def peak(k: int, options: dict[str, str] = options) -> int:
-            return estimate(model, momentum_rank=k, in_backward=False, batch=0, **options).total
-
-        k = largest_rank(peak, budget, side - 1)
-        found[f"LoRA-Pre {title}"] = f"k = {k}, {format_bytes(peak(k))}" if k else "none"
+        k, peak = largest_rank(model, budget, options)
+        found[f"LoRA-Pre {title}"] = f"k = {k}, {format_bytes(peak)}" if k else "none"
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -22,7 +23,7 @@ from lorapre_peft.memory.models import meta_model
 from lorapre_peft.optim.base import LoRAPreOptimizer
 
 MODELS = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "Llama-2-7b-hf")
-OPTIMIZERS: dict[str, dict] = {
+OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW, als, k = 8": dict(optimizer="adamw", update_rule="als", momentum_rank=8),
     "AdamW, newton, k = 8": dict(optimizer="adamw", update_rule="newton", momentum_rank=8),
     "AdamW, newton, k = 128": dict(optimizer="adamw", update_rule="newton", momentum_rank=128),

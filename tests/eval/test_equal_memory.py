@@ -1,15 +1,20 @@
 """Which rank a budget of memory affords."""
 
-import pytest
-
 from eval import equal_memory
 from eval.equal_memory import largest_rank
 from eval.rerun import models
+from lorapre_peft.memory.peak import estimate
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(9, 0), (10, 1), (34, 3), (1000, 7)])
-def test_the_largest_rank_within_a_budget(budget, expected):
-    assert largest_rank(lambda k: 10 * k, budget, 7) == expected
+def test_the_largest_rank_is_within_the_budget_and_the_next_is_not(make_llama):
+    model, options = make_llama(hidden_size=64, intermediate_size=96).to("meta"), {"update_rule": "als"}
+
+    def peak(k):
+        return estimate(model, momentum_rank=k, in_backward=False, batch=0, **options).total
+
+    assert largest_rank(model, peak(20), options) == (20, peak(20))
+    assert largest_rank(model, peak(20) - 1, options) == (19, peak(19))
+    assert largest_rank(model, peak(1) - 1, options) == (0, peak(1))
 
 
 def test_a_models_row_holds_its_budget(monkeypatch, capsys):
