@@ -7,7 +7,8 @@ from lorapre_peft.memory.peak import estimate
 
 
 def test_the_largest_rank_is_within_the_budget_and_the_next_is_not(make_llama):
-    model, options = make_llama(hidden_size=32, intermediate_size=40, num_hidden_layers=1).to("meta"), {"update_rule": "als"}
+    model = make_llama(hidden_size=32, intermediate_size=40, num_hidden_layers=1).to("meta")
+    options = {"update_rule": "als"}
 
     def peak(k):
         return estimate(model, momentum_rank=k, in_backward=False, batch=0, **options).total
