@@ -44,7 +44,7 @@ def _triton_needs(device: torch.device) -> str | None:
 
 
 def _load_triton() -> Eager:
-    from .triton_backend import Triton
+    from .gpu.backend import Triton
 
     return Triton()
 

@@ -38,8 +38,8 @@ _VECTORS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16"),
     "AVX2": ("-mavx2", "-mfma", "-DLANES=8"),
 }
-# Numbers that the kernel ``adam_step`` returns of a matrix: ‖g‖_F after clipping, and of those recorded the largest update,
-# the number of entries that were clamped and the energy that m's rows captured.
+# Numbers that the kernel ``adam_step`` returns of a matrix: ‖g‖_F after clipping, and where they are recorded the
+# largest update, the number of clamped entries and the energy that m's rows captured.
 FOUND = 4
 # Entries of a matrix above which its rows are split among threads.
 SPLIT_ENTRIES = 1 << 20

@@ -29,7 +29,7 @@ POINTERS = ("step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale")
 
 
 class Table:
-    """Matrices of one update rule that `Cpp.step` takes in one call, and what stays the same from step to step.
+    """Matrices of one update rule that a backend steps together, and what stays the same from step to step.
 
     ``members`` are parameters; each expert of a stack is a matrix of its own.
     """

@@ -1,34 +1,77 @@
-"""Compile the Triton kernels for GPUs that need not be there, at pairs of ranks; prints what each takes of a
+"""Compile the Triton kernels for GPUs that need not be there, as a step launches them; prints what each takes of a
 multiprocessor, as JSON.
 """
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
+import torch
 import triton
-import triton.language as tl
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorapre_peft.kernels import triton_rows as triton_backend
+from lorapre_peft import LoRAPreAdamW
+from lorapre_peft.kernels.gpu import backend as triton_backend
+from lorapre_peft.kernels.gpu import factors, numbers, passes, rows
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INTEGERS = ("n", "p", "q", "k_m", "k_v", "rows_per_split", "first_row")
-OTHERS = {"keys": "*i64", "clamped": "*i32", "grads": "*i64", "thetas": "*i64"}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32"}
 
 
-def compiled(kernel, constants: dict, capability: int) -> dict[str, int]:
+class Recorder:
+    """Stands for a kernel, and keeps the arguments that it would be launched with."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+def launches_of_a_step(shape: tuple[int, int], ranks: tuple[int, int], dtype: torch.dtype) -> list[tuple]:
+    """Return (kernel, arguments, options) of all launches of a step, which are not made."""
+    launches: list[tuple] = []
+    param = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    param.grad = torch.zeros_like(param)
+    backend = triton_backend.Triton()
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(LoRAPreAdamW, "_backend", return_value=backend))
+        for module in (factors, numbers, passes, rows):
+            for name, kernel in vars(module).items():
+                if isinstance(kernel, triton.JITFunction):
+                    patches.enter_context(mock.patch.object(module, name, Recorder(kernel, launches)))
+        LoRAPreAdamW([param], momentum_rank=ranks[0], second_momentum_rank=ranks[1]).step()
+    return launches
+
+
+def compiled(kernel, args: tuple, options: dict, capability: int) -> dict[str, int]:
     """Bytes of shared memory, registers of a thread and bytes that they spill, as the compiled kernel says."""
-    names = [name for name in kernel.arg_names if name not in constants]
-    types = {name: "i32" if name in INTEGERS else OTHERS.get(name, "*fp32") for name in names}
-    types |= dict.fromkeys(constants.keys() & set(kernel.arg_names), "constexpr")
-    values = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name in constants}
-    source, target = ASTSource(kernel, types, values), GPUTarget("cuda", capability, 32)
-    made = triton.compile(source, target=target, options={"num_stages": 1, "num_warps": triton_backend.WARPS})
+    options = dict(options)
+    launched = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    values = dict(zip(kernel.arg_names, args)) | options
+    constants = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor | int)}
+    constants |= {
+        name: value for name, value in values.items() if name in options or (isinstance(value, int) and value == 1)
+    }
+    types = {
+        name: "constexpr" if name in constants else POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        for name, value in values.items()
+    }
+    at = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    aligned = {
+        at[name]: [["tt.divisibility", 16]]
+        for name, value in values.items()
+        if name not in constants and (isinstance(value, torch.Tensor) or value % 16 == 0)
+    }
+    source = ASTSource(kernel, types, {at[name]: value for name, value in constants.items()}, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launched)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -38,25 +81,16 @@ def compiled(kernel, constants: dict, capability: int) -> dict[str, int]:
     return {"shared": made.metadata.shared, "registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"]}
 
 
-def both_kernels(k_m: int, k_v: int, capability: int) -> list[dict[str, int]]:
-    K_M, K_V, BP, BQ = triton_backend.block_sizes(4096, 4096, k_m, k_v)
-    half = dict(K_M=K_M, K_V=K_V, BP=BP, BQ=BQ, GRAD=tl.bfloat16, ALIGNED=True)
-    half |= {name: 1 for name, k in (("k_m", k_m), ("k_v", k_v)) if k == 1}
-    update = dict(first_row=0, THETA=tl.bfloat16, CLAMP=True, STOCHASTIC=True, WIDE=False, METRICS=True)
-    return [
-        compiled(triton_backend._fit_rows, half, capability),
-        compiled(triton_backend._update_block, half | update, capability),
-    ]
-
-
 def main() -> None:
-    """Arguments are pairs of ranks, such as 8,1."""
-    ranks = [tuple(map(int, pair.split(","))) for pair in sys.argv[1:]]
-    found = {
-        f"{capability} {k_m},{k_v}": both_kernels(k_m, k_v, capability)
-        for capability in (80, 89, 90)
-        for k_m, k_v in ranks
-    }
+    """Arguments are matrices and ranks, such as 4096x4096:8,1:bfloat16."""
+    found = {}
+    for text in sys.argv[1:]:
+        shape, ranks, dtype = text.split(":")
+        sizes = (tuple(map(int, part.split(by))) for part, by in ((shape, "x"), (ranks, ",")))
+        for kernel, args, options in launches_of_a_step(*sizes, getattr(torch, dtype)):
+            for capability in (80, 89, 90):
+                usage = compiled(kernel, args, options, capability)
+                found[f"{text} {capability} {kernel.fn.__name__}"] = usage
     print(json.dumps(found))
 
 

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lowrank.batch import constants
-from ..lowrank.layout import Member, slices
-from ..lowrank.linalg import gram_rows
-from ..lowrank.metrics import Metrics
-from . import triton_step as kernels
-from .table import OPTIONS, Table, WholeStep, contiguous
-from .triton_rows import RowKernels
+from ...lowrank.batch import constants, rounds_stochastically
+from ...lowrank.layout import Member, slices
+from ...lowrank.linalg import gram_rows
+from ...lowrank.metrics import Metrics
+from ..table import OPTIONS, Table, WholeStep, contiguous
+from . import blocks, factors, numbers, passes
+from .rows import RowKernels
 
-# Above this rank the products of a step are matrix products: the row part alone runs in Triton (`triton_rows`).
+# Above this rank the products of a step are matrix products: the row part alone runs in Triton (`rows`).
 MAX_RANK = 16
 # Columns that a thread reads at once: 16 bytes of a factor.
 LANE = 4
-# Columns above which all threads of a program lie side by side in a row, and sums that each of them may hold in `_fit`.
-WIDE, SUMS = 64, 64
+# Columns above which all threads of a program lie side by side in a row; the most that a program takes; and sums that
+# a thread may hold in `_fit`.
+WIDE, WIDEST, SUMS = 64, 512, 64
 # Programs in flight that fill a large GPU: eight on each of 132 multiprocessors.
 PROGRAMS = 1056
 # Sums of parts of the rows, which one program adds up.
@@ -38,12 +40,9 @@ PART = 512
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@dataclass
-class Equal:
-    """Matrices of a table that are equal in shape, ranks and types: ``at`` to ``at + n`` in its device tables."""
+class Kind(NamedTuple):
+    """What matrices have in common that share launches."""
 
-    at: int
-    n: int
     shape: tuple[int, int]
     ranks: tuple[int, int]
     grad: torch.dtype
@@ -53,32 +52,28 @@ class Equal:
 
 
 class DeviceTable(Table):
-    """A table whose addresses lie on its device, equal matrices side by side."""
+    """A table whose addresses lie on its device, with equal matrices side by side.
+
+    Attributes:
+        places: the number of each matrix in the table, in the order in which they lie on the device.
+        classes: each kind of matrices, and where they lie.
+        of_group, positions: the number of each matrix's group, [N] int32, and its position, [N] int64.
+    """
 
     def __init__(self, members: list[Member]):
         super().__init__(members)
-        matrices = [
-            (matrix, cast(Tensor, member.param.grad).dtype) for member in members for matrix in member.matrices()
-        ]
-        kinds: dict[tuple, list[int]] = {}
+        matrices = [(matrix, cast(Tensor, member.param.grad)) for member in members for matrix in member.matrices()]
+        kinds: dict[Kind, list[int]] = {}
         for i, (matrix, grad) in enumerate(matrices):
-            group = matrix.group
-            key = (
-                matrix.shape,
-                matrix.ranks,
-                grad,
-                matrix.param.dtype,
-                group["bf16_rounding"],
-                group["temporary_bytes"],
-            )
-            kinds.setdefault(key, []).append(i)
+            dtype, group = matrix.param.dtype, matrix.group
+            stochastic = rounds_stochastically(matrix.param, group)
+            ranks = cast(tuple[int, int], matrix.ranks)
+            kind = Kind(matrix.shape, ranks, grad.dtype, dtype, stochastic, int(group["temporary_bytes"]))
+            kinds.setdefault(kind, []).append(i)
+        ends = list(itertools.accumulate(map(len, kinds.values())))
+        self.classes = [(kind, slice(end - len(kinds[kind]), end)) for kind, end in zip(kinds, ends)]
         self.places = [i for indices in kinds.values() for i in indices]
         number = {id(group): i for i, group in enumerate(self.groups)}
-        self.classes: list[Equal] = []
-        for (shape, ranks, grad, param, rounding, temporary_bytes), indices in kinds.items():
-            at = sum(equal.n for equal in self.classes)
-            stochastic = param == torch.bfloat16 and rounding == "stochastic"
-            self.classes.append(Equal(at, len(indices), shape, ranks, grad, param, stochastic, int(temporary_bytes)))
         of_group = [number[id(matrices[i][0].group)] for i in self.places]
         positions = [matrices[i][0].position & 0xFFFFFFFF for i in self.places]
         self.of_group = on_device(of_group, self.device, torch.int32)
@@ -127,14 +122,14 @@ class Triton(RowKernels, WholeStep):
         g_table, g_aligned = table.addresses("grads", grads)
         p_table, p_aligned = table.addresses("params", written)
         s_table, _ = table.addresses("state", table.local_state)
-        numbers = _options(options, table.device)
+        settings = _options(options, table.device)
         found = torch.empty(len(table.places), 2, dtype=torch.float64, device=table.device)
         with torch.cuda.device(table.device) if table.device.type == "cuda" else contextlib.nullcontext():
-            for equal in table.classes:
-                for part in slices(equal.n, equal.temporary_bytes // _work_bytes(equal)):
-                    at = slice(equal.at + part.start, equal.at + part.stop)
+            for kind, all_of_kind in table.classes:
+                for part in slices(all_of_kind.stop - all_of_kind.start, _matrices_at_once(kind)):
+                    at = slice(all_of_kind.start + part.start, all_of_kind.start + part.stop)
                     tables = g_table[0, at], p_table[0, at], s_table[:, at]
-                    _launch(equal, table, tables, g_aligned and p_aligned, numbers, found[at], at, metrics)
+                    _launch(kind, table, tables, g_aligned and p_aligned, settings, found[at], at, metrics)
         for param, value in zip(params, written):
             if value is not param:
                 param.copy_(value)
@@ -144,115 +139,116 @@ class Triton(RowKernels, WholeStep):
 def _options(options: list[tuple], device: torch.device) -> Tensor:
     """Return the options of all groups, [len(OPTIONS), groups] float64; a number that is on the device stays there."""
     columns = [[0.0 if isinstance(value, Tensor) else float(value) for value in group] for group in options]
-    numbers = on_device([group[i] for i in range(len(OPTIONS)) for group in columns], device, torch.float64)
-    numbers = numbers.view(len(OPTIONS), -1)
+    settings = on_device([group[i] for i in range(len(OPTIONS)) for group in columns], device, torch.float64)
+    settings = settings.view(len(OPTIONS), -1)
     held = [(i, g) for g, group in enumerate(options) for i, value in enumerate(group) if isinstance(value, Tensor)]
     if held:
-        numbers = numbers.clone()
+        settings = settings.clone()
         for i, g in held:
-            numbers[i, g].copy_(options[g][i].detach().reshape(()))
-    return numbers
+            settings[i, g].copy_(options[g][i].detach().reshape(()))
+    return settings
 
 
-def _work_bytes(equal: Equal) -> int:
-    """Return the bytes of the temporaries of a matrix."""
-    (p, q), k = equal.shape, sum(equal.ranks)
-    return 4 * k * (3 * p + 3 * q + max(equal.ranks))
+def _matrices_at_once(kind: Kind) -> int:
+    """Return how many matrices' temporaries fit into ``temporary_bytes`` beside the sums of parts of the rows."""
+    (p, q), k = kind.shape, sum(kind.ranks)
+    return max(0, kind.temporary_bytes - 4 * PROGRAMS * WIDEST * k) // (4 * k * (3 * p + 2 * q + max(kind.ranks)))
 
 
 def _launch(
-    equal: Equal,
+    kind: Kind,
     table: DeviceTable,
     tables: tuple[Tensor, Tensor, Tensor],
     aligned: bool,
-    options: Tensor,
+    settings: Tensor,
     found: Tensor,
     at: slice,
     metrics: Metrics | None,
 ) -> None:
     """Launch the kernels for some equal matrices.
 
-    tables: addresses of gradients and weights [n], and of the state [names, n]. found: [n, 2], filled in.
+    tables: addresses of gradients and weights [n], and of the state [names, n]. settings: of `_options`. found:
+    [n, 2], filled in.
     """
     grads, params, states = tables
-    n, (p, q), (k_m, k_v), tracked = len(grads), equal.shape, equal.ranks, "v_energy" in table.names
+    n, (p, q), (k_m, k_v), tracked = len(grads), kind.shape, kind.ranks, "v_energy" in table.names
     groups, positions = table.of_group[at], table.positions[at]
     K_M, K_V = triton.next_power_of_2(k_m), triton.next_power_of_2(k_v)
     tile = Tile.of(p, q, max(K_M, K_V))
     ranks = dict(K_M=K_M, K_V=K_V)
     # A moment of a larger rank works through as many columns or rows in more and smaller blocks.
     M_BLOCK, V_BLOCK = _block(K_M), _block(K_V)
-    blocks = ranks | dict(M_BLOCK=M_BLOCK, V_BLOCK=V_BLOCK, REPEATS=max(1, PART // V_BLOCK), num_warps=4)
+    parts = ranks | dict(M_BLOCK=M_BLOCK, V_BLOCK=V_BLOCK, REPEATS=max(1, PART // V_BLOCK), num_warps=4)
     part = max(PART, V_BLOCK)
     row_parts, column_parts = triton.cdiv(p, part), triton.cdiv(q, part)
-    types = dict(GRAD=_TRITON_TYPES[equal.grad], ALIGNED=aligned)
+    types = dict(GRAD=_TRITON_TYPES[kind.grad], ALIGNED=aligned)
     new = functools.partial(torch.empty, device=grads.device)
     wide = functools.partial(new, dtype=torch.float64)
-    m_A, v_A, m_A_new, v_A_new = (new(n, k, q) for k in (*equal.ranks, *equal.ranks))
-    m_X, v_X, m_B, v_B = (new(n, p, k) for k in (*equal.ranks, *equal.ranks))
-    m_lengths, v_lengths = (wide(n, k) for k in equal.ranks)
+    m_A, v_A, m_A_new, v_A_new = (new(n, k, q) for k in (*kind.ranks, *kind.ranks))
+    m_X, v_X, m_B, v_B = (new(n, p, k) for k in (*kind.ranks, *kind.ranks))
+    m_lengths, v_lengths = (wide(n, k) for k in kind.ranks)
     m_R, v_R = (new(n, K, K) for K in (K_M, K_V))
-    numbers, keys, C = new(len(kernels.NUMBERS), n), new(2, n, dtype=torch.int64), new(n, p, k_m)
-    stride, n_groups = states.stride(0), options.shape[1]
+    held, keys, C = new(len(blocks.NUMBERS), n), new(2, n, dtype=torch.int64), new(n, p, k_m)
+    stride, n_groups = states.stride(0), settings.shape[1]
 
-    kernels._lengths[(n, 2)](states, m_lengths, v_lengths, stride, q, k_m, k_v, **ranks, COLUMNS=256)
+    factors._lengths[(n, 2)](states, m_lengths, v_lengths, stride, q, k_m, k_v, **ranks, COLUMNS=256)
     m_grams, v_grams = (wide(n, column_parts, K, K) for K in (K_M, K_V))
-    kernels._start[(column_parts, n, 2)](
-        states, m_lengths, v_lengths, m_A, v_A, m_grams, v_grams, stride, q, k_m, k_v, **blocks, TRACKED=tracked
+    factors._start[(column_parts, n, 2)](
+        states, m_lengths, v_lengths, m_A, v_A, m_grams, v_grams, stride, q, k_m, k_v, **parts, TRACKED=tracked
     )
-    on_tensor_cores = equal.grad == torch.bfloat16 and min(p, q) >= WIDE
+    on_tensor_cores = kind.grad == torch.bfloat16 and min(p, q) >= WIDE
     row_blocks = triton.cdiv(p, FIT_ROWS if on_tensor_cores else tile.fit_rows)
     squares = new(n, row_blocks, 2)
     fitted = grads, m_A, v_A, m_X, v_X, squares, p, q, k_m, k_v
     if on_tensor_cores:
-        kernels._fit_bfloat16[(row_blocks, n)](
+        passes._fit_bfloat16[(row_blocks, n)](
             *fitted, **ranks, ROWS=FIT_ROWS, COLUMNS=WIDE, STAGES=STAGES, ALIGNED=aligned, num_warps=8
         )
     else:
-        kernels._fit[(row_blocks, n)](
+        passes._fit[(row_blocks, n)](
             *fitted, **ranks, **types, ROWS=tile.fit_rows, COLUMNS=tile.fit_columns, LANE=tile.lane,
             num_warps=tile.fit_warps,
         )  # fmt: skip
-    kernels._numbers[(n,)](
-        states, squares, m_lengths, v_lengths, m_grams, v_grams, m_R, v_R, options, groups, positions, numbers, keys,
+    numbers._numbers[(n,)](
+        states, squares, m_lengths, v_lengths, m_grams, v_grams, m_R, v_R, settings, groups, positions, held, keys,
         found, stride, n, n_groups, k_m, k_v, row_blocks, column_parts,
         **ranks, BLOCKS=triton.next_power_of_2(row_blocks), TRACKED=tracked, num_warps=1,
     )  # fmt: skip
     m_grams, v_grams = (wide(n, row_parts, 2, K, K) for K in (K_M, K_V))
-    kernels._rows[(row_parts, n, 2)](
-        states, m_X, v_X, m_R, v_R, m_lengths, v_lengths, m_B, v_B, C, m_grams, v_grams, numbers, stride, n, p, k_m,
-        k_v, **blocks, TRACKED=tracked,
+    factors._rows[(row_parts, n, 2)](
+        states, m_X, v_X, m_R, v_R, m_lengths, v_lengths, m_B, v_B, C, m_grams, v_grams, held, stride, n, p, k_m,
+        k_v, **parts, TRACKED=tracked,
     )  # fmt: skip
     column_blocks, row_blocks = triton.cdiv(q, tile.columns), triton.cdiv(p, tile.rows)
     splits = min(row_blocks, MAX_SPLITS, max(1, PROGRAMS // (n * column_blocks)))
     rows_per_split = triton.cdiv(row_blocks, splits) * tile.rows
     splits = triton.cdiv(p, rows_per_split)
-    m_P, v_P = (new(splits, n, k, q) for k in equal.ranks)
+    m_P, v_P = (new(splits, n, k, q) for k in kind.ranks)
     programs = splits * n * column_blocks if metrics is not None else 1
     largest, clamped = new(programs), new(programs, dtype=torch.int32)
-    kernels._update[(column_blocks, splits, n)](
-        grads, params, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, numbers, keys, largest, clamped,
-        stride, n, p, q, k_m, k_v, rows_per_split, **ranks, **types, PARAM=_TRITON_TYPES[equal.param],
+    passes._update[(column_blocks, splits, n)](
+        grads, params, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, held, keys, largest, clamped,
+        stride, n, p, q, k_m, k_v, rows_per_split, **ranks, **types, PARAM=_TRITON_TYPES[kind.param],
         ROWS=tile.rows, COLUMNS=tile.columns, SUMS=1 if q > WIDE else tile.rows, STAGES=tile.stages,
-        TRACKED=tracked, STOCHASTIC=equal.stochastic, METRICS=metrics is not None, num_warps=tile.warps,
+        TRACKED=tracked, STOCHASTIC=kind.stochastic, METRICS=metrics is not None, num_warps=tile.warps,
     )  # fmt: skip
     if metrics is not None:
         metrics.add_sizes(largest.amax(), clamped.sum(), n * p * q)
-        scale = numbers[kernels.NUMBERS.index("g_scale"), :, None, None]
+        scale = held[blocks.NUMBERS.index("g_scale"), :, None, None]
         X = (scale * m_X @ m_R[:, :k_m, :k_m]).double().nan_to_num(0, 0, 0)
         metrics.add_captured(((X.mT @ X) * gram_rows(m_A)).sum())
         metrics.add_energy(found[:, 1])
     turns, by = ([wide(n, 2, K, K) for K in (K_M, K_V)] for _ in range(2))
-    kernels._solve[(n, 2)](
-        m_grams, v_grams, *turns, *by, options, groups, n_groups, k_m, k_v, row_parts, **ranks, TRACKED=tracked
+    factors._solve[(n, 2)](
+        m_grams, v_grams, *turns, *by, settings, groups, n_groups, k_m, k_v, row_parts, **ranks, TRACKED=tracked
     )
     m_grams, v_grams = (wide(n, column_parts, K, K) for K in (K_M, K_V))
-    kernels._columns[(column_parts, n, 2)](
-        m_A, v_A, *by, m_A_new, v_A_new, m_P, v_P, m_grams, v_grams, n, q, k_m, k_v, splits, **blocks
+    factors._columns[(column_parts, n, 2)](
+        m_A, v_A, *by, m_A_new, v_A_new, m_P, v_P, m_grams, v_grams, n, q, k_m, k_v, splits, **parts
     )
-    kernels._balance[(max(row_parts, column_parts), n, 2)](
-        states, *turns, m_B, v_B, m_A_new, v_A_new, m_grams, v_grams, numbers, found, options, groups,
-        stride, n, n_groups, p, q, k_m, k_v, column_parts, **blocks, TRACKED=tracked,
+    factors._balance[(max(row_parts, column_parts), n, 2)](
+        states, *turns, m_B, v_B, m_A_new, v_A_new, m_grams, v_grams, held, found, settings, groups,
+        stride, n, n_groups, p, q, k_m, k_v, column_parts, **parts, TRACKED=tracked,
     )  # fmt: skip
 
 
@@ -283,7 +279,7 @@ class Tile:
         # As wide as it may be, if little of the last block lies outside the matrix; all threads side by side.
         width, fit_width = (
             min(widths, key=lambda width: (round(triton.cdiv(q, width) * width / q, 1), -width))
-            for widths in ((128, 256, 512), (128, 256))
+            for widths in ((128, 256, WIDEST), (128, 256))
         )
         fit_rows = min(rows_up, max(1, SUMS // K), 8)
         rows, stages = (1, STAGES) if K <= 8 else (min(rows_up, 2), 1)

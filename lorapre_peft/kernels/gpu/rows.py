@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lowrank.batch import Batch, constants
-from ..lowrank.metrics import Metrics
-from ..lowrank.moments import Moment
-from ..lowrank.rounding import round_keys
-from .eager import TABLE, Eager
+from ...lowrank.batch import Batch, constants
+from ...lowrank.metrics import Metrics
+from ...lowrank.moments import Moment
+from ...lowrank.rounding import round_keys
+from ..eager import TABLE, Eager
 
 # Above this rank a block of a factor no longer fits the registers of a program.
 MAX_RANK = 128

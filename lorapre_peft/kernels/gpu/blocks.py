@@ -1,0 +1,164 @@
+"""What the step's kernels share: the names of their tables, reading and writing, hashing, and k×k matrices."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...lowrank import rounding
+from ...lowrank.rules import MIN_FACTOR_NORM
+from ..table import OPTIONS, POINTERS
+
+# What `_numbers` writes of each matrix for the kernels after it, the rows of a table [len(NUMBERS), n] float32. Bias
+# corrections and v's energy are inside: m/(√v + ε) becomes u = ((c_B B_m + c_X X_m) A_m + residual · g) /
+# (√((v_scale v_B v_A)² + g²) + eps), and the weight θ ← θ − (step · clamped(u) + decay · θ) where ``updates`` is 1.
+NUMBERS = (
+    *("g_scale", "m_keep", "m_gain", "v_keep", "v_gain", "c_B", "c_X"),
+    *("residual", "v_scale", "eps", "step", "decay", "updates", "limit"),
+)
+# The rows of the three tables by name, as the kernels read them.
+(
+    BETA1, BETA2, LR, WEIGHT_DECAY, EPS, RESIDUAL_WEIGHT, UPDATE_SCALE, MAX_NORM, SIGN, BOUND, _, DAMPING, SEED, _,
+    SKIPS_ZEROS,
+) = map(tl.constexpr, range(len(OPTIONS)))  # fmt: skip
+STEP, M_B, M_A, V_B, V_A, ENERGY, SCALE = map(tl.constexpr, range(len(POINTERS)))
+(
+    G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, ROOT_EPS, LENGTH, DECAY, UPDATES, LIMIT,
+) = map(tl.constexpr, range(len(NUMBERS)))  # fmt: skip
+FOUND: tl.constexpr = tl.constexpr(2)  # of `_numbers`: ‖g‖ after clipping, −1 without a gradient; and as it is used
+SALT: tl.constexpr = tl.constexpr(rounding.SALT)
+SALTED: tl.constexpr = tl.constexpr(rounding.mix(rounding.SALT))  # of key 0
+LARGEST_SQUARE: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+# Squares of gradients below 2⁻⁶⁰ are added again 2¹²⁰ times as large, as float32 does not hold them.
+RAISED: tl.constexpr = tl.constexpr(2.0**60)
+SMALL_SQUARE: tl.constexpr = tl.constexpr(2.0**-100)
+SMALLEST_NORM: tl.constexpr = tl.constexpr(MIN_FACTOR_NORM)
+TINY32: tl.constexpr = tl.constexpr(2.0**-126)
+TINY64: tl.constexpr = tl.constexpr(2.0**-1022)
+
+
+# ---- reading and writing --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def own(addresses, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to the first entry of one matrix, from a table of addresses."""
+    pointer = tl.load(addresses + matrix).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, [16]) if ALIGNED else pointer
+
+
+@triton.jit
+def state_of(states, name: tl.constexpr, stride, matrix):
+    return tl.load(states + name * stride + matrix).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def option(settings, name: tl.constexpr, n_groups, group):
+    return tl.load(settings + name * n_groups + group)
+
+
+@triton.jit
+def put_square(pointer, matrix, K: tl.constexpr):
+    """Write a block [K, K]."""
+    tl.store(pointer + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :], matrix)
+
+
+@triton.jit
+def sum_squares(pointer, count, K: tl.constexpr):
+    """The sum of so many blocks [K, K] float64, one after the other."""
+    at = pointer + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :]
+    result = tl.zeros((K, K), tl.float64)
+    for i in range(count):
+        result += tl.load(at + i * K * K)
+    return result
+
+
+@triton.jit
+def hash_round(bits, key):
+    """One round of lowbias32 (see `rounding`), uint32."""
+    bits = bits ^ key
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent for a whole exponent, float64."""
+    result = tl.full((), 1, tl.float64)
+    while exponent > 0:
+        result = tl.where(exponent & 1 != 0, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+# ---- k×k ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def trace(matrix, K: tl.constexpr):
+    i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+    return tl.sum(tl.sum(tl.where(i == j, matrix, 0), 1), 0)
+
+
+@triton.jit
+def product(a, b):
+    """a b of blocks [K, K]."""
+    return tl.sum(a[:, :, None] * b[None, :, :], 1)
+
+
+@triton.jit
+def damped(gram, ridge, K: tl.constexpr):
+    """gram + ridge · I with a ridge that float64 resolves beside the trace; the part outside k×k is ridge · I."""
+    i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+    ridge = tl.maximum(ridge, 1e-15 * trace(gram, K) + TINY64)
+    return tl.where(i == j, gram + ridge, gram)
+
+
+@triton.jit
+def inverse_of(matrix, K: tl.constexpr):
+    """The inverse of a positive matrix, as `linalg.damped_inverse`; of the diagonal alone where a pivot is not."""
+    i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+    swept, failed = matrix, tl.full((), 0, tl.int32)
+    for c in range(K):
+        column = tl.sum(tl.where(j == c, swept, 0), 1)
+        pivot = tl.sum(tl.where(tl.arange(0, K) == c, column, 0), 0)
+        row = column / pivot
+        failed = failed | (pivot > 0).to(tl.int32) - 1
+        swept = swept - column[:, None] * row[None, :]
+        swept = tl.where(j == c, row[:, None], swept)
+        swept = tl.where(i == c, row[None, :], swept)
+        swept = tl.where((i == c) & (j == c), -1 / pivot, swept)
+    return tl.where(failed != 0, tl.where(i == j, 1 / matrix, 0), -swept)
+
+
+@triton.jit
+def inverse_root(matrix, K: tl.constexpr):
+    """L⁻¹ of the Cholesky factor of a positive matrix, as `linalg.inverse_root`."""
+    i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
+    identity = tl.where(i == j, 1.0, 0.0).to(tl.float64)
+    swept, lower, failed = matrix, identity, tl.full((), 0, tl.int32)
+    pivots = tl.full((K,), 0, tl.float64)
+    for c in range(K):
+        row = tl.sum(tl.where(i == c, swept, 0), 0)
+        lower_row = tl.sum(tl.where(i == c, lower, 0), 0)
+        column = tl.sum(tl.where(j == c, swept, 0), 1)
+        pivot = tl.sum(tl.where(tl.arange(0, K) == c, row, 0), 0)
+        failed = failed | (pivot > 0).to(tl.int32) - 1
+        pivots = tl.where(tl.arange(0, K) == c, pivot, pivots)
+        factor = tl.where(tl.arange(0, K) > c, column / pivot, 0)
+        swept = swept - factor[:, None] * row[None, :]
+        lower = lower - factor[:, None] * lower_row[None, :]
+    root = lower / tl.sqrt(pivots)[:, None]
+    return tl.where(failed != 0, tl.where(i == j, 1 / tl.sqrt(matrix), 0), root)
+
+
+@triton.jit
+def put(table, name: tl.constexpr, n, matrix, value):
+    tl.store(table + name * n + matrix, value.to(tl.float32))
+
+
+@triton.jit
+def number(table, name: tl.constexpr, n, matrix):
+    return tl.load(table + name * n + matrix)
