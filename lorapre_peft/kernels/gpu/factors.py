@@ -281,14 +281,14 @@ def _balance(
     if tl.program_id(2) == 0:
         _balance_moment(
             state_of(states, M_A, stride, matrix), state_of(states, M_B, stride, matrix),
-            m_turn + matrix * 2 * K_M * K_M, m_B + matrix * p * k_m, m_A_new + matrix * k_m * q, m_grams + matrix * blocks * K_M * K_M, updates,
-            block, p, q, k_m, blocks, K_M, M_BLOCK, REPEATS * V_BLOCK // M_BLOCK, TRACKED,
+            m_turn + matrix * 2 * K_M * K_M, m_B + matrix * p * k_m, m_A_new + matrix * k_m * q,
+            m_grams + matrix * blocks * K_M * K_M, updates, block, p, q, k_m, blocks, K_M, M_BLOCK, REPEATS * V_BLOCK // M_BLOCK, TRACKED,
         )  # fmt: skip
     else:
         squared = _balance_moment(
             state_of(states, V_A, stride, matrix), state_of(states, V_B, stride, matrix),
-            v_turn + matrix * 2 * K_V * K_V, v_B + matrix * p * k_v, v_A_new + matrix * k_v * q, v_grams + matrix * blocks * K_V * K_V, updates,
-            block, p, q, k_v, blocks, K_V, V_BLOCK, REPEATS, TRACKED,
+            v_turn + matrix * 2 * K_V * K_V, v_B + matrix * p * k_v, v_A_new + matrix * k_v * q,
+            v_grams + matrix * blocks * K_V * K_V, updates, block, p, q, k_v, blocks, K_V, V_BLOCK, REPEATS, TRACKED,
         )  # fmt: skip
         if TRACKED and block == 0:
             # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v. c = E/‖v_B v_A‖² waits for the next step.
