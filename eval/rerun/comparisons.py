@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,6 +36,18 @@ def add_differences(rows: Sequence[Row], metric: str) -> None:
         if row is not baseline:
             found = paired(by_seed(row, metric), by_seed(baseline, metric))
             row["difference"] = found and {"to": baseline["label"]} | found.as_dict()
+
+
+def against_best(losses: Mapping[float, BySeed], best: float) -> dict[float, Interval]:
+    """Return by learning rate the interval of its losses' differences to those at the best rate; nothing for the rates
+    of fewer than two seeds, and for those at which a run failed.
+    """
+    found = {
+        lr: paired(values, losses[best])
+        for lr, values in losses.items()
+        if lr != best and all(map(math.isfinite, values.values()))
+    }
+    return {lr: differences for lr, differences in found.items() if differences is not None}
 
 
 def averages(rows: Sequence[Row], factors: Sequence[Sequence[str]], metric: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,13 @@ class Cell:
             return []
         return [self.suite.run(self.model, self.entry, lr, seed, self.suite.answers) for seed in self._rules.seeds]
 
+    @property
+    def tuning_seeds(self) -> list[int]:
+        """The seeds at which rates are tried. Under the paper's protocol there are none."""
+        return [] if isinstance(self._rules, Paper) else self.entry.tuning_seeds or self._rules.tuning_seeds
+
     def _tuning(self, lr: float) -> list[Run]:
-        return [self.suite.run(self.model, self.entry, lr, seed) for seed in self._rules.tuning_seeds]
+        return [self.suite.run(self.model, self.entry, lr, seed) for seed in self.tuning_seeds]
 
     def finished(self, records: Records) -> list[Mapping[str, Any]]:
         """Return the records of the cell's runs that trained to the end."""
@@ -96,8 +102,11 @@ class Cell:
 
     def validation_loss(self, lr: float, records: Records) -> float:
         """Return the mean over the tuning seeds; infinity if one of them failed or is missing."""
-        losses = [loss_of(records.get(run.name)) for run in self._tuning(lr)]
-        return sum(losses) / len(losses)
+        return statistics.fmean(self.validation_losses(lr, records).values())
+
+    def validation_losses(self, lr: float, records: Records) -> dict[int, float]:
+        """Return by tuning seed the loss at a rate; infinity where the run failed or is missing."""
+        return {run.seed: loss_of(records.get(run.name)) for run in self._tuning(lr)}
 
     def _best(self, rates: list[float], records: Records) -> float | None:
         """Return the rate with the lowest loss once all are finished; None before, and if none trains."""
@@ -112,8 +121,8 @@ class Cell:
             return len(self._names(records))
         # A grid of one or two rates has its best one at an edge, whichever that is.
         rates = max(len(self.suite.grid(self.entry, self._rules)), 3 if self._rules.extend else 0)
-        reused = 0 if self.suite.answers else len(set(self._rules.seeds) & set(self._rules.tuning_seeds))
-        return rates * len(self._rules.tuning_seeds) + len(self._rules.seeds) - reused
+        reused = 0 if self.suite.answers else len(set(self._rules.seeds) & set(self.tuning_seeds))
+        return rates * len(self.tuning_seeds) + len(self._rules.seeds) - reused
 
 
 def loss_of(record: Mapping[str, Any] | None) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 from lorapre_peft.integrations.summary import format_bytes
 from recipes.training import write_atomically
 
-from .comparisons import add_differences, averages, by_seed
+from .comparisons import add_differences, against_best, averages, by_seed
 from .intervals import interval, ranks
 from .plan import Cell, Records
 from .plots import PLOTS
@@ -46,6 +46,8 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
     good = [record for record in final if record["status"] == "finished"]
     rates = {f"{lr:g}": cell.validation_loss(lr, records) for lr in cell.rates(records)}
     lr = cell.best_rate(records)
+    losses = {rate: cell.validation_losses(rate, records) for rate in cell.rates(records)}
+    by_rate = {} if lr is None else against_best(losses, lr)
     row: dict[str, Any] = {
         "model": cell.model,
         "protocol": cell.protocol,
@@ -56,6 +58,7 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
         "lr": lr,
         "at_edge": cell.at_edge(records),
         "rates": {rate: loss if math.isfinite(loss) else None for rate, loss in rates.items()},
+        "rate_differences": {f"{rate:g}": found.as_dict() for rate, found in by_rate.items()},
         "pending": 0 if cell.entry.method in skipped and not runs else len(cell.pending(records)),
         "failures": _failures(records[name] for name in sorted(runs)),
         "failed_seeds": len(final) - sum(record["metrics"].get(cell.suite.primary) is not None for record in good),
@@ -137,7 +140,7 @@ def markdown(
     ]
     for group in _groups(rows):
         lines += ["", f"## {group[0]['model']}, protocol `{group[0]['protocol']}`", "", *_table(suite, group)]
-        lines += _claims(suite, group)
+        lines += _claims(suite, group) + _rate_differences(group)
         for table in averaged:
             if (table["model"], table["protocol"]) == (group[0]["model"], group[0]["protocol"]):
                 lines += _averages(suite, table)
@@ -242,6 +245,16 @@ def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
             named = [row["label"] for row in differing if side * sign * row["difference"]["mean"] > 0]
             if named:
                 lines[-1] += f" Seed by seed {word} than {differing[0]['difference']['to']}: {'; '.join(named)}."
+    return lines
+
+
+def _rate_differences(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Say by how much other rates are worse than the best one, of the rows that tried them with several seeds."""
+    lines = []
+    for row in (row for row in rows if row["rate_differences"]):
+        shown = (f"{_difference(found, 'loss')} at {rate}" for rate, found in row["rate_differences"].items())
+        what = f"{row['label']}, validation loss seed by seed against that at {row['lr']:g}"
+        lines += ["", f"{what}: {', '.join(shown)}."]
     return lines
 
 

@@ -111,13 +111,14 @@ class Tuned:
 @dataclass(frozen=True)
 class Entry:
     """A row that a suite asks for: a method with options, under a label. rates: its own grid instead of the shifted
-    one.
+    one. tuning_seeds: its own instead of the protocol's; of several the report compares rates seed by seed.
     """
 
     method: str
     options: dict[str, Any]
     label: str
     rates: list[float] | None = None
+    tuning_seeds: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,12 @@ def shifted(rate: float, places: int) -> float:
 def load_suite(name: str) -> Suite:
     """Return a suite of ``eval/suites`` by its name, or from a file.
 
+    A suite may name another one as its ``base``: it has that one's keys but for those that it gives itself; of
+    ``training`` it need give only what differs.
+
     Raises ValueError for a file that does not say what a suite must.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
-        raise ValueError(f"no suite {name!r}: expected one of {known}, or the path of a YAML file")
-    said = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
+    path, said = _read(name)
     try:
         methods = said.pop("methods")
         kind = Pretraining if "pretraining" in said else Training
@@ -223,16 +223,30 @@ def load_suite(name: str) -> Suite:
     return suite
 
 
+def _read(name: str) -> tuple[Path, dict[str, Any]]:
+    """Return a suite's file, and what it and its bases say."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
+        raise ValueError(f"no suite {name!r}: expected one of {known}, or the path of a YAML file")
+    said = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
+    if "base" not in said:
+        return path, said
+    base = _read(said.pop("base"))[1]
+    return path, base | said | {"training": base["training"] | said.get("training", {})}
+
+
 def _entry(item: str | dict[str, Any]) -> Entry:
-    """Read an entry: a method's name, or a mapping of ``method``, and perhaps ``label``, ``rates`` and the method's
-    options.
+    """Read an entry: a method's name, or a mapping of ``method``, and perhaps the other fields of `Entry` and the
+    method's options.
     """
     options = {"method": item} if isinstance(item, str) else dict(item)
     name = options.pop("method")
     if name not in METHODS:
         raise ValueError(f"no method {name!r}: expected one of {', '.join(METHODS)}")
-    label, rates = options.pop("label", METHODS[name].title), options.pop("rates", None)
-    return Entry(name, METHODS[name].merged(options), label, rates)
+    label = options.pop("label", METHODS[name].title)
+    own = {key: options.pop(key, None) for key in ("rates", "tuning_seeds")}
+    return Entry(name, METHODS[name].merged(options), label, **own)
 
 
 def _numbers(value: Any) -> Any:

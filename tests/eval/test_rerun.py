@@ -1,5 +1,6 @@
 """The rerun: suites and plans as functions, results on disk under kills, and the smoke suite as a user runs it."""
 
+import dataclasses
 import json
 import math
 import os
@@ -85,6 +86,16 @@ def test_issue_methods_are_in_the_table_suites():
 def test_suite_mistakes_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         write_suite(tmp_path, **changes)
+
+
+def test_a_suite_takes_over_the_keys_of_its_base(tmp_path):
+    write_suite(tmp_path, description="the base")
+    path = tmp_path / "derived.yaml"
+    path.write_text(json.dumps({"base": str(tmp_path / "suite.yaml"), "training": {"rank": 64}, "methods": ["lora"]}))
+    base, derived = load_suite(str(tmp_path / "suite.yaml")), load_suite(str(path))
+    assert derived.training == dataclasses.replace(base.training, rank=64)
+    assert [entry.method for entry in derived.entries] == ["lora"]
+    assert (derived.name, derived.description, derived.data) == ("derived", "the base", base.data)
 
 
 def test_run_names_depend_on_the_whole_declaration():

@@ -61,6 +61,27 @@ def test_differences_are_paired_by_seed():
     assert paired(a, {7: 1.0}) is None
 
 
+def test_rates_are_compared_seed_by_seed_where_several_seeds_tried_them(tmp_path):
+    methods = [{"method": "lora", "tuning_seeds": [0, 1, 2]}, "lorapre-adam"]
+    suite = write_suite(tmp_path, methods=methods)
+    several, one = cells(suite)
+    spread = {0: 0.0, 1: 0.3, 2: 0.1}  # of the seeds, the same at all rates
+    worse = {1e-3: [0.02, 0.03, 0.04], 2e-3: [0.0, 0.0, 0.0], 5e-3: [0.01, -0.01, 0.0]}
+    records = {}
+    for cell in (several, one):
+        while pending := cell.pending(records):
+            for run in pending:
+                records[run.name] = record(run, 1 + spread[run.seed] + worse[run.lr][run.seed])
+    assert {run.seed for run in one.tuning_runs(records)} == {0}
+    low, high = stats.ttest_1samp(worse[1e-3], 0).confidence_interval(0.95)
+    text = write_report(suite, [several, one], records, {}, tmp_path)
+    row, other = json.loads((tmp_path / "report.json").read_text())["rows"]
+    found = row["rate_differences"]["0.001"]
+    assert (found["mean"] - found["half_width"], found["mean"] + found["half_width"]) == pytest.approx((low, high))
+    assert "LoRA, validation loss seed by seed against that at 0.002: +0.0300 ± 0.0248 at 0.001, +0.0000 ±" in text
+    assert other["rate_differences"] == {}
+
+
 def factorial(losses, **more):
     """Rows of a grid of two options over three seeds, by loss[rule, rank, seed]."""
     return [
