@@ -236,8 +236,9 @@ def measure_optimizer(trainer: StreamTrainer, timer: OptimizerTimer) -> dict[str
     return measured if seconds is None else measured | {"optimizer_seconds_per_step": seconds}
 
 
-def main() -> None:
-    recipe = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line. argv: None stands for the process's own."""
+    recipe = parse(sys.argv[1:] if argv is None else argv)
     training, corpus = recipe.training, recipe.corpus
     is_main = training.process_index == 0
     if is_main:

@@ -10,11 +10,12 @@ from eval.methods import METHODS
 from recipes.training import environment
 
 from .dry_run import plan_table
+from .models import make_base
 from .peft_format import write_peft_results
 from .plan import cells
 from .report import write_report
 from .store import Store
-from .suite import SUITES, load_suite
+from .suite import SUITES, Pretraining, load_suite
 from .work import train, train_in_processes, visible_gpus
 
 
@@ -57,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     part = [cell for cell in cells(suite, args.shard) if cell.entry.method not in skipped]
     surroundings = environment(precision)
     surroundings["command"] = surroundings["command"].replace(".__main__", "", 1)
+    if not isinstance(suite.training, Pretraining):
+        records = store.load()
+        for model in dict.fromkeys(cell.model for cell in part if cell.pending(records)):
+            surroundings["versions"] |= make_base(model)
     lost = 0
     if args.jobs > 1 or len(gpus) > 1:  # Trainer would split batches over all GPUs that a process sees
         lost = train_in_processes(part, store.folder, args.jobs, surroundings)

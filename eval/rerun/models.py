@@ -1,8 +1,14 @@
-"""Load the base models of suites: those of the recipes, and a tiny random one for testing the machinery."""
+"""Load the base models of suites: those of the recipes, Llamas that a recipe pre-trains where they are missing, and a
+tiny random one for testing the machinery.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -14,6 +20,8 @@ from transformers import (
 )
 
 from lorapre_peft.memory.models import find_config
+from recipes import pretrain
+from recipes.arguments import CONFIGS
 from recipes.models import load_model
 from recipes.sources import SMOLLM2
 
@@ -44,15 +52,43 @@ _PRETRAINED = {
     "llama-350m": _llama(1024, 2736, 24, 16),
     "llama-1b": _llama(2048, 5461, 24, 32),
 }
+# Those that suites fine-tune, with the config in `recipes/configs/pretrain` that makes it and its folder in `runs`.
+CHECKPOINTS = {"llama-4m": "llama_4m_adamw"}
+_RUNS = Path(__file__).parents[2] / "runs"
+
+
+def make_base(name: str) -> dict[str, str]:
+    """Pre-train a model of `CHECKPOINTS` if its folder does not hold it, going on with a run that was stopped.
+
+    Returns the first digits of its weights' SHA-256 by its name, since another machine's rounding makes another model;
+    nothing for the other models, which have only to be read.
+    """
+    if name not in CHECKPOINTS:
+        return {}
+    folder, config = _folder(name), CONFIGS / "pretrain" / f"{CHECKPOINTS[name]}.yaml"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # of several commands the first one makes it
+        if not (folder / "all_results.json").exists():  # which is written after the model
+            print(f"{name} is missing: python -m recipes.pretrain --config {config} --output_dir {folder} --resume")
+            pretrain.main(["--config", str(config), "--output_dir", str(folder), "--resume"])
+    return {name: hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]}
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a base model: ``"random"``, or one that `recipes.models.load_model` knows, in float32 from the package,
-    else in its saved dtype.
+    """Return a base model: ``"random"``, one that `make_base` has made, or one that `recipes.models.load_model` knows,
+    in float32 from the package, else in its saved dtype.
     """
     if name == RANDOM:
         return _random_model()
+    if name in CHECKPOINTS:
+        model, tokenizer = load_model(str(_folder(name)))
+        tokenizer.backend_tokenizer.post_processor = None  # it closes every text, and a prompt is to be gone on with
+        return model, tokenizer
     return load_model(name, torch.float32 if name == SMOLLM2 else None)
+
+
+def _folder(name: str) -> Path:
+    return _RUNS / CHECKPOINTS[name]
 
 
 def base_config(name: str) -> PretrainedConfig:

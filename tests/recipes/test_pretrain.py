@@ -261,7 +261,7 @@ def parameters(one, tokenizer):
 
 
 def test_the_configs_are_all_there():
-    local = {"llama_1m_local", "llama_4m_local"}
+    local = {"llama_1m_local", "llama_4m_local", "llama_4m_adamw"}
     assert {path.stem for path in FOLDER.glob("*.yaml")} == {f"llama_{size}_c4" for size in PUBLISHED} | local
 
 
@@ -294,7 +294,7 @@ def test_the_learning_rate_falls_to_a_tenth(run):
 
 
 def test_the_local_configs_are_for_models_of_their_names_and_text_of_a_package(bpe):
-    for name, size in {"llama_1m_local": 1.3e6, "llama_4m_local": 4.2e6}.items():
+    for name, size in {"llama_1m_local": 1.3e6, "llama_4m_local": 4.2e6, "llama_4m_adamw": 4.2e6}.items():
         one = recipe(FOLDER / f"{name}.yaml")
         assert parameters(one, bpe) == pytest.approx(size, rel=0.02)
         assert len(next(iter(one.corpus.documents(0)))["text"]) > 1000
