@@ -5,7 +5,8 @@
 Gradients are synthetic, of low rank plus noise; nothing is downloaded. Methods of a case share parameters and
 gradients and step in turn, after warm-up steps that start states and compile. One JSON file per case goes to the
 output folder, then all of them together with tables and plots. Times on a CPU mean something only while nothing else
-runs there.
+runs there. ``--preset layers`` times no optimizer but the forward and backward pass of a layer under LoRA, PEFT's and
+RunLoRA's.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from tqdm.auto import tqdm
 
 from eval.peers import PEERS, REFERENCE, Method, lorapre_methods
 from eval.speed_cases import PRESETS, QUICK, Case, build
+from eval.speed_layers import LAYERS, QUICK_LAYERS, LayerCase, layers_markdown, measure_layer
 from eval.speed_measure import copy_bandwidth, release, run
 from eval.speed_report import markdown, plot_cases, plot_sweeps, sweep_markdown, sweeps
 from recipes.training import commit, environment, write_atomically
+
+LAYER_PRESET = "layers"
 
 
 def measure_case(
@@ -78,17 +82,20 @@ def processor() -> str:
 
 def report(summary: dict[str, Any], folder: Path) -> str:
     """Return all tables as Markdown, and write the plots beside the JSON files."""
-    around, cases = summary["environment"], summary["cases"]
+    around, cases, layers = summary["environment"], summary["cases"], summary["layers"]
     machine = f"{around['processor']}, threads: {around['threads']}"
     if around["device"] != "cpu":
         machine = f"{around['device']}, {machine}"
     models = [case for case in cases if not case["sweep"]]
-    commits = dict.fromkeys(str(case["commit"])[:12] for case in cases)  # a resumed folder may have several
+    commits = dict.fromkeys(
+        str(case["commit"])[:12] for case in [*cases, *layers]
+    )  # a resumed folder may have several
     parts = [
         f"{machine}; a copy on the device: {around['copy_bytes_per_second'] / 1e9:.1f} GB/s; commit "
         f"{', '.join(commits)}\n",
         *(markdown(case, around["copy_bytes_per_second"]) for case in models),
         *(sweep_markdown(group) for group in sweeps(cases)),
+        *([layers_markdown(layers)] if layers else []),
     ]
     if models:
         plot_cases(models, folder / "speed.png", machine)
@@ -105,7 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m eval.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--preset", nargs="+", choices=PRESETS, default=list(PRESETS), help="which shapes (default: all)"
+        "--preset",
+        nargs="+",
+        choices=[*PRESETS, LAYER_PRESET],
+        default=[*PRESETS, LAYER_PRESET],
+        help="which shapes (default: all)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="instead: one layer of SmolLM2, to see that everything runs"
@@ -127,15 +138,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     device = torch.device(args.device)
-    cases = QUICK if args.quick else [case for preset in args.preset for case in PRESETS[preset]]
+    presets = PRESETS | {LAYER_PRESET: LAYERS}
+    cases: list[Case | LayerCase] = [*QUICK, *QUICK_LAYERS]
+    if not args.quick:
+        cases = [case for preset in args.preset for case in presets[preset]]
     args.output.mkdir(parents=True, exist_ok=True)
     around = surroundings(device)
     where = {name: around[name] for name in ("processor", "device", "threads")}
-    summary = {"environment": around, "options": vars(args) | {"output": str(args.output)}, "cases": []}
+    summary = {"environment": around, "options": vars(args) | {"output": str(args.output)}, "cases": [], "layers": []}
     for case in tqdm(cases, desc="cases"):
         done = args.output / f"{case.name.replace(' ', '_').replace('/', '_')}.json"
         if not (args.resume and done.exists()):
-            measured = measure_case(case, device, args.seconds, args.patience, args.methods) | {"where": where}
+            if isinstance(case, LayerCase):
+                measured = measure_layer(case, device, args.seconds) | {"commit": commit()}
+            else:
+                measured = measure_case(case, device, args.seconds, args.patience, args.methods)
+            measured |= {"where": where}
             write_atomically(done, json.dumps(measured, indent=2))
             release(device)
         found = json.loads(done.read_text())
@@ -143,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(
                 f"{done} is from {found['where']}, this is {where}: give another --output, or leave out --resume"
             )
-        summary["cases"].append(found)
+        summary["layers" if isinstance(case, LayerCase) else "cases"].append(found)
     (args.output / "results.json").write_text(json.dumps(summary, indent=2))
     print(report(summary, args.output))
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -193,7 +193,16 @@ def prepare(method: Method, problem: Problem, patience: float) -> Runner:
     return runner
 
 
-def race(runners: Sequence[Runner], seconds: float) -> None:
+class Racer(Protocol):
+    """What `race` times: `Runner`, and whatever else has a step, a result, and the turns it takes."""
+
+    result: Result
+    turns: int
+
+    def seconds(self) -> float: ...
+
+
+def race(runners: Sequence[Racer], seconds: float) -> None:
     """Time steps of all runners, interleaved, for about ``seconds``; the first runner is the reference of the ratios.
 
     Each has an equal share of the time: slow ones take part in fewer rounds, evenly spread, never less than
@@ -201,7 +210,7 @@ def race(runners: Sequence[Runner], seconds: float) -> None:
     """
     reference, racing = runners[0], list(runners)
 
-    def attempt(runner: Runner) -> float:
+    def attempt(runner: Racer) -> float:
         try:
             return runner.seconds()
         except Exception as error:

@@ -20,7 +20,8 @@ WITHOUT_ROW = {
         "rule of its corrected low-rank momentum"
     ),
     "RunLoRA (arXiv 2312.03415)": (
-        "the cheapest order of LoRA's products: the same numbers in less time, a matter for `eval.speed`"
+        "the cheapest order of LoRA's products: the same numbers in another time, which `eval.speed --preset "
+        "layers` measures"
     ),
 }
 """Methods that the comparisons leave out, and why."""

@@ -251,6 +251,7 @@ def test_command_line_writes_json_tables_and_plots(tmp_path, monkeypatch, capsys
     assert "### tiny adapters: 1 of 3 layers, float32, 14 matrices" in table
     assert "### By rank" in table
     assert "Not for adapters: GaLore." in table
+    assert "| small, r=8, 64 tokens: RunLoRA (" in table
     summary = json.loads((tmp_path / "out" / "results.json").read_text())
     assert summary["environment"]["packages"]["torch"] == version("torch")
     assert summary["environment"]["processor"]

@@ -1,4 +1,4 @@
-"""The kernel that computes what belongs to a matrix: inverses, and the numbers of the rule, of Adam and of its group."""
+"""The kernel that computes what belongs to a matrix: inverses, and numbers of the rule, of Adam and of its group."""
 
 from __future__ import annotations
 
