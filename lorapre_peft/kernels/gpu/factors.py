@@ -282,7 +282,8 @@ def _balance(
         _balance_moment(
             state_of(states, M_A, stride, matrix), state_of(states, M_B, stride, matrix),
             m_turn + matrix * 2 * K_M * K_M, m_B + matrix * p * k_m, m_A_new + matrix * k_m * q,
-            m_grams + matrix * blocks * K_M * K_M, updates, block, p, q, k_m, blocks, K_M, M_BLOCK, REPEATS * V_BLOCK // M_BLOCK, TRACKED,
+            m_grams + matrix * blocks * K_M * K_M, updates, block, p, q, k_m, blocks, K_M, M_BLOCK,
+            REPEATS * V_BLOCK // M_BLOCK, TRACKED,
         )  # fmt: skip
     else:
         squared = _balance_moment(
