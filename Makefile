@@ -40,14 +40,15 @@ test-isa: install
 	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -m "not slow" $(NUMERICS) $(ARGS)
 
 # The wheel alone, in an environment of its own, away from the clone: -I keeps both out of Python's path. A build folder that is
-# left from before would put files into the wheel that are gone from the clone.
+# left from before would put files into the wheel that are gone from the clone. The wheel's kernels must do without a compiler and with
+# an empty cache.
 test-wheel:
 	rm -rf build $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VENV)-wheel .
 	$(VENV)-wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)-wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(VENV)-wheel/*.whl
-	$(VENV)-wheel/bin/python -I tests/helpers/two_lines.py
+	PATH=$(VENV)-wheel/bin XDG_CACHE_HOME=$(VENV)-wheel/cache $(VENV)-wheel/bin/python -I tests/helpers/two_lines.py
 	$(VENV)-wheel/bin/lorapre-extract --help > $(VENV)-wheel/help
 	$(VENV)-wheel/bin/lorapre-memory HuggingFaceTB/SmolLM2-135M --lora-r 8
 

@@ -13,15 +13,18 @@ from collections.abc import Callable
 
 import torch
 
-from .cpp import Cpp, compiler
+from . import build
+from .cpp import Cpp
 from .eager import Compiled, Eager
+
+_COMPILER = "a C++ compiler (g++ or clang++) on the PATH"
 
 
 def _compiled_needs(device: torch.device) -> str | None:
     if device.type == "mps":
         return "float64 inside its graphs, which Apple's MPS does not have"
-    if device.type == "cpu" and compiler() is None:
-        return "a C++ compiler (g++ or clang++) on the PATH"
+    if device.type == "cpu" and build.compiler() is None:
+        return _COMPILER
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
     return None
@@ -30,7 +33,8 @@ def _compiled_needs(device: torch.device) -> str | None:
 def _cpp_needs(device: torch.device) -> str | None:
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return f"a CPU under Linux, found {device} under {sys.platform}"
-    return _compiled_needs(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return None if build.compiler() or build.find(capability) else _COMPILER
 
 
 def _triton_needs(device: torch.device) -> str | None:
@@ -73,6 +77,8 @@ def _made(name: str) -> Eager:
 @functools.cache
 def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
     """Return the first backend that starts; the eager one runs everywhere and is among all names."""
+    if "cpp" in names and _cpp_needs(device) == _COMPILER:
+        warnings.warn(f"backend 'cpp' needs {_COMPILER}, so a slower one is used", stacklevel=2)
     for name in available(device):
         if name in names and (name != "triton" or device.type == "cuda"):  # not its interpreter
             try:

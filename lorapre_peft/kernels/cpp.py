@@ -1,24 +1,15 @@
-"""The backend that computes AdamW's whole step in C++ for CPUs, all matrices in one call; `kernels.cpp` is compiled on
-first use.
+"""The backend that computes AdamW's whole step in C++ for CPUs, all matrices in one call.
 
-The compiled library is kept in ``$XDG_CACHE_HOME/lorapre_peft`` (default ``~/.cache/lorapre_peft``), under a name that
-source, compiler, flags and the CPU's vector instructions decide. It needs no header or library of PyTorch's. State and
-weights are read and written where they lie. Each thread holds about (k + k_v)(p + 2q) float32 numbers and 200 kB of
-its own, outside ``temporary_bytes``.
+`build` says where its library comes from. State and weights are read and written where they lie. Each thread holds
+about (k + k_v)(p + 2q) float32 numbers and 200 kB of its own, outside ``temporary_bytes``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
-import shutil
-import subprocess
-import tempfile
 from array import array
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -26,18 +17,9 @@ from torch import Tensor
 
 from ..lowrank.batch import usable
 from ..lowrank.metrics import Metrics
+from . import build
 from .table import POINTERS, TYPES, Table, WholeStep, contiguous
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-SOURCES = (SOURCE, *(SOURCE.with_name(f"{name}.h") for name in ("rows", "linalg", "blocks", "numbers")))
-# Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are
-# written in.
-_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-# By what PyTorch calls the CPU's capability; any other one gets the compiler's own default.
-_VECTORS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16"),
-    "AVX2": ("-mavx2", "-mfma", "-DLANES=8"),
-}
 # Numbers that the kernel ``adam_step`` returns of a matrix: ‖g‖_F after clipping, and where they are recorded the
 # largest update, the number of clamped entries and the energy that m's rows captured.
 FOUND = 4
@@ -45,31 +27,18 @@ FOUND = 4
 SPLIT_ENTRIES = 1 << 20
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler: ``$CXX``, g++ or clang++; None without one."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Return the compiled kernels. Raises RuntimeError with the compiler's output, or the loader's, if it fails."""
-    command = [str(compiler()), *_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join(command).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre_peft"
-    path = cache / f"kernels-{name}.so"
+    """Return the kernels for this CPU: the wheel's, those compiled before, or compiled now.
+
+    Raises RuntimeError with what the compiler or the loader said.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    path = build.find(capability) or build.compile_library(capability, build.cache())
     try:
-        if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when whole: others may compile it too
-                made = Path(folder) / path.name
-                subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
-                made.replace(path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
-        raise RuntimeError(
-            f"the C++ kernels could not be compiled to {path} and loaded, with {' '.join(command)}: {said[-2000:]}"
-        ) from error
+    except OSError as error:
+        raise RuntimeError(f"the C++ kernels in {path} could not be loaded: {error}") from error
 
 
 class Cpp(WholeStep):

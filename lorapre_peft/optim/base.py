@@ -65,11 +65,10 @@ class LoRAPreOptimizer(StatefulOptimizer):
                 is exactly zero (an expert without tokens): one after the other (0, the default: [experts, p, q] or
                 [experts · p, q]), or interleaved along the last dimension (−1: [p, q · experts]). State tensors then
                 have a leading dimension of experts.
-        backend: how the step of compressed matrices is computed: ``"cpp"`` (CPUs under Linux with a C++ compiler,
-            which runs once for a few seconds), ``"triton"`` (CUDA, package triton), ``"compiled"`` (`torch.compile`;
-            the first step takes seconds),
-            ``"eager"``, or ``"auto"``: C++ or Triton where they run, else eager. The results are the same to float32
-            round-off. Not saved in checkpoints.
+        backend: how the step of compressed matrices is computed: ``"cpp"`` (CPUs under Linux, with kernels from the
+            wheel or from a C++ compiler, which runs once for a few seconds), ``"triton"`` (CUDA, package triton),
+            ``"compiled"`` (`torch.compile`; the first step takes seconds), ``"eager"``, or ``"auto"``: C++ or Triton
+            where they run, else eager. The results are the same to float32 round-off. Not saved in checkpoints.
 
     Attributes:
         skipped_updates: how many updates of single parameters were skipped since construction, for a gradient that is

@@ -10,6 +10,7 @@ import torch
 from backend_runs import cpp_, parameters, run
 from stepping import both_optimizers
 
+from lorapre_peft.kernels import build
 from lorapre_peft.kernels import choose as backends
 
 
@@ -24,11 +25,36 @@ def without_triton(monkeypatch):
 @cpp_
 def test_auto_is_the_fastest(monkeypatch, fresh_backends):
     assert backends.choose("auto", torch.device("cpu")) is backends.choose("cpp", torch.device("cpu"))
-    monkeypatch.setattr(shutil, "which", lambda *_: None)
-    backends._automatic.cache_clear()
-    assert backends.choose("auto", torch.device("cpu")) is backends.choose("eager", torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
     assert backends.available("cuda") == ["triton", "eager", "compiled"]
+
+
+@cpp_
+def test_without_a_compiler_the_kernels_must_be_there(monkeypatch, fresh_backends, tmp_path):
+    """Those of the wheel, or compiled before; else the eager backend, with a warning that says what is missing."""
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    assert backends.available("cpu")[0] == "cpp"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"backend 'cpp' needs a C\+\+ compiler .*, so a slower one is used"):
+        assert backends.choose("auto", torch.device("cpu")) is backends.choose("eager", torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"backend='cpp' needs a C\+\+ compiler"):
+        backends.choose("cpp", torch.device("cpu"))
+
+
+@cpp_
+@pytest.mark.parametrize("place", ["package", "cache"])
+def test_kernels_are_known_by_sources_and_flags(monkeypatch, tmp_path, place):
+    """Those of other sources or flags are not taken, wherever they lie."""
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "package")
+    monkeypatch.setattr(build, "cache", lambda: tmp_path / "cache")
+    path = tmp_path / place / build.file_name("AVX2")
+    path.parent.mkdir()
+    path.touch()
+    assert build.find("AVX2") == path
+    assert build.find("DEFAULT") is None
+    (tmp_path / "kernels.cpp").write_text("other source")
+    monkeypatch.setattr(build, "SOURCES", [*build.SOURCES, tmp_path / "kernels.cpp"])
+    assert build.find("AVX2") is None
 
 
 def test_cpp_needs_a_cpu():
