@@ -21,23 +21,25 @@ from .options import check_betas, in_range
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(m: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalize(m: Tensor, steps: int = 5, dtype: torch.dtype | None = None, floor: float = 0.0) -> Tensor:
     """Move a matrix towards the nearest semi-orthogonal one by Newton–Schulz iteration, in ``dtype`` (None: its own).
 
     m: [..., p, q], and so is the result, in m's dtype. The iteration is the quintic of `torch.optim.Muon`: singular
-    values end between about 0.7 and 1.2. A zero matrix stays zero. torch's floor of 1e-7 under the norm is left out:
-    LoRA's gradients can be smaller, and the step must not depend on their scale.
+    values end between about 0.7 and 1.2. A matrix without an entry above ``floor`` becomes zero. torch's floor of 1e-7
+    under the norm is left out: LoRA's gradients can be smaller, and the step must not depend on their scale.
     """
     a, b, c = NEWTON_SCHULZ
-    x = (m.mT if m.shape[-2] > m.shape[-1] else m).reshape(-1, min(m.shape[-2:]), max(m.shape[-2:]))
-    tiny = torch.finfo(x.dtype).tiny
-    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # first, so that no square underflows
-    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(tiny)).to(dtype or m.dtype)
+    peak = torch.maximum(m.amax((-2, -1), keepdim=True), -m.amin((-2, -1), keepdim=True))
+    x = m / torch.where(peak > floor, peak, float("inf"))  # first, so that no square underflows
+    x /= torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1.0)  # the largest entry of x is 1, or all are 0
+    # A single matrix without a batch's dimension: torch multiplies it up to twice as fast.
+    x = x.to(dtype or m.dtype).reshape(-1, *m.shape[-2:]).squeeze(0)
+    tall, add = m.shape[-2] > m.shape[-1], torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = x.mT @ x if tall else x @ x.mT
         # Sums inside the products, as torch has them: in bfloat16 each sum apart would be rounded once more.
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.mT if m.shape[-2] > m.shape[-1] else x
+        polynomial = add(gram, gram, gram, beta=b, alpha=c)
+        x = add(x, x, polynomial, beta=a) if tall else add(x, polynomial, x, beta=a)
     return x.reshape(m.shape).to(m.dtype)
 
 
@@ -198,5 +200,6 @@ class LoRAPreMuon(LoRAPreOptimizer):
             m = torch.addcmul(g, m, narrow(batch.numbers("momentum")[matrices], m.device)[:, None, None])
         m = batch.placement.gather(m, batch.shape[0])
         # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
-        m = m * (m.abs().amax((-2, -1), keepdim=True) > 10 * MIN_FACTOR_NORM**2)
-        return orthogonalize(m, group["ns_steps"], getattr(torch, group["ns_dtype"]))[:, batch.rows].contiguous()
+        floor = 10 * MIN_FACTOR_NORM**2
+        found = orthogonalize(m, group["ns_steps"], getattr(torch, group["ns_dtype"]), floor)
+        return found[:, batch.rows].contiguous()
