@@ -1,4 +1,5 @@
-"""The backend that computes AdamW's whole step in C++ for CPUs, all matrices in one call.
+"""The backend that computes AdamW's whole step in C++ for CPUs, all matrices in one call, and of Muon's all but the
+orthogonalization.
 
 `build` says where its library comes from. State and weights are read and written where they lie. Each thread holds
 about (k + k_v)(p + 2q) float32 numbers and 200 kB of its own, outside ``temporary_bytes``.
@@ -10,19 +11,23 @@ import ctypes
 import functools
 import itertools
 from array import array
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..lowrank.batch import usable
+from ..lowrank.batch import Batch, usable
 from ..lowrank.metrics import Metrics
+from ..lowrank.sharding import WHOLE
 from . import build
 from .table import POINTERS, TYPES, Table, WholeStep, contiguous
 
-# Numbers that the kernel ``adam_step`` returns of a matrix: ‖g‖_F after clipping, and where they are recorded the
-# largest update, the number of clamped entries and the energy that m's rows captured.
+# Numbers that the kernel ``step_matrices`` returns of a matrix: ‖g‖_F after clipping, and where they are recorded the
+# largest update, the number of entries that were clamped and the energy that m's rows captured.
 FOUND = 4
+# The state of a matrix without a second moment: the first of `POINTERS`. In place of its weights a matrix takes the
+# momentum.
+MOMENTUM_STATE = POINTERS[:3]
 # Entries of a matrix above which its rows are split among threads.
 SPLIT_ENTRIES = 1 << 20
 
@@ -46,7 +51,7 @@ class Cpp(WholeStep):
 
     def __init__(self) -> None:
         made, size, whole = library(), ctypes.c_int64, ctypes.c_int32
-        self._step, self._norms = made.adam_step, made.norms
+        self._step, self._norms = made.step_matrices, made.norms
         self._step.argtypes = [*[ctypes.c_void_p] * 5, size, size, size, whole, whole]
         self._norms.argtypes = [ctypes.c_void_p, ctypes.c_void_p, size, whole, ctypes.c_void_p, whole]
 
@@ -54,29 +59,14 @@ class Cpp(WholeStep):
         params, n = table.stacks(table.params), len(table.sizes)
         if n == 0:  # a process may hold no expert of any stack
             return torch.empty(0, dtype=torch.float64)
-        grads, written = (
-            contiguous(table.stacks([cast(Tensor, param.grad) for param in table.params])),
-            contiguous(params),
-        )
-        pointers = array("Q", table.pointers([*grads, *written, *table.local_state]))
-        if 0 in pointers:
-            raise RuntimeError(
-                "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has "
-                "freed it"
-            )
-        pointers.extend([0] * (n * (2 + len(POINTERS)) - len(pointers)))
-        numbers = array("d", itertools.chain.from_iterable(options))
-        found = array("d", bytes(8 * n * FOUND))
-        arrays: tuple[array, ...] = (table.shapes, numbers, pointers, found, table.order)
-        sum_bytes = (
-            min(int(group["temporary_bytes"]) for group in table.groups) // 2
-        )  # room for sums of split matrices
-        self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, metrics is not None, torch.get_num_threads())
+        grads = contiguous(table.stacks(cast(list[Tensor], [param.grad for param in table.params])))
+        written = contiguous(params)
+        pointers = array("Q", list(table.pointers([*grads, *written, *table.local_state])))
+        seen = self._call(table.shapes, table.groups, options, False, pointers, table.order, metrics is not None)
         if written is not params:  # what is not contiguous was copied
             for param, value in zip(params, written):
                 if value is not param:
                     param.copy_(value)
-        seen = torch.frombuffer(found, dtype=torch.float64).view(n, FOUND)
         norms = seen[:, 0]
         if metrics is not None:
             kept = usable(norms)
@@ -84,18 +74,88 @@ class Cpp(WholeStep):
             metrics.add_steps(seen[kept], int(sizes.sum()))
         return norms
 
+    @staticmethod
+    def takes_batch(batch: Batch) -> bool:
+        """Return whether `momenta` takes these matrices: whole ones that are all updated, with their state as this
+        package makes it.
+        """
+        return (
+            batch.placement is WHOLE
+            and batch.update is None
+            and {grad.dtype for grad in batch.grads} <= TYPES.keys()
+            and all(
+                value.dtype is torch.float32 and value.is_contiguous() and value.device.type == "cpu"
+                for state in batch.states
+                for value in map(state.__getitem__, MOMENTUM_STATE)
+            )
+        )
+
+    def momenta(
+        self, batch: Batch, matrices: slice, options: list[tuple], nesterov: bool, metrics: Metrics | None
+    ) -> Tensor:
+        """Move the factors and counters of some matrices of a batch on, and return their momenta m = μ m_B m_A + g, or
+        of Nesterov g + μ m: [n, p, q] float32.
+
+        options: of each of the batch's groups, in the order of `OPTIONS`, with μ for β1; what only a second moment or
+        a weight has is not read. metrics: as in `step`.
+        """
+        members, grads = batch.members[matrices], contiguous(batch.grads[matrices])
+        number = {id(group): i for i, group in enumerate(batch.groups)}
+        momenta = torch.empty(len(members), *batch.shape, dtype=torch.float32)
+        shapes = array("q")
+        for member, grad in zip(members, grads):
+            shapes.extend((*batch.shape, *batch.ranks, 0, number[id(member.group)], member.position))
+            shapes.extend((TYPES[grad.dtype], TYPES[momenta.dtype]))
+        tensors = [*grads, *momenta.unbind()]
+        tensors += [state[name] for name in MOMENTUM_STATE for state in batch.states[matrices]]
+        pointers, order = array("Q", map(Tensor.data_ptr, tensors)), array("q", range(len(members)))
+        seen = self._call(shapes, batch.groups, options, nesterov, pointers, order, metrics is not None)
+        if metrics is not None:
+            metrics.add_energy(seen[:, 0])
+            metrics.add_captured(seen[:, 3].sum())
+        return momenta
+
+    def _call(
+        self,
+        shapes: array,
+        groups: list[dict[str, Any]],
+        options: list[tuple],
+        nesterov: bool,
+        pointers: array,
+        order: array,
+        record: bool,
+    ) -> Tensor:
+        """Call the kernel ``step_matrices``, and return what it says of each matrix: [n, FOUND] float64.
+
+        pointers: those left out at the end are null.
+        """
+        n = len(order)
+        _check_addresses(pointers)
+        pointers.extend([0] * (n * (2 + len(POINTERS)) - len(pointers)))
+        numbers = array("d", itertools.chain.from_iterable((*row, nesterov) for row in options))
+        found = array("d", bytes(8 * n * FOUND))
+        arrays: tuple[array, ...] = (shapes, numbers, pointers, found, order)
+        sum_bytes = min(int(group["temporary_bytes"]) for group in groups) // 2  # room for sums of split matrices
+        self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, record, torch.get_num_threads())
+        return torch.frombuffer(found, dtype=torch.float64).view(n, FOUND)
+
     def norms(self, grads: list[Tensor], dtype: torch.dtype) -> Tensor:
         if grads[0].dtype not in TYPES:
             return super().norms(grads, dtype)
         grads = contiguous(grads)
-        pointers, sizes = _pointers(grads), array("q", map(Tensor.numel, grads))
+        pointers, sizes = array("Q", map(Tensor.data_ptr, grads)), array("q", map(Tensor.numel, grads))
+        _check_addresses(pointers)
         out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), TYPES[grads[0].dtype]
         self._norms(_at(pointers), _at(sizes), len(grads), kind, _at(out), torch.get_num_threads())
         return out
 
 
-def _pointers(tensors: list[Tensor]) -> array:
-    return array("Q", map(Tensor.data_ptr, tensors))
+def _check_addresses(addresses: array) -> None:
+    if not torch.frombuffer(addresses, dtype=torch.int64).all():
+        raise RuntimeError(
+            "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has freed "
+            "it"
+        )
 
 
 def _at(place: Tensor | array) -> int:

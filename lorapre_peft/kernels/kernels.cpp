@@ -1,7 +1,7 @@
 // LoRA-Pre AdamW's whole step for many matrices in one call, on a CPU: norms, factors, weights and state where they lie, without any
-// p×q temporary. And what the eager step of other optimizers takes from here: norms, Gram matrices and columns.
+// p×q temporary. Muon's step up to its orthogonalization, which takes matrices without a second moment. And norms.
 //
-// Compiled by cpp.py, which says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k] and
+// Compiled by build.py; cpp.py says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k] and
 // A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed order, so that the result
 // depends neither on the number of threads nor on which matrices share the step. Products of the
 // gradient, and what they alone are combined with, are float32; Gram matrices that are inverted, and what is k×k, are float64.
@@ -29,7 +29,8 @@ const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
 // The fields of cpp.Table.shapes, OPTIONS, POINTERS and FOUND, one for one.
 struct Shape { int64_t p, q, m_rank, v_rank, group, position, grad_type, param_type; };
 struct Options {
-  double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale, max_norm, sign, bound, newton, damping, seed, stochastic, skips_zeros;
+  double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale, max_norm, sign, bound, newton, damping, seed, stochastic, skips_zeros,
+      nesterov;
 };
 struct Pointers {
   const void* grad;
@@ -83,20 +84,22 @@ class Task {
     const bool newton = o.newton != 0;
     const double clip = norm > o.max_norm ? o.max_norm / norm : 1;
     norm = found.norm = norm * clip;
-    count = newton || *at.v_energy > 0 ? *at.step + 1 : norm > 0;
+    const bool started = newton || (shape.v_rank ? *at.v_energy : s.moment[0].old_square) > 0;
+    count = started ? *at.step + 1 : norm > 0;
     const double t = std::max(count, 1.0);
     s.key = mix(mix(uint32_t(o.seed) + uint32_t(shape.position), 0) + uint32_t(count), 0);
     s.salted = mix(s.key + 0x9E3779B9u, 0);
 
     // As in eager.adam_scalars: √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²), and root is divided out.
     const double ema = 1 - std::pow(o.beta1, t), root = std::sqrt((1 - o.beta2) / (1 - std::pow(o.beta2, t)));
-    const double scale = 1 / (ema * root), weight = 1 - o.beta1;
-    const double residual = newton ? weight : std::min(ema, o.residual_weight);
-    const double c = newton ? 1 : double(*at.v_scale);
-    s.g_scale = float(clip * o.sign), s.residual = float(residual * scale), s.eps = float(o.eps / root);
+    const double scale = !shape.v_rank ? o.nesterov ? o.beta1 : 1 : 1 / (ema * root);
+    const double residual = newton ? weight : std::min(ema, o.residual_weight) * (weight / (1 - o.beta1));
+    s.g_scale = float(clip * o.sign), s.residual = float(residual * scale + o.nesterov), s.eps = float(o.eps / root);
     s.lr = float(o.lr * o.update_scale), s.decay = float(o.lr * o.weight_decay), s.bound = float(o.bound);
     row_part(s.moment[0], o.beta1, weight, scratch);
     s.moment[0].by_B = float(o.beta1 * scale), s.moment[0].by_X = float(newton ? 0 : (weight - residual) * scale);
+    if (!shape.v_rank) return true;
+    const double c = newton ? 1 : double(*at.v_scale);
     const double root2 = std::sqrt(o.beta2);
     row_part(s.moment[1], root2, 1 - root2, scratch);
     s.moment[1].by_B = float(std::sqrt(c * o.beta2 / (1 - o.beta2))), s.moment[1].by_X = 0;
@@ -110,17 +113,17 @@ class Task {
 
   // The columns of both moments and the numbers of the state, from the sums over all rows.
   void finish(const Sums& sums, Scratch& scratch) {
-    const double root2 = std::sqrt(o.beta2);
-    columns(0, sums, o.beta1, 1 - o.beta1, scratch);
-    const double squared_norm = columns(1, sums, root2, 1 - root2, scratch);
+    columns(0, sums, o.beta1, weight, scratch);
     *at.step = float(count);
+    found.largest = sums.largest, found.clamped = double(sums.clamped), found.captured = sums.captured;
+    if (!shape.v_rank) return;
+    const double root2 = std::sqrt(o.beta2), squared_norm = columns(1, sums, root2, 1 - root2, scratch);
     if (!o.newton) {
       const double energy = o.beta2 * *at.v_energy + (1 - o.beta2) * norm * norm;
       *at.v_energy = float(energy);
       const double c = energy / std::max(squared_norm, std::numeric_limits<double>::min());
       *at.v_scale = float(std::min<double>(c, std::numeric_limits<float>::max()));
     }
-    found.largest = sums.largest, found.clamped = double(sums.clamped), found.captured = sums.captured;
   }
 
  private:
@@ -131,6 +134,7 @@ class Task {
   const bool metrics;
   Step& s;
   const int64_t parts;
+  const double weight = shape.v_rank ? 1 - o.beta1 : 1;  // of the gradient in m: Adam's average, or Muon's sum
   double norm = 0, count = 0;  // norm: after clipping
 
   int64_t first_row(int64_t split) const { return std::min(shape.p, split * ((shape.p + parts - 1) / parts)); }
@@ -251,7 +255,7 @@ extern "C" {
 
 // One step of n matrices. order: their numbers, the largest first, so that no thread is left alone with a large one. The rows of matrices
 // of more than split_entries are split among threads, and the sums of the parts that are at work together take sum_bytes.
-void adam_step(const Shape* shapes, const Options* options, void* const* pointers, Found* found,
+void step_matrices(const Shape* shapes, const Options* options, void* const* pointers, Found* found,
                const int64_t* order, int64_t n, int64_t split_entries, int64_t sum_bytes, int32_t metrics, int32_t threads) {
   auto task = [&](int64_t i, Step& step) {
     return Task(shapes[i], options[shapes[i].group], Pointers(pointers, n, i), found[i], split_entries, metrics, step);

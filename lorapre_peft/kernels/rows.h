@@ -33,7 +33,8 @@ struct Moment {
   double old_square = 0;     // ‖A‖²_F before that
 };
 
-// One matrix in one step: everything that the row part reads.
+// One matrix in one step: everything that the row part reads. Without a second moment, of rank 0, `param` takes the momentum itself, in
+// float32, and keeps no weights.
 struct Step {
   int64_t p, q, stride;  // stride: of rows of x, A and Bᵀx, in whole registers
   const void* grad;
@@ -103,7 +104,8 @@ class Rows {
     for (int c = 0; c < count; c += LANES) {
       ahead.fetch(c);
       const Vec v = load(root + c), x = load(g + c);
-      store(m + c, over_root(load(m + c) + s.residual * x, v * v + x * x, s.eps));
+      const Vec momentum = load(m + c) + s.residual * x;
+      store(m + c, s.moment[1].k ? over_root(momentum, v * v + x * x, s.eps) : momentum);
     }
     look_at(m, count);
   }
@@ -117,6 +119,7 @@ class Rows {
 
   // θ ← θ − lr (clamped u + λ θ) for ``count`` weights that follow each other from ``at`` on; u has room for whole registers.
   void move(const float* u, int64_t at, int count) {
+    if (!s.moment[1].k) return void(std::copy_n(u, count, static_cast<float*>(s.param) + at));
     const float lr = s.lr, decay = s.decay, bound = s.bound;
     auto moved = [=](Vec old, int c) { return old - (lr * at_most(at_least(load(u + c), -bound), bound) + decay * old); };
     if (s.param_type == FLOAT32) {
@@ -300,6 +303,7 @@ class Rows {
         value[r][w] = absolute(value[r][w]);
         total[r][w] = Vec{};
       }
+    if (!s.moment[1].k) return;
     follow_tile<W>(v.left + r0 * v.stride, v.C + r0 * v.stride, v.stride, s.moment[1].k, tile[1].A + c, tile[1].A_stride, tile[1].P + c, tile[1].P_stride, value, total);
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
