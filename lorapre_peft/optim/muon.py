@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..kernels.cpp import Cpp
+from ..kernels.table import OPTIONS
 from ..lowrank.batch import Batch
 from ..lowrank.float64 import narrow, wide
 from ..lowrank.moments import Moment, move_on
-from ..lowrank.rules import MIN_FACTOR_NORM, Average
+from ..lowrank.rules import MIN_FACTOR_NORM, RULES, Average
 from .adamw_path import AdamWOptions
 from .base import LoRAPreOptimizer
 from .options import check_betas, in_range
@@ -172,32 +174,56 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _update(self, batch: Batch) -> Iterator[None]:
         backend = self._backend(batch.device)
+        if isinstance(backend, Cpp) and backend.takes_batch(batch):
+            self._update_by_kernel(backend, batch)
+            return
         mu = batch.numbers("momentum")
         m = Moment(backend, batch, "m", Average(mu, torch.ones_like(mu)))
         t = wide(batch.advance(m.started if batch.rule.tracked else None))
         mixture = batch.rule.mixture(m.average, batch.numbers("residual_weight"), t)
-        step, decay = batch.steps()
-        step = step * narrow(
-            batch.numbers(lambda group: shape_scale(batch.shape, group["adjust_lr_fn"])), batch.device
-        )
         for matrices in batch.chunks():
             g = batch.gradients(matrices, batch.all_rows)
             momentum = backend.momentum(m, matrices, g, mixture)
-            batch.write(matrices, batch.all_rows, self._direction(batch, matrices, g, momentum), step, decay)
+            if batch.groups[0]["nesterov"]:
+                momentum = torch.addcmul(g, momentum, narrow(mu[matrices], g.device)[:, None, None])
+            self._move(batch, matrices, momentum)
         backend.finish_rows(m)
         if self.record_metrics:
             self._metrics.add_captured(m.captured())
             self._metrics.add_energy(batch.norms)
         yield from move_on(backend, batch, [m])
 
+    def _update_by_kernel(self, backend: Cpp, batch: Batch) -> None:
+        options = [self._kernel_options(group) for group in batch.groups]
+        metrics = self._metrics if self.record_metrics else None
+        for matrices in batch.chunks():
+            momentum = backend.momenta(batch, matrices, options, batch.groups[0]["nesterov"], metrics)
+            self._move(batch, matrices, momentum)
+
+    def _kernel_options(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """Return what `table.OPTIONS` names, of a group as it is now; what `Cpp.momenta` does not read is 0."""
+        rule, clip = RULES[group["update_rule"]], group["max_param_grad_norm"]
+        options = dict(
+            beta1=group["momentum"],
+            residual_weight=group["residual_weight"] or 0.0,
+            max_norm=float("inf") if clip is None else clip,
+            sign=-1.0 if group["maximize"] else 1.0,
+            newton=not rule.tracked,
+            damping=rule.damping,
+        )
+        return tuple(options.get(name, 0.0) for name in OPTIONS)
+
+    def _move(self, batch: Batch, matrices: slice, momentum: Tensor) -> None:
+        """Write some matrices, a step along their orthogonalized momenta [n, rows, q] further."""
+        step, decay = batch.steps()
+        scale = batch.numbers(lambda group: shape_scale(batch.shape, group["adjust_lr_fn"]))
+        direction = self._direction(batch, momentum)
+        batch.write(matrices, batch.all_rows, direction, step * narrow(scale, batch.device), decay)
+
     @staticmethod
-    def _direction(batch: Batch, matrices: slice, g: Tensor, m: Tensor) -> Tensor:
-        """Return the orthogonalized momenta of some matrices, from this process's rows of them and of the gradients:
-        [n, rows, q].
-        """
+    def _direction(batch: Batch, m: Tensor) -> Tensor:
+        """Return the orthogonalized momenta of some matrices, of which m has this process's rows: [n, rows, q]."""
         group = batch.groups[0]
-        if group["nesterov"]:
-            m = torch.addcmul(g, m, narrow(batch.numbers("momentum")[matrices], m.device)[:, None, None])
         m = batch.placement.gather(m, batch.shape[0])
         # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
         floor = 10 * MIN_FACTOR_NORM**2

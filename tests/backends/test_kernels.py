@@ -221,13 +221,43 @@ def test_one_call_steps_all_and_company_does_not_show(monkeypatch, rule):
 
 
 @cpp_
-def test_freed_memory_is_an_error():
+@both_optimizers
+def test_freed_memory_is_an_error(cls):
     """A tool that frees a gradient's storage and leaves the tensor would have the kernels read address 0."""
     param = weights(20, 12)
     param.grad = torch.ones(20, 12)
     param.grad.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="without memory"):
-        LoRAPreAdamW([param], lr=LR, backend="cpp").step()
+        cls([param], lr=LR, momentum_rank=3, backend="cpp").step()
+
+
+@cpp_
+@both_rules
+@pytest.mark.parametrize(
+    ("shape", "k"), [((19, 17), 5), ((600, 12), 4), ((11, 600), 7), ((70, 140), 17), ((10, 3, 1, 9), 7)], ids=str
+)
+def test_muons_kernel_equals_eager(rule, shape, k):
+    """Narrow and wide matrices, one and more blocks of rows and of columns, with few ranks and with packed ones."""
+    for options in (
+        {"nesterov": True, "weight_decay": 0.1},
+        {"maximize": True, "max_param_grad_norm": 3.0, "momentum": 0.8},
+        {"residual_weight": 0.3 if rule == "als" else None, "dtype": torch.bfloat16, "bf16_rounding": "nearest"},
+    ):
+        options |= {"cls": LoRAPreMuon, "update_rule": rule, "n": 3}
+        found = run("cpp", shape, k, **options)
+        assert_like_eager(found, shape, k, **options)
+
+
+@cpp_
+@pytest.mark.parametrize("threads", [1, 3])
+def test_muons_rows_split_among_threads(monkeypatch, threads):
+    """The factors, which nothing but the kernel makes, are the same in every bit."""
+    monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)
+    options = {"n": 3, "cls": LoRAPreMuon}
+    (params, one), (others, other) = (run_in(count, (70, 40), 3, **options) for count in (1, threads))
+    for a, b in zip(params, others):
+        assert all(torch.equal(one.state[a][name], other.state[b][name]) for name in ("step", "m_B", "m_A"))
+    assert_like_eager((others, other), (70, 40), 3, 3, **options)
 
 
 @cpp_
