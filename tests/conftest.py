@@ -148,5 +148,5 @@ def checkpoint_pair(tmp_path, make_llama):
 @pytest.fixture
 def fresh_backends(monkeypatch):
     """Backends are made once in a process; not for this test."""
-    for name in ("_made", "_automatic"):
+    for name in ("_made", "choose"):
         monkeypatch.setattr(backends, name, functools.cache(getattr(backends, name).__wrapped__))

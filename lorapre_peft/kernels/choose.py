@@ -74,7 +74,6 @@ def _made(name: str) -> Eager:
     return _BACKENDS[name][1]()
 
 
-@functools.cache
 def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
     """Return the first backend that starts; the eager one runs everywhere and is among all names."""
     if "cpp" in names and _cpp_needs(device) == _COMPILER:
@@ -88,6 +87,7 @@ def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
     raise RuntimeError(f"none of the backends {names} runs on {device}")
 
 
+@functools.cache
 def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Eager:
     """Return the backend for tensors on a device. "auto" is the first of `available` that is in ``names``.
 
