@@ -370,15 +370,14 @@ class LoRAPreOptimizer(StatefulOptimizer):
 
         On a CPU the host reads the norms. Elsewhere it reads nothing, and what is not usable is masked on the device.
         """
+        update = usable(norms)
         if not reads_are_free(norms.device):
-            update = usable(norms)
             self._skips.add_unread(update, norms)
             return [True] * len(norms), update
-        known = norms.tolist()
-        for norm in known:
-            if not usable(norm) and not norm < 0:  # −1 is no gradient at all
+        for norm in norms[~update].tolist():
+            if not norm < 0:  # −1 is no gradient at all
                 self._skips.add(norm)
-        return [bool(usable(norm)) for norm in known], None
+        return update.tolist(), None
 
     def _update(self, batch: Batch) -> Iterator[None]:
         """Take one step with a batch of compressed matrices: parameters and factors, in place. Stops at most once, for
