@@ -15,7 +15,8 @@
 
 #include "blocks.h"
 #include "linalg.h"
-#include "rows.h"
+#include "narrow_rows.h"
+#include "wide_rows.h"
 
 namespace {
 
@@ -23,6 +24,8 @@ namespace {
 constexpr int64_t MAX_SPLITS = 16;
 // Up to this size a matrix, its gradient and its state stay in the second-level cache for the whole of its step.
 constexpr int64_t CACHED_ENTRIES = 1 << 17;
+// Below this Σ g² is summed in float64: above it, the squares of up to 1e10 entries that float32 loses do not count.
+constexpr double SMALL_SQUARE = 1e-20;
 // The largest gradient norm whose square float32 holds.
 const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
 
@@ -64,13 +67,18 @@ class Task {
     moment(1, int(shape.v_rank), at.v_B, at.v_A, scratch);
   }
 
+  // Σ g² of some rows, and what `rows` needs of them before ‖g‖ is known.
   double look(int64_t split, Scratch& scratch, Sums& sums) const {
+    const int64_t begin = first_row(split), end = first_row(split + 1);
+    const double square = s.q <= NARROW ? 0 : WideRows(s, scratch, sums).look(begin, end);
+    if (square > SMALL_SQUARE && square <= FLT_MAX) return square;
+    // float32 may have lost something. Meanwhile memory that the rest of the step needs is asked for.
     std::vector<Later> later;
     if (s.p * s.q <= CACHED_ENTRIES) {
       const int64_t size = sizeof(float);
       later = {{s.param, std::min<int64_t>(CHUNK, s.p) * s.q * size_of(s.param_type)}, {at.m_B, s.p * shape.m_rank * size}, {at.v_B, s.p * shape.v_rank * size}};
     }
-    return Rows(s, scratch, sums).look(first_row(split), first_row(split + 1), std::move(later));
+    return sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q, std::move(later));
   }
 
   // Everything else that the rows need, from ‖g‖². False if the gradient cannot be used: then nothing has changed.
@@ -108,7 +116,8 @@ class Task {
 
   void rows(int64_t split, Scratch& scratch, Sums& sums) {
     sums.reset(s);
-    Rows(s, scratch, sums).run(first_row(split), first_row(split + 1));
+    const int64_t begin = first_row(split), end = first_row(split + 1);
+    s.q <= NARROW ? NarrowRows(s, scratch, sums).run(begin, end) : WideRows(s, scratch, sums).run(begin, end);
   }
 
   // The columns of both moments and the numbers of the state, from the sums over all rows.

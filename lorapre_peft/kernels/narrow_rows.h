@@ -1,0 +1,139 @@
+// The row part for matrices of at most NARROW columns: entries of a register lie along a column.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "rows.h"
+
+namespace {
+
+class NarrowRows : public Rows {
+ public:
+  using Rows::Rows;
+
+  // As `WideRows::run` does, with the roles of rows and columns exchanged.
+  void run(int64_t begin, int64_t end) {
+    alignas(64) float x[NARROW][CHUNK], u[NARROW][CHUNK], root[ROWS][CHUNK], flat[NARROW * CHUNK];
+    const int q = int(s.q), blocks = (q + ROWS - 1) / ROWS * ROWS;
+    const int most = std::max(s.moment[0].k, s.moment[1].k);
+    std::fill(x[q], x[q] + (blocks - q) * CHUNK, 0.f);
+    // Aᵀ of both moments [blocks, k], with rows of zeros up to whole blocks, and P transposed likewise.
+    scratch.columns.assign(4 * blocks * most, 0.f);
+    float *A[2], *P[2];
+    for (int i = 0; i < 2; ++i) {
+      const Moment& moment = s.moment[i];
+      A[i] = scratch.columns.data() + 2 * i * blocks * most, P[i] = A[i] + blocks * most;
+      for (int j = 0; j < moment.k; ++j)
+        for (int c = 0; c < q; ++c) A[i][c * moment.k + j] = moment.A[j * q + c];
+    }
+    // [k, CHUNK] of both moments: x Aᵀ, then what the update's products take for B; old B; B'.
+    scratch.rows.resize(6 * most * CHUNK);
+    float *C[2], *B[2], *B_new[2];
+    for (int i = 0; i < 2; ++i) {
+      C[i] = scratch.rows.data() + 3 * i * most * CHUNK;
+      B[i] = C[i] + most * CHUNK, B_new[i] = B[i] + most * CHUNK;
+    }
+
+    for (int64_t first = begin; first < end; first += CHUNK) {
+      const int count = int(std::min<int64_t>(CHUNK, end - first)), whole = int(padded(count));
+      read_transposed(s.grad, s.grad_type, first * q, count, q, flat, x);
+      for (int c = 0; c < q; ++c) {
+        std::fill(x[c] + count, x[c] + whole, 0.f);
+        if (s.g_scale != 1)
+          for (int r = 0; r < whole; ++r) x[c][r] *= s.g_scale;
+      }
+      for (int i = 0; i < 2; ++i) {
+        const Moment& moment = s.moment[i];
+        const int k = moment.k;
+        std::fill_n(C[i], k * CHUNK, 0.f);
+        i ? project<true>(A[i], k, k, x[0], CHUNK, blocks, whole, C[i], CHUNK)
+          : project<false>(A[i], k, k, x[0], CHUNK, blocks, whole, C[i], CHUNK);
+        follow_transposed(moment, first, count, whole, C[i], B[i], B_new[i], i);
+        const float* left = s.projects_new ? B_new[i] : B[i];
+        for (int c0 = 0; c0 < q; c0 += ROWS) {
+          Ahead param = param_ahead(first + CHUNK, (c0 + i) * CHUNK);
+          param.rows = 1;
+          if (i) BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k, param)))
+          else BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k, param)))
+        }
+      }
+      for (int c0 = 0; c0 < q; c0 += ROWS) {
+        outer(A[0] + c0 * s.moment[0].k, s.moment[0].k, C[0], CHUNK, whole, u[c0], CHUNK);
+        outer(A[1] + c0 * s.moment[1].k, s.moment[1].k, C[1], CHUNK, whole, *root, CHUNK);
+        for (int c = c0; c < std::min(q, c0 + ROWS); ++c) {
+          Ahead param = param_ahead(first + CHUNK, c * CHUNK);
+          param.rows = c - c0 >= 2;
+          normalise(u[c], root[c - c0], x[c], count, param);
+        }
+      }
+      transpose(*u, CHUNK, q, count, flat, q);
+      move(flat, first * q, count * q);
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < s.moment[i].k; ++j)
+        for (int c = 0; c < q; ++c) sums.P[i][j * s.stride + c] += P[i][c * s.moment[i].k + j];
+  }
+
+ private:
+  // The normalised update (m + residual · g)/(√(root² + g²) + eps) of some entries, in place of m = C A_m; root = s v_B v_A. All three
+  // have room for whole registers.
+  void normalise(float* m, const float* root, const float* g, int count, const Ahead& ahead) {
+    for (int c = 0; c < count; c += LANES) {
+      ahead.fetch(c);
+      const Vec v = load(root + c), x = load(g + c);
+      const Vec momentum = load(m + c) + s.residual * x;
+      store(m + c, s.moment[1].k ? over_root(momentum, v * v + x * x, s.eps) : momentum);
+    }
+    look_at(m, count);
+  }
+
+  // `follow` of a block of rows that lie along registers. C: x Aᵀ [k, CHUNK], and then what the update multiplies A by.
+  void follow_transposed(const Moment& moment, int64_t first, int count, int whole, float* C, float* B, float* B_new, int i) {
+    const int k = moment.k;
+    switch (k) {
+      case 1: std::copy_n(moment.B + first, count, B); break;
+      case 2: split_columns<2>(moment.B + first * k, count, B, CHUNK); break;
+      case 4: split_columns<4>(moment.B + first * k, count, B, CHUNK); break;
+      default: transpose(moment.B + first * k, k, count, k, B, CHUNK);
+    }
+    for (int j = 0; j < k; ++j) {
+      std::fill_n(B + j * CHUNK + count, whole - count, 0.f);
+      for (int r = 0; r < whole; r += LANES) {
+        Vec fit = {};
+        for (int l = 0; l < k; ++l) fit += moment.R[l * padded(k) + j] * load(C + l * CHUNK + r);
+        store(B_new + j * CHUNK + r, fit);
+      }
+    }
+    if (s.metrics && i == 0)
+      for (int j = 0; j < k; ++j)
+        for (int l = 0; l < k; ++l)
+          for (int r = 0; r < count; ++r) sums.captured += moment.gram[j * k + l] * B_new[j * CHUNK + r] * B_new[l * CHUNK + r];
+    for (int j = 0; j < k; ++j)
+      for (int at = j * CHUNK; at < j * CHUNK + whole; at += LANES) {
+        const Vec fit = load(B_new + at), old = load(B + at);
+        store(B_new + at, moment.keep * old + moment.gain * fit);
+        store(C + at, moment.by_B * old + moment.by_X * fit);
+      }
+    switch (k) {
+      case 1: std::copy_n(B_new, count, moment.B + first); break;
+      case 2: join_columns<2>(B_new, CHUNK, count, moment.B + first * k); break;
+      case 4: join_columns<4>(B_new, CHUNK, count, moment.B + first * k); break;
+      default: transpose(B_new, CHUNK, k, count, moment.B + first * k, k);
+    }
+    // The rows of Bᵀ side by side in float64: B' and B, or B alone.
+    const int width = moment.gram_columns;
+    scratch.held.resize(2 * k * CHUNK);
+    double* held = scratch.held.data();
+    for (int j = 0; j < width; ++j) {
+      const float* from = s.projects_new && j < k ? B_new + j * CHUNK : B + (j % k) * CHUNK;
+      std::copy_n(from, whole, held + j * CHUNK);
+    }
+    add_products(held, k, held, width, CHUNK, whole, sums.grams[i].data());
+  }
+};
+
+}  // namespace
