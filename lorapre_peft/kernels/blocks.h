@@ -35,8 +35,8 @@ double square_tile(const float* x, int64_t stride, int columns) {
   return sum;
 }
 
-// Rows of a matrix that will be read next, of entries of ``size`` bytes: they are asked for a register at a time while others are computed, for
-// that keeps more reads in flight than waiting for them does.
+// Rows of a matrix that will be read next, of entries of ``size`` bytes: they are asked for a register at a time while
+// others are computed, for that keeps more reads in flight than waiting for them does.
 struct Ahead {
   const char* at = nullptr;
   int64_t stride = 0;
@@ -49,7 +49,8 @@ struct Ahead {
 
 // dots[r][j] += x[r] · A[j], or |x[r]| · A[j], over some columns, for R rows of x, a multiple of 4, and J of A.
 template <int R, int J, bool ABSOLUTE>
-void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k, const Ahead& ahead = {}) {
+void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k,
+              const Ahead& ahead = {}) {
   Vec total[R][J] = {};
   for (int c = 0; c < columns; c += LANES) {
     ahead.fetch(c);
@@ -70,11 +71,14 @@ void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, 
 
 // total[r] += Σ_j C[r][j] A[j] and P[j] += Σ_r B[r][j] x[r], for ROWS rows and W registers of columns.
 template <int W>
-inline void follow_tile(const float* B, const float* C, int64_t b_stride, int k, const float* A, int64_t a_stride, float* P, int64_t p_stride,
-                        const Vec (&x)[ROWS][W], Vec (&total)[ROWS][W]) {
+inline void follow_tile(const float* B, const float* C, int64_t b_stride, int k, const float* A, int64_t a_stride,
+                        float* P, int64_t p_stride, const Vec (&x)[ROWS][W], Vec (&total)[ROWS][W]) {
   for (int j = 0; j < k; ++j) {
     Vec a[W], p[W];
-    UNROLLED for (int w = 0; w < W; ++w) a[w] = load(A + j * a_stride + w * LANES), p[w] = load(P + j * p_stride + w * LANES);
+    UNROLLED for (int w = 0; w < W; ++w) {
+      a[w] = load(A + j * a_stride + w * LANES);
+      p[w] = load(P + j * p_stride + w * LANES);
+    }
     UNROLLED for (int r = 0; r < ROWS; ++r) {
       const float c = C[r * b_stride + j], b = B[r * b_stride + j];
       UNROLLED for (int w = 0; w < W; ++w) total[r][w] += c * a[w], p[w] += b * x[r][w];
@@ -104,13 +108,15 @@ inline void outer_tile(const float* B, int k, const float* A, int64_t stride, fl
 template <bool ADD = false>
 void outer(const float* B, int k, const float* A, int64_t stride, int columns, float* out, int64_t out_stride) {
   int c = 0;
-  for (; c + WIDTH * LANES <= columns; c += WIDTH * LANES) outer_tile<WIDTH, ADD>(B, k, A + c, stride, out + c, out_stride);
+  for (; c + WIDTH * LANES <= columns; c += WIDTH * LANES)
+    outer_tile<WIDTH, ADD>(B, k, A + c, stride, out + c, out_stride);
   for (; c < columns; c += LANES) outer_tile<1, ADD>(B, k, A + c, stride, out + c, out_stride);
 }
 
 // P[j] += Σ_r B[r][j] x[r], or |x[r]|, for R rows and W registers of columns.
 template <int R, int W, bool ABSOLUTE>
-inline void project_tile(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, float* P, int64_t stride) {
+inline void project_tile(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, float* P,
+                         int64_t stride) {
   Vec value[R][W];
   UNROLLED for (int r = 0; r < R; ++r)
     UNROLLED for (int w = 0; w < W; ++w) value[r][w] = load_as<ABSOLUTE>(x + r * x_stride + w * LANES);
@@ -124,24 +130,32 @@ inline void project_tile(const float* B, int64_t b_stride, int k, const float* x
 }
 
 template <int R, int W, bool ABSOLUTE>
-void project_rows(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, int columns, float* P, int64_t stride) {
+void project_rows(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, int columns, float* P,
+                  int64_t stride) {
   int c = 0;
-  for (; c + W * LANES <= columns; c += W * LANES) project_tile<R, W, ABSOLUTE>(B, b_stride, k, x + c, x_stride, P + c, stride);
+  for (; c + W * LANES <= columns; c += W * LANES)
+    project_tile<R, W, ABSOLUTE>(B, b_stride, k, x + c, x_stride, P + c, stride);
   for (; c < columns; c += LANES) project_tile<R, 1, ABSOLUTE>(B, b_stride, k, x + c, x_stride, P + c, stride);
 }
 
-// The same for some rows, a multiple of ROWS, and columns, a multiple of LANES: two blocks of rows at a time, for each reads and writes P.
+// The same for some rows, a multiple of ROWS, and columns, a multiple of LANES: two blocks of rows at a time, for each
+// reads and writes P.
 template <bool ABSOLUTE>
-void project(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, int rows, int columns, float* P, int64_t stride) {
+void project(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, int rows, int columns,
+             float* P, int64_t stride) {
   int r = 0;
   for (; r + 2 * ROWS <= rows; r += 2 * ROWS)
-    project_rows<2 * ROWS, WIDTH / 2, ABSOLUTE>(B + r * b_stride, b_stride, k, x + r * x_stride, x_stride, columns, P, stride);
-  if (r < rows) project_rows<ROWS, WIDTH, ABSOLUTE>(B + r * b_stride, b_stride, k, x + r * x_stride, x_stride, columns, P, stride);
+    project_rows<2 * ROWS, WIDTH / 2, ABSOLUTE>(B + r * b_stride, b_stride, k, x + r * x_stride, x_stride, columns, P,
+                                                stride);
+  if (r < rows)
+    project_rows<ROWS, WIDTH, ABSOLUTE>(B + r * b_stride, b_stride, k, x + r * x_stride, x_stride, columns, P, stride);
 }
 
-// out[j] += Σ_r left[r][j] x[r] over some columns, of rows of ``stride`` numbers; left[r][j] lies at r · by_row + j · by_rank.
+// out[j] += Σ_r left[r][j] x[r] over some columns, of rows of ``stride`` numbers. left[r][j] lies at
+// r · by_row + j · by_rank.
 template <int J, int W>
-inline void combine_tile(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride, int rows, double* out) {
+inline void combine_tile(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride,
+                         int rows, double* out) {
   DoubleVec total[J][W] = {};
   for (int r = 0; r < rows; ++r) {
     const DoubleVec* row = reinterpret_cast<const DoubleVec*>(x + r * stride);
@@ -154,7 +168,8 @@ inline void combine_tile(const double* left, int64_t by_row, int64_t by_rank, co
 
 // The same over some columns, a multiple of LANES / 2.
 template <int J>
-void combine_block(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride, int64_t columns, int rows, double* out) {
+void combine_block(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride,
+                   int64_t columns, int rows, double* out) {
   constexpr int64_t size = WIDTH * LANES / 2;
   int64_t c = 0;
   for (; c + size <= columns; c += size) combine_tile<J, WIDTH>(left, by_row, by_rank, x + c, stride, rows, out + c);
@@ -163,7 +178,8 @@ void combine_block(const double* left, int64_t by_row, int64_t by_rank, const do
 
 // gram[i][j] += x[i] · y[j], of the first ``count`` numbers, a multiple of LANES, of rows of ``stride`` numbers.
 template <int I, int J>
-inline void gram_tile(const double* x, const double* y, int64_t stride, int64_t count, double* gram, int64_t gram_stride) {
+inline void gram_tile(const double* x, const double* y, int64_t stride, int64_t count, double* gram,
+                      int64_t gram_stride) {
   DoubleVec total[I][J] = {};
   for (int64_t c = 0; c < count; c += LANES / 2) {
     DoubleVec b[J];
@@ -189,7 +205,8 @@ inline void gram_tile(const double* x, const double* y, int64_t stride, int64_t 
 int64_t padded(int64_t q) { return (q + LANES - 1) / LANES * LANES; }
 int64_t padded_double(int64_t q) { return (q + LANES / 2 - 1) / (LANES / 2) * (LANES / 2); }
 
-// Whole registers, and one more where rows would else begin at multiples of 256 bytes and compete for the same places of the cache.
+// Whole registers, and one more where rows would else begin at multiples of 256 bytes and compete for the same places
+// of the cache.
 int64_t row_stride(int64_t q) { return padded(q) % 64 ? padded(q) : padded(q) + LANES; }
 
 // From column c0 on ``stride`` columns of A [k, q] as float64, zeros beyond q.
@@ -202,14 +219,16 @@ void read_rows(const float* A, int64_t k, int64_t q, int64_t c0, int64_t stride,
 }
 
 // x yᵀ of k and l rows of ``stride`` numbers, the first ``count`` of each, added to gram [k, l].
-void add_products(const double* x, int64_t k, const double* y, int64_t l, int64_t stride, int64_t count, double* gram) {
+void add_products(const double* x, int64_t k, const double* y, int64_t l, int64_t stride, int64_t count,
+                  double* gram) {
   int64_t i = 0;
   for (; i + RANKS <= k; i += RANKS)
     BY_RANKS(l, (gram_tile<RANKS, J>(x + i * stride, y + j0 * stride, stride, count, gram + i * l + j0, l)))
-  for (; i < k; ++i) BY_RANKS(l, (gram_tile<1, J>(x + i * stride, y + j0 * stride, stride, count, gram + i * l + j0, l)))
+  for (; i < k; ++i)
+    BY_RANKS(l, (gram_tile<1, J>(x + i * stride, y + j0 * stride, stride, count, gram + i * l + j0, l)))
 }
 
-// The lower triangle of x xᵀ, of k rows of ``stride`` numbers, added to gram, in blocks; and the upper one from the lower.
+// The lower triangle of x xᵀ, of k rows of ``stride`` numbers, added to gram, in blocks.
 void add_gram(const double* x, int64_t k, int64_t stride, double* gram) {
   int64_t i = 0;
   for (; i + RANKS <= k; i += RANKS)
@@ -246,6 +265,7 @@ void add_small_gram(const float* x, int64_t q, double* gram) {
         for (int lane = 0; lane < LANES / 2; ++lane) gram[i * K + j] += total[s][i][j][lane];
 }
 
+// The upper triangle from the lower one.
 void mirror(double* gram, int64_t k) {
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = 0; j < i; ++j) gram[j * k + i] = gram[i * k + j];

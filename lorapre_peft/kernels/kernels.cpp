@@ -1,10 +1,12 @@
-// LoRA-Pre AdamW's whole step for many matrices in one call, on a CPU: norms, factors, weights and state where they lie, without any
-// p×q temporary. Muon's step up to its orthogonalization, which takes matrices without a second moment. And norms.
+// LoRA-Pre AdamW's whole step for many matrices in one call, on a CPU: norms, factors, weights and state where they
+// lie, without any p×q temporary. Muon's step up to its orthogonalization, which takes matrices without a second
+// moment. And norms.
 //
 // Compiled by build.py; cpp.py says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k] and
-// A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed order, so that the result
-// depends neither on the number of threads nor on which matrices share the step. Products of the
-// gradient, and what they alone are combined with, are float32; Gram matrices that are inverted, and what is k×k, are float64.
+// A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed order,
+// so that the result depends neither on the number of threads nor on which matrices share the step. Products of the
+// gradient, and what they alone are combined with, are float32; Gram matrices that are inverted, and what is k×k, are
+// float64.
 
 #include <algorithm>
 #include <cmath>
@@ -32,8 +34,8 @@ const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
 // The fields of cpp.Table.shapes, OPTIONS, POINTERS and FOUND, one for one.
 struct Shape { int64_t p, q, m_rank, v_rank, group, position, grad_type, param_type; };
 struct Options {
-  double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale, max_norm, sign, bound, newton, damping, seed, stochastic, skips_zeros,
-      nesterov;
+  double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale;
+  double max_norm, sign, bound, newton, damping, seed, stochastic, skips_zeros, nesterov;
 };
 struct Pointers {
   const void* grad;
@@ -41,8 +43,9 @@ struct Pointers {
   float *step, *m_B, *m_A, *v_B, *v_A, *v_energy, *v_scale;  // `newton` has neither of the last two
 
   Pointers(void* const* table, int64_t n, int64_t i)
-      : grad(table[i]), param(table[n + i]), step(f(table[2 * n + i])), m_B(f(table[3 * n + i])), m_A(f(table[4 * n + i])),
-        v_B(f(table[5 * n + i])), v_A(f(table[6 * n + i])), v_energy(f(table[7 * n + i])), v_scale(f(table[8 * n + i])) {}
+      : grad(table[i]), param(table[n + i]), step(f(table[2 * n + i])),
+        m_B(f(table[3 * n + i])), m_A(f(table[4 * n + i])), v_B(f(table[5 * n + i])), v_A(f(table[6 * n + i])),
+        v_energy(f(table[7 * n + i])), v_scale(f(table[8 * n + i])) {}
 
  private:
   static float* f(void* at) { return static_cast<float*>(at); }
@@ -52,7 +55,8 @@ struct Found { double norm, largest, clamped, captured; };
 // One matrix of the step, from its norm to its new state.
 class Task {
  public:
-  Task(const Shape& shape, const Options& options, Pointers at, Found& found, int64_t split_entries, bool metrics, Step& step)
+  Task(const Shape& shape, const Options& options, Pointers at, Found& found, int64_t split_entries, bool metrics,
+       Step& step)
       : shape(shape), o(options), at(at), found(found), metrics(metrics), s(step),
         parts(std::clamp<int64_t>(shape.p * shape.q / split_entries, 1, std::min(MAX_SPLITS, shape.p))) {}
 
@@ -76,7 +80,9 @@ class Task {
     std::vector<Later> later;
     if (s.p * s.q <= CACHED_ENTRIES) {
       const int64_t size = sizeof(float);
-      later = {{s.param, std::min<int64_t>(CHUNK, s.p) * s.q * size_of(s.param_type)}, {at.m_B, s.p * shape.m_rank * size}, {at.v_B, s.p * shape.v_rank * size}};
+      later = {{s.param, std::min<int64_t>(CHUNK, s.p) * s.q * size_of(s.param_type)},
+               {at.m_B, s.p * shape.m_rank * size},
+               {at.v_B, s.p * shape.v_rank * size}};
     }
     return sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q, std::move(later));
   }
@@ -148,8 +154,8 @@ class Task {
 
   int64_t first_row(int64_t split) const { return std::min(shape.p, split * ((shape.p + parts - 1) / parts)); }
 
-  // A moment's factor A as its rows are read, with its Gram matrix. As in rules.Als.restart directions whose row of A is zero start anew, from
-  // a fixed row.
+  // A moment's factor A as its rows are read, with its Gram matrix. As in rules.Als.restart directions whose row of A
+  // is zero start anew, from a fixed row.
   void moment(int i, int k, float* B, float* A, Scratch& scratch) {
     Moment& m = s.moment[i];
     m.k = k, m.B = B, m.A = A, m.gram_columns = s.projects_new ? 2 * k : k;
@@ -185,7 +191,8 @@ class Task {
     gram_of(m.A, m.k, s.q, m.gram.data(), scratch.sums);
   }
 
-  // What B' of a moment of decay and weight is made of, as rules.Als and rules.Newton have it: (A Aᵀ + damping)⁻¹ and factors.
+  // What B' of a moment of decay and weight is made of, as in rules.Als and rules.Newton: (A Aᵀ + damping)⁻¹ and
+  // factors.
   void row_part(Moment& m, double decay, double weight, Scratch& scratch) {
     const int k = m.k;
     double keep = decay, gain = weight, unit = 1, ridge = o.damping;
@@ -262,10 +269,12 @@ class Task {
 
 extern "C" {
 
-// One step of n matrices. order: their numbers, the largest first, so that no thread is left alone with a large one. The rows of matrices
-// of more than split_entries are split among threads, and the sums of the parts that are at work together take sum_bytes.
+// One step of n matrices. order: their numbers, the largest first, so that no thread is left alone with a large one.
+// The rows of matrices of more than split_entries are split among threads, and the sums of the parts that are at work
+// together take sum_bytes.
 void step_matrices(const Shape* shapes, const Options* options, void* const* pointers, Found* found,
-               const int64_t* order, int64_t n, int64_t split_entries, int64_t sum_bytes, int32_t metrics, int32_t threads) {
+                   const int64_t* order, int64_t n, int64_t split_entries, int64_t sum_bytes, int32_t metrics,
+                   int32_t threads) {
   auto task = [&](int64_t i, Step& step) {
     return Task(shapes[i], options[shapes[i].group], Pointers(pointers, n, i), found[i], split_entries, metrics, step);
   };
@@ -297,7 +306,8 @@ void step_matrices(const Shape* shapes, const Options* options, void* const* poi
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < count; ++i) large[i].begin(scratch);
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < parts; ++i) squares[i] = large[part_of[i]].look(i - starts[part_of[i]], scratch, sums[i]);
+      for (int64_t i = 0; i < parts; ++i)
+        squares[i] = large[part_of[i]].look(i - starts[part_of[i]], scratch, sums[i]);
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < count; ++i) {
         double square = 0;

@@ -1,4 +1,5 @@
-// The k×k part of a step in float64: Gram matrices, damped inverses and what the rules make of them. Small matrices are row-major.
+// The k×k part of a step in float64: Gram matrices, damped inverses and what the rules make of them. Small matrices
+// are row-major.
 
 #pragma once
 
@@ -32,7 +33,7 @@ class Later {
   int64_t share = 0;
 };
 
-// Σ x² of the entries from ``begin`` to ``end``; x is one stream from memory, and ``later`` keeps some more of them busy.
+// Σ x² of the entries from ``begin`` to ``end``. x is one stream from memory; ``later`` keeps some more of them busy.
 inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t end, std::vector<Later> later = {}) {
   for (Later& other : later) other.split((end - begin + CHUNK - 1) / CHUNK);
   constexpr int SUMS = 4;
@@ -65,7 +66,8 @@ inline double trace(const double* gram, int k, int64_t stride) {
   return sum;
 }
 
-// L⁻¹ of the Cholesky factor of gram + ridge·I, a symmetric matrix of rows of ``stride`` numbers; where there is none, of the diagonal alone.
+// L⁻¹ of the Cholesky factor of gram + ridge·I, a symmetric matrix of rows of ``stride`` numbers; where there is none,
+// of the diagonal alone.
 void inverse_root(const double* gram, int k, int64_t stride, double ridge, double* L) {
   // float64 round-off in a Gram matrix is relative to its trace: a smaller ridge would not keep it positive.
   ridge = std::max(ridge, 1e-15 * trace(gram, k, stride) + std::numeric_limits<double>::min());
@@ -94,7 +96,8 @@ void inverse_root(const double* gram, int k, int64_t stride, double ridge, doubl
 }
 
 // (gram + ridge·I)⁻¹ = L⁻ᵀ L⁻¹.
-void damped_inverse(const double* gram, int k, int64_t stride, double ridge, double* inverse, std::vector<double>& work) {
+void damped_inverse(const double* gram, int k, int64_t stride, double ridge, double* inverse,
+                    std::vector<double>& work) {
   work.resize(size_t(k) * k);
   double* L = work.data();
   inverse_root(gram, k, stride, ridge, L);
@@ -124,9 +127,10 @@ void gram_of(const float* A, int64_t k, int64_t q, double* gram, std::vector<dou
   mirror(gram, k);
 }
 
-// A ← W [A; P] with products in float64, for an inverse whose entries would turn their round-off into momentum: `newton`'s, whose damping
-// is absolute. Arguments as in `columns_of`; made: room for k rows of CHUNK numbers.
-inline void wide_columns(const double* W, float* A, const float* P, int64_t p_stride, int64_t k, int64_t q, std::vector<double>& made) {
+// A ← W [A; P] with products in float64, for an inverse whose entries would turn their round-off into momentum:
+// `newton`'s, whose damping is absolute. Arguments as in `columns_of`; made: room for k rows of CHUNK numbers.
+inline void wide_columns(const double* W, float* A, const float* P, int64_t p_stride, int64_t k, int64_t q,
+                         std::vector<double>& made) {
   for (int64_t c0 = 0; c0 < q; c0 += CHUNK) {
     const int64_t here = std::min<int64_t>(CHUNK, q - c0);
     made.assign(k * CHUNK, 0.0);
@@ -141,14 +145,17 @@ inline void wide_columns(const double* W, float* A, const float* P, int64_t p_st
   }
 }
 
-// A' = W [A; P] and A' A'ᵀ; W [k, 2k], A [k, q], and P [k, q] in rows of ``p_stride`` numbers. W is rounded to float32, in which products of up
-// to CHUNK columns are summed: P was. A' may lie where A does. part: room for three matrices of k rows of CHUNK numbers, and for two of k.
+// A' = W [A; P] and A' A'ᵀ; W [k, 2k], A [k, q], and P [k, q] in rows of ``p_stride`` numbers. W is rounded to
+// float32, in which products of up to CHUNK columns are summed: P was. A' may lie where A does. part: room for three
+// matrices of k rows of CHUNK numbers, and for two of k.
 void columns_of(const double* W, const float* A, const float* P, int64_t p_stride, int64_t k, int64_t q, float* out,
                 double* gram, std::vector<float>& part) {
   const int64_t rows = (k + ROWS - 1) / ROWS * ROWS, stride = std::min<int64_t>(CHUNK, padded(q)) + LANES;
   part.assign(rows * (3 * stride + 3 * k), 0.f);
-  float *of_A = part.data(), *of_P = of_A + rows * k, *products = of_P + rows * k, *tail = products + rows * k, *made = tail + 2 * rows * stride;
-  constexpr double most = std::numeric_limits<float>::max();  // what a B' of zeros makes of W is larger, and multiplies zeros
+  float *of_A = part.data(), *of_P = of_A + rows * k, *products = of_P + rows * k, *tail = products + rows * k,
+        *made = tail + 2 * rows * stride;
+  // What a B' of zeros makes of W is larger, and multiplies zeros.
+  constexpr double most = std::numeric_limits<float>::max();
   for (int64_t r = 0; r < k; ++r)
     for (int64_t j = 0; j < k; ++j) {
       of_A[r * k + j] = float(std::clamp(W[r * 2 * k + j], -most, most));
@@ -173,7 +180,8 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
     for (int64_t j = 0; j < k; ++j) std::copy_n(made + j * stride, here, out + j * q + c0);
     std::fill_n(products, rows * k, 0.f);
     for (int64_t r0 = 0; r0 < k; r0 += ROWS)
-      BY_RANKS(k, (dot_tile<ROWS, J, false>(made + r0 * stride, stride, made + j0 * stride, stride, columns, products + r0 * k + j0, int(k))))
+      BY_RANKS(k, (dot_tile<ROWS, J, false>(made + r0 * stride, stride, made + j0 * stride, stride, columns,
+                                            products + r0 * k + j0, int(k))))
     float trace = 0;
     for (int64_t j = 0; j < k; ++j) trace += products[j * k + j];
     if (trace > LEAST_TRACE && trace < 1 / LEAST_TRACE) {

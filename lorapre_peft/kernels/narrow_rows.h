@@ -57,8 +57,11 @@ class NarrowRows : public Rows {
         for (int c0 = 0; c0 < q; c0 += ROWS) {
           Ahead param = param_ahead(first + CHUNK, (c0 + i) * CHUNK);
           param.rows = 1;
-          if (i) BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k, param)))
-          else BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, P[i] + c0 * k + j0, k, param)))
+          float* to = P[i] + c0 * k;
+          if (i)
+            BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, to + j0, k, param)))
+          else
+            BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, to + j0, k, param)))
         }
       }
       for (int c0 = 0; c0 < q; c0 += ROWS) {
@@ -79,8 +82,8 @@ class NarrowRows : public Rows {
   }
 
  private:
-  // The normalised update (m + residual · g)/(√(root² + g²) + eps) of some entries, in place of m = C A_m; root = s v_B v_A. All three
-  // have room for whole registers.
+  // The normalised update (m + residual · g)/(√(root² + g²) + eps) of some entries, in place of m = C A_m;
+  // root = s v_B v_A. All three have room for whole registers.
   void normalise(float* m, const float* root, const float* g, int count, const Ahead& ahead) {
     for (int c = 0; c < count; c += LANES) {
       ahead.fetch(c);
@@ -91,8 +94,9 @@ class NarrowRows : public Rows {
     look_at(m, count);
   }
 
-  // `follow` of a block of rows that lie along registers. C: x Aᵀ [k, CHUNK], and then what the update multiplies A by.
-  void follow_transposed(const Moment& moment, int64_t first, int count, int whole, float* C, float* B, float* B_new, int i) {
+  // `WideRows::follow` of rows that lie along registers. C: x Aᵀ [k, CHUNK], and then what the update multiplies A by.
+  void follow_transposed(const Moment& moment, int64_t first, int count, int whole, float* C, float* B, float* B_new,
+                         int i) {
     const int k = moment.k;
     switch (k) {
       case 1: std::copy_n(moment.B + first, count, B); break;
@@ -111,7 +115,8 @@ class NarrowRows : public Rows {
     if (s.metrics && i == 0)
       for (int j = 0; j < k; ++j)
         for (int l = 0; l < k; ++l)
-          for (int r = 0; r < count; ++r) sums.captured += moment.gram[j * k + l] * B_new[j * CHUNK + r] * B_new[l * CHUNK + r];
+          for (int r = 0; r < count; ++r)
+            sums.captured += moment.gram[j * k + l] * B_new[j * CHUNK + r] * B_new[l * CHUNK + r];
     for (int j = 0; j < k; ++j)
       for (int at = j * CHUNK; at < j * CHUNK + whole; at += LANES) {
         const Vec fit = load(B_new + at), old = load(B + at);

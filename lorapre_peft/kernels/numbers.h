@@ -21,7 +21,7 @@ constexpr int DOT_ROWS = LANES == 16 ? 8 : 4, DOT_RANKS = 2;  // that `dot_tile`
 constexpr int STEP_WIDTH = LANES == 16 ? 2 : 1;  // registers of ROWS rows that an update is computed of at once
 constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
 constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
-constexpr int RANKS = LANES == 16 ? 4 : 2;  // of a factor that are in registers at once, with sums for each of ROWS rows
+constexpr int RANKS = LANES == 16 ? 4 : 2;  // of a factor that are in registers at once, with sums for ROWS rows
 constexpr int WIDTH = LANES == 16 ? 4 : 2;  // registers along a row that are held at once, likewise
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef double DoubleVec __attribute__((vector_size(4 * LANES), aligned(8), may_alias));  // half as many
@@ -74,8 +74,8 @@ inline Vec at_most(Vec x, float high) {
 #endif
 }
 
-// x / (√square + eps) to about two units in the last place. Where there is an instruction for an estimate of 1/√ and of 1/x, one Newton
-// step on each is several times faster than the exact root and quotient.
+// x / (√square + eps) to about two units in the last place. Where there is an instruction for an estimate of 1/√ and
+// of 1/x, one Newton step on each is several times faster than the exact root and quotient.
 inline Vec over_root(Vec x, Vec square, float eps) {
 #if LANES == 16 || defined(__AVX2__)
   square = at_most(at_least(square, FLT_MIN), FLT_MAX);
@@ -136,7 +136,8 @@ inline float from_half(uint32_t half) {
 
 // To float16's nearest, ties to even, as torch rounds: the bits.
 inline uint16_t to_half(float x) {
-  constexpr uint32_t INFINITE = 0x7F800000, TOO_LARGE = (127 + 16) << 23, NORMAL = 113 << 23, SHIFT = ((127 - 15) + (23 - 10) + 1) << 23;
+  constexpr uint32_t INFINITE = 0x7F800000, TOO_LARGE = (127 + 16) << 23, NORMAL = 113 << 23,
+                     SHIFT = ((127 - 15) + (23 - 10) + 1) << 23;
   const uint32_t sign = to_bits(x) & 0x80000000u, bits = to_bits(x) ^ sign;
   const uint32_t small = to_bits(from_bits(bits) + from_bits(SHIFT)) - SHIFT;  // the addition rounds
   const uint32_t normal = (bits - ((127 - 15) << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13;

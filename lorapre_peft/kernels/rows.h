@@ -11,8 +11,8 @@
 
 namespace {
 
-// One of the two factored moments, M ≈ B A, in one step. With X = x Aᵀ R its rows become B' = keep · B + gain · X, and the update takes
-// (by_B · B + by_X · X) A. x is the gradient for m, its absolute value for v.
+// One of the two factored moments, M ≈ B A, in one step. With X = x Aᵀ R its rows become B' = keep · B + gain · X, and
+// the update takes (by_B · B + by_X · X) A. x is the gradient for m, its absolute value for v.
 struct Moment {
   int k = 0, gram_columns = 0;
   float *B = nullptr, *A = nullptr;  // the state, [p, k] and [k, q]
@@ -38,8 +38,8 @@ struct Step {
   uint32_t key, salted;  // for random bits
 };
 
-// What some rows leave behind: their products with A [rows, k], of the gradient as it is, from `look` to `run`; and for the columns
-// B'ᵀx (or Bᵀx) [k, stride], and B'ᵀ[B' | B] [k, 2k] (or BᵀB [k, k]).
+// What some rows leave behind: their products with A [rows, k], of the gradient as it is, from `look` to `run`; and
+// for the columns B'ᵀx (or Bᵀx) [k, stride], and B'ᵀ[B' | B] [k, 2k] (or BᵀB [k, k]).
 struct Sums {
   std::vector<float> dots[2], P[2];
   std::vector<double> grams[2];
@@ -88,11 +88,13 @@ class Rows {
         sums.largest = std::max(sums.largest, std::fabs(u[c])), sums.clamped += std::fabs(u[c]) > s.bound;
   }
 
-  // θ ← θ − lr (clamped u + λ θ) for ``count`` weights that follow each other from ``at`` on; u has room for whole registers.
+  // θ ← θ − lr (clamped u + λ θ) for ``count`` neighbouring weights from ``at`` on; u has room for whole registers.
   void move(const float* u, int64_t at, int count) {
     if (!s.moment[1].k) return void(std::copy_n(u, count, static_cast<float*>(s.param) + at));
     const float lr = s.lr, decay = s.decay, bound = s.bound;
-    auto moved = [=](Vec old, int c) { return old - (lr * at_most(at_least(load(u + c), -bound), bound) + decay * old); };
+    auto moved = [=](Vec old, int c) {
+      return old - (lr * at_most(at_least(load(u + c), -bound), bound) + decay * old);
+    };
     if (s.param_type == FLOAT32) {
       float* theta = static_cast<float*>(s.param) + at;
       int c = 0;

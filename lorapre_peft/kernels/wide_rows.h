@@ -43,16 +43,12 @@ class WideRows : public Rows {
         ahead.rows = (DOT_ROWS + sweeps - 1) / sweeps;
         for (int i = 0; i < 2; ++i) {
           const int k = s.moment[i].k;
-          const int64_t a_stride = A_stride(i);
-          const float* a = A(i) + c0;
           float* dots = sums.dots[i].data() + (first - begin) * k;
           int j = 0;
           for (; j + DOT_RANKS <= k; j += DOT_RANKS, ahead.at += ahead.rows * ahead.stride)
-            i ? dot_tile<DOT_ROWS, DOT_RANKS, true>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k, ahead)
-              : dot_tile<DOT_ROWS, DOT_RANKS, false>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k, ahead);
+            look_tile<DOT_RANKS>(i, x, stride, j, c0, columns, dots, ahead);
           for (; j < k; ++j, ahead.at += ahead.rows * ahead.stride)
-            i ? dot_tile<DOT_ROWS, 1, true>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k, ahead)
-              : dot_tile<DOT_ROWS, 1, false>(x, stride, a + j * a_stride, a_stride, columns, dots + j, k, ahead);
+            look_tile<1>(i, x, stride, j, c0, columns, dots, ahead);
         }
       }
     }
@@ -82,7 +78,8 @@ class WideRows : public Rows {
           const Ahead grad = grad_ahead(next_row, next_column), param = param_ahead(next_row, next_column);
           read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x, STEP_CHUNK);
           int c = 0;
-          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES) step_tile<STEP_WIDTH>(r0, c, x + c, u + c, grad, param);
+          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES)
+            step_tile<STEP_WIDTH>(r0, c, x + c, u + c, grad, param);
           for (; c < columns; c += LANES) step_tile<1>(r0, c, x + c, u + c, grad, param);
           for (int r = 0; r < rows; ++r) {
             look_at(u + r * STEP_CHUNK, here);
@@ -97,15 +94,28 @@ class WideRows : public Rows {
       for (int j = 0; j < moment.k; ++j) {
         double* gram = sums.grams[i].data() + j * moment.gram_columns;
         for (int l = 0; l < moment.k; ++l) gram[l] += block[i].gram[std::max(j, l) * block[i].stride + std::min(j, l)];
-        for (int l = moment.k; l < moment.gram_columns; ++l) gram[l] += block[i].cross[j * block[i].stride + l - moment.k];
+        for (int l = moment.k; l < moment.gram_columns; ++l)
+          gram[l] += block[i].cross[j * block[i].stride + l - moment.k];
       }
     }
   }
 
 
  private:
-  // Rows of the gradient in float32, times ``scale``, in whole registers and ``rows`` rows of ``stride`` numbers: zeros where there is none.
-  void read_tile(int64_t first, int count, int rows, int64_t c0, int columns, float scale, float* x, int stride) const {
+  // The products of DOT_ROWS rows of the gradient with J rows of A, from row j on, over some columns.
+  template <int J>
+  void look_tile(int i, const float* x, int64_t stride, int j, int64_t c0, int columns, float* dots,
+                 const Ahead& ahead) const {
+    const int k = s.moment[i].k;
+    const float* a = A(i) + j * A_stride(i) + c0;
+    i ? dot_tile<DOT_ROWS, J, true>(x, stride, a, A_stride(i), columns, dots + j, k, ahead)
+      : dot_tile<DOT_ROWS, J, false>(x, stride, a, A_stride(i), columns, dots + j, k, ahead);
+  }
+
+  // Rows of the gradient in float32, times ``scale``, in whole registers and ``rows`` rows of ``stride`` numbers:
+  // zeros where there is none.
+  void read_tile(int64_t first, int count, int rows, int64_t c0, int columns, float scale, float* x,
+                 int stride) const {
     const int here = int(std::min<int64_t>(columns, s.q - c0));
     for (int r = 0; r < rows; ++r, x += stride) {
       if (r < count && here == columns && s.grad_type == FLOAT32) {
@@ -139,7 +149,8 @@ class WideRows : public Rows {
     for (int i = 0; i < 2; ++i) tile[i] = {A(i) + c0, sums.P[i].data() + c0, A_stride(i), s.stride};
   }
 
-  // Copies side by side, with zeros for Bᵀx: where they are, the rows of many ranks lie in as many pages and in the same places of a cache.
+  // Copies side by side, with zeros for Bᵀx: where they are, the rows of many ranks lie in as many pages and in the
+  // same places of a cache.
   void pack(int64_t c0, int here, int chunk) {
     float *to = scratch.columns.data(), *P = to + (s.moment[0].k + s.moment[1].k) * chunk;
     for (int i = 0; i < 2; ++i) {
@@ -171,7 +182,8 @@ class WideRows : public Rows {
         value[r][w] = load(x + r * STEP_CHUNK + w * LANES);
         total[r][w] = s.residual * value[r][w];
       }
-    follow_tile<W>(m.left + r0 * m.stride, m.C + r0 * m.stride, m.stride, s.moment[0].k, tile[0].A + c, tile[0].A_stride, tile[0].P + c, tile[0].P_stride, value, total);
+    follow_tile<W>(m.left + r0 * m.stride, m.C + r0 * m.stride, m.stride, s.moment[0].k, tile[0].A + c,
+                   tile[0].A_stride, tile[0].P + c, tile[0].P_stride, value, total);
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
         store(u + r * STEP_CHUNK + w * LANES, total[r][w]);
@@ -179,7 +191,8 @@ class WideRows : public Rows {
         total[r][w] = Vec{};
       }
     if (!s.moment[1].k) return;
-    follow_tile<W>(v.left + r0 * v.stride, v.C + r0 * v.stride, v.stride, s.moment[1].k, tile[1].A + c, tile[1].A_stride, tile[1].P + c, tile[1].P_stride, value, total);
+    follow_tile<W>(v.left + r0 * v.stride, v.C + r0 * v.stride, v.stride, s.moment[1].k, tile[1].A + c,
+                   tile[1].A_stride, tile[1].P + c, tile[1].P_stride, value, total);
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
         float* to = u + r * STEP_CHUNK + w * LANES;
@@ -187,8 +200,9 @@ class WideRows : public Rows {
       }
   }
 
-  // A block of rows of one moment, in rows of ``stride`` numbers: B, B', what the update multiplies A by, and ``left``, the one whose products with
-  // x are summed. And sums: B'ᵀB, and in float64 ``held``ᵀ ``held``, of B' as well or, for `newton`, of B.
+  // A block of rows of one moment, in rows of ``stride`` numbers: B, B', what the update multiplies A by, and `left`,
+  // the one of the first two whose products with x are summed. Sums over the rows: cross = B'ᵀB, and in float64
+  // gram = leftᵀ left, from `held`, which is `left` in float64.
   struct Block {
     int64_t stride;
     float *old, *now, *C, *left, *cross;
@@ -196,15 +210,17 @@ class WideRows : public Rows {
   } block[2];
 
   void start_block(int64_t rows) {
-    const int64_t stride = padded(std::max(s.moment[0].k, s.moment[1].k)), most = std::min<int64_t>(BLOCK, (rows + ROWS - 1) / ROWS * ROWS), size = most * stride;
+    const int64_t stride = padded(std::max(s.moment[0].k, s.moment[1].k));
+    const int64_t size = std::min<int64_t>(BLOCK, (rows + ROWS - 1) / ROWS * ROWS) * stride;
     scratch.rows.assign(6 * size, 0.f);
     scratch.cross.assign(2 * stride * stride, 0.f);
-    scratch.held.assign(most * stride, 0.0);
+    scratch.held.assign(size, 0.0);
     scratch.sums.assign(2 * stride * stride, 0.0);
     for (int i = 0; i < 2; ++i) {
-      float* own = scratch.rows.data() + 3 * i * size;
-      block[i] = {stride, own, own + size, own + 2 * size, s.projects_new ? own + size : own, scratch.cross.data() + i * stride * stride,
-                  scratch.held.data(), scratch.sums.data() + i * stride * stride};
+      float *own = scratch.rows.data() + 3 * i * size, *left = s.projects_new ? own + size : own;
+      float* cross = scratch.cross.data() + i * stride * stride;
+      double* gram = scratch.sums.data() + i * stride * stride;
+      block[i] = {stride, own, own + size, own + 2 * size, left, cross, scratch.held.data(), gram};
     }
   }
 
@@ -214,9 +230,11 @@ class WideRows : public Rows {
     const int k = moment.k;
     const Block& b = block[i];
     const float scale = i ? std::fabs(s.g_scale) : s.g_scale;
-    for (int r = 0; r < count; r += ROWS) outer(dots + r * k, k, moment.R.data(), padded(k), int(padded(k)), b.C + r * b.stride, b.stride);
+    for (int r = 0; r < count; r += ROWS)
+      outer(dots + r * k, k, moment.R.data(), padded(k), int(padded(k)), b.C + r * b.stride, b.stride);
     for (int r = 0; r < count; ++r) {
-      float *state = moment.B + (first + r) * k, *old = b.old + r * b.stride, *now = b.now + r * b.stride, *fit = b.C + r * b.stride;
+      float *state = moment.B + (first + r) * k, *fit = b.C + r * b.stride;
+      float *old = b.old + r * b.stride, *now = b.now + r * b.stride;
       std::copy_n(state, k, old);
       for (int j = 0; j < k; j += LANES) store(fit + j, scale * load(fit + j));
       if (s.metrics && i == 0)  // ‖X A‖² = Σ X (A Aᵀ) Xᵀ over the rows of X
@@ -230,7 +248,8 @@ class WideRows : public Rows {
       std::copy_n(now, k, state);
       std::copy_n(b.left + r * b.stride, k, b.held + r * b.stride);
     }
-    BY_RANKS(k, (combine_block<J>(b.held + j0, b.stride, 1, b.held, b.stride, padded_double(j0 + J), count, b.gram + j0 * b.stride)))
+    BY_RANKS(k, (combine_block<J>(b.held + j0, b.stride, 1, b.held, b.stride, padded_double(j0 + J), count,
+                                  b.gram + j0 * b.stride)))
     if (!s.projects_new) return;
     const int whole = (count + ROWS - 1) / ROWS * ROWS;
     std::fill(b.now + count * b.stride, b.now + whole * b.stride, 0.f);  // an earlier block's rows

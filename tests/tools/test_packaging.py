@@ -1,5 +1,5 @@
-"""What setup.cfg says of the package: that all it imports is declared, and under which names its commands are
-known.
+"""What setup.cfg says of the package, that all it imports is declared and under which names its commands are known;
+and what the linter, which reads Python alone, does not see.
 """
 
 import ast
@@ -71,3 +71,12 @@ def test_commands_are_documented_by_their_names(declared, capsys):
         assert capsys.readouterr().out.startswith(f"usage: {name} ")
         assert f"`{name} " in readme
     assert "python -m lorapre_peft" not in readme
+
+
+def test_lines_of_the_kernels_are_as_short_as_the_linter_wants_python_to_be():
+    limit = int(re.search(r"^line-length = (\d+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1])
+    files = sorted(path for path in (ROOT / "lorapre_peft/kernels").iterdir() if path.suffix in (".h", ".cpp"))
+    assert files
+    for path in files:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= limit, f"{path.name}:{number} has {len(line)} characters; the limit is {limit}"
