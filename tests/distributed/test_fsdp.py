@@ -2,6 +2,9 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ import torch.distributed as dist
 from processes import run
 from roundoff import assert_same_steps, undisturbed
 from stepping import stream, weights
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from versions import skip_before
@@ -19,6 +22,7 @@ import lorapre_peft.lowrank.moments
 import lorapre_peft.optim.base
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.lowrank.sharding import local
+from lorapre_peft.optim.base import LoRAPreOptimizer
 
 # (2, 24) is LoRA's A with fewer rows than processes; of (5, 12) the fourth process has no row. The vectors take the
 # AdamW path.
@@ -26,35 +30,6 @@ SHAPES = [(7, 20), (33, 16), (2, 24), (5, 12), (33,), (20, 7), (33, 16), (8, 3, 
 # Longer sums than the others'. Not for `newton`: there, rounding the gradients by 1e-7 moves one process's own weights
 # as far as sharding does.
 LARGE = (150, 140)
-
-ALL = {
-    "max_param_grad_norm": 2.0,
-    "weight_decay": 0.1,
-    "maximize": True,
-    "update_scale": 0.5,
-    "seed": 3,
-    "temporary_bytes": 20_000,  # tiles of rows, several chunks to a bucket
-}
-MUON = {"nesterov": True, "adjust_lr_fn": "original", "adamw_lr": 1e-3}
-CASES = {
-    "adamw als 50": (LoRAPreAdamW, "als", {"steps": 50}),
-    "adamw newton 50": (LoRAPreAdamW, "newton", {"steps": 50}),
-    "muon als 50": (LoRAPreMuon, "als", {"steps": 50}),
-    "muon newton 50": (LoRAPreMuon, "newton", {"steps": 50}),
-    "adamw als 5": (LoRAPreAdamW, "als", {"options": ALL, "large": True}),
-    "adamw newton 5": (LoRAPreAdamW, "newton", {"options": ALL}),
-    "muon als 5": (LoRAPreMuon, "als", {"options": ALL | MUON, "large": True}),
-    "muon newton 5": (LoRAPreMuon, "newton", {"options": ALL | MUON}),
-    "adamw faults": (LoRAPreAdamW, "als", {"faults": True}),
-    "adamw faults masked": (LoRAPreAdamW, "als", {"faults": True, "masked": True}),
-    "newton faults masked": (LoRAPreAdamW, "newton", {"faults": True, "masked": True}),
-    "muon faults masked": (LoRAPreMuon, "als", {"faults": True, "masked": True}),
-    "adamw absent": (LoRAPreAdamW, "als", {"absent": True}),
-    "muon absent masked": (LoRAPreMuon, "newton", {"absent": True, "masked": True}),
-    "adamw stochastic": (LoRAPreAdamW, "als", {"options": {"bf16_rounding": "stochastic"}, "dtype": torch.bfloat16}),
-    "adamw hsdp": (LoRAPreAdamW, "als", {}),
-    "muon hsdp": (LoRAPreMuon, "als", {}),
-}
 
 
 def shard(value, mesh):
@@ -79,81 +54,132 @@ def products(state):
     return rest | {moment: state[f"{moment}_B"] @ state[f"{moment}_A"] for moment in moments}
 
 
-def gradients(shapes, steps, faults):
-    """A list of gradients for each parameter; with ``faults`` also what a step must get over on every process
-    alike.
-    """
-    streams = [stream(shape, steps, seed=i) for i, shape in enumerate(shapes)]
-    if faults:
+@dataclass(frozen=True)
+class Case:
+    """Steps with fixed gradients that are to be the same however many processes share the rows of the matrices."""
+
+    cls: type[LoRAPreOptimizer]
+    rule: str = "als"
+    options: dict[str, Any] = field(default_factory=dict)
+    shapes: list[tuple[int, ...]] = field(default_factory=lambda: SHAPES)
+    steps: int = 5
+    dtype: torch.dtype = torch.float32
+    reads_norms: bool = True  # False: as on a GPU, where the host does not read which gradients are finite
+
+    def mesh(self, world: int) -> DeviceMesh:
+        """What the parameters are sharded over."""
+        return init_device_mesh("cpu", (world,))
+
+    def streams(self) -> list[list[Tensor | None]]:
+        """The gradients of each parameter, step by step."""
+        return [[*stream(shape, self.steps, seed=i)] for i, shape in enumerate(self.shapes)]
+
+    def gradient(self, step: int, grad: Tensor | None, world: int, mesh: DeviceMesh | None) -> Tensor | None:
+        """What a parameter has as its gradient in this process; without a mesh, one process has it whole."""
+        if grad is None:
+            return None
+        return grad.to(self.dtype) if mesh is None else shard(grad.to(self.dtype), mesh)
+
+    def train(self, world: int, mesh: DeviceMesh | None = None, prepare: Callable = undisturbed) -> dict[str, Any]:
+        """Take the steps, sharded over a mesh of ``world`` processes or in this one; return all that has to agree."""
+        start = [weights(*shape, seed=i, dtype=self.dtype) for i, shape in enumerate(self.shapes)]
+        params = start if mesh is None else [nn.Parameter(shard(param, mesh)) for param in start]
+        # Sharded matrices take the eager path: so does one process, for `newton` makes much of another order of sums.
+        optimizer = prepare(self.cls(params, lr=0.01, update_rule=self.rule, backend="eager", **self.options))
+        with pytest.MonkeyPatch.context() as patch:
+            if not self.reads_norms:
+                for module in (lorapre_peft.optim.base, lorapre_peft.lowrank.moments):
+                    patch.setattr(module, "reads_are_free", lambda device: False)
+            for step, grads in enumerate(zip(*self.streams())):
+                optimizer.record_metrics = step == self.steps - 1
+                for param, grad in zip(params, grads):
+                    param.grad = self.gradient(step, grad, world, mesh)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about gradients that are not finite
+                    optimizer.step()
+            states = [optimizer.state[param] for param in params]
+            copies = [local(state[name]).clone() for state in states for name in sorted(state) if name.endswith("_A")]
+            return {
+                "params": [whole(param) for param in params],
+                "state": [products({name: whole(value) for name, value in state.items()}) for state in states],
+                "copies": copies,
+                "metrics": optimizer.metrics(),
+                "skipped": optimizer.skipped_updates,
+            }
+
+
+class Replicated(Case):
+    """HSDP: of four processes two and two hold everything."""
+
+    def mesh(self, world: int) -> DeviceMesh:
+        return init_device_mesh("cpu", (2, 2) if world == 4 else (1, world))
+
+
+class Faulty(Case):
+    """Gradients that are not finite, missing or zero: every process has to get over them alike."""
+
+    def streams(self) -> list[list[Tensor | None]]:
+        streams = super().streams()
         streams[5][1][-1, 3] = float("nan")  # in the last process's rows
         streams[1][2][0] = float("inf")
         streams[4][1][-1] = float("nan")
         streams[0][3] = streams[8][3] = None
-        streams[2][0] = torch.zeros(shapes[2])  # it starts a step later than the others
-        streams[3][2] = torch.zeros(shapes[3])
-    return streams
+        streams[2][0] = torch.zeros(SHAPES[2])  # it starts a step later than the others
+        streams[3][2] = torch.zeros(SHAPES[3])
+        return streams
 
 
-def train(
-    cls,
-    rule,
-    world,
-    mesh=None,
-    *,
-    steps=5,
-    options=None,
-    large=False,
-    faults=False,
-    absent=False,
-    masked=False,
-    dtype=torch.float32,
-    prepare=undisturbed,
-):
-    """Steps over fixed gradient streams, and everything that has to agree between one process and many, whole.
+class Absent(Case):
+    """The second process has no gradients in every second step, as if those of its rows were zero."""
 
-    mesh: shard everything over it. absent: what the second of ``world`` processes holds has no gradient in every
-        second step.
-    masked: as on a GPU, where the host does not read which gradients are finite.
-    """
-    shapes = SHAPES[:5] if steps > 5 else [*SHAPES, LARGE] if large else SHAPES
-    start = [weights(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
-    params = start if mesh is None else [nn.Parameter(shard(param, mesh)) for param in start]
-    # Sharded matrices take the eager path: so does one process, for `newton` makes much of another order of sums.
-    optimizer = prepare(cls(params, lr=0.01, update_rule=rule, backend="eager", **options or {}))
-    with pytest.MonkeyPatch.context() as patch:
-        if masked:
-            for module in (lorapre_peft.optim.base, lorapre_peft.lowrank.moments):
-                patch.setattr(module, "reads_are_free", lambda device: False)
-        for step, grads in enumerate(zip(*gradients(shapes, steps, faults))):
-            optimizer.record_metrics = step == steps - 1
-            for param, grad in zip(params, grads):
-                missing = absent and step % 2
-                if missing:
-                    count = -(-len(grad) // world)
-                    grad[count : 2 * count] = 0
-                nobody = grad is None or (missing and mesh is not None and mesh.get_local_rank() == 1)
-                param.grad = None if nobody else grad.to(dtype) if mesh is None else shard(grad.to(dtype), mesh)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                optimizer.step()
-        states = [optimizer.state[param] for param in params]
-        return {
-            "params": [whole(param) for param in params],
-            "state": [products({name: whole(value) for name, value in state.items()}) for state in states],
-            "copies": [
-                local(state[name]).clone() for state in states for name in sorted(state) if name.endswith("_A")
-            ],
-            "metrics": optimizer.metrics(),
-            "skipped": optimizer.skipped_updates,
-        }  # fmt: skip
+    def gradient(self, step: int, grad: Tensor | None, world: int, mesh: DeviceMesh | None) -> Tensor | None:
+        if step % 2:
+            count = -(-len(grad) // world)
+            grad[count : 2 * count] = 0
+            if mesh is not None and mesh.get_local_rank() == 1:
+                return None
+        return super().gradient(step, grad, world, mesh)
+
+
+ALL = {
+    "max_param_grad_norm": 2.0,
+    "weight_decay": 0.1,
+    "maximize": True,
+    "update_scale": 0.5,
+    "seed": 3,
+    "temporary_bytes": 20_000,  # tiles of rows, several chunks to a bucket
+}
+MUON = {"nesterov": True, "adjust_lr_fn": "original", "adamw_lr": 1e-3}
+LONG = {
+    f"{cls.__name__}, {rule}, 50 steps": Case(cls, rule, shapes=SHAPES[:5], steps=50)
+    for cls, rule in itertools.product((LoRAPreAdamW, LoRAPreMuon), ("als", "newton"))
+}
+OPTIONS = {
+    "adamw, als, all options": Case(LoRAPreAdamW, "als", ALL, [*SHAPES, LARGE]),
+    "adamw, newton, all options": Case(LoRAPreAdamW, "newton", ALL),
+    "muon, als, all options": Case(LoRAPreMuon, "als", ALL | MUON, [*SHAPES, LARGE]),
+    "muon, newton, all options": Case(LoRAPreMuon, "newton", ALL | MUON),
+}
+FAULTY = {
+    "adamw, als, faults": Faulty(LoRAPreAdamW),
+    "adamw, als, unread faults": Faulty(LoRAPreAdamW, reads_norms=False),
+    "adamw, newton, unread faults": Faulty(LoRAPreAdamW, "newton", reads_norms=False),
+    "muon, als, unread faults": Faulty(LoRAPreMuon, reads_norms=False),
+}
+ABSENT = {
+    "adamw, als, absent": Absent(LoRAPreAdamW),
+    "muon, newton, unread absent": Absent(LoRAPreMuon, "newton", reads_norms=False),
+}
+STOCHASTIC = {
+    "adamw, als, stochastic": Case(LoRAPreAdamW, options={"bf16_rounding": "stochastic"}, dtype=torch.bfloat16)
+}
+REPLICATED = {"adamw, als, HSDP": Replicated(LoRAPreAdamW), "muon, als, HSDP": Replicated(LoRAPreMuon)}
+CASES = LONG | OPTIONS | FAULTY | ABSENT | STOCHASTIC | REPLICATED
 
 
 def sharded(world):
-    """Each case sharded over the processes."""
-    flat = init_device_mesh("cpu", (world,))
-    grid = init_device_mesh("cpu", (2, 2) if world == 4 else (1, world))
-    meshes = {name: grid if "hsdp" in name else flat for name in CASES}
-    return {name: train(cls, rule, world, meshes[name], **how) for name, (cls, rule, how) in CASES.items()}
+    """All cases, sharded over the processes."""
+    return {name: case.train(world, case.mesh(world)) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module", params=(*(pytest.param(world, marks=pytest.mark.slow) for world in (2, 3)), 4))
@@ -163,24 +189,52 @@ def runs(request, tmp_path_factory):
 
 
 def tensors(result):
-    """All of what `train` returns that one process and many have in common."""
+    """All of what `Case.train` returns that one process and many have in common."""
     states = [value for state in result["state"] for _, value in sorted(state.items())]
     return [*result["params"], *states, *(torch.tensor(value) for _, value in sorted(result["metrics"].items()))]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_steps_are_those_of_one_process(runs, name):
+def assert_as_one_process(runs, name, skipped=0):
     """Parameters, state and figures but for the order of sums; what the processes share, and what is replicated, in
     every bit.
     """
-    cls, rule, how = CASES[name]
     first, *others = (rank[name] for rank in runs)
-    assert_same_steps(tensors(first), lambda prepare: tensors(train(cls, rule, len(runs), prepare=prepare, **how)))
-    assert first["skipped"] == (3 if "faults" in name else 0)
+    assert_same_steps(tensors(first), lambda prepare: tensors(CASES[name].train(len(runs), prepare=prepare)))
+    assert first["skipped"] == skipped
     for found in others:
         assert all(map(torch.equal, tensors(found), tensors(first)))
-        assert found["skipped"] == first["skipped"]
+        assert found["skipped"] == skipped
         assert all(map(torch.equal, found["copies"], first["copies"]))
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_many_steps_are_those_of_one_process(runs, name):
+    assert_as_one_process(runs, name)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_do_in_shards_what_they_do_in_one_process(runs, name):
+    assert_as_one_process(runs, name)
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_every_process_skips_the_same_gradients_as_one(runs, name):
+    assert_as_one_process(runs, name, skipped=3)
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_process_without_gradients_counts_as_one_of_zeros(runs, name):
+    assert_as_one_process(runs, name)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_rounding_of_shards_is_that_of_the_whole(runs, name):
+    assert_as_one_process(runs, name)
+
+
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_of_shards_take_the_steps_of_one_process(runs, name):
+    assert_as_one_process(runs, name)
 
 
 def counted(world):
