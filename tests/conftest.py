@@ -20,16 +20,12 @@ from pathlib import Path
 
 import pytest
 from adapting import adapted
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from tiny_llama import SPECIAL, VOCAB_SIZE, build_llama
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorapre_peft import LoRAPreConfig
-from lorapre_peft.kernels import choose as backends
-
-VOCAB_SIZE = 64
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
 def pytest_collection_finish():
@@ -43,16 +39,6 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     """Or Triton's bindings list at the end what they think has leaked."""
     gc.unfreeze()
-
-
-def build_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tokens = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = LlamaForCausalLM(
-        LlamaConfig(**(sizes | tokens | {"num_hidden_layers": 2, "max_position_embeddings": 64} | config))
-    )
-    return model.to(dtype)
 
 
 @pytest.fixture(scope="session")
@@ -98,11 +84,6 @@ def tokens() -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-@pytest.fixture(scope="module")
-def texts() -> Dataset:
-    return Dataset.from_dict({"text": [f"{a} + {b} = {a + b}." for a in range(6) for b in range(4)]})
-
-
 @pytest.fixture
 def peft_model(make_llama):
     """peft_model(**options of LoRAPreConfig): a fresh tiny Llama with a LoRA-Pre adapter."""
@@ -123,30 +104,3 @@ def two_adapters(make_llama) -> PeftModel:
     model = adapted(make_llama(), momentum_rank=2)
     model.add_adapter("second", LoRAPreConfig(r=16, target_modules=["q_proj", "v_proj"], momentum_rank=5))
     return model
-
-
-@pytest.fixture
-def checkpoint_pair(tmp_path, make_llama):
-    """checkpoint_pair(change, **config): a tiny Llama in tmp_path/base, and in tmp_path/tuned with every change(name,
-    parameter, generator).
-    """
-
-    def save(change, model=None, *, dtype=torch.float32, max_shard_size="5GB", **config) -> tuple[str, str]:
-        model = model or make_llama(dtype=dtype, **config)
-        model.save_pretrained(tmp_path / "base", max_shard_size=max_shard_size)
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in model.named_parameters():
-            delta = change(name, parameter, generator)
-            if delta is not None:
-                parameter.data = (parameter.data.float() + delta).to(dtype)
-        model.save_pretrained(tmp_path / "tuned", max_shard_size=max_shard_size)
-        return str(tmp_path / "base"), str(tmp_path / "tuned")
-
-    return save
-
-
-@pytest.fixture
-def fresh_backends(monkeypatch):
-    """Backends are made once in a process; not for this test."""
-    for name in ("_made", "choose"):
-        monkeypatch.setattr(backends, name, functools.cache(getattr(backends, name).__wrapped__))

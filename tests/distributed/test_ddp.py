@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import build_llama
 from peft import get_peft_model
 from processes import run
 from roundoff import assert_same_steps
 from stepping import products
+from tiny_llama import build_llama
 from torch.nn.parallel import DistributedDataParallel
 
 from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer, ddp_update_hook

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from conftest import build_llama
 from peft import get_peft_model
 from processes import run
+from tiny_llama import build_llama
 from torch.distributed.tensor import DTensor
 from trainers import arguments, inner, lorapre_trainer, training_logs
 from versions import skip_before

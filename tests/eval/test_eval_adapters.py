@@ -24,16 +24,6 @@ QUESTIONS = [{"question": "what is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}]
 
 
 @pytest.fixture
-def model(llama_path, tmp_path) -> Path:
-    """A model with room for the prompts and a padded vocabulary: 64 rows, of which its tokenizer uses fewer."""
-    folder = shutil.copytree(llama_path, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
-    assert len(AutoTokenizer.from_pretrained(folder)) < ROWS
-    return folder
-
-
-@pytest.fixture
 def adapter(model, tmp_path):
     """adapter(rows=None, tokens=(), **options of LoraConfig): the folder of a random adapter, trained after the
     vocabulary was resized.

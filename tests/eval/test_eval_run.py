@@ -43,15 +43,6 @@ def jsonl(tmp_path):
 
 
 @pytest.fixture
-def model(llama_path, tmp_path):
-    """A folder with a tiny model of room for the prompts, whose weights are its own to overwrite."""
-    folder = shutil.copytree(llama_path, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
-    return folder
-
-
-@pytest.fixture
 def command(monkeypatch, tmp_path):
     """command(*arguments): run the command line; returns its results.json."""
 

@@ -1,7 +1,7 @@
 """Trains under Trainer and kills itself with SIGKILL half-way through each file of the checkpoint at step 4 in turn.
 
 `python tests/helpers/killed_saves.py FOLDER` leaves FOLDER/<file>/checkpoint-2 and a broken checkpoint-4;
-`test_faults.py` runs it. One process is forked for each file, so that only one has to import transformers.
+`test_broken_checkpoints.py` runs it. One process is forked for each file, so that only one has to import transformers.
 """
 
 import functools
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import peft.peft_model
 import torch
-from conftest import build_llama
 from peft import get_peft_model
+from tiny_llama import build_llama
 from trainers import arguments, lorapre_trainer
 from transformers import TrainerState
 

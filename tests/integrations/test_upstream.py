@@ -7,9 +7,9 @@ from pathlib import Path
 
 import peft.optimizers
 import pytest
-from conftest import build_llama
 from peft import LoraConfig, PeftConfig, get_peft_model
 from roundoff import assert_same_steps
+from tiny_llama import build_llama
 
 from lorapre_peft import create_lorapre_optimizer
 from lorapre_peft.lowrank.rules import test_rows as start_rows
