@@ -4,11 +4,7 @@ import copy
 from collections import Counter
 
 import torch
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorapre_peft import LoRAPreCallback, lorapre_optimizer
 from lorapre_peft.optim.base import LoRAPreOptimizer
@@ -68,6 +64,16 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 def training_logs(trainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_end(trainer, other) -> None:
+    """Two trainers have the same weights and optimizer state, in every bit."""
+    for ours, theirs in (
+        (weights(trainer.model), weights(other.model)),
+        *zip(*(inner(t.optimizer).state_dict()["state"].values() for t in (trainer, other))),
+    ):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 class Recorder(TrainerCallback):

@@ -3,11 +3,7 @@
 import pytest
 import torch
 from adapting import ConvNet, adapted, logits, ranks_by_name, train, trainable
-from peft import (
-    LoraConfig,
-    PeftModel,
-    prepare_model_for_kbit_training,
-)
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from roundoff import model_room
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -1,25 +1,15 @@
-"""The steps of both optimizers: against the oracle, stacked and tiled, and on the AdamW path; Muon's conventions."""
-
-from functools import partial
+"""The steps of compressed matrices, by both optimizers, against the float64 oracle."""
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from backend_runs import BACKENDS, DEVICE
-from roundoff import assert_same_steps, chain, disturbed, gamma, oracle_room, undisturbed
-from stepping import LR, both_optimizers, both_rules, flat, products, stream, take_steps, truth_of, weights
+from roundoff import assert_same_steps, gamma, oracle_room
+from stepping import LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of, weights
 from torch import nn
 
-from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
-from lorapre_peft.lowrank.batch import Batch
-from lorapre_peft.lowrank.layout import TEMPORARIES, compressed_rank
-from lorapre_peft.optim.muon import NEWTON_SCHULZ, orthogonalize
-
-needs_torch_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is new in torch 2.9")
-
-
-# ---- compressed matrices against the oracle -------------------------------------------------------------------------
+from lorapre_peft import LoRAPreAdamW
 
 SHAPES = [((20, 12), 3), ((12, 40), 1), ((40, 6), 2), ((9, 9), 4), ((10, 4, 3), 2), ((8, 4, 3, 3), 3)]
 
@@ -82,6 +72,37 @@ def test_maximize_is_minimize_of_negative(cls, rule):
 
 
 @both_optimizers
+@pytest.mark.parametrize("k", [2, 0], ids=["compressed", "adamw path"])
+def test_each_parameter_is_clipped_by_its_own_norm(cls, k):
+    grads = [g * scale for g, scale in zip(stream((16, 12), 6), (1, 50, 0.01, 1, 1000, 1))]
+    clipped = weights(16, 12)
+    take_steps(cls([clipped], momentum_rank=k, max_param_grad_norm=2.0), [clipped], grads)
+    small = [g * min(1.0, 2.0 / g.norm().item()) for g in grads]
+    assert any(g.norm() > 2 for g in grads)
+
+    def by_hand(prepare):
+        param = weights(16, 12)
+        take_steps(prepare(cls([param], momentum_rank=k)), [param], small)
+        return [param]
+
+    assert_same_steps([clipped], by_hand)
+
+
+@both_optimizers
+def test_update_scale_scales_compressed_updates_alone(cls):
+    """A quarter of the update, and the same weight decay; the AdamW path is left as it is."""
+    full, quarter = [weights(16, 12), weights(5)], [weights(16, 12), weights(5)]
+    streams = stream((16, 12), 1), stream((5,), 1)
+    before = full[0].detach().clone()
+    take_steps(cls(full, lr=0.01, weight_decay=0.1, momentum_rank=2), full, *streams)
+    take_steps(cls(quarter, lr=0.01, weight_decay=0.1, momentum_rank=2, update_scale=0.25), quarter, *streams)
+    decayed = before * (1 - 0.01 * 0.1)
+    room = gamma(4) * before.abs().max().item()  # weights are rounded twice, in each of the two, and once here
+    torch.testing.assert_close(quarter[0] - decayed, 0.25 * (full[0] - decayed), rtol=0, atol=2 * room)
+    assert torch.equal(full[1], quarter[1])
+
+
+@both_optimizers
 @both_rules
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(20, 12), (12,)], ids=["compressed", "adamw path"])
@@ -123,290 +144,6 @@ def test_float64_parameters(cls, rule):
     assert optimizer.state[bias]["exp_avg"].dtype == torch.float64
 
 
-# ---- stacking and tiles ---------------------------------------------------------------------------------------------
-
-
-@both_optimizers
-@both_rules
-@pytest.mark.parametrize(("shape", "k"), [((12, 10), 2), ((40, 24), 6), ((140, 132), 5), ((12, 40), 1)], ids=str)
-def test_stacked_equal_alone(cls, rule, shape, k):
-    """What is beside a matrix must not show in its step, but for the order in which a BLAS sums a batch and a single
-    product.
-    """
-    n, grads = 5, [stream(shape, 8, seed=i) for i in range(5)]
-
-    def trained(groups, prepare=undisturbed):
-        params = [weights(*shape, seed=i) for i in range(n)]
-        optimizer = prepare(cls(groups(params), lr=LR, momentum_rank=k, update_rule=rule))
-        take_steps(optimizer, params, *grads)
-        return [*params, *(product for param in params for product in products(optimizer.state[param]))]
-
-    # A group each: never stacked, and the positions stay.
-    assert_same_steps(trained(list), partial(trained, lambda params: [{"params": [param]} for param in params]))
-
-
-def bytes_for_tiles_of(entries):
-    """``temporary_bytes`` of which half holds all temporaries of a tile of so many entries."""
-    return 2 * 4 * TEMPORARIES * entries
-
-
-def watch_tiles(monkeypatch):
-    """{((matrices), (rows)), …}: the tiles of gradients that are read from now on."""
-    seen, gradients = set(), Batch.gradients
-
-    def spy(batch, matrices, rows):
-        seen.add(((matrices.start, matrices.stop), (rows.start, rows.stop)))
-        return gradients(batch, matrices, rows)
-
-    monkeypatch.setattr(Batch, "gradients", spy)
-    return seen
-
-
-@both_rules
-@pytest.mark.parametrize("shape", [(40, 10), (10, 2, 20)], ids=str)
-@pytest.mark.parametrize("rows", [3, 7, 39])
-def test_tiles_equal_whole(monkeypatch, rule, shape, rows):
-    """Row tiles, the last one smaller, give the whole's step up to the order of float32 sums.
-
-    k + 8 ≥ min(p, q), so that the subspace iteration by which a tiled start replaces the SVD is exact.
-    """
-    q = int(np.prod(shape[1:]))
-    seen = watch_tiles(monkeypatch)
-    grads = [stream(shape, 15, seed=i) for i in range(2)]
-
-    def trained(temporary_bytes, prepare=undisturbed):
-        params = [weights(*shape, seed=i) for i in range(2)]
-        options = dict(momentum_rank=2, update_rule=rule, temporary_bytes=temporary_bytes)
-        take_steps(prepare(LoRAPreAdamW(params, lr=LR, backend="eager", **options)), params, *grads)
-        return params
-
-    assert_same_steps(trained(bytes_for_tiles_of(q * rows)), partial(trained, 64_000_000))
-    p, step = shape[0], min(rows, shape[0])
-    assert {tile for _, tile in seen} == {(0, p)} | {(i, min(i + step, p)) for i in range(0, p, step)}
-
-
-def watch_batches(monkeypatch):
-    """[n, …]: how many matrices each batch has that is stepped from now on."""
-    sizes, update = [], LoRAPreAdamW._update
-
-    def spy(optimizer, batch):
-        sizes.append(len(batch))
-        return update(optimizer, batch)
-
-    monkeypatch.setattr(LoRAPreAdamW, "_update", spy)
-    return sizes
-
-
-def test_batches_equal_whole(monkeypatch):
-    """Matrices too many for the bound are stepped in several batches: the same steps."""
-    shapes, sizes = [(12, 10)] * 3 + [(8, 14)] * 2, watch_batches(monkeypatch)
-    grads = [stream(shape, 10, seed=i) for i, shape in enumerate(shapes)]
-    factors = (2 + 1) * 22  # entries: moments of k(p+q) and of p+q, the same for both shapes
-
-    def trained(temporary_bytes, prepare=undisturbed):
-        sizes.clear()
-        params = [weights(*shape, seed=i) for i, shape in enumerate(shapes)]
-        options = dict(momentum_rank=2, temporary_bytes=temporary_bytes, backend="eager")
-        take_steps(prepare(LoRAPreAdamW(params, lr=LR, **options)), params, *grads)
-        return params
-
-    found = trained(bytes_for_tiles_of(2 * factors))
-    assert sizes == [2, 1, 2] * 10
-    assert_same_steps(found, partial(trained, 64_000_000))
-    assert sizes == [3, 2] * 10
-
-
-@both_rules
-@pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_groups_share_batches(monkeypatch, rule, backend):
-    """Matrices of groups that differ in every number are stepped together, each by its own group's."""
-    sizes = watch_batches(monkeypatch)
-    own = [
-        dict(lr=LR),
-        dict(lr=3 * LR, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1, update_scale=0.5),
-        dict(lr=LR, max_param_grad_norm=1.0, maximize=True, **({"residual_weight": 0.3} if rule == "als" else {})),
-    ]
-    grads = [stream((20, 12), 10, seed=i) for i in range(3)]
-
-    def trained(groups, prepare=undisturbed):
-        params = [group["params"][0] for group in groups]
-        take_steps(prepare(LoRAPreAdamW(groups, momentum_rank=2, update_rule=rule, backend=backend)), params, *grads)
-        return params
-
-    def alone(prepare):
-        found = []
-        for i, options in enumerate(own):
-            params = [weights(20, 12, seed=j) for j in range(3)]  # the positions, which `newton` starts from, stay
-            optimizer = LoRAPreAdamW(params, momentum_rank=2, update_rule=rule, backend="eager", **options)
-            take_steps(prepare(optimizer), params, *grads)
-            found.append(params[i])
-        return found
-
-    found = trained([{"params": [weights(20, 12, seed=i)], **options} for i, options in enumerate(own)])
-    assert sizes == ([3] * 10 if backend == "eager" else [])
-    assert_same_steps(found, alone)
-
-
-@both_optimizers
-@both_rules
-def test_non_contiguous_gradients_and_parameters(cls, rule):
-    """Transposed storage and channels_last are what autograd may hand over; the step must see shapes, not strides."""
-    grads, conv = stream((20, 12), 10), stream((8, 4, 3, 3), 10)
-    turned = [g.mT.contiguous().mT for g in grads], [g.contiguous(memory_format=torch.channels_last) for g in conv]
-    strided = [
-        nn.Parameter(weights(20, 12).detach().mT.contiguous().mT),
-        nn.Parameter(weights(8, 4, 3, 3).detach().clone(memory_format=torch.channels_last)),
-    ]
-
-    def trained(params, streams, prepare=undisturbed):
-        take_steps(prepare(cls(params, lr=LR, momentum_rank=2, update_rule=rule)), params, *streams)
-        return params
-
-    assert_same_steps(
-        trained(strided, turned),
-        lambda prepare: trained([weights(20, 12), weights(8, 4, 3, 3)], (grads, conv), prepare),
-    )
-
-
-@both_optimizers
-@both_rules
-@pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_a_convolution_as_large_as_a_matrix(cls, rule, backend):
-    """A linear layer and convolutions that flatten to its shape are stepped as three linear layers would be."""
-    shapes = [(20, 12), (20, 12, 1), (20, 3, 2, 2)]
-    grads = [stream((20, 12), 10, seed=i) for i in range(3)]
-
-    def trained(shapes, prepare=undisturbed):
-        params = [nn.Parameter(weights(20, 12, seed=i).detach().reshape(shape)) for i, shape in enumerate(shapes)]
-        streams = [[g.reshape(shape) for g in own] for own, shape in zip(grads, shapes)]
-        options = dict(momentum_rank=2, update_rule=rule, weight_decay=0.1, backend=backend)
-        take_steps(prepare(cls(params, lr=LR, **options)), params, *streams)
-        return [param.view(20, 12) for param in params]
-
-    assert_same_steps(trained(shapes), partial(trained, [(20, 12)] * 3))
-
-
-# ---- the AdamW path against torch.optim.AdamW -----------------------------------------------------------------------
-
-PLAIN = {"vector": ((12,), None), "scalar": ((), None), "tiny matrix": ((2, 2), None), "rank 0": ((20, 12), 0)}
-PLAIN |= {
-    "rank not below the smaller side": ((12, 8), 8),
-    "factors not smaller": ((6, 6), 3),
-    "one row": ((1, 40), None),
-}
-
-
-@both_optimizers
-@pytest.mark.parametrize(("shape", "k"), PLAIN.values(), ids=PLAIN.keys())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adamw_path_is_torch_adamw(cls, shape, k, dtype):
-    """The same function on the same numbers: equal in every bit."""
-    ours, theirs = weights(*shape, dtype=dtype), weights(*shape, dtype=dtype)
-    betas, eps = (0.9, 0.95), 1e-6
-    options = {"betas": betas, "eps": eps} if cls is LoRAPreAdamW else {"adamw_betas": betas, "adamw_eps": eps}
-    optimizer = cls([ours], lr=LR, weight_decay=0.1, momentum_rank=k, **options)
-    reference = torch.optim.AdamW([theirs], lr=LR, betas=betas, eps=eps, weight_decay=0.1)
-    grads = [
-        torch.as_tensor(g, dtype=dtype).reshape(shape) for g in np.random.default_rng(1).normal(size=(30, *shape))
-    ]
-    take_steps(optimizer, [ours], grads)
-    take_steps(reference, [theirs], grads)
-    assert torch.equal(ours, theirs)
-    assert set(optimizer.state[ours]) == {"step", "exp_avg", "exp_avg_sq"}
-
-
-@pytest.mark.parametrize(
-    ("shape", "momentum_rank", "expected"),
-    [
-        ((8,), None, 0),
-        ((0, 4), 2, 0),
-        ((3, 300), None, 1),
-        ((32, 24), None, 6),
-        ((32, 24), 5, 5),
-        ((32, 24), 24, 0),
-        ((8, 8), 4, 0),  # 4·16 numbers for 64
-        ((8, 8), 3, 3),
-        ((16, 4, 3, 3), 2, 2),
-        ((16, 1, 3), 3, 0),  # 16×3 once flattened
-        ((32, 24), 0, 0),
-    ],
-    ids=str,
-)
-def test_compressed_rank(shape, momentum_rank, expected):
-    assert compressed_rank(torch.Size(shape), momentum_rank) == expected
-
-
-# ---- Muon's conventions ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(9, 9), (20, 12), (12, 40), (1, 5)], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-15, 1e15])
-def test_orthogonalize_is_the_quintic_of_singular_values(shape, scale):
-    """torch floors the norm at 1e-7; here gradients may be smaller, and the step must not depend on their scale."""
-    m = np.random.default_rng(0).normal(size=shape)
-    for dtype in (torch.float64, torch.float32):
-        found = orthogonalize((torch.from_numpy(m) * scale).to(dtype))
-        np.testing.assert_allclose(found, oracle.newton_schulz(m), rtol=0, atol=orthogonal_room(m, dtype))
-
-
-def orthogonal_room(m, dtype):
-    """How far the iteration may be from that of the oracle: what the round-off of the first one grows to."""
-    rough = disturbed(m, gamma(chain(m.shape, 0), dtype), np.random.default_rng(0))
-    return np.abs(oracle.newton_schulz(rough) - oracle.newton_schulz(m)).max()
-
-
-@needs_torch_muon
-@pytest.mark.parametrize("shape", [(64, 64), (8, 300), (300, 8)], ids=str)
-def test_orthogonalize_in_bfloat16_is_as_exact_as_torchs(shape):
-    """Of the same iteration in the same dtype; round-off differs, so that one matrix's error may be twice the
-    other's.
-    """
-    from torch.optim._muon import _zeropower_via_newtonschulz
-
-    m = np.random.default_rng(0).normal(size=shape)
-    theirs = _zeropower_via_newtonschulz(torch.as_tensor(m, dtype=torch.float32), NEWTON_SCHULZ, 5, 1e-7)
-    ours = orthogonalize(torch.as_tensor(m, dtype=torch.float32), 5, torch.bfloat16)
-    assert ours.dtype == torch.float32
-    exact = torch.from_numpy(oracle.newton_schulz(m))
-    error, allowed = ((x.double() - exact).norm().item() for x in (ours, theirs))
-    assert 0 < error < 2 * allowed
-
-
-def test_orthogonalize_batches_and_keeps_zero():
-    m = np.random.default_rng(0).normal(size=(3, 12, 7))
-    for found, x in zip(orthogonalize(torch.from_numpy(m)), m):
-        expected = orthogonalize(torch.from_numpy(x))
-        torch.testing.assert_close(found, expected, rtol=0, atol=2 * orthogonal_room(x, torch.float64))
-    assert not orthogonalize(torch.zeros(4, 3)).any()
-
-
-@needs_torch_muon
-@pytest.mark.parametrize("shape", [(20, 12), (12, 40)], ids=str)
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
-def test_follows_torch_muon(monkeypatch, shape, nesterov, adjust_lr_fn):
-    """Nesterov, the scale by shape and weight decay are torch.optim.Muon's, whose bfloat16 iteration is replaced here.
-
-    Gradients share a row and a column space of dimension k, so that the factors lose nothing, and ρ = 1−μ makes
-    Algorithm 2's m. torch averages where this sums, which the iteration normalises away. 1e-3 of an update: float32,
-    amplified 500-fold by five quintics where a singular value is zero.
-    """
-
-    def exact(grad, ns_coefficients, ns_steps, eps):
-        return torch.from_numpy(oracle.newton_schulz(grad.double().numpy(), ns_steps)).float()
-
-    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", exact)
-    rng, (p, q) = np.random.default_rng(0), shape
-    left, right = rng.normal(size=(p, 2)), rng.normal(size=(2, q))
-    grads = [torch.as_tensor(left @ rng.normal(size=(2, 2)) @ right, dtype=torch.float32) for _ in range(20)]
-    ours, theirs = weights(*shape), weights(*shape)
-    common = {"lr": LR, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
-    take_steps(LoRAPreMuon([ours], momentum_rank=2, residual_weight=0.1, **common), [ours], grads)
-    take_steps(torch.optim.Muon([theirs], **common), [theirs], grads)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=20 * LR * 1e-3)
-    assert (ours - weights(*shape)).abs().max() > LR
-
-
 @both_optimizers
 @both_rules
 @pytest.mark.parametrize("backend", ["eager", "auto"])
@@ -431,18 +168,3 @@ def test_what_no_longer_fits_the_state_is_an_error_before_the_step(change, backe
         optimizer.param_groups[0]["momentum_rank"] = 4
     with pytest.raises(ValueError, match=r"has the state .*, expected .*: its shape or these options have changed"):
         take_steps(optimizer, [param], stream(tuple(param.shape), 1))
-
-
-def test_muon_without_scale_is_algorithm_2():
-    """None means no scale here, where torch's None means "original"."""
-    tall, steps = (40, 6), 3
-    grads, paths = stream(tall, steps), {}
-    for name in (None, "original", "match_rms_adamw"):
-        param = weights(*tall)
-        take_steps(LoRAPreMuon([param], lr=LR, momentum_rank=2, adjust_lr_fn=name), [param], grads)
-        paths[name] = param.detach() - weights(*tall).detach()
-    # The same updates; a weight is rounded twice a step, and the scale multiplies the round-off of the path without
-    # one.
-    rounding = gamma(2 * steps) * weights(*tall).abs().max().item()
-    for name, scale in (("original", (40 / 6) ** 0.5), ("match_rms_adamw", 0.2 * 40**0.5)):
-        torch.testing.assert_close(paths[name], paths[None] * scale, rtol=0, atol=(1 + scale) * rounding)
