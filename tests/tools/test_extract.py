@@ -17,11 +17,7 @@ from peft import PeftModel
 from roundoff import error_room, extraction_room
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lorapre_peft.extract import lora as extract
 from lorapre_peft.extract.checkpoint import Checkpoint
