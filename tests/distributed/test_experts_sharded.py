@@ -135,8 +135,7 @@ def test_an_expert_that_would_be_cut_is_refused(runs):
         assert "in the middle of an expert: use a number of processes that divides 5, or DDP" in rank["refused"]
 
 
-# ---- models of transformers and PEFT, sharded by FSDP2
-# ----------------------------------------------------------------
+# ---- models of transformers and PEFT, sharded by FSDP2 --------------------------------------------------------------
 
 
 def build(adapter, early=False):

@@ -29,8 +29,7 @@ from lorapre_peft.integrations.summary import format_bytes
 ROOT = Path(__file__).parents[2]
 
 
-# ---- suites
-# -----------------------------------------------------------------------------------------------------------
+# ---- suites ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,8 +104,7 @@ def test_run_names_depend_on_the_whole_declaration():
     assert make_run().name == make_run().name
 
 
-# ---- the plan
-# ---------------------------------------------------------------------------------------------------------
+# ---- the plan -------------------------------------------------------------------------------------------------------
 
 
 def test_best_rate_inside_the_grid_then_its_other_seeds(tmp_path):
@@ -151,8 +149,7 @@ def test_shards_are_disjoint_and_complete(tmp_path):
     assert sorted(labels) == sorted(entry.label for entry in suite.entries)
 
 
-# ---- results on disk
-# --------------------------------------------------------------------------------------------------
+# ---- results on disk ------------------------------------------------------------------------------------------------
 
 
 def test_claims_exclude_each_other_and_end_with_the_block(tmp_path):

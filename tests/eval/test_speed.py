@@ -64,8 +64,7 @@ def sleeper(name: str, seconds: float, **options) -> Method:
     return Method(name, "torch", lambda model, lr, rank: Sleeper(trained(model), seconds, 1000), **options)
 
 
-# ---- shapes
-# -----------------------------------------------------------------------------------------------------------
+# ---- shapes ---------------------------------------------------------------------------------------------------------
 
 
 def test_adapters_of_a_model(tiny):
@@ -97,8 +96,7 @@ def test_presets_name_known_models_and_distinct_cases():
     assert {case.lora_r for case in PRESETS["adapters-7b"]} == {8, 16, 64, 256}
 
 
-# ---- figures
-# ----------------------------------------------------------------------------------------------------------
+# ---- figures --------------------------------------------------------------------------------------------------------
 
 
 def test_ratio_rounds_state_and_temporaries(monkeypatch):
@@ -148,8 +146,7 @@ def test_traffic_of_adamw_and_lorapre():
     assert traffic(lorapre, problem, factors) == 16 * entries + 2 * factors
 
 
-# ---- what goes wrong
-# --------------------------------------------------------------------------------------------------
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_package_is_named(brief):
@@ -218,8 +215,7 @@ def test_the_watchdog_names_what_others_wrap():
         trace()
 
 
-# ---- everything together
-# ----------------------------------------------------------------------------------------------
+# ---- everything together --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora_r", [8, None])
