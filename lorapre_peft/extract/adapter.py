@@ -44,8 +44,8 @@ def adapter_config(
     ``target_parameters``. stacks: those names that are parameters themselves, which stack experts.
     """
     modules = {name for name in ranks if name not in by_parameter and name not in stacks}
-    # Short names where they mean just these modules, else whole ones, else (one ends like another) an expression of
-    # them.
+    # Short names are taken where they mean just these modules, else whole names, else (where one name ends like
+    # another) a regular expression of them.
     selections: tuple[list[str] | str, ...] = (
         [*{name.rpartition(".")[2] for name in modules}],
         list(modules),
@@ -158,8 +158,7 @@ def write(folder: Path, config: LoraConfig, factors: Factors, model: PreTrainedM
 
 
 def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
-    """Open an adapter in plain PEFT and return the modules whose weight it would not change by B A, or would without
-    being asked.
+    """Return the modules whose weight plain PEFT would not change by B A, or would without being asked.
 
     The factors and their scaling are compared in every module; the change that PEFT makes of them, a matrix of the
     weight's size, in the first of those that share the last part of their names.
@@ -194,9 +193,7 @@ def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
 
 
 def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """Yield PEFT's layers of an adapter, by their names in the base model; those that the file has no factors for are
-    on the meta device.
-    """
+    """Yield PEFT's layers of an opened adapter by their names in the base model; those without factors on meta."""
     # One zero stands for all of a weight: PEFT reads shapes, dtypes and devices alone, and moves factors to the
     # weight's device.
     hollow = copy.deepcopy(model)._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))

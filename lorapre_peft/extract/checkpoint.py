@@ -26,8 +26,7 @@ from ..integrations.targets import expert_parameters
 
 
 class Checkpoint:
-    """The weights of a folder or of a cached hub model, in one file or in shards; no tensor is read before it is asked
-    for.
+    """The weights of a folder or of a cached hub model, in one file or in shards; a tensor is read when asked for.
 
     Raises ValueError if there is no such folder or cached model, or its safetensors are not there.
     """
@@ -60,8 +59,7 @@ class Checkpoint:
             )
 
     def skeleton(self) -> transformers.PreTrainedModel:
-        """Return the model without weights, on the meta device, which says what its tensors are called, and which
-        belong to linear modules.
+        """Return the model on the meta device; it says what its tensors are called, and which are of linear modules.
 
         Raises ValueError without a configuration, or if that is of a quantised model or not of one of transformers'
         own.
@@ -79,8 +77,7 @@ class Checkpoint:
             return model_class(config)
 
     def rename(self, model: transformers.PreTrainedModel) -> None:
-        """Fill ``keys``, {name in the model: name in the file}, by the rules with which from_pretrained reads
-        names.
+        """Fill ``keys``, {name in the model: name in the file}, by the rules of from_pretrained.
 
         Stacked experts, which files hold matrix by matrix, come under the model's name with the name of their first
         matrix; ``fused`` holds the converter that puts each together, and the names and patterns of its parts.

@@ -35,9 +35,7 @@ FIRST_RANK = 32
 
 @dataclass(frozen=True)
 class ExtractedModule:
-    """One module of the adapter. Δ = tuned − base, BA is the product of the factors as stored, ‖·‖ the
-    Frobenius norm.
-    """
+    """One module of the adapter: Δ = tuned − base, BA is the product of the stored factors, ‖·‖ the Frobenius norm."""
 
     name: str
     shape: tuple[int, ...]  # out_features, in_features; of stacked experts their number before
@@ -71,7 +69,7 @@ class ExtractionReport:
 
     @property
     def relative_error(self) -> float:
-        """What the adapter misses of all changes, those left out among them, as a share of ``change``."""
+        """What the adapter misses of all changes, those that were left out included, as a share of ``change``."""
         missed = [m.relative_error * m.change for m in self.modules] + [entry.change for entry in self.left_out]
         return math.hypot(*missed) / self.change
 
@@ -231,9 +229,7 @@ def extract_lora(
 def _extract(
     name: str, old: Tensor, new: Tensor, delta: Tensor, turned: bool, size: tuple, dtype: torch.dtype
 ) -> tuple[ExtractedModule, Tensor, Tensor]:
-    """Return a module's factors, B [out, r] and A [r, in], as they are stored, and their errors. turned: weights are
-    [in, out].
-    """
+    """Return a module's stored factors B [out, r] and A [r, in], and their errors. turned: weights are [in, out]."""
     B, A = _factors(delta.mT if turned else delta, *size)
     # Copies, or the whole of a larger factor would stay in memory behind a cut one.
     B, A = (factor.clone(memory_format=torch.contiguous_format).to(dtype) for factor in (B, A))
@@ -246,7 +242,7 @@ def _extract(
 def _extract_experts(
     name: str, old: Tensor, new: Tensor, delta: Tensor, turned: bool, size: tuple, dtype: torch.dtype
 ) -> tuple[ExtractedModule, Tensor, Tensor]:
-    """The factors of a stack of experts as PEFT stores them, B [out, r · E] and A [r · E, in], and their errors.
+    """Return a stack of experts' factors as PEFT stores them, B [out, r · E] and A [r · E, in], and their errors.
 
     r is the largest that an expert needs: PEFT has one for all of a parameter. turned: weights are [experts, in, out].
     """
@@ -266,7 +262,7 @@ def _extract_experts(
 def _measured(
     name: str, shape: Sequence[int], rank: int, old: Tensor, new: Tensor, delta: Tensor, product: Tensor
 ) -> ExtractedModule:
-    """What the stored factors, whose product is ``product``, miss of a change."""
+    """Return the errors of the stored factors, whose product is ``product``."""
     change = _norm(delta)
     error = _norm(delta - product) / change
     merged = _norm(new.float() - (old.float() + product).to(old.dtype).float()) / change
@@ -274,9 +270,7 @@ def _measured(
 
 
 def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: int | None) -> tuple[Tensor, Tensor]:
-    """Return B [out, r] and A [r, in] of a float32 delta [out, in], with the singular values split evenly between
-    them.
-    """
+    """Return B [out, r] and A [r, in] of a float32 delta [out, in], with singular values split evenly between them."""
     side = min(delta.shape)
     limit = min(side, rank or max_rank or side)
     width = limit if energy is None else min(FIRST_RANK, limit)
@@ -323,7 +317,7 @@ def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str
 
 
 def _selected_experts(model: PreTrainedModel, target_modules: str | Sequence[str]) -> set[str]:
-    """The stacked weights of experts that ``target_modules`` names, as `create_lorapre_optimizer` selects them."""
+    """Return the stacked weights of experts that ``target_modules`` names, as `create_lorapre_optimizer` does."""
     names = expert_parameters(model).keys()
     if target_modules == "all-linear":
         return set(names)

@@ -1,4 +1,4 @@
-"""From a model's config to the class that it is the config of."""
+"""Find the model class that a config belongs to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-# Of a config that names no architecture, the first of these that knows it: whole models before their decoders, which
+# The first of these that knows a config without an architecture is taken: whole models before their decoders, which
 # AutoModelForCausalLM would give for some.
 WHOLE_MODELS = (
     AutoModelForSeq2SeqLM,
@@ -29,9 +29,9 @@ WHOLE_MODELS = (
 
 
 def architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that ``config.architectures`` names, as every saved model's does; else, of a config made by hand, the
-    model trained as a
-    whole: with encoder, decoder and head.
+    """Return the class that ``config.architectures`` names, as every saved model's config does.
+
+    For a config made by hand it is the model that is trained as a whole, with encoder, decoder and head.
 
     Raises ValueError for a name that transformers does not have, and a kind of config that it has no model for.
     """

@@ -90,9 +90,7 @@ class LoRAPreConfig(LoraConfig):
                 )
 
     def pattern_key(self, module_name: str) -> str | None:
-        """Return the first key of ``momentum_rank_pattern`` that names this module, by its name in the base model as
-        in PEFT.
-        """
+        """Return the first key of ``momentum_rank_pattern`` that names this module, by its name in the base model."""
         key = get_pattern_key(list(self.momentum_rank_pattern), module_name)
         return key if key in self.momentum_rank_pattern else None
 
@@ -143,9 +141,7 @@ class LoRAPreConfig(LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> LoRAPreConfig:
-        """Build a configuration as PEFT does, which drops unknown keys with a warning; with this class in the place of
-        `LoraConfig`.
-        """
+        """Build a configuration as PEFT does, which drops unknown keys with a warning, but of this class."""
         kind = kwargs.get("peft_type", PeftType.LORA)
         if kind != PeftType.LORA:
             raise ValueError(

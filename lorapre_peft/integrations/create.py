@@ -1,6 +1,4 @@
-"""`create_lorapre_optimizer`: from a PEFT model, or a plain one, to an optimizer whose groups know what to
-compress.
-"""
+"""`create_lorapre_optimizer`: from a PEFT model, or a plain one, to an optimizer that knows what to compress."""
 
 from __future__ import annotations
 
@@ -45,10 +43,9 @@ def create_lorapre_optimizer(
 
     With LoRA adapters in the model, their matrices are compressed at the momentum rank of each adapter's config
     (`LoRAPreConfig`; a plain `LoraConfig` counts as one with defaults), and everything else that is trainable takes
-    the AdamW
-    path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``. Of stacked experts (PEFT's
-    ``target_parameters``, or weights such as Qwen3-MoE's) each has factors of its own, at the momentum rank of a
-    single one.
+    the AdamW path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``. Each of the experts in
+    a stack (PEFT's ``target_parameters``, or weights such as Qwen3-MoE's) has factors of its own, at the momentum rank
+    of a single one.
 
     Without adapters the **weights** are trained: those of ``target_modules`` compressed at rank 8 unless told
     otherwise, the ``others`` (norms, biases) by AdamW, embeddings and head not at all. What is not trained is frozen
@@ -144,9 +141,7 @@ def create_lorapre_optimizer(
 
 
 def _param_groups(model: nn.Module, targets: Targets, weight_decay: float) -> list[dict[str, Any]]:
-    """Return named parameters by weight decay and the options of their compression, in the model's order; rank 0 is
-    the AdamW path.
-    """
+    """Return named parameters by weight decay and options of compression, in the model's order; rank 0: AdamW."""
     decayed = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, NO_DECAY))
     plain = {"momentum_rank": 0, "update_rule": "als", "second_momentum_rank": None, "residual_weight": None}
     plain |= {"experts": None, "experts_dim": 0}

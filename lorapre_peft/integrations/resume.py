@@ -1,4 +1,4 @@
-"""Which of a Trainer's checkpoints a run can resume from, where its process may have been killed while it saved."""
+"""Find the checkpoint that a run can resume from, where its process may have been killed while it saved."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Return the path of the newest checkpoint-N in a Trainer's ``output_dir`` that was written to its end; None
-    without one.
+    """Return the path of the newest checkpoint-N in a Trainer's ``output_dir`` that was written to its end, or None.
 
     It is meant for ``trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))``. Trainer writes
     straight into checkpoint-N, and ``resume_from_checkpoint=True`` takes the highest N, also where the process was
@@ -37,8 +36,7 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
 
 
 def _broken_file(checkpoint: Path) -> str | None:
-    """Return the name of a file of the checkpoint that is missing or was not written to its end; None if there is
-    none.
+    """Return the name of a file of the checkpoint that is missing or was not written to its end, or None.
 
     Trainer writes its own state last; a folder that is written anew still has the old one, so every other file is
     looked at too.

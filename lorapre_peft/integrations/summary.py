@@ -10,8 +10,7 @@ from ..optim.base import LoRAPreOptimizer
 
 
 def state_table(optimizer: LoRAPreOptimizer, frozen: dict[str, list[Tensor]]) -> str:
-    """Return the table as text: what is compressed, on the AdamW path and frozen, and the state's size beside AdamW's
-    in float32.
+    """Return the table as text: what is compressed, what is not, and the state's size beside AdamW's in float32.
 
     frozen: parameters that are not trained, by the label of their row.
     """

@@ -1,6 +1,4 @@
-"""Find the parameters that are compressed, and their ranks: the matrices of LoRA adapters, or the weights of a whole
-model.
-"""
+"""Find the parameters that are compressed, and their ranks: matrices of LoRA adapters, or the weights of a model."""
 
 from __future__ import annotations
 
@@ -27,8 +25,7 @@ COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
 
 LINEAR = (nn.Linear, Conv1D)
 
-# parameter: momentum_rank, `RULE_OPTIONS`, and where it holds a matrix for each expert of a mixture, experts and
-# experts_dim
+# By parameter: momentum_rank, `RULE_OPTIONS`, and for a stack of experts also experts and experts_dim.
 Targets = dict[Tensor, dict[str, Any]]
 
 
@@ -106,9 +103,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def rule_options(config: LoraConfig | None, given: dict[str, Any] | None) -> dict[str, Any]:
-    """Return `RULE_OPTIONS` as they are given, or else as an adapter's config says; those that the rule does not have
-    are None.
-    """
+    """Return `RULE_OPTIONS` as given, or as an adapter's config says; None for those that the rule does not have."""
     given = {name: value for name, value in (given or {}).items() if value is not None}
     found = {name: given.get(name, getattr(config, name, None)) for name in RULE_OPTIONS}
     rule = RULES.get(found["update_rule"] or "als")
@@ -181,8 +176,7 @@ def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
 def weight_targets(
     model: nn.Module, target_modules: str | Iterable[str], momentum_rank: int | None, given: dict[str, Any] | None
 ) -> Targets:
-    """Return the weights of the modules that ``target_modules`` names, as in PEFT: names, a regular expression, or
-    "all-linear".
+    """Return the weights of the modules that ``target_modules`` names: names, a regular expression, or "all-linear".
 
     The stacked weights of a mixture's experts are among "all-linear"; otherwise their own name
     ("experts.gate_up_proj") or that of their module ("experts") selects them. Raises ValueError if it names no module
@@ -220,9 +214,7 @@ def weight_targets(
 
 
 def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: list[str]) -> str:
-    """Say why there is no weight to train. frozen: the modules that ``target_modules`` names and whose weights are
-    frozen.
-    """
+    """Return why there is no weight to train. frozen: the modules that are named and whose weights are frozen."""
     if any(getattr(inner, "is_quantized", False) for inner in _models(model)):
         return (
             "the model is quantised, and its weights cannot be trained themselves: train an adapter on it, "

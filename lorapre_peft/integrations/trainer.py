@@ -28,8 +28,7 @@ from .summary import adamw_state_bytes
 def lorapre_optimizer(
     optimizer: str = "adamw", args: TrainingArguments | None = None, **overrides: Any
 ) -> tuple[Callable[[], Callable[..., LoRAPreOptimizer]], dict[str, Any]]:
-    """Return what Trainer's ``optimizer_cls_and_kwargs`` takes, so that it builds a LoRA-Pre optimizer once the model
-    is wrapped.
+    """Return Trainer's ``optimizer_cls_and_kwargs``, which builds a LoRA-Pre optimizer once the model is wrapped.
 
     Trainer does not pass its learning rate to an optimizer given this way, so it is read from ``args``, again whenever
     an optimizer is built (a hyperparameter search changes them): learning rate, weight decay, epsilon, and each Adam
@@ -113,9 +112,7 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
 
 
 class OptimizerFactory:
-    """What builds the optimizer: Trainer calls anything that is no Optimizer class as factory()(model, **kwargs), once
-    it has wrapped the model.
-    """
+    """Builds the optimizer: Trainer calls what is no Optimizer class as factory()(model, **kwargs)."""
 
     def __init__(self, args: TrainingArguments | None) -> None:
         self.args = args
@@ -159,7 +156,7 @@ class LoRAPreCallback(TrainerCallback):
 
     def __init__(self, stop_on_nan_loss: bool = False) -> None:
         self.stop_on_nan_loss = stop_on_nan_loss
-        self._trainer: weakref.ref[Any] | None = None  # that it is attached to
+        self._trainer: weakref.ref[Any] | None = None  # the trainer that it is attached to
         self._optimizer: LoRAPreOptimizer | None = None
         self._losses: list[Tensor] = []  # of this step's micro-batches
         self._nan_loss = False
@@ -187,7 +184,7 @@ class LoRAPreCallback(TrainerCallback):
     ) -> None:
         self._optimizer = _checked_optimizer(model, optimizer)
         _check_arguments(args, self._optimizer.defaults["update_in_backward"])
-        # Of a run that broke off in a backward pass, as auto_find_batch_size's attempts do.
+        # A run may have broken off in a backward pass, as auto_find_batch_size's attempts do.
         self._optimizer.zero_grad()
         if state.global_step and not self._optimizer.state:
             warnings.warn(
@@ -200,7 +197,7 @@ class LoRAPreCallback(TrainerCallback):
         _log_before_reporters(self, _caller(CallbackHandler) if trainer is None else trainer.callback_handler)
         if self.stop_on_nan_loss:
             self._losses = _watched_losses(trainer)
-            self._losses.clear()  # of a run that broke off
+            self._losses.clear()  # a run that broke off may have left some
 
     def on_step_begin(
         self,
@@ -312,9 +309,7 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer and those inside it: accelerate wraps one as ``optimizer``, chained ones are
-    ``optimizers``.
-    """
+    """Yield an optimizer and those inside it, accelerate's ``optimizer`` or the ``optimizers`` of a chain."""
     yield optimizer
     inside = [optimizer.optimizer] if hasattr(optimizer, "optimizer") else getattr(optimizer, "optimizers", ())
     for part in inside:
@@ -338,9 +333,7 @@ def _log_before_reporters(callback: LoRAPreCallback, handler: CallbackHandler | 
 
 
 def _watched_losses(trainer: Any) -> list[Tensor]:
-    """Return the list that a trainer's training losses go to from now on, detached, whoever computes them; None: the
-    one that calls.
-    """
+    """Return a list to which each training loss of a trainer (None: the one that calls) is added from now on."""
     from transformers import Trainer  # here, because it brings in datasets
 
     if trainer is None:
@@ -364,9 +357,7 @@ def _watched_losses(trainer: Any) -> list[Tensor]:
 
 
 def _caller(kind: type) -> Any:
-    """Return the nearest object of that class among the callers' ``self``, which a callback is not given; None if
-    there is none.
-    """
+    """Return the nearest object of that class among the callers' ``self``, or None: callbacks get no trainer."""
     frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back

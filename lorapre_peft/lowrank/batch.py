@@ -21,9 +21,7 @@ MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 
 @functools.lru_cache(maxsize=1024)
 def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the values as a tensor [n], filled entry by entry: a copy from the host could not be captured in a CUDA
-    graph.
-    """
+    """Return the values as a tensor [n], filled entry by entry, as CUDA graphs cannot capture a copy from the host."""
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
@@ -36,8 +34,7 @@ class Batch:
     Attributes:
         params, grads: this process's rows of each matrix and of its gradient.
         norms: ‖g‖_F of the whole matrices after clipping, [n] float64 on the `float64_device`.
-        scale: what each gradient is multiplied by, for clipping and, negated, to maximize: [n] float32; None stands
-            for 1.
+        scale: the factor on each gradient, for clipping and, negated, to maximize: [n] float32; None stands for 1.
         update: false where a matrix has no usable gradient and keeps its values, [n] bool; None: all are updated.
     """
 
@@ -57,7 +54,7 @@ class Batch:
         self.shape, self.ranks = members[0].shape, members[0].ranks
         self.groups = list({id(member.group): member.group for member in members}.values())
         self.rule = RULES[self.groups[0]["update_rule"]]
-        self.rows = placement.rows(self.shape[0])  # of the p×q matrices, those that are here
+        self.rows = placement.rows(self.shape[0])  # this process's rows of the p×q matrices
         self.norms = norms if update is None else norms.where(update, 0)
         self.scale = gradient_scale(self.norms, self.numbers("max_param_grad_norm"), self.numbers("maximize"))
         if self.scale is not None:
@@ -79,9 +76,7 @@ class Batch:
     @overload
     def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor: ...
     def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor | None:
-        """Return an option of each matrix's group, or a function of its options: [n] float64. None if it is None or
-        False in all.
-        """
+        """Return an option, or a function of them, by matrix: [n] float64; None if all groups have None or False."""
         values = [group[option] if isinstance(option, str) else option(group) for group in self.groups]
         if all(value is None or value is False for value in values):
             return None
@@ -96,22 +91,20 @@ class Batch:
         return by_group.gather(0, constants(order, self.norms.device, torch.int64))
 
     def _number(self, value: float | Tensor) -> Tensor:
-        """A learning rate that is a tensor on the parameters' device is not read by the host."""
+        """Return a hyperparameter as a tensor []; the host does not read one that is a tensor on another device."""
         if isinstance(value, Tensor) and value.device.type != "cpu":
             return wide(value.detach().reshape(()))
         return torch.full((), float(value), dtype=torch.float64, device=self.norms.device)
 
     def steps(self) -> tuple[Tensor, Tensor | None]:
-        """Return what multiplies the update and the weight in θ ← θ − (step · update + decay · θ): [n] float32; None
-        for no decay.
-        """
+        """Return step and decay of θ ← θ − (step · update + decay · θ): [n] float32; no decay is None."""
         lr, decay = self.numbers("lr"), self.numbers("weight_decay")
         step = narrow(lr * self.numbers("update_scale"), self.device)
         return step, narrow(lr * decay, self.device) if self.decays else None
 
     @property
     def decays(self) -> bool:
-        """Whether any of the matrices has weight decay."""
+        """Return whether any of the matrices has weight decay."""
         return any(group["weight_decay"] for group in self.groups)
 
     # ---- state ------------------------------------------------------------------------------------------------------
@@ -145,7 +138,7 @@ class Batch:
 
     @property
     def all_rows(self) -> slice:
-        """`rows`, counted from the first one that is here."""
+        """All rows of the matrices that this process has, counted from the first of them."""
         return slice(0, self.rows.stop - self.rows.start)
 
     def chunks(self) -> Iterator[slice]:
@@ -164,9 +157,7 @@ class Batch:
         return min(map(tile_entries, self.groups))
 
     def gradients(self, matrices: slice, rows: slice) -> Tensor:
-        """Return a tile of the gradients, clipped, and negated to maximize: [n, rows, q] float32, not to be written
-        to.
-        """
+        """Return a tile of the clipped gradients, negated to maximize: [n, rows, q] float32, not to be written to."""
         grads = self.grads[matrices]
         parts = grads if rows == slice(0, len(grads[0])) else [grad[rows] for grad in grads]
         stacked = parts[0][None] if len(parts) == 1 else torch.stack(parts)
@@ -180,10 +171,9 @@ class Batch:
             update.masked_fill_(skipped.view(-1, *[1] * (update.ndim - 1)), 0)
 
     def write(self, matrices: slice, rows: slice, update: Tensor, step: Tensor, decay: Tensor | None) -> None:
-        """θ ← θ − (step · update + decay · θ) for a tile, rounded once to the parameter's dtype; ``update`` is used
-        up.
+        """Take the step θ ← θ − (step · update + decay · θ) of a tile, rounded once to the parameter's dtype.
 
-        step, decay: of `steps`.
+        step, decay: of `steps`. update: its memory is used up.
         """
         params = self.params[matrices]
         targets = params if rows == slice(0, len(params[0])) else [param[rows] for param in params]
@@ -201,7 +191,7 @@ class Batch:
 
     @property
     def rounds_stochastically(self) -> bool:
-        """Whether the parameters are written with stochastic rounding."""
+        """Return whether the parameters are written with stochastic rounding."""
         return rounds_stochastically(self.params[0], self.groups[0])
 
     def keys(self, matrices: slice) -> Tensor:
@@ -211,16 +201,12 @@ class Batch:
 
 
 def usable(norms: Any) -> Any:
-    """Whether a gradient of this norm, or of each of these, exists, is finite and has squares within float32; −1
-    stands for none.
-    """
+    """Return whether gradients of these norms exist (−1: none), are finite and have squares within float32."""
     return (norms >= 0) & (norms <= MAX_NORM)  # NaN is neither
 
 
 def gradient_scale(norms: Tensor, bound: Tensor | None, maximize: Tensor | None) -> Tensor | None:
-    """Return what gradients of these norms [n] are multiplied by: clipped to ``bound`` each, negated to maximize; None
-    for 1.
-    """
+    """Return the factors on gradients of these norms [n], for clipping and, negated, to maximize; None for 1."""
     if bound is None and maximize is None:
         return None
     scale = torch.ones_like(norms) if bound is None else torch.where(norms > bound, bound / norms, 1.0)
@@ -228,5 +214,5 @@ def gradient_scale(norms: Tensor, bound: Tensor | None, maximize: Tensor | None)
 
 
 def rounds_stochastically(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether this parameter is written with stochastic rounding."""
+    """Return whether this parameter is written with stochastic rounding."""
     return param.dtype == torch.bfloat16 and group["bf16_rounding"] == "stochastic"

@@ -26,9 +26,7 @@ class Stack(NamedTuple):
         return shape[0], shape[1] // self.experts
 
     def matrices(self, tensor: Tensor, p: int) -> Tensor:
-        """Return the experts that a parameter or its gradient holds, or a process's part of it: a view [experts, p,
-        q].
-        """
+        """Return the experts' matrices in a parameter, a gradient or a part of either: a view [experts, p, q]."""
         if self.dim == 0:
             return tensor if tensor.ndim == 3 else tensor.unflatten(0, (len(tensor) // p, p))
         return tensor.unflatten(1, (tensor.shape[1] // self.experts, self.experts)).movedim(-1, 0)

@@ -20,11 +20,10 @@ POWER_STEPS = 3
 
 
 def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
-    """(gram + ridge·I)⁻¹ in float64; gram: [..., k, k] float64, symmetric and not negative. ridge: [...] or a number,
-    ≥ 0.
+    """Return (gram + ridge·I)⁻¹ of Gram matrices [..., k, k] float64; ridge: [...] or a number, ≥ 0.
 
-    By Cholesky, or for small k by elimination. Where that fails, and on a GPU nobody looks, the diagonal alone is
-    inverted: a shorter step, and no NaN.
+    It is found by a Cholesky factorisation, or for small k by elimination. Where that fails, which on a GPU the host
+    does not see, the diagonal alone is inverted: a shorter step, and no NaN.
     """
     k = gram.shape[-1]
     identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
@@ -46,8 +45,7 @@ def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
 
 
 def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse by symmetric Gauss–Jordan elimination along the diagonal, and where a pivot was not positive: [...]
-    bool.
+    """Return the inverse by symmetric Gauss–Jordan elimination, and where a pivot was not positive: [...] bool.
 
     A positive matrix needs no other pivots (Higham, Accuracy and Stability of Numerical Algorithms, section 14.4).
     """
@@ -63,7 +61,7 @@ def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_root(gram: Tensor, ridge: Tensor) -> Tensor:
-    """L⁻¹ of the Cholesky factor L Lᵀ = gram + ridge·I, lower triangular; arguments as in `damped_inverse`."""
+    """Return L⁻¹ of the Cholesky factor L Lᵀ = gram + ridge·I, lower triangular; arguments as in `damped_inverse`."""
     k = gram.shape[-1]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     ridge = torch.maximum(ridge, 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny)
@@ -75,7 +73,7 @@ def inverse_root(gram: Tensor, ridge: Tensor) -> Tensor:
 
 
 def gram_rows(A: Tensor) -> Tensor:
-    """A Aᵀ in float64; A: [..., k, q]."""
+    """Return A Aᵀ in float64; A: [..., k, q]."""
     A = wide(A)
     return A @ A.mT
 
@@ -93,11 +91,10 @@ def top_factors(
     rank: int,
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Rank-k factors of a large matrix x by subspace iteration from a fixed test matrix: B [..., p, k], A [..., k, q].
+    """Return rank-k factors of a large matrix x by subspace iteration: B [..., p, k] and A [..., k, q].
 
-    times(Q) gives x Q and transposed_times(Y) gives xᵀ Y, so that x need not exist at once. The test matrix comes from
-    a generator of its own, so that every process computes the same factors. ``like`` gives batch shape, dtype and
-    device.
+    times(Q) gives x Q and transposed_times(Y) gives xᵀ Y, so that x need not exist at once. The test matrix is fixed,
+    so that every process computes the same factors. like: a tensor of the batch shape, dtype and device.
     """
     p, q = shape
     width = min(rank + OVERSAMPLING, p, q)
@@ -111,12 +108,12 @@ def top_factors(
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of x [..., p, c]."""
+    """Return an orthonormal basis of the columns of x [..., p, c]."""
     return torch.linalg.qr(x.to(float64_device(x.device)))[0].to(x.device)
 
 
 def best_factors(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-k approximation of x [..., p, q] as B [..., p, k] and A [..., k, q] of equal Frobenius norms."""
+    """Return the best rank-k approximation of x [..., p, q]: B [..., p, k] and A [..., k, q] of equal norms."""
     parts = torch.linalg.svd(x.to(float64_device(x.device)), full_matrices=False)
     U, S, Vh = (part.to(x.device) for part in parts)
     root = S[..., :rank].sqrt()

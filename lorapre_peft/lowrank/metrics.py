@@ -23,11 +23,11 @@ class Metrics:
         self.energy.append(norms.square().sum())
 
     def add_captured(self, energy: Tensor) -> None:
-        """Add the part of those squares that lies inside the row space of m_A."""
+        """Add ‖g‖² inside the row space of m_A, summed over matrices."""
         self.captured.append(energy)
 
     def add_update(self, update: Tensor, bound: Tensor | None) -> None:
-        """Look at a normalised update before any clamp to ±bound."""
+        """Add the sizes of a normalised update's entries before any clamp to ±bound."""
         size = update.abs()
         self.add_sizes(size.amax(), size.new_zeros(()) if bound is None else (size > bound).sum(), size.numel())
 
@@ -48,9 +48,7 @@ class Metrics:
             self.add_sizes(largest.amax(), clamped.sum(), entries)
 
     def reduce(self, placement: Placement) -> None:
-        """Add what the other processes saw of the rows that they share with this one; every process has to
-        call this.
-        """
+        """Add what other processes saw of the rows that they share with this one. Every process has to call this."""
         if placement is WHOLE or not self.captured:
             return
         entries = torch.tensor(float(self.entries), dtype=torch.float64, device=self.captured[0].device)
@@ -62,7 +60,7 @@ class Metrics:
         self.largest = [placement.largest(largest)] if self.entries else []
 
     def merge(self, other: Metrics) -> None:
-        """Add what another one holds."""
+        """Add what another `Metrics` holds."""
         for name in ("energy", "captured", "largest", "clamped", "entries"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 

@@ -26,15 +26,14 @@ class Runner(Protocol):
 
 
 class Moment:
-    """One moment of a batch's n matrices, B A with B [n, p, k] and A [n, k, q], which follows the running average
-    ``average``.
+    """One moment of a batch, B A with B [n, p, k] and A [n, k, q], which follows the running average ``average``.
 
     Attributes:
         B, A: the old factors, after any restart. ``gram`` = A Aᵀ, [n, k, k] float64.
         started: whether A had a direction before any restart, [n] bool.
         R, keep, gain: B' = keep · B + gain · X with X = x Aᵀ R; [n, k, k], [n, 1, 1] and [n, 1, 1], float32.
-        B_new, projected, grams: what a backend's row part fills in: B'; B'ᵀx or Bᵀx [n, k, q]; and, in float64, B'ᵀ[B'
-            | B] [n, k, 2k] or BᵀB [n, k, k].
+        B_new, projected, grams: what a backend's row part fills in: B'; B'ᵀx or Bᵀx [n, k, q]; and, in float64,
+            B'ᵀ[B' | B] [n, k, 2k] or BᵀB [n, k, k].
     """
 
     grams: Tensor
@@ -46,7 +45,7 @@ class Moment:
         self.gram = backend.run(gram_rows, self.A)
         squares = self.gram.diagonal(dim1=-2, dim2=-1)
         old_square = squares.sum(-1)
-        # Where reading is free, only if there is something to restart.
+        # Where the host can look for free, this is left out if there is nothing to restart.
         if rule.tracked and not (reads_are_free(squares.device) and squares.all()):
             self.A, self.B = cast(Als, rule).restart(self.A, self.B, self.gram)
             self.gram = backend.run(gram_rows, self.A)
@@ -56,17 +55,14 @@ class Moment:
         self.B_new, self.projected = torch.empty_like(self.B), torch.zeros_like(self.A)
 
     def captured(self) -> Tensor:
-        """Return ‖X A‖²_F over all rows that are here and all matrices: what x has inside the row space of the
-        old A.
-        """
+        """Return ‖X A‖²_F over all rows that are here and all matrices: x's energy in the row space of the old A."""
         X = (wide(self.B_new) - wide(self.keep * self.B)) / wide(self.gain)
         self.batch.mask(slice(None), X)
         return ((X.mT @ X) * self.gram).sum()
 
 
 def move_on(backend: Runner, batch: Batch, moments: list[Moment]) -> Generator[None, None, list[Tensor]]:
-    """Write the new factors of some moments into the state; returns ‖B'A'‖²_F of each as the rule knows it, [n]
-    float64.
+    """Write the new factors of some moments into the state; returns ‖B'A'‖²_F of each, [n] float64, NaN if not known.
 
     The sums over rows are added up over the processes that share them in two collectives: the projections are float32,
     the Gram matrices float64, so that a Cholesky factorisation sees what a single process's would. With such processes
@@ -104,9 +100,7 @@ def _columns(rule: Als | Newton, grams: Tensor, average: Average) -> tuple[Tenso
 
 
 def _balance(rule: Als | Newton, grams: Tensor, turn: Any, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what B' is multiplied by, a number [n, 1, 1] or a matrix [n, k, k], what A' is, [n, 1, 1], and ‖B'A'‖²_F
-    [n].
-    """
+    """Return the factors on B', [n, 1, 1] or from the right [n, k, k], and on A', [n, 1, 1], and ‖B'A'‖²_F [n]."""
     scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
     scale_B, most = scale_B[..., None, None], torch.finfo(torch.float32).max
     by_B = scale_B if turn is None else (scale_B * turn).clamp(-most, most)  # of a B that is zero

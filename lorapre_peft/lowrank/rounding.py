@@ -42,7 +42,7 @@ def random_keys(named: tuple[tuple[int, int], ...], steps: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _parameter_keys(named: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Filled entry by entry: a copy from the host could not be captured in a CUDA graph."""
+    """Return the parameters' keys [n], filled entry by entry, as CUDA graphs cannot capture a copy from the host."""
     keys = [mix(mix(seed) + position) for seed, position in named]
     return torch.stack([torch.full((), key, dtype=torch.int64, device=device) for key in keys])
 
@@ -58,10 +58,9 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
 
 
 def random_bits(shape: torch.Size, keys: Tensor, offset: int) -> Tensor:
-    """Return the hash of (key, offset + i) for every entry i of each of n arrays in row-major order: int32, all 32
-    bits random.
+    """Return 32 random bits for every entry of n arrays, as int32: entry i has the hash of (key, offset + i).
 
-    shape: (n, ...). keys: int64 [n].
+    shape: (n, ...); entries are numbered in row-major order. keys: int64 [n].
     """
     count = shape[1:].numel()
     counters = torch.arange(offset, offset + count, dtype=torch.int64, device=keys.device).to(torch.int32)

@@ -41,8 +41,7 @@ class Average(NamedTuple):
 
 
 def test_rows(k: int, q: int, device: torch.device) -> Tensor:
-    """Return the rows that directions of `als` start from: [k, q] float32, uniform in [0, 1), the same on every device
-    and process.
+    """Return the rows that directions of `als` start from: [k, q] float32, uniform in [0, 1), equal on all devices.
 
     They are positive because |g| is: a row of random signs would see little of its leading direction.
     """
@@ -56,18 +55,14 @@ RESIDUAL_WEIGHT = 1.0
 
 
 class Rows(NamedTuple):
-    """The row part of a rule: B' = (keep · B + gain · X) · unit, where X = x Aᵀ (A Aᵀ + damping)⁻¹ fits x to A's rows.
-    [n] float64.
-    """
+    """The row part B' = (keep · B + gain · X) · unit: [n] float64. X = x Aᵀ (A Aᵀ + damping)⁻¹ fits x to A's rows."""
 
     keep: Tensor
     gain: Tensor
 
 
 class Mixture(NamedTuple):
-    """A rule's momentum at step t, from the old factors: (m_keep · B + m_gain · X) A + residual · x. Each [n]
-    float64.
-    """
+    """The momentum at step t, from the old factors: (m_keep · B + m_gain · X) A + residual · x; [n] float64."""
 
     m_keep: Tensor
     m_gain: Tensor
@@ -79,8 +74,7 @@ def _as_matrix(numbers: Tensor) -> Tensor:
 
 
 class Newton:
-    """The published rule (Theorem 3.1, Algorithms 1 and 2): one damped Newton step on each factor, from the old
-    factors.
+    """The published rule (Theorem 3.1, Algorithms 1 and 2): one damped Newton step on each factor from the old ones.
 
     With the coupling of Appendix B.1 each factor decays by √decay and adds (1−√decay)/(1−decay) times its
     least-squares fit of weight·x. ``damping`` is δ, absolute. It starts at B = 0 and A ~ N(0, 0.02²).
@@ -118,18 +112,14 @@ class Newton:
         return torch.ones_like(norm)
 
     def columns(self, grams: Tensor, average: Average) -> tuple[Tensor, Tensor | None]:
-        """Return W with A' = W [A; Bᵀx], from BᵀB over all rows: [n, k, 2k] float64; and None: B' is not multiplied
-        from the right.
-        """
+        """Return W [n, k, 2k] float64 of A' = W [A; Bᵀx], from BᵀB over all rows, and None: nothing multiplies B'."""
         root = average.decay.sqrt()
         identity = torch.eye(grams.shape[-2], dtype=grams.dtype, device=grams.device)
         step = _as_matrix(average.weight * (1 - root) / (1 - average.decay)) * self.inverse(grams)
         return torch.cat([(_as_matrix(root) * identity).expand_as(step), step], dim=-1), None
 
     def balance(self, grams: Tensor, turn: None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what B' and A' are multiplied by, and ‖B'A'‖²_F, which this rule does not know: 1, 1 and NaN, [n]
-        float64.
-        """
+        """Return 1, 1 and NaN, [n] float64: B' and A' are not rescaled, and ‖B'A'‖²_F is not known."""
         one = grams.new_ones(grams.shape[:-2])
         return one, one, torch.full_like(one, float("nan"))
 
@@ -167,10 +157,9 @@ class Als:
         return self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
 
     def restart(self, A: Tensor, B: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and B in which every direction whose row of A is zero starts anew: its row of A is a test row, its
-        column of B zero.
+        """Return A and B with all directions started anew whose row of A is zero: a test row in A, zeros in B.
 
-        Zeros are how a state begins, and what resets (ReLoRA) and pruning leave behind. From B = 0 the first sweep is
+        A state begins as zeros, and resets (ReLoRA) and pruning leave zeros behind. From B = 0 the first sweep is
         one step of subspace iteration on x. A test row is as long as the mean row that is not zero, or has length 1 if
         all are.
         A: [n, k, q], B: [n, p, k], gram: A Aᵀ in float64.
@@ -189,8 +178,7 @@ class Als:
         return Rows(*average)
 
     def mixture(self, average: Average, residual_weight: Tensor, t: Tensor) -> Mixture:
-        """Return the momentum at step t; after bias correction what lies outside A's rows has the weight min(1,
-        ρ/(1−βᵗ)).
+        """Return the momentum at step t. Bias-corrected, what lies outside A's rows has the weight min(1, ρ/(1−βᵗ)).
 
         At ρ = 1 it enters as it is, from the first step on; at ρ = 1−β its weight is Adam's own. Stated for an EMA;
         another average is its multiple.
@@ -200,8 +188,7 @@ class Als:
         return Mixture(beta, weight - residual, residual)
 
     def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, rows: Rows) -> Tensor:
-        """Return what B' is multiplied by so that its norm is about 1, and B'ᵀx neither overflows nor underflows
-        float32: [n] float64.
+        """Return the factor on B', [n] float64, that makes its norm about 1, so that B'ᵀx stays within float32.
 
         gram: A Aᵀ [n, k, k] and old_square: ‖A‖²_F before any restart; norm: ‖x‖_F. With a = ‖A‖, ‖B‖² is old_square
         and ‖X‖ ≈ ‖x‖/a; `balance` rescales B'.

@@ -18,12 +18,12 @@ from .experts import Stack
 
 
 def world_size() -> int:
-    """Processes of the running distributed job; 1 without one."""
+    """Return the number of processes of the running distributed job; 1 without one."""
     return torch.distributed.get_world_size() if _is_distributed() else 1
 
 
 def rank() -> int:
-    """This process's number in the running distributed job; 0 without one."""
+    """Return this process's number in the running distributed job; 0 without one."""
     return torch.distributed.get_rank() if _is_distributed() else 0
 
 
@@ -40,14 +40,12 @@ class Placement:
     size: int = 1
 
     def rows(self, p: int) -> slice:
-        """This process's rows of p, as `torch.chunk` deals them out; the last processes may have fewer or none."""
+        """Return this process's rows of p, as `torch.chunk` deals them out; the last ones may have fewer or none."""
         count = -(-p // self.size)
         return slice(min(self.rank * count, p), min((self.rank + 1) * count, p))
 
     def sum(self, tensors: list[Tensor]) -> Callable[[], None]:
-        """Begin to add up tensors of one dtype over the processes, in one collective; what is returned waits, and
-        writes them.
-        """
+        """Begin to sum tensors of one dtype over processes, in place, in one collective; call the result to finish."""
         if self.group is None:
             return lambda: None
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -61,13 +59,13 @@ class Placement:
         return finish
 
     def largest(self, tensor: Tensor) -> Tensor:
-        """The elementwise maximum over the processes."""
+        """Return the elementwise maximum over the processes."""
         if self.group is not None:
             torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return tensor
 
     def gather(self, x: Tensor, p: int) -> Tensor:
-        """All rows [n, p, c] of what is here in this process's rows [n, rows, c]."""
+        """Return all rows [n, p, c], gathered from each process's rows [n, rows, c]."""
         if self.group is None:
             return x
         count = -(-p // self.size)
@@ -91,19 +89,18 @@ def placement_of(param: Tensor) -> Placement:
 
 
 def is_supported(param: DTensor) -> bool:
-    """Whether a DTensor is sharded by rows over one dimension of its mesh and replicated over the others."""
+    """Return whether a DTensor is sharded by rows over one dimension of its mesh and replicated over the others."""
     shards = [placement for placement in param.placements if not isinstance(placement, Replicate)]
     return len(shards) == 1 and type(shards[0]) is Shard and shards[0].dim == 0
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part: a view, through which the whole can be written."""
+    """Return this process's part of a tensor: a view, through which the whole can be written."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def place(value: Tensor, param: Tensor, name: str, stack: Stack | None = None) -> Tensor:
-    """A whole state tensor as it is kept beside a parameter: B factors and moments sharded like it, A factors
-    replicated.
+    """Place a whole state tensor beside its parameter: B factors and moments sharded like it, A factors replicated.
 
     Of a stack whose experts are sharded, each process keeps all that belongs to its own experts. Counters and other
     scalars stay plain.
@@ -122,9 +119,7 @@ def place(value: Tensor, param: Tensor, name: str, stack: Stack | None = None) -
 
 
 def _sharded_dim(name: str, stack: Stack | None) -> int | None:
-    """Return the dimension of a state tensor that is sharded as the parameter's first one is; None: it is whole on
-    every process.
-    """
+    """Return the dimension of a state tensor that is sharded as the parameter's first is; None if it is whole."""
     if stack is None:
         return None if name.endswith("_A") else 0
     if stack.dim == 0:

@@ -1,6 +1,4 @@
-"""Make a copy of a model that takes no memory, from a module, a config, a folder, a built-in shape or a name on the
-hub.
-"""
+"""Make a copy of a model that takes no memory, from a module, a config, a folder, a built-in shape or a hub id."""
 
 from __future__ import annotations
 
@@ -49,8 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def find_config(name: str | os.PathLike[str]) -> tuple[PretrainedConfig, str]:
-    """Return a model's config, and in words where it was found: a local folder or config.json, a built-in shape, or
-    the hub.
+    """Return a model's config and the place that it was found in: a folder or file, a built-in shape, or the hub.
 
     Raises ValueError if it is in none of these places.
     """
@@ -104,11 +101,10 @@ def meta_model(
 
 
 def training_batch(model: Any, batch: int, seq_len: int) -> dict[str, Tensor]:
-    """Return the arguments of a training step of a meta model: text without padding, images or sound features of the
-    size in its config.
+    """Return the arguments of one training step of a meta model: text without padding, or images or sound features.
 
-    A model for text and images gets text alone. Labels are a class for each sequence or image, or a token for each
-    position.
+    Images and sound features have the size in the model's config; a model for text and images gets text alone. Labels
+    are a class for each sequence or image, or a token for each position.
     """
     config: Any = getattr(model, "config", None)
     main = getattr(model, "main_input_name", "input_ids")

@@ -33,8 +33,7 @@ from .models import meta_model, training_batch
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Counts the bytes of the storages that torch's operations make while it is active, on whatever device, meta
-    included.
+    """Counts the bytes of the storages that torch's operations make while it is active, on any device, meta included.
 
         with AllocationTracker() as tracker:
             optimizer.step()
@@ -81,7 +80,7 @@ class AllocationTracker(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """The bytes that are alive now, of what was made while active."""
+        """The bytes that are alive now, of what was made while the tracker was active."""
         return sum(size for number, size in self._events if number not in self._left_out)
 
     @property
@@ -91,9 +90,7 @@ class AllocationTracker(TorchDispatchMode):
 
 
 def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of the tensors among an operation's arguments or results, several times faster than torch's
-    pytree.
-    """
+    """Yield the storages of an operation's arguments or results, several times faster than torch's pytree."""
     if isinstance(value, Tensor):
         if value.layout == torch.strided:
             yield value.untyped_storage()
@@ -136,8 +133,7 @@ def estimate(
     checkpointing: bool = True,
     **options: Any,
 ) -> MemoryEstimate:
-    """Return the peak memory of training a model with LoRA-Pre, by running `create_lorapre_optimizer`'s optimizer on
-    the meta device.
+    """Return the peak memory of training with LoRA-Pre, by a dry run of its optimizer on the meta device.
 
     Nothing of the model's size is allocated. Weights, gradients, state and temporaries are what the eager backend
     makes on a CPU, and kernels make less; on CUDA, torch's AdamW for many tensors at once may take up to
@@ -167,7 +163,7 @@ def estimate(
             raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
     model = meta_model(model_or_config, dtype)
     options.setdefault("lr", 1e-4)  # adapters have no default; any number gives the same memory
-    # Without update_in_backward: its hooks would read gradients' norms, which meta tensors do not have.
+    # Hooks of update_in_backward would read gradients' norms, which meta tensors do not have.
     built = create_lorapre_optimizer(
         model,
         optimizer,
@@ -189,9 +185,7 @@ def estimate(
 
 
 def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
-    """Return the peak of the first two steps without the state: `als` starts its factors in the first and follows from
-    then on.
-    """
+    """Return the peak of the first two steps without the state: `als` starts its factors in the first."""
     peak = 0
     for located in _distinct_updates(optimizer, in_backward):
         for _, param, _ in located:
@@ -218,9 +212,7 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
 
 
 def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[list[Located]]:
-    """Return enough of the updates that happen at once to hold their peak: equal matrices take equal memory, chunk
-    after chunk.
-    """
+    """Return enough of the updates that happen at once to hold their peak: equal chunks take equal memory."""
     counts: Counter[tuple] = Counter()
     kept: list[Located] = []  # in the optimizer's order, on which the AdamW path's packing depends
     for group, param, position in optimizer._located():
@@ -256,8 +248,7 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: bool) -> int:
-    """Return the peak of one forward and backward pass of a meta model, without gradients, each of which is freed at
-    once.
+    """Return the peak of a forward and backward pass of a meta model, in which each gradient is freed at once.
 
     It changes the model.
     """

@@ -77,9 +77,7 @@ def memory_table(rows: dict[str, MemoryEstimate]) -> str:
 
 
 def adapter_table(model: nn.Module, ranks: Sequence[int]) -> str:
-    """Return a table of the state of adapters of these ranks on all linear layers of a meta model: AdamW's, and
-    LoRA-Pre's at r/2, r/4 and r/8.
-    """
+    """Return a table of the state of adapters on all linear layers: AdamW's, and LoRA-Pre's at r/2, r/4 and r/8."""
     lines = [f"{'adapter':>8}{'parameters':>14}{'AdamW':>12}{'k = r/2':>12}{'k = r/4':>12}{'k = r/8':>12}"]
     for r in ranks:
         adapted = get_peft_model(model, LoRAPreConfig(r=r, target_modules="all-linear"))
