@@ -54,8 +54,7 @@ class AdaptedLM(HFLM):
 
 
 def vocabulary_size(model: PreTrainedModel, weights: dict[str, Tensor]) -> int | None:
-    """How many tokens an adapter's tensors for embeddings or output head have rows for; None if it has none for
-    either.
+    """Return for how many tokens an adapter's embeddings or output head have rows; None if it has neither.
 
     weights: the adapter's tensors, by their names in its file.
     """
@@ -70,7 +69,7 @@ def vocabulary_size(model: PreTrainedModel, weights: dict[str, Tensor]) -> int |
 
 
 def own_tokenizer(adapter: str) -> str | None:
-    """The adapter's name if a tokenizer lies beside it, in its folder or on the hub; else None."""
+    """Return the adapter's name if a tokenizer lies beside it, in its folder or on the hub; else None."""
     if Path(adapter).is_dir():
         return adapter if Path(adapter, TOKENIZER_CONFIG_FILE).is_file() else None
     try:

@@ -1,5 +1,4 @@
-"""Judge by meaning whether an answer is right: numbers (GSM8K, generated problems) and mathematical expressions
-(MATH).
+"""Judge by meaning whether an answer is right: numbers (GSM8K, generated problems) and expressions (MATH).
 
 The answer stands in a completion after the last marker, which is ``####`` or "The answer is" ("The final answer is"),
 even if nothing readable follows. Without a marker: an expression is taken from the last ``\\boxed{}``, else from
@@ -34,36 +33,33 @@ _SIGNED = re.compile(
 )
 _BRACED = rf"\s*(?:\{{({NUMBER.pattern})\}}|(\d))"
 _FRACTION = re.compile(rf"(\d?)\\[dt]?frac{_BRACED}{_BRACED}")
-# What stands before the result of an equation of numbers: 2 + 3 = 5. Looked for from the ends of words alone, or time
-# would be quadratic.
+# What stands before the result of an equation of numbers: 2 + 3 = 5. It is looked for from the ends of words alone, as
+# the time would be quadratic otherwise.
 _SUM = re.compile(r"(?<![^A-Za-z=\n])(?:[^A-Za-z=\n]*=)+")
 _MATH = re.compile(r"\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BETWEEN = re.compile(r"\s*(?:,|;)?\s*(?:and|or)?\s*")
-# As written in LaTeX or by typographers: minus, escaped currency, and what may stand between groups of three digits.
+# LaTeX's and typographers' minus, escaped currency, and what may stand between groups of three digits.
 _SPELLINGS = [("−", "-"), (r"\$", "$"), ("{,}", ","), (r"\,", ""), (r"\!", ""), ("\u00a0", ""), ("\u202f", "")]
 
 # LoRA-Pro's released evaluation reads answers and references so; what it cannot read is 0.
 _PAPER = re.compile(r"####\s*(\d+)")
 
-# The longest answer of MATH-500 has 53 characters. Longer than this is no answer, and costs the parser exponential
-# time.
+# The longest answer of MATH-500 has 53 characters. A longer text than this is no answer, and would cost the parser
+# exponential time.
 _MAX_LENGTH = 500
 _SECONDS = 5
 _WORKER_BYTES = 2 << 30
 
 
 class Verdict(NamedTuple):
-    """Says whether the answer is right, and whether one was given where it was asked for: behind a marker, or in a
-    box.
-    """
+    """Says whether the answer is right, and whether one was given where asked for: behind a marker or in a box."""
 
     correct: bool
     answered: bool
 
 
 def extract_number(text: str) -> Decimal | None:
-    """Return the first number after the last marker; without a marker, the last number of the text; None if there is
-    none.
+    """Return the first number after the last marker; without a marker, the text's last number; None if there is none.
 
     Of an equation of numbers right after the marker (2 + 3 = 5) it is the result. It reads signs, decimals, thousands
     separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}); units, currency and text around the number
@@ -114,9 +110,7 @@ def judge_paper(completion: str, reference: str) -> Verdict:
 
 
 def extract_expression(text: str) -> str | None:
-    """Return the LaTeX after the last marker, without dollar signs, box and closing full stop; else that of the last
-    box; else None.
-    """
+    """Return the bare LaTeX after the last marker, else that of the last box, else None."""
     tail = _after_marker(text)
     if tail is None:
         return _boxed(text)
@@ -133,8 +127,7 @@ def extract_expression(text: str) -> str | None:
 
 
 def judge_expression(completion: str, reference: str) -> Verdict:
-    """Compare the mathematical expressions of a completion and of a reference (LaTeX of the bare answer) with
-    math-verify.
+    """Compare the expressions of a completion and of a reference (LaTeX of the bare answer) with math-verify.
 
     An answer that takes over 5 seconds to compare counts as wrong, with a warning in the log; so does one that takes
     over 2 GB.
@@ -200,9 +193,7 @@ def _box(expression: str) -> str:
 
 
 def _plain(expression: str) -> str:
-    """Return the text without spaces and marks that change no meaning, for answers that are words and for a first,
-    cheap comparison.
-    """
+    """Return the text without spaces and marks that change no meaning, for a first, cheap comparison and for words."""
     expression = re.sub(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1", expression)
     # A space before a fraction may make it a mixed number.
     expression = re.sub(r"\\left|\\right|\\[ ,;!%$]|\s(?!\d+\s?/)|[$%]|\.$", "", expression)

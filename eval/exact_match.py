@@ -53,9 +53,7 @@ def generate(
     stop: str,
     progress: str = "generating",
 ) -> list[str]:
-    """Return greedy completions up to ``stop`` (the next problem, say), without special tokens, in the order of the
-    prompts.
-    """
+    """Return greedy completions up to ``stop`` (the next problem, say), without special tokens, in order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
     completions = [""] * len(prompts)
     was_training = model.training

@@ -30,9 +30,8 @@ class Method:
     model's adapters or the weights of a plain one; rank: of the compressed momentum, for methods that have one.
     kinds: where it applies. muon: compared with Muon rather than with AdamW. gradient_reads: how often its step must
     read the gradient, None where no figure is claimed. overwrites_gradients: a step changes them. patience: how many
-    times as long
-    as others its first steps may take. prime: puts a fresh optimizer past a first step that is not like the others.
-    note: what a reader of its figures must know.
+    times as long as others its first steps may take. prime: puts a fresh optimizer past a first step that is not like
+    the others. note: what a reader of its figures must know.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Method:
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient."""
+    """Return the parameters that require a gradient."""
     return [param for param in model.parameters() if param.requires_grad]
 
 
@@ -99,7 +98,7 @@ def _galore(model: nn.Module, lr: float, rank: int) -> Optimizer:
 
 
 def _project_galore(optimizer: Optimizer) -> None:
-    """Any orthonormal projection in place of the singular vectors, between two of GaLore's projections."""
+    """Project onto any orthonormal basis in place of the singular vectors, between two of GaLore's projections."""
     from galore_torch.galore_projector import GaLoreProjector
 
     for group in optimizer.param_groups:
@@ -138,7 +137,7 @@ PEERS = (
 
 
 def lorapre_methods(device: torch.device) -> list[Method]:
-    """LoRA-Pre AdamW and Muon, once per backend that runs on this device."""
+    """Return LoRA-Pre AdamW and Muon, once per backend that runs on this device."""
     return [
         Method(
             f"LoRA-Pre {'Muon' if muon else 'AdamW'}, {backend}",

@@ -40,8 +40,7 @@ def evaluate(
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
 ) -> dict[str, Any] | None:
-    """Answers of a model to tasks, judged; returns lm-eval's results with ``samples``, and None on all but the first
-    process.
+    """Judge a model's answers to tasks; returns lm-eval's results with ``samples``, or None but on the first process.
 
     Args:
         model: ``"smollm2"``, a local folder, or a hub id.
@@ -104,9 +103,7 @@ def evaluate(
 
 
 def check_folder(folder: Path, options: dict[str, Any]) -> None:
-    """Raise SystemExit if the folder's results are of another model or way of prompting. Tasks, data and limit may
-    change: completions are kept.
-    """
+    """Raise SystemExit if the folder's results are of another model or prompting; tasks, data and limit may differ."""
     path = folder / "results.json"
     found = json.loads(path.read_text())["options"] if path.exists() else options
     fixed = ("model", "adapter", "dtype", "apply_chat_template", "system_instruction")
@@ -120,16 +117,14 @@ def own_tasks() -> list[str]:
 
 
 def task_manager(names: list[str]) -> TaskManager:
-    """Knows the tasks of `eval/tasks`, and lm-eval's own if they are asked for: its thousands of files take half a
-    minute.
-    """
+    """Return lm-eval's task manager for `eval/tasks`, and for lm-eval's own thousands of tasks only if asked for."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(TASKS), include_defaults=not set(names) <= set(own_tasks()))
 
 
 def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> list[Any]:
-    """lm-eval's task objects, with ``data`` in place of their hub data; groups and tags give several."""
+    """Return lm-eval's task objects, with ``data`` in place of their hub data; groups and tags give several."""
     own = ", ".join(own_tasks())
     if unknown := [name for name in names if name not in manager.task_index]:
         raise SystemExit(f"no task {', '.join(unknown)}: expected {own}, or one that `lm-eval ls tasks` lists")
@@ -160,7 +155,7 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
 
 
 def model_source(model: str) -> dict[str, str]:
-    """Where HFLM, lm-eval's model class, finds the weights."""
+    """Return where HFLM, lm-eval's model class, finds the weights."""
     if model != SMOLLM2:
         return {"pretrained": model}
     from recipes.models import SMOLLM2_FILE, smollm2_folder
@@ -169,8 +164,7 @@ def model_source(model: str) -> dict[str, str]:
 
 
 def fingerprint(source: dict[str, str], output: Path) -> str:
-    """Changes with the model's arguments and, for local folders, with the files in them, so that no stale completion
-    is reused.
+    """Return a hash of the model's arguments and of local folders' files, by which stale completions are known.
 
     Except those in ``output``, which may lie in the model's folder and changes with every evaluation.
     """
@@ -186,9 +180,7 @@ def fingerprint(source: dict[str, str], output: Path) -> str:
 
 
 def write(results: dict[str, Any], folder: Path, options: dict[str, Any]) -> None:
-    """``results.json``: options, per task the number of problems and every metric with its standard error,
-    surroundings.
-    """
+    """Write ``results.json``: options, surroundings, and per task the problems and metrics with standard errors."""
     from recipes.training import environment
 
     surroundings = environment()

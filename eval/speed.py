@@ -57,9 +57,7 @@ def measure_case(
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """Return `environment`, the processor's name, the packages of the methods, and the bandwidth of a copy on the
-    device.
-    """
+    """Return `environment`, the processor's name, the methods' packages, and the bandwidth of a copy on the device."""
     methods: list[Method] = [REFERENCE, *lorapre_methods(device), *PEERS]
     return environment() | {
         "processor": processor(),

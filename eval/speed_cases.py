@@ -17,10 +17,10 @@ from lorapre_peft.integrations.targets import weight_targets
 from lorapre_peft.lowrank.layout import MOMENTUM_RANK
 from lorapre_peft.memory.models import find_config, meta_model
 
-GRADIENT_RANK = 4  # of the part of a synthetic gradient that is not noise
+GRADIENT_RANK = 4  # rank of the part of a synthetic gradient that is not noise
 NOISE = 0.1  # root mean square of the noise over that of the low-rank part
 GRADIENT_SCALE = 1e-3
-# Weight and gradient in bfloat16, AdamW's two moments, and one temporary of the weight's size in the foreach form.
+# Bytes per weight: weight, gradient, AdamW's two moments and one temporary of its foreach form, all in bfloat16.
 WEIGHT_BYTES_ON_GPU = 10
 
 
@@ -112,9 +112,7 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def gradient(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return a matrix of low rank plus noise: float32, of root mean square `GRADIENT_SCALE`, on the generator's
-    device.
-    """
+    """Return a float32 matrix of low rank plus noise, of root mean square `GRADIENT_SCALE`."""
     p, q = shape
     options = dict(generator=generator, device=generator.device)
     rank = min(GRADIENT_RANK, p, q)

@@ -31,8 +31,7 @@ FREE_BYTES = 2_000_000_000  # of the machine's memory, below which no further op
 
 @dataclass
 class Result:
-    """What a method's steps took. seconds: per timed step; ratio: median over the reference's median in the same
-    rounds.
+    """What a method's steps took. seconds: per timed step; ratio: median over the reference's in the same rounds.
 
     start_seconds: building and the first two steps. traffic_bytes: the least that the method must read and write in a
     step (`traffic`). reason: why there are no figures.
@@ -76,9 +75,7 @@ class Runner:
 
 
 def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds that one call takes; on CUDA the time between events, so that the synchronisations are not
-    timed.
-    """
+    """Return the seconds that one call takes; on CUDA the time between events, without synchronisation."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()
@@ -117,9 +114,7 @@ def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
 
 
 def traffic(method: Method, problem: Problem, state: int) -> int | None:
-    """Return the bytes that a step must move at least: the gradient as often as the method reads it, weight and state
-    in and out.
-    """
+    """Return the bytes that a step must move at least: gradients per reading, weight and state in and out."""
     if method.gradient_reads is None:
         return None
     weights = sum(param.nbytes for param in problem.params)

@@ -34,9 +34,7 @@ def orthonormal(B: Tensor, A: Tensor) -> Tensor:
 
 
 def singular(B: Tensor, A: Tensor) -> Tensor:
-    """Return the turn by an eigendecomposition: BᵀB and A Aᵀ become the same diagonal matrix, the singular values of B
-    A.
-    """
+    """Return the turn that makes BᵀB and A Aᵀ the same diagonal matrix, of B A's singular values."""
     root = torch.linalg.cholesky(damped(B.mT @ B))
     values, vectors = torch.linalg.eigh(root.mT @ (A @ A.mT) @ root)
     return torch.linalg.inv(root).mT @ vectors * values.clamp_min(1e-20 * values.max()) ** 0.25
@@ -56,9 +54,7 @@ def sweep(B: Tensor, A: Tensor, x: Tensor, turn: Callable[[Tensor, Tensor], Tens
 
 
 def streams(p: int, q: int) -> Iterator[tuple[str, list[Tensor]]]:
-    """Return streams of gradients [p, q]: of one direction, of halving singular values, of three that drift in noise,
-    and noise alone.
-    """
+    """Return streams of gradients [p, q]: one direction, halving singular values, three drifting in noise, noise."""
     for kind in ("rank one", "halving", "drifting", "noise"):
         draw = torch.Generator().manual_seed(1)
         rank = {"rank one": 1, "halving": min(p, q), "drifting": 3, "noise": 0}[kind]

@@ -21,7 +21,7 @@ from recipes.sources import FORMATS, SOTU, reading, stream_split
 
 PAD, END = "<pad>", "</s>"  # ids 0 and 1 of a trained tokenizer, as in T5's
 IGNORED = -100  # as a label: not trained on
-# Of the order in which held-out documents and those for a tokenizer are read: the same ones whatever a run's own seed.
+# Held-out documents and those for a tokenizer are read in the order of this seed, whatever a run's own.
 SHARED_SEED = 0
 # Rows whose tokens a run compares when it goes on: enough to tell other data, and read in a moment.
 COMPARED = 64
@@ -86,7 +86,7 @@ class CorpusArguments:
     )
 
     def documents(self, seed: int, *, held_out: bool = False) -> IterableDataset:
-        """The documents to train on or those held out, files in an order by ``seed``.
+        """Return the documents to train on or those held out, files in an order by ``seed``.
 
         Raises FileNotFoundError or ValueError as `stream_split` does, and ValueError for a missing column.
         """
@@ -109,13 +109,13 @@ class CorpusArguments:
     def train_stream(
         self, tokenizer: PreTrainedTokenizerBase, seed: int, rank: int = 0, world_size: int = 1
     ) -> IterableDataset:
-        """Endless rows to train on, those of process ``rank``. A stream's ``state_dict`` says exactly where it is."""
+        """Return endless rows to train on for process ``rank``; the stream's ``state_dict`` says where it is."""
         stream = self.documents(seed).repeat(None)
         rows = self._rows(stream, RowMaker(tokenizer, self, seed))
         return split_dataset_by_node(rows, rank=rank, world_size=world_size)
 
     def eval_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, numpy.ndarray]]:
-        """The first held-out rows, until these hold ``eval_tokens`` tokens or there are no more, whatever the seed.
+        """Return the first held-out rows, up to ``eval_tokens`` tokens, whatever the seed.
 
         Raises ValueError if there is none.
         """
@@ -181,7 +181,7 @@ class RowMaker:
         return {name: values[order] for name, values in rows.items()}
 
     def _padded(self, texts: list[str]) -> Rows:
-        """The first ``max_length`` tokens of each document, as GaLore's pre-training has them."""
+        """Return the first ``max_length`` tokens of each document, as GaLore's pre-training has them."""
         if not texts:
             return self._arrays([])
         encoded = self.tokenizer(
@@ -196,7 +196,7 @@ class RowMaker:
         }
 
     def _packed(self, texts: list[str]) -> Rows:
-        """All documents one after another, each closed by the end token; what does not fill a last row is dropped."""
+        """Return rows of all documents one after another, each closed by the end token; a rest is dropped."""
         end = self.tokenizer.eos_token_id
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
         ids = [i for document in encoded for i in (document if document[-1] == end else [*document, end])]
@@ -209,12 +209,12 @@ class RowMaker:
 
 
 def trained_tokens(row: dict[str, Any]) -> int:
-    """Tokens of a row that count in the loss."""
+    """Return the number of tokens of a row that count in the loss."""
     return int((row["labels"] != IGNORED).sum())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most ``vocab_size`` pieces, which closes each text with its end token.
+    """Train a byte-level BPE of at most ``vocab_size`` pieces, which closes each text with its end token.
 
     No text is unknown to it. Raises ValueError if ``vocab_size`` leaves no room for the 256 bytes, the end token and
     the padding.
@@ -239,7 +239,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerBase:
-    """The run's tokenizer: the one in ``folder``, else the one that ``corpus`` names or trains, then kept there.
+    """Return the run's tokenizer: the one in ``folder``, else the one that ``corpus`` names or trains, kept there.
 
     Raises FileNotFoundError for a tokenizer that cannot be had, ValueError for one without an end token, or with more
     pieces than the model has embeddings.
@@ -276,7 +276,7 @@ def write_corpus_manifest(
     held_out: list[dict[str, numpy.ndarray]],
     path: Path,
 ) -> None:
-    """What it takes to compare data: source, and SHA-256 of tokenizer, held-out rows and the first training rows.
+    """Write what it takes to compare data: source, and SHA-256 of tokenizer, held-out rows and first training rows.
 
     Where the file is there already, of a run that goes on, it is compared: raises ValueError if anything differs.
     """

@@ -68,7 +68,7 @@ class DataArguments:
     )
 
     def load(self, seed: int, text_field: str = TEXT) -> DatasetDict:
-        """`load_data` as these arguments say: splits ``train`` and, unless ``eval_size`` is 0, ``eval``."""
+        """Call `load_data` as these arguments say: splits ``train`` and, unless ``eval_size`` is 0, ``eval``."""
         sizes = {"train": self.train_size} | ({"eval": self.eval_size} if self.eval_size else {})
         return load_data(
             self.dataset_name,
@@ -89,8 +89,7 @@ def load_data(
     manifest: str | Path | None = None,
     text_field: str = TEXT,
 ) -> DatasetDict:
-    """Disjoint splits of the sizes asked for, in a form that TRL prepares itself; the same arguments give the same
-    rows.
+    """Return disjoint splits of the sizes asked for, in a form that TRL prepares; equal arguments give equal rows.
 
     Columns: ``prompt`` and ``completion`` (generated problems and MetaMathQA; the completion starts with a space, and
     SFTTrainer adds the end token and trains on it alone), or what the source has of TRL's other forms; ``row`` (the
@@ -153,7 +152,7 @@ def _generated(sizes: dict[str, int | None], seed: int) -> DatasetDict:
 
 
 def _read(source: str, text_field: str) -> Dataset:
-    """All rows of a source, in one of TRL's forms and with their numbers; of MetaMathQA with their ``type`` too."""
+    """Return all rows of a source in one of TRL's forms, with their numbers; of MetaMathQA with their ``type`` too."""
     offline = f"give a file or folder with MetaMathQA's columns (MetaMathQA-395K.json) or TRL's, or {GENERATED!r}"
     dataset = read_split(source, "train", offline=offline)
     names = dataset.column_names
@@ -180,7 +179,7 @@ def _read(source: str, text_field: str) -> Dataset:
 
 
 def _rows(dataset: Dataset, rows: dict[str, list[int]], source: str) -> DatasetDict:
-    """The rows of these numbers, by split."""
+    """Return the rows of these numbers, by split."""
     last = max(row for numbers in rows.values() for row in numbers)
     if last >= len(dataset):
         raise ValueError(f"{source} has {len(dataset)} rows and the manifest asks for row {last}: other data")
@@ -189,7 +188,7 @@ def _rows(dataset: Dataset, rows: dict[str, list[int]], source: str) -> DatasetD
 
 
 def _of_the_paper(dataset: Dataset, length_tokenizer: str) -> Dataset:
-    """The rows of MetaMathQA that the paper's authors take."""
+    """Return the rows of MetaMathQA that the paper's authors take."""
     with reading(
         length_tokenizer, offline="give a folder with Llama-2's tokenizer as length_tokenizer, or a manifest"
     ):
@@ -206,7 +205,7 @@ def _of_the_paper(dataset: Dataset, length_tokenizer: str) -> Dataset:
 
 
 def _split(dataset: Dataset, sizes: dict[str, int | None], has: str) -> DatasetDict:
-    """Consecutive rows, by split. has: what the source has, in words."""
+    """Return consecutive rows, by split. has: what the source has, in words."""
     asked = sum(size for size in sizes.values() if size is not None)
     rest = len(dataset) - asked
     if rest < (None in sizes.values()):
@@ -220,8 +219,7 @@ def _split(dataset: Dataset, sizes: dict[str, int | None], has: str) -> DatasetD
 
 
 def write_manifest(data: DatasetDict, source: str, path: Path) -> None:
-    """Row numbers and SHA-256 of every split, for ``load_data(manifest=…)``: what two people need to train on the same
-    rows.
+    """Write row numbers and SHA-256 of every split, for ``load_data(manifest=…)`` on another machine.
 
     Where the file is there already, of a run that goes on, its rows are compared: raises ValueError if they differ.
     """
@@ -233,9 +231,7 @@ def write_manifest(data: DatasetDict, source: str, path: Path) -> None:
 
 
 def _checksum(rows: Dataset) -> str:
-    """SHA-256 over what is trained on of the rows (prompts and completions, messages, …), in order, each row as one
-    line of JSON.
-    """
+    """Return SHA-256 over what is trained on (prompts and completions, messages, …), a line of JSON for each row."""
     digest = hashlib.sha256()
     columns = [name for name in rows.column_names if name not in ("row", "answer")]
     for values in zip(*(rows[name] for name in columns)):

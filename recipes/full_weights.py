@@ -1,5 +1,4 @@
-"""Fine-tune the weights of SmolLM2-135M with LoRA-Pre and with torch.optim.AdamW, each over its own grid of learning
-rates.
+"""Fine-tune the weights of SmolLM2-135M with LoRA-Pre and with torch.optim.AdamW, over a grid of rates each.
 
 ``recipes/configs/smollm2_full.yaml``, trained once per method, rate, rank and seed; every other key of `recipes.sft`
 can be given here too. The same matrices (attention and MLP) are trained by both; embeddings and head stay frozen.
@@ -46,9 +45,7 @@ GRID = {
 
 
 def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
-    """The command line on top of the comparison's config, and ``more`` on top of both. Raises SystemExit for a key of
-    the grid.
-    """
+    """Parse the command line on top of the comparison's config and ``more``; SystemExit for a key of the grid."""
     for key, instead in GRID.items():
         if any(given.partition("=")[0].replace("-", "_") == f"__{key}" for given in sys.argv[1:]):
             raise SystemExit(f"--{key} cannot be given here: {instead}")
@@ -58,7 +55,7 @@ def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """One run: the held-out loss after training and the optimizer's state."""
+    """Train one run, and return the held-out loss after it and the optimizer's state."""
     trainer = build_trainer(recipe, recipe.load_data())
     trainer.train()
     return {
@@ -69,7 +66,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 def best_rates(results: list[dict[str, Any]]) -> str:
-    """Per method: mean held-out loss at each rate, the best one, and whether the grid has it inside."""
+    """Return by method the mean held-out loss at each rate, the best rate, and whether the grid has it inside."""
     lines = []
     for key in sorted({(r["method"], r["momentum_rank"]) for r in results}):
         runs = [r for r in results if (r["method"], r["momentum_rank"]) == key]

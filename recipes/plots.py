@@ -9,7 +9,7 @@ import numpy
 
 
 def plot_training(log: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Losses over the steps, with perplexity on the right, and below them learning rate and norm of the gradient.
+    """Plot losses over the steps, with perplexity on the right, and below them learning rate and norm of the gradient.
 
     log: Trainer's ``log_history``.
     """

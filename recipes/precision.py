@@ -40,15 +40,14 @@ class Precision:
 
     @property
     def options(self) -> list[str]:
-        """The same choice as options of a recipe's command line."""
+        """Return the same choice as options of a recipe's command line."""
         return ["--dtype", self.dtype, "--bf16", str(self.bf16).lower()]
 
 
 def choose(
     device: str, dtype: str = AUTO, bf16: bool | str | None = AUTO, earlier: Precision | None = None
 ) -> Precision:
-    """Return the given dtypes, with what the device multiplies fast in the place of ``"auto"`` (and of None, for
-    bf16).
+    """Return the given dtypes; ``"auto"``, and None for bf16, become what the device multiplies fast.
 
     earlier: the choice that a resumed run began with; it is taken in the place of the device's.
     """

@@ -154,18 +154,18 @@ class Recipe:
 
     @property
     def data_seed(self) -> int:
-        """Seed of the order of the data."""
+        """The seed of the order of the data."""
         return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
 
 def parse(argv: Sequence[str]) -> Recipe:
-    """The `Recipe` that a command line describes."""
+    """Parse a command line into a `Recipe`."""
     parser, parsed, config = parse_recipe(argv, [PretrainArguments, LlamaArguments, MethodArguments, CorpusArguments])
     return Recipe(*parsed, parser.precision, config)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama of the recipe's shape with random weights by its seed."""
+    """Build a Llama of the recipe's shape, with random weights by its seed."""
     llama = recipe.llama
     config = LlamaConfig(
         vocab_size=recipe.corpus.vocab_size,
@@ -192,7 +192,7 @@ def build_trainer(
     held_out: list[dict[str, Any]],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> StreamTrainer:
-    """The trainer of a recipe; held_out: rows for the held-out loss, or none."""
+    """Build the trainer of a recipe; held_out: rows for the held-out loss, or none."""
     training = recipe.training
     train_rows = recipe.corpus.train_stream(tokenizer, recipe.data_seed, training.process_index, training.world_size)
     options = {
@@ -213,7 +213,7 @@ def build_trainer(
 
 
 def _optimizer_factory() -> Any:
-    """Trainer calls what it is given without arguments, and the result with the model and the options."""
+    """Return a factory that Trainer calls without arguments, and its result with the model and the options."""
     return lambda model, method, **options: pretraining_optimizer(method, model, **options)
 
 
@@ -223,7 +223,7 @@ def forecast(seconds: float, steps: int) -> str:
 
 
 def measure_optimizer(trainer: StreamTrainer, timer: OptimizerTimer) -> dict[str, float]:
-    """Bytes of optimizer state in this process, of the matrices and of all parameters, and the seconds of a step.
+    """Return this process's bytes of optimizer state, of the matrices and of all, and the seconds of a step.
 
     The seconds are missing if no step was made.
     """

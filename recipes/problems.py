@@ -24,8 +24,7 @@ STOP = "\nQuestion:"
 
 
 def problems(size: int, seed: int, exclude: Dataset | None = None, max_operations: int | None = None) -> Dataset:
-    """Return ``size`` different problems in TRL's prompt/completion form, with the ``answer`` as text and the
-    generator's ``row``.
+    """Return ``size`` different problems: prompt, completion, ``answer`` as text, and the generator's ``row``.
 
     The completion is the worked solution, which ends in ``#### answer`` as in GSM8K, with at most ``max_operations``
     equations where that is given. The same arguments give the same rows. Questions that stand in ``exclude`` are left

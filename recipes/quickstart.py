@@ -1,5 +1,4 @@
-"""Train a LoRA adapter of SmolLM2-135M with LoRA-Pre on generated problems, beside torch.optim.AdamW:
-`make quickstart`.
+"""`make quickstart`: train a LoRA adapter of SmolLM2-135M with LoRA-Pre, beside torch.optim.AdamW.
 
 Everything runs offline, on a CPU unless there is a CUDA device: weights and problems come from Python packages. It is
 ``recipes/configs/smollm2.yaml``, trained once by each optimizer; every key of `recipes.sft` can be given here too.
@@ -51,7 +50,7 @@ class QuickstartArguments:
 
 
 def arguments(*more: str) -> tuple[Recipe, QuickstartArguments]:
-    """The command line on top of the quickstart's config, and ``more`` on top of both."""
+    """Parse the command line on top of the quickstart's config, and ``more`` on top of both."""
     defaults = ["--config", str(CONFIGS / "smollm2.yaml"), "--output_dir", "runs/quickstart"]
     return parse([*defaults, *sys.argv[1:], *more], QuickstartArguments)
 
@@ -99,17 +98,14 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_le
 
 
 def held_out(metrics: dict[str, float]) -> dict[str, float]:
-    """The loss of the held-out problems, and the seconds that it took."""
+    """Return the loss of the held-out problems, and the seconds that it took."""
     return {"loss": metrics["eval_loss"], "eval_seconds": metrics["eval_runtime"]}
 
 
 def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progress: str) -> dict[str, float]:
-    """Of greedy answers to held-out problems, the shares that end in ``#### number`` and that are right; the seconds
-    that they took.
-    """
+    """Return which shares of greedy answers end in ``#### number`` and are right, and the seconds that they took."""
     start = time.perf_counter()
-    # One token at a time, a merged float32 model is several times faster on a CPU than bfloat16 and an adapter beside
-    # it.
+    # A CPU generates several times faster with a merged float32 model than with a bfloat16 one beside an adapter.
     model = copy.deepcopy(trainer.model).float().merge_and_unload()
     completions = generate(
         model,
@@ -126,7 +122,7 @@ def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progres
 
 
 def seconds_by_part(results: dict[str, dict[str, Any]], start_seconds: float) -> dict[str, float]:
-    """What the command spent its time on, in order; the parts of all runs together.
+    """Return what the command spent its time on, in order; the parts of all runs together.
 
     start_seconds: until this process was ready. The installation's seconds are those that ``make install`` left in the
         environment.
@@ -145,7 +141,7 @@ def seconds_by_part(results: dict[str, dict[str, Any]], start_seconds: float) ->
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per measured model."""
+    """Return one row per measured model."""
     lines = [f"{'':26}{'loss':>8}{'answered':>10}{'correct':>9}{'state':>12}{'optimizer/step':>16}{'training':>10}"]
     for name, result in results.items():
         line = f"{name:26}{result['loss']:>8.3f}{result['answered']:>10.1%}{result['accuracy']:>9.1%}"
@@ -158,7 +154,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
-    """Training loss of each method over the steps, with the held-out losses as dashed lines."""
+    """Plot each method's training loss over the steps, with the held-out losses as dashed lines."""
     import matplotlib
 
     matplotlib.use("Agg")

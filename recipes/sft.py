@@ -1,5 +1,4 @@
-"""Supervised fine-tuning with LoRA-Pre: ``python -m recipes.sft --config recipes/configs/NAME.yaml``, or under
-``accelerate launch``.
+"""Supervised fine-tuning with LoRA-Pre: ``python -m recipes.sft --config recipes/configs/NAME.yaml``.
 
 TRL's argument classes and trainer; every key of a config can be given on the command line as well, where it wins.
 """
@@ -36,7 +35,7 @@ from recipes.models import load_model
 from recipes.precision import Precision
 from recipes.training import start_run, train
 
-# What an adapter's own config says, and for full weights the optimizer is told.
+# Options that an adapter's config holds; with full weights they are the optimizer's.
 RANK_KEYS = ("momentum_rank", "second_momentum_rank", "update_rule", "residual_weight")
 
 
@@ -97,8 +96,7 @@ class ModelArguments(ModelConfig):
 
 @dataclass
 class Recipe:
-    """One run: its arguments by class, the dtypes in them and why, and ``config``, all keys as they were given (those
-    that are not the defaults)."""
+    """One run: its arguments by class, its dtypes and why, and ``config``, all keys that are not the defaults."""
 
     sft: SFTConfig
     model: ModelArguments
@@ -116,7 +114,7 @@ class Recipe:
 
 
 def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
-    """The `Recipe` that a command line describes, followed by an instance of each of the ``more`` argument classes."""
+    """Parse a command line into a `Recipe`, followed by an instance of each of the ``more`` argument classes."""
     parser, parsed, config = parse_recipe(argv, [SFTConfig, ModelArguments, LoRAPreArguments, DataArguments, *more])
     if not parsed[1].model_name_or_path:
         parser.error("no model: give --config recipes/configs/NAME.yaml, or --model_name_or_path")
@@ -124,7 +122,7 @@ def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
 
 
 def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[TrainerCallback] = ()) -> SFTTrainer:
-    """TRL's trainer for a recipe, on the splits ``train`` and, if there is one, ``eval``."""
+    """Build TRL's trainer for a recipe, on the splits ``train`` and, if there is one, ``eval``."""
     lorapre, model_args = recipe.lorapre, recipe.model
     options = {
         "revision": model_args.model_revision,
@@ -167,7 +165,7 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
 
 
 def _peft_config(recipe: Recipe) -> PeftConfig | None:
-    """TRL's LoraConfig, as a `LoRAPreConfig` where LoRA-Pre trains it; None for full weights."""
+    """Return TRL's LoraConfig, as a `LoRAPreConfig` where LoRA-Pre trains it; None for full weights."""
     lora = get_peft_config(recipe.model)
     if lora is None or recipe.lorapre.optimizer == "trainer":
         return lora
@@ -177,7 +175,7 @@ def _peft_config(recipe: Recipe) -> PeftConfig | None:
 
 
 def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
-    """Options of `create_lorapre_optimizer`; an adapter's rank and rule stand in its own config."""
+    """Return options of `create_lorapre_optimizer`; an adapter's rank and rule stand in its own config."""
     # Full weights and, in SFTTrainer, QLoRA's adapters are bfloat16: at fine-tuning rates most updates are below its
     # spacing.
     options: dict[str, Any] = {"bf16_rounding": "stochastic"}

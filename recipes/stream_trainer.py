@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from recipes.training import write_atomically
 
 STREAM_STATE = "stream_state_{rank}.json"
-# In a batch, beside its tensors: the state of the stream behind its last row.
+# The key in a batch, beside its tensors, of the stream's state behind its last row.
 STATE = "stream_state"
 
 
@@ -65,7 +65,7 @@ class StreamTrainer(Trainer):
         self._stream_state: dict[str, Any] | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of this process. Accelerate would read one ahead, and deal out one process's rows to all."""
+        """Return this process's batches. Accelerate would read one ahead, and deal out one process's rows to all."""
         batches = self.args.max_steps * self.args.gradient_accumulation_steps
         return DataLoader(
             _Batches(self.train_dataset, self.args.train_batch_size, batches),
@@ -74,7 +74,7 @@ class StreamTrainer(Trainer):
             # A fork would inherit the tokenizer's threads, or rather their locks.
             multiprocessing_context="spawn" if self.args.dataloader_num_workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            # Of the workers' seeds. A draw from the global generator would come once more in a run that goes on.
+            # Workers' seeds are drawn here: a draw from the global generator would be repeated when a run goes on.
             generator=torch.Generator(),
         )
 
@@ -85,7 +85,7 @@ class StreamTrainer(Trainer):
         return batches, items
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`, for a checkpoint by its path.
+        """Train as `Trainer.train` does, from a checkpoint given by its path.
 
         Raises FileNotFoundError if the checkpoint does not hold the stream's state for as many processes as there are.
         """
@@ -117,5 +117,5 @@ class StreamTrainer(Trainer):
 
 
 def perplexity(loss: float) -> float:
-    """e to the mean loss in nats per token; infinite where a float has no such number."""
+    """Return e to the mean loss in nats per token; infinite where a float has no such number."""
     return float("inf") if loss > math.log(sys.float_info.max) else math.exp(loss)

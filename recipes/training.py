@@ -1,6 +1,4 @@
-"""The run folder and what is recorded about a run: its config, its surroundings, the optimizer's clock and state, its
-errors.
-"""
+"""The run folder and the record of a run: its config, surroundings, errors, and the optimizer's clock and state."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ PACKAGES = (
 PLACE = ("output_dir", "resume", "resume_from_checkpoint")
 # The hub's tokens: nothing that a folder made for sharing should hold.
 _SECRET = re.compile(r"(--\w*_token[ =])\S+")
-# In a run's folder, before anything is trained.
+# What a run's folder holds before anything is trained.
 WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json", "tokenizer"}
 
 
@@ -76,7 +74,7 @@ class Progress(ProgressCallback):
 
     @classmethod
     def replace(cls, trainer: Trainer) -> None:
-        """Unless the trainer was told to show no bars."""
+        """Replace Trainer's own bar, unless the trainer was told to show none."""
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(cls())
 
@@ -90,9 +88,7 @@ class Progress(ProgressCallback):
 
 
 class Forecast(TrainerCallback):
-    """Calls ``say(seconds of a step, steps still to do)`` once, after a run's first few steps; the first of all is not
-    counted.
-    """
+    """Calls ``say(seconds of a step, steps still to do)`` once, when a run's first few steps have been timed."""
 
     def __init__(self, say: Callable[[float, int], str], steps: int = 3) -> None:
         self._say = say
@@ -129,9 +125,7 @@ def train(trainer: Trainer, *, resume: bool) -> dict[str, float]:
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Every tensor that an optimizer holds apart from parameters and gradients, wherever it keeps them; each storage
-    once.
-    """
+    """Return every tensor that an optimizer holds apart from parameters and gradients; each storage once."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     theirs = {_storage(tensor) for param in params for tensor in (param, param.grad) if tensor is not None}
     found: dict[int, Tensor] = {}
@@ -155,7 +149,7 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 
 
 def held_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the storages of `state_tensors`."""
+    """Return the bytes of the storages of `state_tensors`."""
     return sum(tensor.untyped_storage().nbytes() for tensor in state_tensors(optimizer))
 
 
@@ -177,7 +171,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed: int, **overrides: Any) -> SFTConfig:
-    """Arguments of short runs on generated problems that no config file describes; ``overrides`` win."""
+    """Return arguments of short runs on generated problems that no config file describes; ``overrides`` win."""
     options: dict[str, Any] = dict(
         output_dir=str(output_dir),
         learning_rate=lr,
@@ -204,8 +198,7 @@ def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed
 
 
 def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, resume: bool) -> None:
-    """Say the run's dtypes, and make the run's folder with ``config.yaml`` and ``environment.json``, which gets one
-    more entry whenever the run goes on.
+    """Print the run's dtypes, and make its folder with ``config.yaml`` and ``environment.json``, an entry per start.
 
     A folder in use is only entered with ``resume`` and the same config. Raises SystemExit otherwise. One whose run did
     not get as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
@@ -239,9 +232,7 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
 
 
 def started_with(folder: Path) -> Precision | None:
-    """The dtypes of the run in this folder, from its ``environment.json``; None if there is none that got as far as
-    training.
-    """
+    """Return the dtypes of the run in this folder, from its ``environment.json``; None if it never trained."""
     starts = folder / "environment.json"
     found = json.loads(starts.read_text())[-1].get("precision") if starts.exists() and _in_use(folder) else None
     return Precision(**found) if found else None
@@ -252,7 +243,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def environment(precision: Precision | None = None) -> dict[str, Any]:
-    """What it takes to repeat the run: command, versions, commit, machine, and its dtypes where they were chosen."""
+    """Return what it takes to repeat the run: command, versions, commit, machine, and its dtypes where chosen."""
     spec = sys.modules["__main__"].__spec__
     command = " ".join([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
     return {
@@ -271,7 +262,7 @@ def machine() -> str:
 
 
 def commit() -> str | None:
-    """The repository's commit, with "-dirty" if files differ from it; None outside a repository or without git."""
+    """Return the repository's commit, with "-dirty" if files differ from it; None without a repository or git."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return (
@@ -289,6 +280,6 @@ def _version(package: str) -> str | None:
 
 
 def describe(error: Exception) -> str:
-    """The kind and the first line of an error."""
+    """Return the kind and the first line of an error."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -17,7 +17,7 @@ from recipes.problems import problems
 
 
 def alpaca_prompt(doc: dict[str, Any]) -> str:
-    """GSM8K's ``question`` or MATH's ``problem`` in the prompt that MetaMathQA models are trained on."""
+    """Return GSM8K's ``question`` or MATH's ``problem`` in the prompt that MetaMathQA models are trained on."""
     instruction = doc.get("question", doc.get("problem"))
     if instruction is None or "answer" not in doc:
         raise KeyError(f"a row has {', '.join(doc)}; expected question (GSM8K) or problem (MATH), and answer")
@@ -25,14 +25,12 @@ def alpaca_prompt(doc: dict[str, Any]) -> str:
 
 
 def generated(size: int, seed: int, train_size: int, train_seed: int, **metadata: Any) -> DatasetDict:
-    """``size`` problems of the quickstart's kind, none of which is among the ``train_size`` ones that it
-    trained on.
-    """
+    """Return ``size`` problems of the quickstart's kind, none of which it trains on."""
     return DatasetDict(test=problems(size, seed=seed, exclude=problems(train_size, seed=train_seed)))
 
 
 def judge_gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
-    """By the number's value, and as earlier work's extractor would have it."""
+    """Judge by the number's value, and as earlier work's extractor would have it."""
     return judge_generated(doc, results) | {"exact_match_paper": judge_paper(results[0], doc["answer"]).correct}
 
 
