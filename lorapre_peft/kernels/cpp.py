@@ -144,7 +144,7 @@ class Cpp(WholeStep):
             return super().norms(grads, dtype)
         grads = contiguous(grads)
         pointers, sizes = array("Q", map(Tensor.data_ptr, grads)), array("q", map(Tensor.numel, grads))
-        _check_addresses(pointers)
+        _check_addresses(array("Q", [at for at, size in zip(pointers, sizes) if size]))  # an empty shard has none
         out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), TYPES[grads[0].dtype]
         self._norms(_at(pointers), _at(sizes), len(grads), kind, _at(out), torch.get_num_threads())
         return out
