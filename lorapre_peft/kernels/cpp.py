@@ -151,7 +151,7 @@ class Cpp(WholeStep):
 
 
 def _check_addresses(addresses: array) -> None:
-    if not torch.frombuffer(addresses, dtype=torch.int64).all():
+    if addresses and not torch.frombuffer(addresses, dtype=torch.int64).all():
         raise RuntimeError(
             "found a parameter, gradient or state without memory, expected tensors on the CPU: another tool has freed "
             "it"

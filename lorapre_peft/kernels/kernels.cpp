@@ -3,10 +3,10 @@
 // moment. And norms.
 //
 // Compiled by build.py; cpp.py says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k]
-// and A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed order,
-// so that the result depends neither on the number of threads nor on which matrices share the step. Products of the
-// gradient, and what they alone are combined with, are float32; Gram matrices that are inverted, and what is k×k, are
-// float64.
+// and A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed
+// order, so that the result depends neither on the number of threads nor on which matrices share the step. Products of
+// the gradient, and what they alone are combined with, are float32; Gram matrices that are inverted, and what is k×k,
+// are float64.
 
 #include <algorithm>
 #include <cmath>
