@@ -196,7 +196,7 @@ def load_suite(name: str) -> Suite:
     """Return a suite of ``eval/suites`` by its name, or from a file.
 
     A suite may name another one as its ``base``: it has that one's keys but for those that it gives itself; of
-    ``training`` it need give only what differs.
+    ``training`` or ``pretraining`` it need give only what differs.
 
     Raises ValueError for a file that does not say what a suite must.
     """
@@ -233,7 +233,8 @@ def _read(name: str) -> tuple[Path, dict[str, Any]]:
     if "base" not in said:
         return path, said
     base = _read(said.pop("base"))[1]
-    return path, base | said | {"training": base["training"] | said.get("training", {})}
+    kind = "pretraining" if "pretraining" in base else "training"
+    return path, base | said | {kind: base[kind] | said.get(kind, {})}
 
 
 def _entry(item: str | dict[str, Any]) -> Entry:
