@@ -109,7 +109,7 @@ def test_a_fine_tuning_suite_runs_from_pre_training_to_report(small, tmp_path):
 
 
 def test_suites_of_the_study_have_the_same_methods():
-    """Every adapter and weight method, but no ablation, at r = 8 on both kinds of data, and every adapter at r = 64."""
+    """Every adapter and weight method, but no ablation, at r = 8 on both kinds of data; all adapters at r = 64."""
     from eval.methods import METHODS
 
     adapters = {name for name, method in METHODS.items() if method.trains == "adapter"}
