@@ -11,7 +11,6 @@ from typing import NamedTuple, cast
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...lowrank.batch import constants, rounds_stochastically
@@ -20,7 +19,7 @@ from ...lowrank.linalg import gram_rows
 from ...lowrank.metrics import Metrics
 from ..table import OPTIONS, Table, WholeStep, contiguous
 from . import blocks, factors, numbers, passes
-from .rows import RowKernels
+from .rows import TYPES, RowKernels
 
 # Above this rank the products of a step are matrix products: the row part alone runs in Triton (`rows`).
 MAX_RANK = 16
@@ -37,7 +36,6 @@ MAX_SPLITS = 32
 STAGES, FIT_ROWS = 3, 128
 # Columns or rows of a factor that a program of the smaller kernels works through.
 PART = 512
-_TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Kind(NamedTuple):
@@ -181,7 +179,7 @@ def _launch(
     parts = ranks | dict(M_BLOCK=M_BLOCK, V_BLOCK=V_BLOCK, REPEATS=max(1, PART // V_BLOCK), num_warps=4)
     part = max(PART, V_BLOCK)
     row_parts, column_parts = triton.cdiv(p, part), triton.cdiv(q, part)
-    types = dict(GRAD=_TRITON_TYPES[kind.grad], ALIGNED=aligned)
+    types = dict(GRAD=TYPES[kind.grad], ALIGNED=aligned)
     new = functools.partial(torch.empty, device=grads.device)
     wide = functools.partial(new, dtype=torch.float64)
     m_A, v_A, m_A_new, v_A_new = (new(n, k, q) for k in (*kind.ranks, *kind.ranks))
@@ -228,7 +226,7 @@ def _launch(
     largest, clamped = new(programs), new(programs, dtype=torch.int32)
     passes._update[(column_blocks, splits, n)](
         grads, params, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, held, keys, largest, clamped,
-        stride, n, p, q, k_m, k_v, rows_per_split, **ranks, **types, PARAM=_TRITON_TYPES[kind.param],
+        stride, n, p, q, k_m, k_v, rows_per_split, **ranks, **types, PARAM=TYPES[kind.param],
         ROWS=tile.rows, COLUMNS=tile.columns, SUMS=1 if q > WIDE else tile.rows, STAGES=tile.stages,
         TRACKED=tracked, STOCHASTIC=kind.stochastic, METRICS=metrics is not None, num_warps=tile.warps,
     )  # fmt: skip

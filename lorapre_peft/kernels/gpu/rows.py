@@ -22,6 +22,7 @@ from ...lowrank.metrics import Metrics
 from ...lowrank.moments import Moment
 from ...lowrank.rounding import round_keys
 from ..eager import TABLE, Eager
+from .blocks import hash_round, own
 
 # Above this rank a block of a factor no longer fits the registers of a program.
 MAX_RANK = 128
@@ -33,22 +34,6 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 (
     G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, EPS, STEP, DECAY, UPDATES,
 ) = map(tl.constexpr, range(len(TABLE)))  # fmt: skip
-
-
-@triton.jit
-def _hash_round(bits, key):
-    """One round of lowbias32 (see `rounding`), uint32."""
-    bits = bits ^ key
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    return bits ^ (bits >> 16)
-
-
-@triton.jit
-def _own(addresses, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer to the first entry of one matrix, from a table of addresses."""
-    pointer = tl.load(addresses + matrix).to(tl.pointer_type(TYPE))
-    return tl.multiple_of(pointer, [16]) if ALIGNED else pointer
 
 
 @triton.jit
@@ -86,7 +71,7 @@ def _fit_rows(
     p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # 1 comes as a constant, without `.to`
     k_m, k_v = tl.cast(k_m, tl.int32), tl.cast(k_v, tl.int32)
     g_scale = tl.load(scalars + G_SCALE * n + matrix)
-    g_ptr = _own(grads, matrix, GRAD, ALIGNED)
+    g_ptr = own(grads, matrix, GRAD, ALIGNED)
     m_fit = tl.zeros((BP, K_M), dtype=tl.float32)
     v_fit = tl.zeros((BP, K_V), dtype=tl.float32)
     for start in range(0, q, BQ):
@@ -125,8 +110,8 @@ def _update_block(
     m_ranks, v_ranks = tl.arange(0, K_M), tl.arange(0, K_V)
     p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # 1 comes as a constant, without `.to`
     k_m, k_v = tl.cast(k_m, tl.int32), tl.cast(k_v, tl.int32)
-    g_ptr = _own(grads, matrix, GRAD, ALIGNED)
-    theta_ptr = _own(thetas, matrix, THETA, ALIGNED)
+    g_ptr = own(grads, matrix, GRAD, ALIGNED)
+    theta_ptr = own(thetas, matrix, THETA, ALIGNED)
     g_scale = tl.load(scalars + G_SCALE * n + matrix)
     residual = tl.load(scalars + RESIDUAL * n + matrix)
     v_scale = tl.load(scalars + V_SCALE * n + matrix)
@@ -163,8 +148,8 @@ def _update_block(
             new = theta.to(tl.float32) - (step * u + decay * theta.to(tl.float32))
         if STOCHASTIC:
             bits = ((first_row + rows[:, None]) * q + columns[None, :]).to(tl.uint32)
-            bits = _hash_round(bits, tl.load(keys + matrix).to(tl.uint32))
-            bits = _hash_round(bits, tl.load(keys + n + matrix).to(tl.uint32)) & 0xFFFF
+            bits = hash_round(bits, tl.load(keys + matrix).to(tl.uint32))
+            bits = hash_round(bits, tl.load(keys + n + matrix).to(tl.uint32)) & 0xFFFF
             rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
             new = tl.where(tl.abs(new) < float("inf"), rounded, new)
         tl.store(theta_ptr + at, new.to(theta.dtype), mask=inside & updates)
