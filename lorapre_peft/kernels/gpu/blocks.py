@@ -64,12 +64,17 @@ def put_square(pointer, matrix, K: tl.constexpr):
 
 
 @triton.jit
-def sum_squares(pointer, count, K: tl.constexpr):
-    """The sum of so many blocks [K, K] float64, one after the other."""
-    at = pointer + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :]
+def square(pointer, K: tl.constexpr):
+    """A block [K, K]."""
+    return tl.load(pointer + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :])
+
+
+@triton.jit
+def sum_squares(pointer, count, stride: tl.constexpr, K: tl.constexpr):
+    """The sum of so many blocks [K, K] float64, of which every ``stride``-th is one."""
     result = tl.zeros((K, K), tl.float64)
     for i in range(count):
-        result += tl.load(at + i * K * K)
+        result += square(pointer + i * stride * K * K, K)
     return result
 
 

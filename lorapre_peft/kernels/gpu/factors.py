@@ -41,6 +41,7 @@ from .blocks import (
     option,
     product,
     put_square,
+    square,
     state_of,
     sum_squares,
     trace,
@@ -209,12 +210,9 @@ def _solve_moment(grams, turned, by, decay, damping, k, blocks, K: tl.constexpr,
     """Write turn and turn B'ᵀB' turnᵀ; and by_A and by_P, of which A' = by_A A + by_P P."""
     i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
     turn = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-    at = grams + i * K + j
-    gram, cross = tl.zeros((K, K), tl.float64), tl.zeros((K, K), tl.float64)
-    for block in range(blocks):
-        gram += tl.load(at + block * 2 * K * K)
-        cross += tl.load(at + (block * 2 + 1) * K * K)
+    gram = sum_squares(grams, blocks, 2, K)
     if TRACKED:
+        cross = sum_squares(grams + K * K, blocks, 2, K)
         turn = inverse_root(damped(gram, damping * trace(gram, K) / k, K), K)
         by_A, by_P = decay * product(turn, cross), (1 - decay) * turn
     else:
@@ -252,8 +250,8 @@ def _columns(
 def _move_columns(
     A, by, A_new, P, grams, block, stride, q, k, splits, K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr
 ):
-    i, j, ranks = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :], tl.arange(0, K)[:, None]
-    by_A, by_P = tl.load(by + i * K + j), tl.load(by + K * K + i * K + j)
+    ranks = tl.arange(0, K)[:, None]
+    by_A, by_P = square(by, K), square(by + K * K, K)
     gram = tl.zeros((K, K), tl.float64)
     for repeat in range(REPEATS):
         columns = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -308,8 +306,8 @@ def _balance_moment(
     K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
     """Write some columns of A and some rows of B; returns ‖B'A'‖²."""
-    i, j, ranks = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :], tl.arange(0, K)[:, None]
-    gram_A, gram_B = sum_squares(grams, blocks, K), tl.load(turned + K * K + i * K + j)
+    ranks = tl.arange(0, K)[:, None]
+    gram_A, gram_B = sum_squares(grams, blocks, 1, K), square(turned + K * K, K)
     scale_A = tl.full((), 1, tl.float64)
     scale_B = tl.full((), 1, tl.float64)
     if TRACKED:
@@ -319,7 +317,7 @@ def _balance_moment(
     written = tl.where(updates > 0, k, 0)
     by_A = scale_A.to(tl.float32)
     most = 3.4028234663852886e38
-    by_B = tl.minimum(tl.maximum(scale_B * tl.load(turned + i * K + j), -most), most).to(tl.float32)  # of B' = 0
+    by_B = tl.minimum(tl.maximum(scale_B * square(turned, K), -most), most).to(tl.float32)  # of B' = 0
     for repeat in range(REPEATS):
         place = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside, at = (ranks < written) & (place < q), ranks * q + place

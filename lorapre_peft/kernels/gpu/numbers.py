@@ -158,10 +158,10 @@ def _numbers(
 @triton.jit
 def _invert(grams, inverse, blocks, damping, k, K: tl.constexpr, TRACKED: tl.constexpr):
     """Write (A Aᵀ + damping)⁻¹, from the sums over blocks; returns ‖A‖²."""
-    gram = sum_squares(grams, blocks, K)
-    square = trace(gram, K)
-    put_square(inverse, inverse_of(damped(gram, damping * square / k if TRACKED else damping, K), K).to(tl.float32), K)
-    return square
+    gram = sum_squares(grams, blocks, 1, K)
+    whole = trace(gram, K)
+    put_square(inverse, inverse_of(damped(gram, damping * whole / k if TRACKED else damping, K), K).to(tl.float32), K)
+    return whole
 
 
 @triton.jit
