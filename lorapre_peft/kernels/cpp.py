@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 from array import array
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.batch import Batch, usable
+from ..lowrank.layout import Member
 from ..lowrank.metrics import Metrics
 from ..lowrank.sharding import WHOLE
 from . import build
@@ -46,8 +48,27 @@ def library() -> ctypes.CDLL:
         raise RuntimeError(f"the C++ kernels in {path} could not be loaded: {error}") from error
 
 
+class HostTable(Table):
+    """A table as the kernels take it: what they know of each matrix, and their order of work, the largest first."""
+
+    def __init__(self, members: list[Member]):
+        super().__init__(members)
+        self.sizes = [math.prod(matrix.shape) for matrix in self.matrices]
+        self.order = array("q", sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i]))
+        self.shapes = array("q")
+        for matrix, group in zip(self.matrices, self.of_group):
+            self.shapes.extend(_known(matrix, group, cast(Tensor, matrix.param.grad).dtype, matrix.param.dtype))
+
+
+def _known(matrix: Member, group: int, grad: torch.dtype, written: torch.dtype) -> tuple[int, ...]:
+    """Return what the kernels know of a matrix; the rank of a second moment that it does not have is 0."""
+    return (*matrix.shape, *(*matrix.ranks, 0)[:2], group, matrix.position, TYPES[grad], TYPES[written])
+
+
 class Cpp(WholeStep):
     """Calls the kernels. Float64, and what is sharded, takes the eager path."""
+
+    table = HostTable
 
     def __init__(self) -> None:
         made, size, whole = library(), ctypes.c_int64, ctypes.c_int32
@@ -55,18 +76,13 @@ class Cpp(WholeStep):
         self._step.argtypes = [*[ctypes.c_void_p] * 5, size, size, size, whole, whole]
         self._norms.argtypes = [ctypes.c_void_p, ctypes.c_void_p, size, whole, ctypes.c_void_p, whole]
 
-    def step(self, table: Table, options: list[tuple], metrics: Metrics | None) -> Tensor:
-        params, n = table.stacks(table.params), len(table.sizes)
-        if n == 0:  # a process may hold no expert of any stack
+    def step(self, table: HostTable, options: list[tuple], metrics: Metrics | None) -> Tensor:
+        if not table.matrices:  # a process may hold no expert of any stack
             return torch.empty(0, dtype=torch.float64)
-        grads = contiguous(table.stacks(cast(list[Tensor], [param.grad for param in table.params])))
-        written = contiguous(params)
-        pointers = array("Q", list(table.pointers([*grads, *written, *table.local_state])))
-        seen = self._call(table.shapes, table.groups, options, False, pointers, table.order, metrics is not None)
-        if written is not params:  # what is not contiguous was copied
-            for param, value in zip(params, written):
-                if value is not param:
-                    param.copy_(value)
+        grads = table.gradients()
+        with table.weights() as written:
+            pointers = array("Q", list(table.pointers([*grads, *written, *table.local_state])))
+            seen = self._call(table.shapes, table.groups, options, False, pointers, table.order, metrics is not None)
         norms = seen[:, 0]
         if metrics is not None:
             kept = usable(norms)
@@ -104,8 +120,7 @@ class Cpp(WholeStep):
         momenta = torch.empty(len(members), *batch.shape, dtype=torch.float32)
         shapes = array("q")
         for member, grad in zip(members, grads):
-            shapes.extend((*batch.shape, *batch.ranks, 0, number[id(member.group)], member.position))
-            shapes.extend((TYPES[grad.dtype], TYPES[momenta.dtype]))
+            shapes.extend(_known(member, number[id(member.group)], grad.dtype, momenta.dtype))
         tensors = [*grads, *momenta.unbind()]
         tensors += [state[name] for name in MOMENTUM_STATE for state in batch.states[matrices]]
         pointers, order = array("Q", map(Tensor.data_ptr, tensors)), array("q", range(len(members)))

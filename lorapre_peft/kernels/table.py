@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import math
 import operator
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,7 +30,8 @@ POINTERS = ("step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale")
 class Table:
     """Matrices of one update rule that a backend steps together, and what stays the same from step to step.
 
-    ``members`` are parameters; each expert of a stack is a matrix of its own.
+    ``members`` are parameters, ``matrices`` each expert of a stack by itself, and ``of_group`` the numbers of their
+    groups in ``groups``.
     """
 
     def __init__(self, members: list[Member]):
@@ -41,17 +41,11 @@ class Table:
         groups = {id(member.group): member.group for member in members}
         self.groups = list(groups.values())
         number = {key: i for i, key in enumerate(groups)}
-        self.shapes, self.sizes = array("q"), []
-        self.counts: list[int] = []  # matrices of each parameter
         self.stacked = any(member.stack is not None for member in members)
-        for member in members:
-            types = TYPES[cast(Tensor, member.param.grad).dtype], TYPES[member.param.dtype]
-            matrices = member.matrices()
-            for matrix in matrices:
-                self.shapes.extend((*matrix.shape, *matrix.ranks, number[id(matrix.group)], matrix.position, *types))
-                self.sizes.append(math.prod(matrix.shape))
-            self.counts.append(len(matrices))
-        self.order = array("q", sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i]))
+        by_member = [member.matrices() for member in members]
+        self.counts = list(map(len, by_member))
+        self.matrices = list(itertools.chain.from_iterable(by_member))
+        self.of_group = [number[id(matrix.group)] for matrix in self.matrices]
         self.names = tuple(members[0].state_shapes)
         self.state: list[Tensor] = []
 
@@ -66,6 +60,21 @@ class Table:
             x if member.stack is None else member.stack.matrices(x, member.shape[0])
             for member, x in zip(self.members, found)
         ]
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients as `stacks` does, contiguous."""
+        return contiguous(self.stacks([cast(Tensor, param.grad) for param in self.params]))
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[list[Tensor]]:
+        """Give the parameters as `stacks` does, contiguous; what had to be copied for that is written back."""
+        params = self.stacks(self.params)
+        written = contiguous(params)
+        yield written
+        if written is not params:
+            for param, value in zip(params, written):
+                if value is not param:
+                    param.copy_(value)
 
     def pointers(self, tensors: Sequence[Tensor]) -> Iterable[int]:
         """Return the addresses of all matrices of contiguous tensors, of which each group of ``len(self.members)`` has

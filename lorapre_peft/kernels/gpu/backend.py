@@ -17,7 +17,7 @@ from ...lowrank.batch import constants, rounds_stochastically
 from ...lowrank.layout import Member, slices
 from ...lowrank.linalg import gram_rows
 from ...lowrank.metrics import Metrics
-from ..table import OPTIONS, Table, WholeStep, contiguous
+from ..table import OPTIONS, Table, WholeStep
 from . import blocks, factors, numbers, passes
 from .rows import TYPES, RowKernels
 
@@ -55,26 +55,22 @@ class DeviceTable(Table):
     Attributes:
         places: the number of each matrix in the table, in the order in which they lie on the device.
         classes: each kind of matrices, and where they lie.
-        of_group, positions: the number of each matrix's group, [N] int32, and its position, [N] int64.
+        group_numbers, positions: of each matrix the number of its group, [N] int32, and its position, [N] int64.
     """
 
     def __init__(self, members: list[Member]):
         super().__init__(members)
-        matrices = [(matrix, cast(Tensor, member.param.grad)) for member in members for matrix in member.matrices()]
         kinds: dict[Kind, list[int]] = {}
-        for i, (matrix, grad) in enumerate(matrices):
-            dtype, group = matrix.param.dtype, matrix.group
-            stochastic = rounds_stochastically(matrix.param, group)
-            ranks = cast(tuple[int, int], matrix.ranks)
-            kind = Kind(matrix.shape, ranks, grad.dtype, dtype, stochastic, int(group["temporary_bytes"]))
+        for i, matrix in enumerate(self.matrices):
+            param, ranks = matrix.param, cast(tuple[int, int], matrix.ranks)
+            types = cast(Tensor, param.grad).dtype, param.dtype, rounds_stochastically(param, matrix.group)
+            kind = Kind(matrix.shape, ranks, *types, int(matrix.group["temporary_bytes"]))
             kinds.setdefault(kind, []).append(i)
         ends = list(itertools.accumulate(map(len, kinds.values())))
         self.classes = [(kind, slice(end - len(kinds[kind]), end)) for kind, end in zip(kinds, ends)]
         self.places = [i for indices in kinds.values() for i in indices]
-        number = {id(group): i for i, group in enumerate(self.groups)}
-        of_group = [number[id(matrices[i][0].group)] for i in self.places]
-        positions = [matrices[i][0].position & 0xFFFFFFFF for i in self.places]
-        self.of_group = on_device(of_group, self.device, torch.int32)
+        positions = [self.matrices[i].position & 0xFFFFFFFF for i in self.places]
+        self.group_numbers = on_device([self.of_group[i] for i in self.places], self.device, torch.int32)
         self.positions = on_device(positions, self.device, torch.int64)
         self._kept: dict[str, tuple[list[int], Tensor, bool]] = {}
 
@@ -114,23 +110,19 @@ class Triton(RowKernels, WholeStep):
     def step(self, table: DeviceTable, options: list[tuple], metrics: Metrics | None) -> Tensor:
         if not table.places:  # a process may hold no expert of any stack
             return torch.empty(0, dtype=torch.float64, device=table.device)
-        grads = contiguous(table.stacks([cast(Tensor, param.grad) for param in table.params]))
-        params = table.stacks(table.params)
-        written = contiguous(params)
-        g_table, g_aligned = table.addresses("grads", grads)
-        p_table, p_aligned = table.addresses("params", written)
-        s_table, _ = table.addresses("state", table.local_state)
+        grads = table.gradients()
         settings = _options(options, table.device)
         found = torch.empty(len(table.places), 2, dtype=torch.float64, device=table.device)
-        with torch.cuda.device(table.device) if table.device.type == "cuda" else contextlib.nullcontext():
+        on_gpu = torch.cuda.device(table.device) if table.device.type == "cuda" else contextlib.nullcontext()
+        with table.weights() as written, on_gpu:
+            g_table, g_aligned = table.addresses("grads", grads)
+            p_table, p_aligned = table.addresses("params", written)
+            s_table, _ = table.addresses("state", table.local_state)
             for kind, all_of_kind in table.classes:
                 for part in slices(all_of_kind.stop - all_of_kind.start, _matrices_at_once(kind)):
                     at = slice(all_of_kind.start + part.start, all_of_kind.start + part.stop)
                     tables = g_table[0, at], p_table[0, at], s_table[:, at]
                     _launch(kind, table, tables, g_aligned and p_aligned, settings, found[at], at, metrics)
-        for param, value in zip(params, written):
-            if value is not param:
-                param.copy_(value)
         return found[:, 0]
 
 
@@ -170,7 +162,7 @@ def _launch(
     """
     grads, params, states = tables
     n, (p, q), (k_m, k_v), tracked = len(grads), kind.shape, kind.ranks, "v_energy" in table.names
-    groups, positions = table.of_group[at], table.positions[at]
+    groups, positions = table.group_numbers[at], table.positions[at]
     K_M, K_V = triton.next_power_of_2(k_m), triton.next_power_of_2(k_v)
     tile = Tile.of(p, q, max(K_M, K_V))
     ranks = dict(K_M=K_M, K_V=K_V)
