@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..lowrank.layout import Member
 from ..lowrank.metrics import Metrics
+from ..lowrank.rules import RULES
 from ..lowrank.sharding import local
 from .eager import Eager
 
@@ -25,6 +26,20 @@ OPTIONS = (
 )
 # The state whose addresses they take of a matrix, in this order, after those of its gradient and of its weights.
 POINTERS = ("step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale")
+
+
+def named_options(group: dict[str, Any], **own: Any) -> tuple[Any, ...]:
+    """Return what `OPTIONS` names, of a group as it is now: what all optimizers have, and its ``own``; others are 0."""
+    rule, clip = RULES[group["update_rule"]], group["max_param_grad_norm"]
+    values: dict[str, Any] = dict(
+        residual_weight=group["residual_weight"] or 0.0,
+        max_norm=float("inf") if clip is None else clip,
+        sign=-1.0 if group["maximize"] else 1.0,
+        newton=not rule.tracked,
+        damping=rule.damping,
+    )
+    values.update(own)
+    return tuple(values.get(name, 0.0) for name in OPTIONS)
 
 
 class Table:

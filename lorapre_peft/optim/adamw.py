@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels.eager import adam_scalars, adam_table
-from ..kernels.table import Table, WholeStep
+from ..kernels.table import Table, WholeStep, named_options
 from ..lowrank.batch import Batch
 from ..lowrank.float64 import narrow, wide
 from ..lowrank.layout import Part
@@ -194,15 +194,17 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         self._usable(cast(WholeStep, self._backend(table.device)).step(table, options, metrics))
 
     def _kernel_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """Return what `table.OPTIONS` names, of a group as it is now."""
-        rule, bound, clip = RULES[group["update_rule"]], float("inf"), group["max_param_grad_norm"]
-        if rule.tracked:
-            bound = update_bound(*group["betas"])
-        return (
-            *(*group["betas"], group["lr"], group["weight_decay"], _positive(group["eps"])),
-            *(group["residual_weight"] or 0.0, group["update_scale"], float("inf") if clip is None else clip),
-            *(-1.0 if group["maximize"] else 1.0, bound, not rule.tracked, rule.damping),
-            *(mix(group["seed"]), group["bf16_rounding"] == "stochastic", group["experts"] is not None),
+        beta1, beta2 = group["betas"]
+        return named_options(
+            group,
+            beta1=beta1,
+            beta2=beta2,
+            eps=_positive(group["eps"]),
+            bound=update_bound(beta1, beta2) if RULES[group["update_rule"]].tracked else float("inf"),
+            seed=mix(group["seed"]),
+            stochastic=group["bf16_rounding"] == "stochastic",
+            skips_zeros=group["experts"] is not None,
+            **{name: group[name] for name in ("lr", "weight_decay", "update_scale")},
         )
 
 

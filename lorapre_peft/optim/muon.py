@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels.cpp import Cpp
-from ..kernels.table import OPTIONS
+from ..kernels.table import named_options
 from ..lowrank.batch import Batch
 from ..lowrank.float64 import narrow, wide
 from ..lowrank.moments import Moment, move_on
-from ..lowrank.rules import MIN_FACTOR_NORM, RULES, Average
+from ..lowrank.rules import MIN_FACTOR_NORM, Average
 from .adamw_path import AdamWOptions
 from .base import LoRAPreOptimizer
 from .options import check_betas, in_range
@@ -194,24 +194,11 @@ class LoRAPreMuon(LoRAPreOptimizer):
         yield from move_on(backend, batch, [m])
 
     def _update_by_kernel(self, backend: Cpp, batch: Batch) -> None:
-        options = [self._kernel_options(group) for group in batch.groups]
+        options = [named_options(group, beta1=group["momentum"]) for group in batch.groups]
         metrics = self._metrics if self.record_metrics else None
         for matrices in batch.chunks():
             momentum = backend.momenta(batch, matrices, options, batch.groups[0]["nesterov"], metrics)
             self._move(batch, matrices, momentum)
-
-    def _kernel_options(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """Return what `table.OPTIONS` names, of a group as it is now; what `Cpp.momenta` does not read is 0."""
-        rule, clip = RULES[group["update_rule"]], group["max_param_grad_norm"]
-        options = dict(
-            beta1=group["momentum"],
-            residual_weight=group["residual_weight"] or 0.0,
-            max_norm=float("inf") if clip is None else clip,
-            sign=-1.0 if group["maximize"] else 1.0,
-            newton=not rule.tracked,
-            damping=rule.damping,
-        )
-        return tuple(options.get(name, 0.0) for name in OPTIONS)
 
     def _move(self, batch: Batch, matrices: slice, momentum: Tensor) -> None:
         """Write some matrices, a step along their orthogonalized momenta [n, rows, q] further."""
