@@ -29,7 +29,7 @@ POINTERS = ("step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale")
 
 
 def named_options(group: dict[str, Any], **own: Any) -> tuple[Any, ...]:
-    """Return what `OPTIONS` names, of a group as it is now: what all optimizers have, and its ``own``; others are 0."""
+    """Return what `OPTIONS` names, of a group as it is now: what all optimizers have and its ``own``; others are 0."""
     rule, clip = RULES[group["update_rule"]], group["max_param_grad_norm"]
     values: dict[str, Any] = dict(
         residual_weight=group["residual_weight"] or 0.0,
