@@ -181,12 +181,13 @@ class LoRAPreMuon(LoRAPreOptimizer):
         m = Moment(backend, batch, "m", Average(mu, torch.ones_like(mu)))
         t = wide(batch.advance(m.started if batch.rule.tracked else None))
         mixture = batch.rule.mixture(m.average, batch.numbers("residual_weight"), t)
+        steps = self._steps(batch)
         for matrices in batch.chunks():
             g = batch.gradients(matrices, batch.all_rows)
             momentum = backend.momentum(m, matrices, g, mixture)
             if batch.groups[0]["nesterov"]:
                 momentum = torch.addcmul(g, momentum, narrow(mu[matrices], g.device)[:, None, None])
-            self._move(batch, matrices, momentum)
+            self._move(batch, matrices, momentum, *steps)
         backend.finish_rows(m)
         if self.record_metrics:
             self._metrics.add_captured(m.captured())
@@ -195,17 +196,24 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     def _update_by_kernel(self, backend: Cpp, batch: Batch) -> None:
         options = [named_options(group, beta1=group["momentum"]) for group in batch.groups]
-        metrics = self._metrics if self.record_metrics else None
+        metrics, steps = self._metrics if self.record_metrics else None, self._steps(batch)
         for matrices in batch.chunks():
             momentum = backend.momenta(batch, matrices, options, batch.groups[0]["nesterov"], metrics)
-            self._move(batch, matrices, momentum)
+            self._move(batch, matrices, momentum, *steps)
 
-    def _move(self, batch: Batch, matrices: slice, momentum: Tensor) -> None:
-        """Write some matrices, a step along their orthogonalized momenta [n, rows, q] further."""
+    @staticmethod
+    def _steps(batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return `Batch.steps`, scaled by the shape of the matrices."""
         step, decay = batch.steps()
         scale = batch.numbers(lambda group: shape_scale(batch.shape, group["adjust_lr_fn"]))
-        direction = self._direction(batch, momentum)
-        batch.write(matrices, batch.all_rows, direction, step * narrow(scale, batch.device), decay)
+        return step * narrow(scale, batch.device), decay
+
+    def _move(self, batch: Batch, matrices: slice, momentum: Tensor, step: Tensor, decay: Tensor | None) -> None:
+        """Write some matrices, a step along their orthogonalized momenta [n, rows, q] further.
+
+        step, decay: of `_steps`.
+        """
+        batch.write(matrices, batch.all_rows, self._direction(batch, momentum), step, decay)
 
     @staticmethod
     def _direction(batch: Batch, m: Tensor) -> Tensor:
