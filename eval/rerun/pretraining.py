@@ -30,8 +30,8 @@ class PretrainingRunner(Runner):
     share.
     """
 
-    def __init__(self, surroundings: dict[str, Any]) -> None:
-        super().__init__(surroundings)
+    def __init__(self, surroundings: dict[str, Any], shares_gpu: bool = False) -> None:
+        super().__init__(surroundings, shares_gpu)
         self._texts: dict[str, tuple[CorpusArguments, PreTrainedTokenizerBase, dict[str, list[Any]]]] = {}
 
     def _ready(self, run: Run) -> None:

@@ -40,11 +40,13 @@ from .suite import Run
 class Runner:
     """Trains runs one after another, keeping what they share: the base models and the data.
 
-    surroundings: what `recipes.training.environment` gives; it is written into every record.
+    surroundings: what `recipes.training.environment` gives; it is written into every record. shares_gpu: whether other
+    processes train on the same GPU, so that a lack of memory is not the method's fault.
     """
 
-    def __init__(self, surroundings: dict[str, Any]) -> None:
+    def __init__(self, surroundings: dict[str, Any], shares_gpu: bool = False) -> None:
         self._surroundings = surroundings
+        self._shares_gpu = shares_gpu
         self._bases: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
         self._splits: dict[str, Splits] = {}
 
@@ -54,7 +56,7 @@ class Runner:
         A failure of the run is recorded too; what is not the method's fault is raised.
 
         That is a model or data that cannot be read, a judge of answers that does not work, a full disk or another
-        OSError, and a GPU that CUDA has given up.
+        OSError, a GPU that CUDA has given up, and one whose memory other processes fill.
         """
         self._ready(run)
         start = time.perf_counter()
@@ -63,7 +65,7 @@ class Runner:
             diverged = not math.isfinite(measured["metrics"]["validation_loss"])
             status = {"status": "diverged" if diverged else "finished"}
         except Exception as error:  # whatever a method's package raises belongs in the table
-            if _of_the_process(error):
+            if self._is_of_the_process(error):
                 raise
             status = {"status": "failed", "error": _said(error)}
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -79,6 +81,13 @@ class Runner:
         }
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return _finite({**record, "created_at": created, "environment": self._surroundings})
+
+    def _is_of_the_process(self, error: Exception) -> bool:
+        """Return whether the method is not to blame: for a full disk and its like, for CUDA's own errors, which stay,
+        and where other processes fill the GPU.
+        """
+        of_others = self._shares_gpu and isinstance(error, torch.OutOfMemoryError)
+        return of_others or isinstance(error, OSError) or "CUDA error" in str(error)
 
     def _ready(self, run: Run) -> None:
         """Read data and model, and try the judge, before hours of training."""
@@ -162,7 +171,7 @@ class Runner:
                 measured["metrics"] |= {metric: statistics.fmean(right) for metric, right in found.items()}
                 measured["verdicts"] |= {metric: "".join("01"[i] for i in right) for metric, right in found.items()}
         except Exception as error:  # the training was not for nothing
-            if _of_the_process(error):
+            if self._is_of_the_process(error):
                 raise
             measured["answers_error"] = _said(error)
         return measured
@@ -223,13 +232,6 @@ def measurements(
         "optimizer_seconds_per_step": timer.per_step(),
         "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
     }
-
-
-def _of_the_process(error: Exception) -> bool:
-    """Return whether every later run would fail in the same way: for a full disk and its like, and for CUDA's own
-    errors, which stay.
-    """
-    return isinstance(error, OSError) or "CUDA error" in str(error)
 
 
 def _said(error: Exception) -> str:

@@ -24,13 +24,15 @@ from .training import Runner
 WAIT_SECONDS = 5
 
 
-def train(part: list[Cell], store: Store, surroundings: dict[str, Any]) -> None:
+def train(part: list[Cell], store: Store, surroundings: dict[str, Any], shares_gpu: bool = False) -> None:
     """Do the runs of these cells that nobody has done or is doing, and wait for those that others do, until none is
     left.
+
+    shares_gpu: whether other processes train on this one's GPU.
     """
     disable_progress_bars()  # of each run's tokenization
     pretrains = any(isinstance(cell.suite.training, Pretraining) for cell in part)
-    runner = (PretrainingRunner if pretrains else Runner)(surroundings)
+    runner = (PretrainingRunner if pretrains else Runner)(surroundings, shares_gpu)
     with tqdm(desc="runs", unit="run") as progress:
         while True:
             records = store.load()
@@ -57,7 +59,7 @@ def visible_gpus() -> list[str]:
 
 
 def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: dict[str, Any]) -> int:
-    """Run `train` in several processes, which share the runs by their claims.
+    """Run `train` in several processes, which share the runs by their claims; each sees one GPU, in turn.
 
     Returns how many did not end by themselves.
     """
@@ -66,18 +68,20 @@ def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: 
     processes = []
     for i in range(jobs):
         if devices:  # before the process starts: libraries look for GPUs while they are imported
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices[i]
-        processes.append(context.Process(target=_job, args=(jobs, part, folder, surroundings)))
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+        shares_gpu = 0 < len(devices) < jobs
+        processes.append(context.Process(target=_job, args=(jobs, part, folder, surroundings, shares_gpu)))
         processes[-1].start()
     for process in processes:
         process.join()
     return sum(process.exitcode != 0 for process in processes)
 
 
-def _job(jobs: int, part: list[Cell], folder: Path, surroundings: dict[str, Any]) -> None:
+def _job(jobs: int, part: list[Cell], folder: Path, surroundings: dict[str, Any], shares_gpu: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    train(part, Store(folder), surroundings | {"machine": f"{machine()} in each of {jobs} processes"})
+    surroundings = surroundings | {"machine": f"{machine()} in each of {jobs} processes"}
+    train(part, Store(folder), surroundings, shares_gpu)
 
 
 def _end_with_parent() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from suites import finish, make_run, record, write_suite
 
 from eval.methods import METHODS, Method
@@ -23,6 +24,7 @@ from eval.rerun.plan import cells
 from eval.rerun.report import summary
 from eval.rerun.store import Store, _place
 from eval.rerun.suite import SUITES, load_suite, shifted
+from eval.rerun.training import Runner
 from eval.rerun.work import train
 from lorapre_peft.integrations.summary import format_bytes
 
@@ -171,11 +173,19 @@ def test_a_record_that_was_not_copied_whole_is_named(tmp_path):
         store.load()
 
 
-def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(SystemExit):
-        main(["smoke", "--jobs", "3", "--out", str(tmp_path)])
-    assert "--jobs 3: 2 GPUs are visible" in capsys.readouterr().err
+@pytest.mark.parametrize("shares_gpu", [False, True])
+def test_memory_that_a_shared_gpu_lacks_is_not_the_methods_failure(shares_gpu, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Runner, "_ready", lambda *args: None)
+    monkeypatch.setattr(Runner, "_train", out_of_memory)
+    runner = Runner({}, shares_gpu)
+    if shares_gpu:
+        with pytest.raises(torch.OutOfMemoryError):
+            runner(make_run())
+    else:
+        assert runner(make_run())["status"] == "out of memory"
 
 
 def test_claims_of_processes_that_are_gone_are_taken_over(tmp_path):
@@ -203,8 +213,8 @@ def test_a_run_that_stops_its_process_stops_no_other(tmp_path, monkeypatch):
     store, part = Store(tmp_path), cells(suite)
     poison = part[0].pending({})[0]
 
-    class Runner:
-        def __init__(self, surroundings):
+    class Poisoned:
+        def __init__(self, surroundings, shares_gpu):
             pass
 
         def __call__(self, run):
@@ -212,7 +222,7 @@ def test_a_run_that_stops_its_process_stops_no_other(tmp_path, monkeypatch):
                 raise OSError("No space left on device")
             return record(run)
 
-    monkeypatch.setattr("eval.rerun.work.Runner", Runner)
+    monkeypatch.setattr("eval.rerun.work.Runner", Poisoned)
     for finished in (0, 3, 3):
         with pytest.raises(OSError, match="No space left"):
             train(part, store, {})
