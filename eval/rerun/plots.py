@@ -53,14 +53,42 @@ def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     return _tradeoff(suite, shown, path, lambda row: sum(row[part] for part in parts) / 1e9, label)
 
 
-def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Plot the primary metric over the time of training."""
+def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Plot the primary metric over the bytes of the optimizer's state, zero included, with a line through the rows of
+    a method, which differ in its options.
+    """
     shown = [row for row in rows if suite.primary in row["metrics"]]
+    sizes = [row["state_bytes"] / 1e6 for row in shown if row["state_bytes"]]
+    if not sizes:
+        return False
+    last: dict[Any, tuple[float, float]] = {}
+
+    def line(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
+        axis.set_xscale("symlog", linthresh=min(sizes))
+        point = row["state_bytes"] / 1e6, row["metrics"][suite.primary]["mean"]
+        if (axis, _family(row)) in last:
+            axis.plot(*zip(last[axis, _family(row)], point), color=style["color"], linewidth=0.8)
+        last[axis, _family(row)] = point
+
+    return _tradeoff(suite, shown, path, lambda row: row["state_bytes"] / 1e6, "optimizer state (MB)", line)
+
+
+def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Plot the primary metric over the time of training, where all runs are from one device."""
+    shown = [row for row in rows if suite.primary in row["metrics"]]
+    if len({device for row in shown for device in row["devices"]}) > 1:
+        return False
     return _tradeoff(suite, shown, path, lambda row: row["train_seconds"], "training time (s)")
 
 
-def _tradeoff(suite: Suite, rows: Sequence[dict[str, Any]], path: Path, x: Any, xlabel: str) -> bool:
+def _tradeoff(
+    suite: Suite, rows: Sequence[dict[str, Any]], path: Path, x: Any, xlabel: str, beside: Any = None
+) -> bool:
+    """Plot the primary metric over ``x(row)``. beside: draws what a row has beside its point."""
+
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
+        if beside:
+            beside(axis, row, style)
         # Not the row's own interval, most of which is what the seeds' rows do to all methods alike.
         bar = row["difference"]["half_width"] if row.get("difference") else None
         style = style | {"linestyle": "none", "capsize": 2, "elinewidth": 0.8}
@@ -73,7 +101,10 @@ def _tradeoff(suite: Suite, rows: Sequence[dict[str, Any]], path: Path, x: Any, 
 
 
 def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: str, ylabel: str) -> bool:
-    """Make the panels: a column for adapters and one for weights, a line for each model and protocol."""
+    """Make the panels: a column for adapters and one for weights, a line for each model and protocol.
+
+    Rows of a method have one color, and markers of their own.
+    """
     if not rows:
         return False
     groups = list(dict.fromkeys((row["model"], row["protocol"]) for row in rows))
@@ -84,9 +115,13 @@ def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: st
     for line, (model, protocol) in zip(axes, groups):
         for axis, kind in zip(line, kinds):
             shown = [r for r in rows if (r["model"], r["protocol"], r["trains"]) == (model, protocol, kind)]
+            families = list(dict.fromkeys(_family(row) for row in shown))
             for i, row in enumerate(shown):
+                color = families.index(_family(row))
                 style = dict(
-                    color=f"C{i % 10}", marker=_MARKERS[i % len(_MARKERS)], linestyle=("-", "--", ":")[i // 10 % 3]
+                    color=f"C{color % 10}",
+                    marker=_MARKERS[i % len(_MARKERS)],
+                    linestyle=("-", "--", ":")[color // 10 % 3],
                 )
                 draw(axis, row, style | {"markersize": 5})
             axis.set(xlabel=xlabel, ylabel=ylabel, title=f"{model}, {protocol}: {KINDS[kind]}")
@@ -98,4 +133,15 @@ def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: st
     return True
 
 
-PLOTS = {"losses.png": losses, "sensitivity.png": sensitivity, "memory.png": memory, "time.png": duration}
+def _family(row: dict[str, Any]) -> tuple[str, str | None]:
+    """Return what rows share that differ only in ranks and the like: the method and its update rule."""
+    return row["method"], row["options"].get("update_rule")
+
+
+PLOTS = {
+    "losses.png": losses,
+    "sensitivity.png": sensitivity,
+    "state.png": state,
+    "memory.png": memory,
+    "time.png": duration,
+}

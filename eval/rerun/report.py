@@ -82,6 +82,7 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
         }
         losses = zip(*(r["log"]["loss"] for r in good))  # None where one was not finite
         means = [None if None in column else statistics.fmean(column) for column in losses]
+        row["devices"] = sorted({r["environment"]["device"] for r in good})
         row["curve"] = {"step": good[0]["log"]["step"], "loss": means}
     return row
 
@@ -184,6 +185,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
         "training, s",
     ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    one_device = len({device for row in rows for device in row.get("devices", ())}) == 1
     for row in sorted(rows, key=lambda row: _order(row, suite.primary)):
         cells = [row["label"], row["trains"], _rate(row)]
         for metric in suite.metrics:
@@ -197,14 +199,18 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
         )
         if "state_bytes" in row:
             held = row["weights_bytes"] + row["gradient_bytes"] + row["state_bytes"]
-            cells += [format_bytes(row["state_bytes"]), format_bytes(held), format_bytes(row["peak_bytes"])]
-            cells += [f"{1000 * row['optimizer_seconds_per_step']:.0f}", f"{row['train_seconds']:.0f}"]
+            cells += [format_bytes(row["state_bytes"]), format_bytes(held)]
+            measured = [format_bytes(row["peak_bytes"])]
+            measured += [f"{1000 * row['optimizer_seconds_per_step']:.0f}", f"{row['train_seconds']:.0f}"]
+            cells += measured if one_device else ["–"] * 3
         else:
             cells += ["–"] * 5
         lines.append(f"| {' | '.join(cells)} |")
     peaks = sorted({row["peak_of"] for row in rows if "peak_of" in row})
     notes = []
-    if peaks:
+    if peaks and not one_device:
+        notes.append("runs are from several devices, whose peaks and times are not comparable")
+    elif peaks:
         notes += [
             f"peak: {', '.join(peaks)}",
             "times: with whatever else ran on the machine; `python -m eval.speed` measures optimizers' steps alone",
