@@ -27,6 +27,7 @@ from recipes.training import describe, held_bytes
 LR = 1e-6  # no figure depends on it
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 FREE_BYTES = 2_000_000_000  # of the machine's memory, below which no further optimizer is built
+SECONDS_TO_CLEAR_UP = 1.0  # of a block that `watchdog` has interrupted, before it is interrupted again
 
 
 @dataclass
@@ -139,13 +140,20 @@ def watchdog(seconds: float) -> Iterator[None]:
     """
     deadline = time.perf_counter() + seconds
     raised: list[Exception] = []
+    # What is raised in a weak reference's callback is lost: so it is raised again, but not while the block clears up.
+    again = 0.0
 
     def check(*_: Any) -> None:
-        if time.perf_counter() > deadline:
+        nonlocal again
+        now = time.perf_counter()
+        if now < again:
+            return
+        if now > deadline:
             raised.append(TimeoutError(f"building it and three steps took more than {seconds:g} s"))
         elif psutil.virtual_memory().available < FREE_BYTES:
             raised.append(MemoryError(f"less than {FREE_BYTES / 1e9:g} GB of memory would be left"))
         if raised:
+            again = now + SECONDS_TO_CLEAR_UP
             raise raised[0]
 
     if threading.current_thread() is not threading.main_thread():
@@ -170,7 +178,7 @@ def prepare(method: Method, problem: Problem, patience: float) -> Runner:
     if method.overwrites_gradients:
         problem.keep_gradients()
     try:
-        with watchdog(patience * method.patience), problem.same_parameters():
+        with problem.same_parameters(), watchdog(patience * method.patience):
             start = time.perf_counter()
             optimizer = method.build(problem.model, LR, problem.case.momentum_rank)
             if method.prime:

@@ -1,5 +1,6 @@
 """The benchmark of optimizer steps: what it counts, what it says when a method fails, and that every peer runs."""
 
+import contextlib
 import json
 import statistics
 import time
@@ -213,6 +214,23 @@ def test_the_watchdog_names_what_others_wrap():
 
     with pytest.raises(TimeoutError, match=r"took more than 0\.1 s"), watchdog(0.1):
         trace()
+
+
+def test_the_watchdog_lets_a_block_clear_up_and_interrupts_what_swallows_it():
+    cleared = []
+    with pytest.raises(TimeoutError), watchdog(0.1):
+        try:
+            time.sleep(5)
+        finally:
+            time.sleep(0.3)  # several of its ticks
+            cleared.append(True)
+    assert cleared
+    start = time.perf_counter()
+    with pytest.raises(TimeoutError), watchdog(0.1):
+        with contextlib.suppress(TimeoutError):
+            time.sleep(5)
+        time.sleep(5)
+    assert time.perf_counter() - start < 4
 
 
 # ---- everything together --------------------------------------------------------------------------------------------
