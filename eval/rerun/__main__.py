@@ -15,7 +15,7 @@ from .peft_format import write_peft_results
 from .plan import cells
 from .report import write_report
 from .store import Store
-from .suite import SUITES, Pretraining, load_suite
+from .suite import RESULTS, Pretraining, load_suite
 from .work import train, train_in_processes, visible_gpus
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         suite = load_suite(args.suite)
-        store = Store(args.out or SUITES.parent / "results" / suite.name)
+        store = Store(args.out or RESULTS / suite.name, [RESULTS / name for name in suite.records_of])
         suite, precision = suite.settled(store.load())
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             surroundings["versions"] |= make_base(model)
     lost = 0
     if args.jobs > 1 or len(visible_gpus()) > 1:  # Trainer would split batches over all GPUs that a process sees
-        lost = train_in_processes(part, store.folder, args.jobs, surroundings)
+        lost = train_in_processes(part, store, args.jobs, surroundings)
     else:
         train(part, store, surroundings)
     records = store.load()

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ class Store:
     counts as abandoned when its process is gone, if that was on this host (and in this container), and when nobody has
     touched it for ten minutes by the file system's own clock: a container that starts again gives old process numbers
     to new processes.
+
+    others: folders of other suites, whose records are read, and never written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, others: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self.others = [other / "records" for other in others]
         self.records = folder / "records"
         self.claims = folder / "claims"
         for path in (self.records, self.claims):
@@ -41,10 +44,11 @@ class Store:
 
     def load(self) -> dict[str, dict[str, Any]]:
         """Return all finished runs by name. Raises ValueError for a file that was not copied whole."""
-        return {path.stem: _read(path) for path in sorted(self.records.glob("*.json"))}
+        folders = (*self.others, self.records)
+        return {path.stem: _read(path) for folder in folders for path in sorted(folder.glob("*.json"))}
 
     def done(self, run: Run) -> bool:
-        return (self.records / f"{run.name}.json").exists()
+        return any((folder / f"{run.name}.json").exists() for folder in (*self.others, self.records))
 
     def save(self, run: Run, record: dict[str, Any]) -> None:
         write_atomically(self.records / f"{run.name}.json", json.dumps(record, indent=1, allow_nan=False))

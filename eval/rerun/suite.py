@@ -16,6 +16,7 @@ from eval.methods import METHODS
 from recipes.precision import AUTO, Precision, accelerator, choose
 
 SUITES = Path(__file__).parents[1] / "suites"
+RESULTS = SUITES.parent / "results"  # a folder for each suite
 _STEPS = (1, 2, 5)
 
 
@@ -126,6 +127,7 @@ class Suite:
     """A suite file. primary: the metric of rankings and plots. published: the paper's numbers, by model, label and
     metric.
 
+    records_of: other suites of ``eval/suites`` whose records count here too, for runs that both declare.
     factors: lists of options that change together; the report averages the primary metric over all factors but one.
     step_seconds: of a training step per kind, measured on the named machine, for the plan before anything has run.
     """
@@ -140,6 +142,7 @@ class Suite:
     primary: str = "test_loss"
     metrics: list[str] = field(default_factory=lambda: ["test_loss"])
     answers: int = 0
+    records_of: list[str] = field(default_factory=list)
     factors: list[list[str]] = field(default_factory=list)
     step_seconds: dict[str, float] = field(default_factory=dict)
     published: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def visible_gpus() -> list[str]:
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: dict[str, Any]) -> int:
+def train_in_processes(part: list[Cell], store: Store, jobs: int, surroundings: dict[str, Any]) -> int:
     """Run `train` in several processes, which share the runs by their claims; each sees one GPU, in turn.
 
     Returns how many did not end by themselves.
@@ -70,18 +69,18 @@ def train_in_processes(part: list[Cell], folder: Path, jobs: int, surroundings: 
         if devices:  # before the process starts: libraries look for GPUs while they are imported
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
         shares_gpu = 0 < len(devices) < jobs
-        processes.append(context.Process(target=_job, args=(jobs, part, folder, surroundings, shares_gpu)))
+        processes.append(context.Process(target=_job, args=(jobs, part, store, surroundings, shares_gpu)))
         processes[-1].start()
     for process in processes:
         process.join()
     return sum(process.exitcode != 0 for process in processes)
 
 
-def _job(jobs: int, part: list[Cell], folder: Path, surroundings: dict[str, Any], shares_gpu: bool) -> None:
+def _job(jobs: int, part: list[Cell], store: Store, surroundings: dict[str, Any], shares_gpu: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     surroundings = surroundings | {"machine": f"{machine()} in each of {jobs} processes"}
-    train(part, Store(folder), surroundings, shares_gpu)
+    train(part, store, surroundings, shares_gpu)
 
 
 def _end_with_parent() -> None:

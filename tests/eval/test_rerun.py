@@ -17,7 +17,6 @@ from suites import finish, make_run, record, write_suite
 
 from eval.methods import METHODS, Method
 from eval.methods.method import build_adamw
-from eval.rerun.__main__ import main
 from eval.rerun.dry_run import memory_estimate, plan_table
 from eval.rerun.models import base_config
 from eval.rerun.plan import cells
@@ -164,6 +163,15 @@ def test_claims_exclude_each_other_and_end_with_the_block(tmp_path):
     with second.claim(run) as mine:
         assert not mine  # it is finished
     assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_records_of_other_suites_count_and_stay_where_they_are(tmp_path):
+    run, other = make_run(), Store(tmp_path / "other")
+    other.save(run, {"metrics": {}})
+    store = Store(tmp_path / "own", [tmp_path / "other"])
+    assert store.load() == other.load()
+    assert store.done(run)
+    assert list(store.records.iterdir()) == []
 
 
 def test_a_record_that_was_not_copied_whole_is_named(tmp_path):
