@@ -1,4 +1,4 @@
-"""The peak memory of a training run, measured where it runs, or estimated from the model's shapes."""
+"""This package measures the peak memory of a training run where it runs, or estimates it from the model's shapes."""
 
 from .peak import AllocationTracker, MemoryEstimate, estimate, measure
 

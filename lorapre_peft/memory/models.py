@@ -1,4 +1,4 @@
-"""Make a copy of a model that takes no memory, from a module, a config, a folder, a built-in shape or a hub id."""
+"""This module makes a model that takes no memory, from a module, a config, a folder, a built-in shape or a hub id."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from ..integrations.architecture import architecture
 
-# The public shapes of gated models, so that an estimate needs no account and no network. Llama 2: params.json of
-# Meta's release, with the MLP's width from the formula of transformers' convert_llama_weights_to_hf.py; Llama 3.1:
-# Table 3 of "The Llama 3 Herd of Models" (arXiv 2407.21783); SmolLM2: config.json of its release. A test holds their
-# parameter counts against those on the models' hub pages.
+# These are public shapes of models, most of them gated, so that an estimate needs no account and no network. Those of
+# Llama 2 are from params.json of Meta's release, with the MLP's width from the formula of transformers'
+# convert_llama_weights_to_hf.py. Those of Llama 3.1 are from Table 3 of "The Llama 3 Herd of Models" (arXiv
+# 2407.21783). That of SmolLM2 is from config.json of its release. A test compares their parameter counts with those on
+# the models' hub pages.
 _LLAMA_2: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _LLAMA_3: dict[str, Any] = {
     "vocab_size": 128256,
@@ -47,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def find_config(name: str | os.PathLike[str]) -> tuple[PretrainedConfig, str]:
-    """Return a model's config and the place that it was found in: a folder or file, a built-in shape, or the hub.
+    """Return a model's config and the place where it was found: a folder or file, a built-in shape, or the hub.
 
     Raises ValueError if it is in none of these places.
     """
@@ -80,14 +81,14 @@ def _first_line(error: Exception) -> str:
 def meta_model(
     model: nn.Module | PretrainedConfig | str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """Return a model of the same shapes on the meta device, where tensors have no data; the caller's is not touched.
+    """Return a model of the same shapes on the meta device, where tensors have no data. The argument is not changed.
 
-    A module keeps its dtypes, adapters, tied weights and what is frozen; a model built from a config has ``dtype``,
-    and is of the class that the config names (`architecture`). Raises ValueError as `find_config` and `architecture`
-    do.
+    The copy of a module keeps its dtypes, adapters, tied weights and frozen parameters. A model built from a config
+    has ``dtype`` and the class that the config names (`architecture`). Raises ValueError as `find_config` and
+    `architecture` raise it.
     """
     if isinstance(model, nn.Module):
-        # Only the tensors are replaced: deepcopy finds those in the memo and copies everything around them.
+        # Only the tensors are replaced. deepcopy finds them in the memo, and copies everything around them.
         memo: dict[int, object] = {}
         for param in model.parameters():
             empty = torch.empty_like(param.detach(), device="meta")
@@ -101,9 +102,9 @@ def meta_model(
 
 
 def training_batch(model: Any, batch: int, seq_len: int) -> dict[str, Tensor]:
-    """Return the arguments of one training step of a meta model: text without padding, or images or sound features.
+    """Return the arguments of one training step of a meta model: text without padding, images, or sound features.
 
-    Images and sound features have the size in the model's config; a model for text and images gets text alone. Labels
+    Images and sound features have the size in the model's config. A model for text and images gets only text. Labels
     are a class for each sequence or image, or a token for each position.
     """
     config: Any = getattr(model, "config", None)
@@ -111,7 +112,8 @@ def training_batch(model: Any, batch: int, seq_len: int) -> dict[str, Tensor]:
     tokens = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
     classes = type(model).__name__.endswith(("SequenceClassification", "ImageClassification"))
     inputs = {"labels": tokens[:, 0] if classes else tokens}
-    # A mask of full rank, of one byte: without one, transformers looks for padding and packed sequences in the values.
+    # This is an expanded four-dimensional mask of one byte. Without a mask, transformers would look for padding and
+    # packed sequences in the values, which meta tensors do not have.
     mask = torch.ones(1, dtype=torch.bool, device="meta").expand(batch, 1, seq_len, seq_len)
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_attention_mask"] = mask
@@ -119,7 +121,7 @@ def training_batch(model: Any, batch: int, seq_len: int) -> dict[str, Tensor]:
         sides = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
         shape = (batch, config.num_channels, *sides)
     elif main == "input_features":
-        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)  # Whisper halves the frames by a stride
+        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)  # Whisper halves the frames.
     else:
         return {"input_ids": tokens, "attention_mask": mask, **inputs}
     return {main: torch.zeros(shape, dtype=model.dtype, device="meta"), **inputs}

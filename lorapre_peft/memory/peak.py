@@ -1,8 +1,8 @@
-"""Estimate what a training step takes in memory before anything is allocated, and measure it while it runs.
+"""This module estimates the memory of a training step before anything is allocated, and measures it while it runs.
 
-The estimate is a dry run of the code that trains, on the meta device, where tensors have shapes and no data, with
-every allocation counted: no formula that could drift away from the code. Peers and the command line are in
-``peers.py``:
+The estimate is a dry run of the training code on the meta device, where tensors have shapes and no data. It counts
+every allocation, and uses no formula that could drift away from the code. Peers and the command line are in
+``peers.py``. This prints an estimate:
 
     lorapre-memory meta-llama/Llama-2-7b-hf --momentum-rank 8
 """
@@ -33,21 +33,23 @@ from .models import meta_model, training_batch
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Counts the bytes of the storages that torch's operations make while it is active, on any device, meta included.
+    """Counts the bytes of the storages that torch's operations make while it is active, on any device, even on meta:
 
         with AllocationTracker() as tracker:
             optimizer.step()
         tracker.peak_bytes
 
-    A storage counts from the operation that made it until nothing refers to it any more; what was there before does
-    not count. Not seen: what a kernel allocates for itself and frees before it returns (workspaces), and the rounding
-    of an allocator, in steps of 512 bytes on CUDA.
+    A storage counts from the operation that made it until nothing refers to it any more. What was there before does
+    not count. The tracker sees neither what a kernel allocates for itself and frees before it returns (workspaces),
+    nor the rounding of an allocator, which on CUDA is to steps of 512 bytes.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._numbers: dict[int, int] = {}  # address of a live storage: the number of the event that made it
-        self._events: list[tuple[int, int]] = []  # number of the storage, bytes: above 0 made, below 0 freed
+        # This maps the address of a live storage to the number of the event that made it.
+        self._numbers: dict[int, int] = {}
+        # An event is the number of a storage, and its bytes: positive when it is made, negative when it is freed.
+        self._events: list[tuple[int, int]] = []
         self._left_out: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,7 +68,7 @@ class AllocationTracker(TorchDispatchMode):
         self._events.append((self._numbers.pop(address), -size))
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Take a tensor's storage out of the count, from when it was made; do nothing if it was not made here."""
+        """Take a tensor's storage out of the count from the start, or do nothing if it was not made here."""
         number = self._numbers.get(tensor.untyped_storage()._cdata)
         if number is not None:
             self._left_out.add(number)
@@ -80,17 +82,17 @@ class AllocationTracker(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """The bytes that are alive now, of what was made while the tracker was active."""
+        """Return how many bytes of what was made while the tracker was active are alive now."""
         return sum(size for number, size in self._events if number not in self._left_out)
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that were alive at once."""
+        """Return the largest number of bytes that were alive at once."""
         return max(self._curve(), default=0)
 
 
 def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of an operation's arguments or results, several times faster than torch's pytree."""
+    """Yield the storages of an operation's arguments or results, several times as fast as torch's pytree."""
     if isinstance(value, Tensor):
         if value.layout == torch.strided:
             yield value.untyped_storage()
@@ -101,11 +103,11 @@ def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The bytes of each part of one training step, at its peak.
+    """Holds the bytes of each part of one training step, at the part's peak.
 
-    weights: parameters and buffers. gradients: all, or the largest one where each is used and freed in the backward
-    pass. state: the optimizer's. temporaries: of the optimizer's step, without its state; None where not counted.
-    activations: of forward and backward pass, without the gradients of parameters.
+    weights: parameters and buffers. gradients: all gradients, or the largest one if each is used and freed in the
+    backward pass. state: the optimizer's state. temporaries: those of the optimizer's step, without its state, or None
+    if they are not counted. activations: those of forward and backward pass, without the gradients of parameters.
     """
 
     weights: int
@@ -116,7 +118,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum of the parts: an upper bound, as the peaks of activations and temporaries need not coincide."""
+        """Return the sum of the parts, an upper bound, as peaks of activations and temporaries need not coincide."""
         return self.weights + self.gradients + self.state + (self.temporaries or 0) + self.activations
 
 
@@ -136,23 +138,25 @@ def estimate(
     """Return the peak memory of training with LoRA-Pre, by a dry run of its optimizer on the meta device.
 
     Nothing of the model's size is allocated. Weights, gradients, state and temporaries are what the eager backend
-    makes on a CPU, and kernels make less; on CUDA, torch's AdamW for many tensors at once may take up to
-    ``temporary_bytes``/8 more on the AdamW path. Not counted: workspaces of kernels, CUDA's context and the
-    fragmentation of its allocator. Activations are those of text without padding, with logits at every position, as
-    transformers' own loss makes them (of a model for images or sound: of inputs of the size in its config; of one for
-    text and images: of text alone); ``scaled_dot_product_attention`` counts as a fused kernel (flash or
-    memory-efficient), which keeps no matrix of scores, with grouped keys and values repeated.
+    makes on a CPU. Kernels make less. On CUDA, torch's AdamW for many tensors at once may take up to
+    ``temporary_bytes``/8 more on the AdamW path. Workspaces of kernels, CUDA's context and the fragmentation of its
+    allocator are not counted.
+
+    Activations are those of text without padding, with logits at every position, as transformers' own loss makes them.
+    For a model of images or sound, inputs have the size in its config. A model of text and images gets only text.
+    ``scaled_dot_product_attention`` counts as a fused kernel (flash or memory-efficient), which keeps no matrix of
+    scores, with grouped keys and values repeated.
 
     Args:
-        model_or_config: a module on any device, also one with adapters, which is left as it is; a config, whose
+        model_or_config: a module on any device, with or without adapters, which is not changed; a config, whose
             ``architectures`` say what is built, else the whole model that is trained; a folder or config.json; a
-            built-in name (`models.SHAPES`); a name on the hub.
-        optimizer, momentum_rank, update_rule, options: as in `create_lorapre_optimizer`, with the same defaults; but
-            updates in the backward pass are asked for by ``in_backward``, and are the default here.
-        dtype: of a model built from a config; a module keeps its own.
-        in_backward: as ``update_in_backward=True`` of the optimizers: one gradient at a time.
-        batch, seq_len: sequences per forward pass and tokens in each. batch=0 leaves the activations out.
-        checkpointing: gradient checkpointing of every layer, non-reentrant.
+            built-in name (`models.SHAPES`); or a name on the hub.
+        optimizer, momentum_rank, update_rule, options: as in `create_lorapre_optimizer`, with the same defaults. Only
+            updates in the backward pass are chosen by ``in_backward`` instead, and are the default here.
+        dtype: dtype of a model built from a config. A module keeps its own.
+        in_backward: whether gradients are counted one at a time, as with ``update_in_backward=True``.
+        batch, seq_len: number of sequences in a forward pass, and of tokens in each. batch=0 leaves activations out.
+        checkpointing: whether every layer uses gradient checkpointing, which is non-reentrant.
 
     Raises:
         ValueError: a model that is not found, an invalid option, or nothing to compress.
@@ -162,8 +166,8 @@ def estimate(
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
     model = meta_model(model_or_config, dtype)
-    options.setdefault("lr", 1e-4)  # adapters have no default; any number gives the same memory
-    # Hooks of update_in_backward would read gradients' norms, which meta tensors do not have.
+    options.setdefault("lr", 1e-4)  # Adapters have no default. Any number gives the same memory.
+    # The hooks of update_in_backward would read the norms of gradients, which meta tensors do not have.
     built = create_lorapre_optimizer(
         model,
         optimizer,
@@ -185,7 +189,7 @@ def estimate(
 
 
 def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
-    """Return the peak of the first two steps without the state: `als` starts its factors in the first."""
+    """Return the peak of the first two steps without the state. In the first step `als` starts its factors."""
     peak = 0
     for located in _distinct_updates(optimizer, in_backward):
         for _, param, _ in located:
@@ -198,7 +202,7 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
                 states = [optimizer._state_of(member) for member in members]
                 for member, state in zip(members, states):
                     if step == 0 and not member.ranks:
-                        state["step"] = torch.zeros(())  # torch's AdamW reads it
+                        state["step"] = torch.zeros(())  # Torch's AdamW reads it.
                 grads = part.split(member.param.grad for member in members if member.param.grad is not None)
                 optimizer._update_part(part, part.split_states(states), grads, norms, [True] * len(grads), None)
             for _, param, _ in located:
@@ -212,9 +216,9 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
 
 
 def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[list[Located]]:
-    """Return enough of the updates that happen at once to hold their peak: equal chunks take equal memory."""
+    """Return enough of the updates that happen at once to include their peak, as equal chunks take equal memory."""
     counts: Counter[tuple] = Counter()
-    kept: list[Located] = []  # in the optimizer's order, on which the AdamW path's packing depends
+    kept: list[Located] = []  # These stay in the optimizer's order, on which the AdamW path's packing depends.
     for group, param, position in optimizer._located():
         ranks = optimizer.ranks(param, group)
         stack = stack_of(group) if ranks else None
@@ -225,7 +229,7 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
         elif ranks:
             most = max(1, tile_entries(group) // (sum(ranks) * sum(shape)))
         else:
-            most = sys.maxsize  # the AdamW path packs parameters of all shapes together
+            most = sys.maxsize  # The AdamW path packs parameters of all shapes together.
         if param.numel() and counts[key] < most:
             counts[key] += 1 if stack is None else stack.experts
             kept.append((group, param, position))
@@ -236,9 +240,10 @@ _unfused_attention = nn.functional.scaled_dot_product_attention
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Run `scaled_dot_product_attention` of meta tensors as a fused kernel; torch takes the unfused form for them.
+    """Run `scaled_dot_product_attention` of meta tensors as a fused kernel, where torch would take the unfused form.
 
-    The CPU's flash attention makes and keeps what CUDA's do: the output and one float32 per query, no scores.
+    The CPU's flash attention makes and keeps the same as CUDA's kernels: the output and a float32 for each query, and
+    no matrix of scores.
     """
     fusible = query.is_meta and query.ndim == 4 and query.shape[:2] == key.shape[:2] and key.shape == value.shape
     if not fusible:
@@ -250,15 +255,15 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: bool) -> int:
     """Return the peak of a forward and backward pass of a meta model, in which each gradient is freed at once.
 
-    It changes the model.
+    This changes the model.
     """
     try:
-        modules: Iterator[Any] = model.train().modules()  # with attributes of their own
+        modules: Iterator[Any] = model.train().modules()  # They have attributes of their own.
         for module in modules:
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
         if checkpointing:
-            # The second name is deprecated; versions of transformers 5 before the first was added have it alone.
+            # The second name is deprecated, but early versions of transformers 5 have no other.
             enable: Any = (
                 getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             )
@@ -276,7 +281,7 @@ def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: 
         inputs = training_batch(model, batch, seq_len)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "use_cache"):
-            config.use_cache = False  # as in training
+            config.use_cache = False  # Training uses no cache.
         with tracker, patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention):
             model(**inputs).loss.backward()
     except Exception as error:
@@ -290,7 +295,7 @@ def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: 
 
 @dataclass
 class Measurement:
-    """What `measure` found, once its block has ended. peak_bytes: bytes. what: what they are bytes of, in words."""
+    """Holds what `measure` found, once its block has ended. what: a text that says of what peak_bytes are bytes."""
 
     peak_bytes: int = 0
     what: str = ""
@@ -298,20 +303,20 @@ class Measurement:
 
 @contextlib.contextmanager
 def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
-    """Measure the peak memory of a block, in bytes, with all that was there before it:
+    """Measure the peak memory of a block in bytes, including all memory that was in use before:
 
         with measure() as measured:
             trainer.train()
         print(measured.peak_bytes, measured.what)
 
-    On CUDA: what tensors took on ``device`` (None: the current device), and PyTorch's peak statistics start anew.
-    Else: the process's resident memory, on Linux since the start of the block; where the system cannot start its peak
-    anew, the process's whole life, and ``what`` says so.
+    On CUDA this is the memory of tensors on ``device`` (None: the current device), and PyTorch's peak statistics are
+    reset. Otherwise it is the process's resident memory. On Linux its peak is taken since the start of the block.
+    Where the system cannot reset its peak, it is that of the process's whole life, and ``what`` says so.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
     measured = Measurement()
     if device.type == "cuda":
-        torch.cuda.init()  # the statistics cannot be reset before that
+        torch.cuda.init()  # The statistics cannot be reset before that.
         torch.cuda.reset_peak_memory_stats(device)
         try:
             yield measured
@@ -320,7 +325,7 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
             measured.what = f"tensors on {torch.cuda.get_device_name(device)}"
         return
     try:
-        # proc(5): writing 5 sets the peak resident set size, VmHWM, to the current one.
+        # Writing 5 sets the peak resident set size, VmHWM, to the current one (proc(5)).
         Path("/proc/self/clear_refs").write_text("5")
         restarted = True
     except OSError:
@@ -330,11 +335,11 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
     finally:
         if restarted:
             status = Path("/proc/self/status").read_text()
-            measured.peak_bytes = int(status.partition("VmHWM:")[2].split()[0]) * 1024  # given in kB
+            measured.peak_bytes = int(status.partition("VmHWM:")[2].split()[0]) * 1024  # The file gives kB.
             measured.what = "resident memory of the process"
         else:
-            import resource  # not on Windows
+            import resource  # Windows has no such module.
 
-            scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kB elsewhere
+            scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2) gives bytes on macOS and kB elsewhere.
             measured.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
             measured.what = "resident memory of the process, the peak of its whole life so far"

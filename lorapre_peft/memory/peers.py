@@ -1,4 +1,4 @@
-"""The command ``lorapre-memory``: LoRA-Pre's estimate in a table beside what its peers take by arithmetic."""
+"""This module is the command ``lorapre-memory``, which compares LoRA-Pre's estimate with arithmetic for its peers."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ..lowrank.rules import RULES
 from .models import find_config, meta_model
 from .peak import MemoryEstimate, estimate
 
-GALORE_RANK = 128  # the smallest of the ranks in GaLore's published pre-training runs (scripts/benchmark_c4)
+GALORE_RANK = 128  # This is the smallest rank in GaLore's published pre-training runs (scripts/benchmark_c4).
 LORA_RANK = 16
 
 
 def peers(model: nn.Module, momentum_rank: int, activations: int) -> dict[str, MemoryEstimate]:
-    """Return weights, gradients and state of a plain model's peers, in bytes. activations: the same number for each.
+    """Return weights, gradients and state, in bytes, of training a plain model with LoRA-Pre's peers.
 
-    The full-weight peers train what requires a gradient and hold all gradients at once; LoRA has adapters on all
-    linear layers but the head. Their temporaries are not counted.
+    The full-weight peers train what requires a gradient, and hold all gradients at once. LoRA has adapters on all
+    linear layers but the head. Temporaries are not counted. activations: a number that is the same for all peers.
     """
     total = sum(param.numel() for param in model.parameters())
     params = [param for param in model.parameters() if param.requires_grad]
     trained = sum(param.numel() for param in params)
-    # Each expert of a stack counts as a matrix of its own for the peers too, whether or not their code takes it for
-    # one.
+    # Each expert of a stack counts as a matrix of its own for the peers too, even if their own code treats a stack
+    # otherwise.
     targets = []
     for param, options in weight_targets(model, "all-linear", None, None).items():
         stack = stack_of(options)
@@ -44,22 +44,25 @@ def peers(model: nn.Module, momentum_rank: int, activations: int) -> dict[str, M
     def add(name: str, weights: int, gradients: int, state: int) -> None:
         found[name] = MemoryEstimate(weights, gradients, state, None, activations)
 
-    # Per parameter: weight 4, gradient 4, two float32 moments 8 bytes; what is frozen has its weight alone.
+    # A parameter takes 4 bytes for its weight, 4 for its gradient and 8 for two float32 moments. What is frozen only
+    # has a weight.
     add("AdamW, fp32", 4 * total, 4 * trained, 8 * trained)
-    # 2 + 2 + 4: torch.optim.AdamW keeps its moments in the parameter's dtype.
+    # A parameter takes 2 + 2 + 4 bytes, as torch.optim.AdamW keeps its moments in the parameter's dtype.
     add("AdamW, bf16", 2 * total, 2 * trained, 4 * trained)
-    # 2 + 2 + 2 and a float32 scale per block of 256 entries and moment; below 4096 entries two float32 moments
-    # (bitsandbytes, optim/optimizer.py: min_8bit_size, blocksize, absmax1 and absmax2).
+    # A parameter takes 2 + 2 + 2 bytes, and each moment also has a float32 scale for every block of 256 entries.
+    # Tensors below 4096 entries have two float32 moments (bitsandbytes, optim/optimizer.py: min_8bit_size, blocksize,
+    # absmax1 and absmax2).
     eight_bit = sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in map(nn.Parameter.numel, params))
     add("8-bit AdamW, bf16", 2 * total, 2 * trained, eight_bit)
-    # 2 + 2, and for a p×q target the projector [r, min(p, q)] and both moments [r, max(p, q)] in the gradient's dtype;
-    # everything else as AdamW in bf16 (galore_torch: galore_projector.py with proj_type "std", adamw.py).
+    # A parameter takes 2 + 2 bytes. A p×q target has the projector [r, min(p, q)] and both moments [r, max(p, q)] in
+    # the gradient's dtype. Everything else is as in AdamW in bf16 (galore_torch: galore_projector.py with proj_type
+    # "std", adamw.py).
     rest = trained - sum(p * q for p, q in targets)
     for rank in dict.fromkeys((GALORE_RANK, momentum_rank)):
         projected = sum(min(rank, p, q) * (min(p, q) + 2 * max(p, q)) for p, q in targets)
         add(f"GaLore r={rank}, bf16", 2 * total, 2 * trained, 2 * projected + 4 * rest)
-    # A frozen bf16 base at 2, and 4 + 4 + 8 per adapter parameter: PEFT's autocast_adapter_dtype keeps adapters in
-    # float32.
+    # A parameter of the frozen bf16 base takes 2 bytes, and one of an adapter 4 + 4 + 8, as PEFT's
+    # autocast_adapter_dtype keeps adapters in float32.
     adapters = sum(LORA_RANK * (p + q) for p, q in targets)
     add(f"LoRA r={LORA_RANK}, bf16 base", 2 * total + 4 * adapters, 4 * adapters, 8 * adapters)
     return found
@@ -77,7 +80,7 @@ def memory_table(rows: dict[str, MemoryEstimate]) -> str:
 
 
 def adapter_table(model: nn.Module, ranks: Sequence[int]) -> str:
-    """Return a table of the state of adapters on all linear layers: AdamW's, and LoRA-Pre's at r/2, r/4 and r/8."""
+    """Return a table of the state of adapters on all linear layers, for AdamW and for LoRA-Pre at r/2, r/4 and r/8."""
     lines = [f"{'adapter':>8}{'parameters':>14}{'AdamW':>12}{'k = r/2':>12}{'k = r/4':>12}{'k = r/8':>12}"]
     for r in ranks:
         adapted = get_peft_model(model, LoRAPreConfig(r=r, target_modules="all-linear"))
@@ -99,7 +102,7 @@ def _state_bytes(model: nn.Module, momentum_rank: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table for a model. argv: the command line; None stands for the process's own."""
+    """Print the table for a model. argv: the command line, or None for the process's own."""
     parser = argparse.ArgumentParser(
         prog="lorapre-memory",
         description="Peak memory of full-weight training with LoRA-Pre, from a dry run that allocates nothing, "
@@ -135,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if args.embeddings == "frozen":
             for param in embedding_parameters(model):
-                param.requires_grad_(False)  # for the peers too: all rows train the same parameters
+                param.requires_grad_(False)  # The peers freeze them too, so that all rows train the same.
         ordinary = estimate(
             model,
             args.optimizer,
