@@ -1,4 +1,4 @@
-"""LoRA-Pre for PEFT: Adam's and Muon's momenta held as low-rank factors (Wang et al., arXiv 2602.24283)."""
+"""LoRA-Pre for PEFT holds the momenta of Adam and Muon as low-rank factors (Wang et al., arXiv 2602.24283)."""
 
 from importlib import import_module
 from typing import Any
@@ -23,7 +23,7 @@ __all__ = [
     "lorapre_optimizer",
 ]
 
-# Imported when they are asked for: all but the last bring in transformers' trainer classes.
+# These are imported when they are asked for. All but the last bring in transformers' trainer classes.
 _LAZY = {
     "LoRAPreCallback": ".integrations.trainer",
     "lorapre_optimizer": ".integrations.trainer",

@@ -1,1 +1,1 @@
-"""The optimizers `LoRAPreAdamW` and `LoRAPreMuon`."""
+"""This package holds the optimizers `LoRAPreAdamW` and `LoRAPreMuon`."""

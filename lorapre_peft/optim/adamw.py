@@ -1,4 +1,4 @@
-"""AdamW with both moments held as low-rank factors."""
+"""This module implements AdamW with both moments held as low-rank factors."""
 
 from __future__ import annotations
 
@@ -24,44 +24,45 @@ from .options import check_betas, in_range
 
 
 def update_bound(beta1: float, beta2: float) -> float:
-    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), 1.165 at (0.9, 0.95): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1²
-    < β2.
+    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), which is 1.165 at (0.9, 0.95).
+
+    Exact Adam has |m|/√v ≤ C by the Cauchy–Schwarz inequality, if β1² < β2.
     """
     return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
 
 
 class LoRAPreAdamW(LoRAPreOptimizer):
-    """AdamW whose moments of each p×q matrix are factors of ranks k and k_v: (p+q)(k+k_v) numbers of state instead of
-    2pq.
+    """Implements AdamW with factors of ranks k and k_v in place of the two moments of each p×q matrix.
 
-    LoRA-Pre for Adam (Wang et al., "Taming Momentum", arXiv 2602.24283, Theorem 3.1 and Algorithm 1) with
-    ``update_rule="newton"``; with ``"als"``, the default, this project's tracked rule on the same state. Parameters
-    that are no matrices, or too small to compress, take `torch.optim.AdamW`'s step exactly.
+    The state of a matrix is then (p+q)(k+k_v) numbers instead of 2pq. With ``update_rule="newton"`` this is LoRA-Pre
+    for Adam (Wang et al., "Taming Momentum", arXiv 2602.24283, Theorem 3.1 and Algorithm 1). With ``"als"``, the
+    default, it is this project's tracked rule on the same state. Parameters that are not matrices, or are too small to
+    compress, take exactly the step of `torch.optim.AdamW`.
 
     Args:
-        params: parameters, named parameters or groups, as in `torch.optim`. Floating-point, of any dtype; tensors of
-            more than two dimensions are flattened to (first, rest). State is float32 whatever their dtype.
-        lr: learning rate, ≥ 0; a number or a one-element tensor.
-        betas: decays (β1, β2) in [0, 1); the paper's (0.9, 0.95). ``als`` needs β1² < β2. β2 = 0.999 makes the
-            start-up bias of ``newton`` far worse.
+        params: parameters, named parameters or groups, as in `torch.optim`, of any floating-point dtype. Tensors of
+            more than two dimensions are flattened to (first, rest).
+        lr: learning rate ≥ 0, a number or a one-element tensor.
+        betas: decay rates (β1, β2) in [0, 1); the default is the paper's (0.9, 0.95). ``als`` needs β1² < β2. With
+            β2 = 0.999 the start-up bias of ``newton`` is far worse.
         eps: ε ≥ 0 in m̂/(√v̂ + ε).
         weight_decay: decoupled λ ≥ 0, as in `torch.optim.AdamW` but 0 by default.
-        momentum_rank: k ≥ 1. 0: the AdamW path for all. None: 8, or a quarter of a matrix's smaller side if that is
-            less, at least 1; matrices that are plainly embeddings or heads then take the AdamW path, and a warning
-            says what was chosen.
+        momentum_rank: rank k ≥ 1 of the first moment. With 0 all parameters take the AdamW path. None stands for 8, or
+            for a quarter of a matrix's smaller side if that is less, and at least 1. Matrices that are plainly
+            embeddings or heads then take the AdamW path, and a warning says what was chosen.
         update_rule: ``"als"`` or ``"newton"``.
-        residual_weight: ρ in [0, 1] of ``als``: the part of the gradient outside the momentum's subspace has the
-            weight min(1, ρ/(1−β1ᵗ)) in m̂. None: 1, the sum of the weights that Adam gives one gradient over the
-            steps; that part is then moved by in one step, which the clamp shortens where gradients are noise. 1−β1
-            gives m = β1 m_B m_A + (1−β1) g.
-        second_momentum_rank: rank k_v ≥ 1 of the second moment, at most k. None: 1 with ``als``, k with ``newton``,
-            which has no other.
+        residual_weight: ρ in [0, 1] of ``als``. The part of the gradient outside the momentum's subspace has the
+            weight min(1, ρ/(1−β1ᵗ)) in m̂. None stands for 1, the sum of the weights that Adam gives one gradient over
+            all steps. The step then moves by the whole of that part at once, and the clamp shortens it where gradients
+            are noise. With 1−β1 the momentum is m = β1 m_B m_A + (1−β1) g.
+        second_momentum_rank: rank k_v ≥ 1 of the second moment, at most k. None stands for 1 with ``als``, and for k
+            with ``newton``, which has no other.
         update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend:
             as `LoRAPreOptimizer` documents them.
 
-    State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q], ``v_B`` [p, k_v], ``v_A``
-    [k_v, q], and with ``als`` ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path: ``step``,
-    ``exp_avg``, ``exp_avg_sq``, float64 for float64 parameters.
+    The state of a compressed matrix is float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q], ``v_B`` [p, k_v],
+    ``v_A`` [k_v, q], and with ``als`` also ``v_energy`` E and ``v_scale`` c = E/‖v_B v_A‖², both []. On the AdamW path
+    it is ``step``, ``exp_avg`` and ``exp_avg_sq``; for float64 parameters the latter two are float64.
 
     Raises:
         ValueError: an option out of its range.
@@ -136,7 +137,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         return AdamWOptions(group["lr"], group["betas"], group["eps"])
 
     def ranks(self, param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-        """Return the ranks of m and of v of a parameter; empty if it takes the AdamW path."""
+        """Return the ranks of m and of v of a parameter, or () if it takes the AdamW path."""
         first = super().ranks(param, group)
         return (*first, min(*first, group["second_momentum_rank"] or first[0])) if first else ()
 
@@ -162,7 +163,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             metrics.add_energy(batch.norms)
         squared_norm = (yield from move_on(backend, batch, [m, v]))[1]
         if tracked:
-            # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v, kept exactly. c = E/‖v_B v_A‖² waits for the next step.
+            # E ← β2 E + (1−β2)‖g‖² is exactly the sum of Adam's own v. The next step reads c = E/‖v_B v_A‖².
             energy = beta2 * wide(batch.read("v_energy")) + (1 - beta2) * batch.norms.square()
             scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
             batch.save("v_energy", energy)
@@ -209,8 +210,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 
 
 def _positive(eps: float) -> float:
-    """Return ε, or for a smaller one the √ of the smallest normal float32: what is below that, v cannot hold.
+    """Return ε, but at least the square root of the smallest normal float32, below which v holds no square.
 
-    So an entry that never had a gradient gives 0 and not 0/0, and after many zero gradients the update fades.
+    An entry that never had a gradient then has the update 0 and not 0/0. After many zero gradients the update fades.
     """
     return max(eps, torch.finfo(torch.float32).tiny ** 0.5)

@@ -1,5 +1,6 @@
-"""The AdamW path: parameters that are not compressed take `torch.optim.AdamW`'s own step, in pieces of bounded
-size.
+"""This module implements the AdamW path: the step of `torch.optim.AdamW` for parameters that are not compressed.
+
+The step works in pieces of bounded size.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..lowrank.sharding import Placement, local
 
 
 class AdamWOptions(NamedTuple):
-    """The hyperparameters of the AdamW path of a group, at its current learning rate."""
+    """Holds the hyperparameters of a group's AdamW path, at its current learning rate."""
 
     lr: float | Tensor
     betas: tuple[float, float]
@@ -28,10 +29,10 @@ class AdamWOptions(NamedTuple):
 
 @dataclass(eq=False)
 class Item:
-    """A parameter with its gradient, or of a sharded one this process's rows of both.
+    """Holds a parameter with its gradient; where it is sharded, this process's rows of both.
 
-    norm: ‖g‖_F, [] float64. update: [] bool, false if the parameter keeps its value; None: the host knows that it does
-        not.
+    norm: ‖g‖_F, [] float64. update: [] bool, false if the parameter keeps its value; None if the host already knows
+        that it does not.
     """
 
     member: Member
@@ -70,14 +71,14 @@ def adamw_path(group: dict[str, Any], options: AdamWOptions, items: list[Item]) 
             pieces, size = [], 0
         pieces.append(piece)
         size += count
-    if pieces:  # a process may hold no row of any of them
+    if pieces:  # A process may hold no row of any of them.
         _step(group, options, pieces)
     for item in items:
         item.state["step"] += 1 if item.update is None else item.update
 
 
 def _pieces(items: list[Item], limit: int) -> Iterator[tuple[Item, Any]]:
-    """Yield (item, index of a piece) in blocks of rows of at most ``limit`` entries; scalars whole."""
+    """Yield (item, index of a piece): blocks of rows of at most ``limit`` entries, and each scalar as a whole."""
     for item in items:
         shape = item.param.shape
         rows = limit // max(1, shape[1:].numel())
@@ -88,7 +89,7 @@ def _step(group: dict[str, Any], options: AdamWOptions, pieces: list[tuple[Item,
     if pieces[0][0].update is None:
         _adamw(group, options, pieces, None)
     else:
-        for piece in pieces:  # torch's fused AdamW skips all of a call or nothing
+        for piece in pieces:  # Torch's fused AdamW skips either all tensors of a call or none.
             _adamw(group, options, [piece], piece[0].update)
 
 
@@ -96,7 +97,7 @@ def _adamw(
     group: dict[str, Any], options: AdamWOptions, pieces: list[tuple[Item, Any]], update: Tensor | None
 ) -> None:
     targets = [item.param[index] for item, index in pieces]
-    # Contiguous like the moments: the fused kernel takes tensors of equal strides only.
+    # These are contiguous like the moments, as the fused kernel only takes tensors of equal strides.
     wide = [target.to(adamw_dtype(target)).contiguous() for target in targets]
     grads = [item.grad[index].to(adamw_dtype(item.param)).contiguous() for item, index in pieces]
     bound = group["max_param_grad_norm"]
@@ -106,7 +107,7 @@ def _adamw(
         grads = [grad * scale for grad, scale in zip(grads, scales)]
     means, squares = ([item.state[name][index] for item, index in pieces] for name in ("exp_avg", "exp_avg_sq"))
     on_gpu = wide[0].device.type == "cuda"
-    masked = [] if update is None or on_gpu else [*wide, *means, *squares]  # unfused, AdamW knows no found_inf
+    masked = [] if update is None or on_gpu else [*wide, *means, *squares]  # Unfused AdamW takes no found_inf.
     kept = [value.clone() for value in masked]
     adamw(
         wide,
@@ -114,7 +115,7 @@ def _adamw(
         means,
         squares,
         [],
-        [item.state["step"].clone() for item, _ in pieces],  # adamw counts it up, once per piece
+        [item.state["step"].clone() for item, _ in pieces],  # adamw increments it, once for each piece.
         fused=on_gpu,
         found_inf=(~update).float() if update is not None and on_gpu else None,
         amsgrad=False,

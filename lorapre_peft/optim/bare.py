@@ -1,8 +1,7 @@
-"""Which parameters are plainly embeddings or heads, for optimizers that are given parameters without a word about
-them.
+"""This module recognizes embeddings and heads among bare parameters, of which an optimizer is told nothing else.
 
-`create_lorapre_optimizer` knows the model; tools that are told a class path pass ``model.parameters()`` and know
-nothing.
+`create_lorapre_optimizer` knows the model. Tools that are configured with a class path pass ``model.parameters()`` and
+tell the optimizer nothing about the modules.
 """
 
 from __future__ import annotations
@@ -12,20 +11,21 @@ import re
 import torch
 
 # A vocabulary has at least about 30,000 tokens (BERT 30,522; T5 32,128; Llama 32,000), and the hidden size is at least
-# a few hundred and at most a fifth of it. An MLP of a 70B model, 28,672 × 8,192, is no more than 3.5 times as long as
-# wide, Gemma-7B's, 24,576 × 3,072, is 8 times but shorter, and the rank of an adapter's matrix is lower.
+# a few hundred and at most a fifth of it. Other matrices differ: an MLP of a 70B model, 28,672 × 8,192, is only 3.5
+# times as long as wide; that of Gemma-7B, 24,576 × 3,072, is 8 times as long as wide, but shorter than a vocabulary;
+# and the rank of an adapter's matrix is below these hidden sizes.
 VOCABULARY = 30_000
 HIDDEN = 300
 RATIO = 5
-# Parts of names of embeddings and heads, as models of transformers, timm, torchtune, litgpt and nanoGPT have them.
+# Models of transformers, timm, torchtune, litgpt and nanoGPT name their embeddings and heads like this.
 _NAMES = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|embed_out|output_layer|output|shared)\.(weight|bias)$")
 
 
 def is_embedding(name: str | None, shape: torch.Size) -> bool:
-    """Whether a parameter is plainly an embedding or an output head, by its name if that is known, and by its shape.
+    """Return whether a parameter is plainly an embedding or an output head, by its name, if known, or by its shape.
 
-    By its shape it is one if its longer side is at least `VOCABULARY`, its shorter one at least `HIDDEN` and at most a
-    `RATIO`-th of it.
+    By its shape it is one if its longer side is at least `VOCABULARY`, and its shorter side is at least `HIDDEN` and
+    at most a `RATIO`-th of the longer one.
     """
     if len(shape) != 2:
         return False
@@ -38,8 +38,9 @@ def is_embedding(name: str | None, shape: torch.Size) -> bool:
 
 
 def describe_choice(ranks: set[int], spared: list[tuple[int, ...]]) -> str:
-    """Say at which momentum ranks matrices are compressed, if none was given, which shapes are spared, and how to
-    choose.
+    """Return a message with the momentum ranks that were chosen as none was given, and with how to choose others.
+
+    ranks: the chosen ranks. spared: the shapes of the matrices that look like embeddings or heads.
     """
     at = f"are compressed at the momentum ranks {sorted(ranks)}, as none was given" if ranks else "are compressed"
     but = (

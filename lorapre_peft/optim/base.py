@@ -1,8 +1,8 @@
-"""`LoRAPreOptimizer`: what both optimizers share, which is groups and their checks, state, the AdamW path and the
-order of a step.
+"""This module holds `LoRAPreOptimizer`, the base of both optimizers: groups and their checks, state, the AdamW path,
+and the order of a step.
 
-A subclass says what it does with the moments of the compressed matrices (`_update`). How factors follow a gradient is
-in ``lowrank/rules.py``, which matrices are stepped together in ``lowrank/layout.py``.
+A subclass defines what it does with the moments of the compressed matrices (`_update`). How factors follow a gradient
+is in ``lowrank/rules.py``, and which matrices are stepped together is in ``lowrank/layout.py``.
 """
 
 from __future__ import annotations
@@ -30,54 +30,59 @@ from .in_backward import UPDATED_BY_STEP, has_hook, register_hooks
 from .options import check_flattened_shards, check_gradient, check_options, check_parameter, check_stack
 from .state import RANK_OPTIONS, StatefulOptimizer
 
-Located = tuple[dict[str, Any], Tensor, int]  # a group, a parameter of it, the parameter's position in the optimizer
+# A located parameter is a group, a parameter of the group, and the parameter's position in the optimizer.
+Located = tuple[dict[str, Any], Tensor, int]
 
 
 class LoRAPreOptimizer(StatefulOptimizer):
-    """Base of `LoRAPreAdamW` and `LoRAPreMuon`, not for direct use, and the options that both have.
+    """Implements what `LoRAPreAdamW` and `LoRAPreMuon` have in common, options included. It is not for direct use.
 
     Args:
         params, defaults: as in `torch.optim.Optimizer`; ``defaults`` holds all options of a group. Those that both
             optimizers have are:
 
-            momentum_rank: k ≥ 1. 0: the AdamW path for all. None: 8, or a quarter of a matrix's smaller side if that
-                is less, at least 1; matrices that are plainly embeddings or heads (`is_embedding`) then take the AdamW
-                path. A group that has a ``momentum_rank`` of its own, as those of `create_lorapre_optimizer`, is
-                compressed as it says, embeddings included.
+            momentum_rank: rank k ≥ 1 of the momentum. With 0 all parameters take the AdamW path. None stands for 8,
+                or for a quarter of a matrix's smaller side if that is less, and at least 1. Matrices that are plainly
+                embeddings or heads (`is_embedding`) then take the AdamW path. A group that has a ``momentum_rank`` of
+                its own, as those of `create_lorapre_optimizer` have, is compressed as it says, embeddings included.
             update_rule: ``"als"`` or ``"newton"``.
-            residual_weight: ρ of ``als``, in [0, 1]; None: 1.
-            update_scale: factor on the update of compressed matrices, > 0; the paper's pre-training uses 0.25, as
+            residual_weight: ρ of ``als``, in [0, 1]. None stands for 1.
+            update_scale: factor > 0 on the update of compressed matrices. The paper's pre-training uses 0.25, as
                 GaLore does.
-            max_param_grad_norm: clip each parameter's gradient to this norm > 0, by itself; None: no clipping.
-            bf16_rounding: how bfloat16 parameters are written: ``"stochastic"``, which keeps the mean of updates too
-                small for bfloat16's 8 bits, or ``"nearest"``. The random bits depend on (seed, step, parameter) alone.
-            update_in_backward: update each parameter, and free its gradient, as soon as `backward` has made it; `step`
-                then only closes the step. Without gradient accumulation, global-norm clipping or GradScaler. In
-                several processes it works under FSDP2, and under DDP with `ddp_update_hook`.
-            temporary_bytes: bound on all temporaries of a compressed matrix's step together. Outside it are Muon's
-                orthogonalization, which needs the matrix whole, and what each thread of ``backend="cpp"`` holds
-                (`kernels.cpp`).
-            maximize: maximize the objective.
-            seed: whole number ≥ 0, for ``newton``'s start and for stochastic rounding. No step reads torch's global
-                generator.
-            experts, experts_dim: keys of a group, not of the constructor. Every parameter of the group holds the
-                matrices of so many experts, each of which gets factors of its own and is left alone where its gradient
-                is exactly zero (an expert without tokens): one after the other (0, the default: [experts, p, q] or
-                [experts · p, q]), or interleaved along the last dimension (−1: [p, q · experts]). State tensors then
-                have a leading dimension of experts.
-        backend: how the step of compressed matrices is computed: ``"cpp"`` (CPUs under Linux, with kernels from the
-            wheel or from a C++ compiler, which runs once for a few seconds), ``"triton"`` (CUDA, package triton),
-            ``"compiled"`` (`torch.compile`; the first step takes seconds), ``"eager"``, or ``"auto"``: C++ or Triton
-            where they run, else eager. The results are the same to float32 round-off. Not saved in checkpoints.
+            max_param_grad_norm: norm > 0 to which each parameter's gradient is clipped by itself. None means no
+                clipping.
+            bf16_rounding: how bfloat16 parameters are rounded. ``"stochastic"`` keeps the mean of updates that are too
+                small for bfloat16's 8 bits, and ``"nearest"`` does not. The random bits depend on (seed, step,
+                parameter) alone.
+            update_in_backward: whether each parameter is updated, and its gradient freed, as soon as `backward` has
+                made the gradient. `step` then only closes the step. This excludes gradient accumulation, global-norm
+                clipping and GradScaler. In several processes it works under FSDP2, and under DDP with
+                `ddp_update_hook`.
+            temporary_bytes: bound on all temporaries of a compressed matrix's step together. Muon's orthogonalization,
+                which needs the whole matrix, and what each thread of ``backend="cpp"`` holds (`kernels.cpp`) do not
+                count towards it.
+            maximize: whether the objective is maximized.
+            seed: whole number ≥ 0, for the start of ``newton`` and for stochastic rounding. No step reads torch's
+                global generator.
+            experts, experts_dim: keys of a group, not of the constructor. Every parameter of such a group holds the
+                matrices of so many experts. They lie one after the other (0, the default: [experts, p, q] or
+                [experts · p, q]), or interleaved along the last dimension (−1: [p, q · experts]). Each expert gets
+                factors of its own, and is left alone where its gradient is exactly zero (an expert without tokens).
+                State tensors then have a leading dimension of experts.
+        backend: how the step of compressed matrices is computed. ``"cpp"`` is for CPUs under Linux, with kernels from
+            the wheel or from a C++ compiler, which runs once for a few seconds. ``"triton"`` is for CUDA and needs the
+            package triton. ``"compiled"`` uses `torch.compile`, whose first step takes seconds. ``"eager"`` runs
+            everywhere. ``"auto"`` takes C++ or Triton where they run, else eager. The results are the same to float32
+            round-off. The backend is not saved in checkpoints.
 
     Attributes:
         skipped_updates: how many updates of single parameters were skipped since construction, for a gradient that is
             not finite or whose square float32 cannot hold.
-        record_metrics: set it before the backward pass to have that step's `metrics` kept.
+        record_metrics: whether `metrics` are kept of a step; it has to be set before the backward pass.
     """
 
     backend_names = choose.NAMES
-    # Options that matrices which are stepped together must have in common; the others are numbers of each matrix.
+    # Matrices that are stepped together have these options in common. The other options are numbers of each matrix.
     shared_options: tuple[str, ...] = ("update_rule", "bf16_rounding", "temporary_bytes")
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str):
@@ -101,10 +106,14 @@ class LoRAPreOptimizer(StatefulOptimizer):
         self.backend = backend
         self.record_metrics = False
         self._metrics = Metrics()
-        self._updated: set[Tensor] = set()  # parameters that this backward pass has already updated
-        self._averaged: set[Tensor] = set()  # those of them whose gradients DDP will put back at its end
-        self._places: dict[Tensor, Located] = {}  # of every parameter, for the hooks; empty until one asks
-        self._layouts: dict[int, tuple[tuple, list[Part]]] = {}  # by the position of a step's first parameter
+        # These are the parameters that this backward pass has already updated.
+        self._updated: set[Tensor] = set()
+        # Among them, these are the parameters whose gradients DDP will put back at the end of the backward pass.
+        self._averaged: set[Tensor] = set()
+        # Hooks look every parameter up here. It stays empty until one does.
+        self._places: dict[Tensor, Located] = {}
+        # The key is the position of a step's first parameter.
+        self._layouts: dict[int, tuple[tuple, list[Part]]] = {}
         self._skips = Skips()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +122,7 @@ class LoRAPreOptimizer(StatefulOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         backend = state.pop("backend", None)
         super().__setstate__(state)
-        # After unpickling and deepcopy only groups, state and backend are there.
+        # Unpickling and deepcopy restore only the groups, the state and the backend.
         if "record_metrics" not in self.__dict__:
             self._reset(backend)
             for group in self.param_groups:
@@ -141,7 +150,7 @@ class LoRAPreOptimizer(StatefulOptimizer):
             raise
         self._register_hooks(group)
         self._places.clear()
-        # Kept to notice an engine that replaces the matrices by flattened shards behind the optimizer's back.
+        # `check_flattened_shards` reads this to notice an engine that has replaced the matrices by flattened shards.
         group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
 
     def _register_hooks(self, group: dict[str, Any]) -> None:
@@ -149,7 +158,7 @@ class LoRAPreOptimizer(StatefulOptimizer):
         register_hooks(method, self, group["params"])
 
     def _resolve(self, group: dict[str, Any]) -> None:
-        """Replace options that are None by what they stand for, so that checkpoints hold it."""
+        """Replace options that are None by what they stand for, so that checkpoints hold the actual values."""
         rule = RULES.get(group["update_rule"])
         if group["residual_weight"] is None and rule is not None:
             group["residual_weight"] = rule.residual_weight
@@ -162,8 +171,9 @@ class LoRAPreOptimizer(StatefulOptimizer):
         self._check_betas(group)
 
     def _check_betas(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for decay rates out of their range; at each step, as a scheduler that cycles them may have
-        moved them.
+        """Raise ValueError for decay rates out of their range.
+
+        Each step calls this, as a scheduler that cycles the rates may have moved them.
         """
         raise NotImplementedError
 
@@ -173,7 +183,7 @@ class LoRAPreOptimizer(StatefulOptimizer):
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # there is nothing in it to compile, and tracing it takes seconds
+    @torch.compiler.disable  # There is nothing in it to compile, and tracing it takes seconds.
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimization step.
@@ -197,11 +207,10 @@ class LoRAPreOptimizer(StatefulOptimizer):
         return loss
 
     def _left_over(self, located: list[Located]) -> list[Located]:
-        """Return the parameters that the backward pass has not updated and that have a gradient, such as one that was
-        set by hand.
+        """Return the parameters with a gradient, such as one set by hand, that the backward pass has not updated.
 
-        An engine may have replaced parameters since their hooks were made: then it is all of them, once, and the new
-        ones get hooks.
+        An engine may have replaced the parameters since their hooks were made. Then these are all of them, once, and
+        the new ones get hooks.
         """
         for param in self._averaged:
             param.grad = None
@@ -219,14 +228,15 @@ class LoRAPreOptimizer(StatefulOptimizer):
         self._averaged.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in `torch.optim.Optimizer`; a backward pass that broke off under ``update_in_backward`` may be repeated
-        after it.
+        """Reset the gradients as in `torch.optim.Optimizer`.
+
+        A backward pass that broke off under ``update_in_backward`` may be repeated afterwards.
         """
         super().zero_grad(set_to_none)
         self._forget_backward()
 
     def _located(self) -> list[Located]:
-        """Return every parameter, from the groups as they are now."""
+        """Return every parameter with its group and position, from the groups as they are now."""
         pairs = [(group, param) for group in self.param_groups for param in group["params"]]
         return [(group, param, position) for position, (group, param) in enumerate(pairs)]
 
@@ -264,15 +274,16 @@ class LoRAPreOptimizer(StatefulOptimizer):
         param.grad = None
 
     def _step(self, located: list[Located]) -> None:
-        """Update these parameters, device by device, and by the processes among which they are sharded."""
+        """Update these parameters, separately for each device and for each set of processes that shares them."""
         for group in {id(group): group for group, _, _ in located}.values():
             self._check_betas(group)
         for part in self._layout(located):
             self._step_part(part)
 
     def _layout(self, located: list[Located]) -> list[Part]:
-        """Return which of these parameters are stepped together: what the last step found if nothing about them has
-        changed.
+        """Return which of these parameters are stepped together.
+
+        The answer of the last step is kept as long as nothing about the parameters has changed.
         """
         if not located:
             return []
@@ -299,7 +310,7 @@ class LoRAPreOptimizer(StatefulOptimizer):
         return self._layouts[first][1]
 
     def _divide(self, part: Part) -> None:
-        """Say which members of a part are stepped together."""
+        """Fill in which members of a part are stepped together."""
         temporaries = self._backend(part.device).factor_temporaries
         lay_out(part, lambda group: tuple(map(group.get, self.shared_options)), temporaries)
 
@@ -316,11 +327,11 @@ class LoRAPreOptimizer(StatefulOptimizer):
         grads = part.split(own)
         norms = gradient_norms(grads, [matrix.param.grad is None for matrix in matrices], placement, backend)
         stacked = tuple(matrix.stack is not None for matrix in matrices)
-        if any(stacked):  # an expert without tokens counts as one without a gradient
+        if any(stacked):  # An expert without tokens counts as one without a gradient.
             idle = (norms == 0) & constants(stacked, norms.device, torch.bool)
             norms = norms.masked_fill(idle, -1)
         recorded, self._metrics = self._metrics, Metrics()
-        with torch.autocast(part.device.type, enabled=False):  # of a step or backward pass inside the user's
+        with torch.autocast(part.device.type, enabled=False):  # The step may run inside the user's autocast.
             self._update_part(part, states, grads, norms, *self._usable(norms))
         self._metrics.reduce(placement)
         recorded.merge(self._metrics)
@@ -335,7 +346,10 @@ class LoRAPreOptimizer(StatefulOptimizer):
         taken: list[bool],
         update: Tensor | None,
     ) -> None:
-        """Update the matrices of a part; taken and update: of `_usable`, from their norms [N] float64."""
+        """Update the matrices of a part.
+
+        norms: ‖g‖_F of each matrix, [N] float64. taken, update: what `_usable` returns for them.
+        """
         members, placement = part.matrices, part.placement
         params = part.split(local(member.param) for member in part.members)
         for indices in part.plain:
@@ -357,7 +371,8 @@ class LoRAPreOptimizer(StatefulOptimizer):
                 [states[i] for i in kept],
                 [grads[i] for i in kept],
             )
-            # The rows of this batch while the sums of the one before are on their way; without processes, all of it.
+            # This computes the rows of this batch while the sums of the one before travel between processes. In a
+            # single process it takes the whole step of this batch.
             current = self._update(Batch(*chosen, norms.gather(0, order), mask, placement))
             next(current, None)
             next(waiting, None)
@@ -365,23 +380,24 @@ class LoRAPreOptimizer(StatefulOptimizer):
         next(waiting, None)
 
     def _usable(self, norms: Tensor) -> tuple[list[bool], Tensor | None]:
-        """Return which parameters, by their gradients' norms [N], are stepped, and which of those are updated: [N]
-        bool, None for all.
+        """Return which matrices are stepped, from their gradients' norms [N], and which of those are updated.
 
-        On a CPU the host reads the norms. Elsewhere it reads nothing, and what is not usable is masked on the device.
+        The second is [N] bool, or None for all. On a CPU the host reads the norms. Elsewhere it reads nothing, and
+        what is not usable is masked on the device.
         """
         update = usable(norms)
         if not reads_are_free(norms.device):
             self._skips.add_unread(update, norms)
             return [True] * len(norms), update
         for norm in norms[~update].tolist():
-            if not norm < 0:  # −1 is no gradient at all
+            if not norm < 0:  # A norm of −1 stands for no gradient at all.
                 self._skips.add(norm)
         return update.tolist(), None
 
     def _update(self, batch: Batch) -> Iterator[None]:
-        """Take one step with a batch of compressed matrices: parameters and factors, in place. Stops at most once, for
-        a collective.
+        """Take one step with a batch of compressed matrices, in place: their parameters and their factors.
+
+        The generator stops at most once, while it waits for a collective.
         """
         raise NotImplementedError
 
@@ -390,19 +406,20 @@ class LoRAPreOptimizer(StatefulOptimizer):
 
     @property
     def skipped_updates(self) -> int:
-        """Updates of single parameters skipped since construction, for a gradient that is not finite or whose square
-        float32 cannot hold. Reading it synchronises the devices, and warns of the first that it sees.
+        """Return how many updates of single parameters were skipped since construction.
+
+        An update is skipped for a gradient that is not finite or whose square float32 cannot hold. Reading the count
+        synchronises the devices, and warns of the first such gradient that it sees.
         """
         return self._skips.count()
 
     # ---- what a run can look at -----------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """What the last step with `record_metrics` saw, over all compressed matrices; reading it synchronises the
-        device.
+        """Return what the last step with `record_metrics` saw over all compressed matrices, or an empty dict.
 
-        captured_energy: share of ‖g‖² inside the row space of m_A, 0 to 1 (before that step's update of m_A).
+        captured_energy: share of ‖g‖² inside the row space of m_A, 0 to 1, before that step's update of m_A.
         largest_update, clamped_share: largest |m̂/(√v̂+ε)| before any clamp, and the share of entries that ``als``
-        clamped (`LoRAPreAdamW` only). Empty if nothing was recorded.
+        clamped (`LoRAPreAdamW` only). Reading the figures synchronises the device.
         """
         return self._metrics.read()

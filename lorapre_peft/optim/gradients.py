@@ -1,5 +1,6 @@
-"""The gradients of a step before any update: which parameters take part, their norms, and the count of those that
-cannot be used.
+"""This module looks at the gradients of a step before any update.
+
+It finds which parameters take part, computes the norms, and counts the gradients that cannot be used.
 """
 
 from __future__ import annotations
@@ -15,27 +16,29 @@ from .adamw_path import adamw_dtype
 
 
 def takes_part(param: Tensor) -> bool:
-    """Whether a step updates the parameter. Sharded ones all take part, with zeros, so that no collective waits for
-    them.
+    """Return whether a step updates the parameter.
+
+    A sharded parameter takes part even without a gradient, with zeros for it, so that no collective waits for it.
     """
     taken = param.grad is not None or (param.requires_grad and placement_of(param) is not WHOLE)
     return taken and param.numel() > 0
 
 
 def kind_of_gradient(param: Tensor) -> tuple | None:
-    """Return what a step has to know of a gradient beside its values: dtype and layout; None if there is none."""
+    """Return a gradient's dtype and layout, or None if there is no gradient."""
     grad = param.grad
     return None if grad is None else (grad.dtype, grad.layout)
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """Return this process's part of a parameter's gradient; zeros where it has none."""
+    """Return this process's part of a parameter's gradient, or zeros if the parameter has none."""
     return torch.zeros_like(local(param)) if param.grad is None else local(param.grad)
 
 
 def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement, backend: Eager) -> Tensor:
-    """Return ‖g‖_F of gradients on one device, not read: [N] float64 on the `float64_device`, −1 where no process has
-    a gradient.
+    """Return ‖g‖_F of gradients on one device: [N] float64 on the `float64_device`, which the host does not read.
+
+    The norm is −1 where no process has a gradient.
     """
     alike: dict[torch.dtype, list[int]] = {}
     for i, grad in enumerate(grads):
@@ -58,8 +61,9 @@ def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement
 
 
 class Skips:
-    """Counts the updates of single parameters that were skipped, as the host or, unread, a device sees them; it warns
-    once.
+    """Counts the updates of single parameters that were skipped, and warns once.
+
+    The host counts some of them. Devices count the others, which the host does not read before `count`.
     """
 
     def __init__(self) -> None:
@@ -68,17 +72,17 @@ class Skips:
         self._warned = False
 
     def add(self, norm: float) -> None:
-        """Count one that the host has seen."""
+        """Count one skipped update, of whose gradient the host has read the norm."""
         self._by_host += 1
         self._warn(str(norm))
 
     def add_unread(self, usable: Tensor, norms: Tensor) -> None:
-        """Count, of gradients' norms [N], those that are not usable, without those that do not exist (−1)."""
+        """Count the gradients that exist (norm not −1) and are not usable. usable, norms: [N], on a device."""
         skipped = (~usable & ~(norms < 0)).sum()
         self._by_device.setdefault(norms.device, torch.zeros_like(skipped)).add_(skipped)
 
     def count(self) -> int:
-        """Return the count; this reads the devices."""
+        """Return the count, for which the host reads the devices."""
         by_device = sum(int(count) for count in self._by_device.values())
         if by_device:
             self._warn("nan or inf, or one whose square float32 cannot hold")

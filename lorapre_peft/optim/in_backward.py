@@ -1,8 +1,8 @@
-"""Updates in the backward pass: each parameter is updated, and its gradient freed, as soon as the gradient is there.
+"""This module updates each parameter in the backward pass, and frees its gradient, as soon as the gradient is there.
 
-In one process, and under FSDP2, a hook on the parameter does it: FSDP2 calls such hooks on the sharded parameter after
-each reduce-scatter, in the same order on every process. Under DDP a parameter's hook comes before the gradient is
-averaged, so that `ddp_update_hook` does it instead.
+In one process, and under FSDP2, a hook on the parameter does this. FSDP2 calls such hooks on the sharded parameter
+after each reduce-scatter, in the same order on every process. Under DDP a parameter's hook runs before the gradient is
+averaged, so `ddp_update_hook` does it instead.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ UPDATED_BY_STEP = (
     "gradients are averaged after the backward pass has made them. Under DDP register the hook that updates them "
     "earlier: ddp_model.register_comm_hook(optimizer, lorapre_peft.ddp_update_hook)"
 )
-# The hook on each parameter: its latest optimizer's only.
+# This maps each parameter to its hook, which belongs to the latest optimizer alone.
 _HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
 
 
 class Updater(Protocol):
-    """An optimizer that updates single parameters."""
+    """Describes an optimizer that updates single parameters."""
 
     def update_averaged(self, param: Tensor) -> None:
         """Update a parameter with its gradient, which is averaged over the processes."""
 
 
 def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, params: Iterable[Tensor]) -> None:
-    """Have the backward pass call ``method(owner, param)`` once a parameter's gradient is made, for as long as
-    ``owner`` exists.
+    """Make the backward pass call ``method(owner, param)`` after each parameter's gradient, while ``owner`` exists.
 
-    Hooks of earlier owners are removed; with None that is all.
+    The hooks of earlier owners are removed. If ``method`` is None, no new ones are made.
     """
     for param in params:
         if param in _HOOKS:
@@ -50,22 +49,22 @@ def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, par
 
 
 def has_hook(param: Tensor) -> bool:
-    """Whether the backward pass calls an optimizer for this parameter."""
+    """Return whether the backward pass calls an optimizer for this parameter."""
     return param in _HOOKS
 
 
 def _call(method: Callable[[Any, Tensor], None], owner: weakref.ref, param: Tensor) -> None:
     alive = owner()
-    if alive is not None:  # else nobody can call its step any more
+    if alive is not None:  # Otherwise nobody can call its step any more.
         method(alive, param)
 
 
 def ddp_update_hook(optimizer: Updater, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP communication hook that updates each parameter of a bucket once the bucket is averaged.
+    """Average a bucket as a communication hook of DDP, and then update each parameter of the bucket.
 
     Register it with ``ddp_model.register_comm_hook(optimizer, ddp_update_hook)``, for an optimizer with
-    ``update_in_backward=True``. DDP keeps its buckets, which are as large as all gradients;
-    ``gradient_as_bucket_view=True`` spares the gradients beside them.
+    ``update_in_backward=True``. DDP keeps its buckets, which are as large as all gradients together. With
+    ``gradient_as_bucket_view=True`` the gradients take no memory beside them.
     """
     averaged = allreduce_hook(cast(Any, None), bucket).wait()
     for param, grad in zip(bucket.parameters(), bucket.gradients()):
@@ -76,6 +75,5 @@ def ddp_update_hook(optimizer: Updater, bucket: GradBucket) -> torch.futures.Fut
     return done
 
 
-# DDP compares the annotations with these objects; as strings, which the import from __future__ makes of them, they are
-# refused.
+# DDP compares the annotations with these objects. The import from __future__ makes strings of them, which DDP refuses.
 ddp_update_hook.__annotations__ |= {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}

@@ -1,4 +1,4 @@
-"""Muon with its momentum held as low-rank factors."""
+"""This module implements Muon with its momentum held as low-rank factors."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from .adamw_path import AdamWOptions
 from .base import LoRAPreOptimizer
 from .options import check_betas, in_range
 
-# Coefficients of the quintic as in torch.optim.Muon.
+# These are the coefficients of the quintic in torch.optim.Muon.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(m: Tensor, steps: int = 5, dtype: torch.dtype | None = None, floor: float = 0.0) -> Tensor:
     """Move a matrix towards the nearest semi-orthogonal one by Newton–Schulz iteration, in ``dtype`` (None: its own).
 
-    m: [..., p, q], and so is the result, in m's dtype. The iteration is the quintic of `torch.optim.Muon`: singular
-    values end between about 0.7 and 1.2. A matrix without an entry above ``floor`` becomes zero. torch's floor of 1e-7
-    under the norm is left out: LoRA's gradients can be smaller, and the step must not depend on their scale.
+    m and the result are [..., p, q] of m's dtype. The iteration is the quintic of `torch.optim.Muon`, after which
+    singular values lie between about 0.7 and 1.2. A matrix whose entries are all at most ``floor`` in size becomes
+    zero. The floor of 1e-7 that torch puts under the norm is left out, as LoRA's gradients can be smaller and the step
+    must not depend on their scale.
     """
     a, b, c = NEWTON_SCHULZ
     peak = torch.maximum(m.amax((-2, -1), keepdim=True), -m.amin((-2, -1), keepdim=True))
-    x = m / torch.where(peak > floor, peak, float("inf"))  # first, so that no square underflows
-    x /= torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1.0)  # the largest entry of x is 1, or all are 0
-    # A single matrix without a batch's dimension: torch multiplies it up to twice as fast.
+    x = m / torch.where(peak > floor, peak, float("inf"))  # This comes first, so that no square underflows.
+    x /= torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1.0)  # The largest entry of x is 1, or all are 0.
+    # Torch multiplies a single matrix up to twice as fast without the dimension of a batch.
     x = x.to(dtype or m.dtype).reshape(-1, *m.shape[-2:]).squeeze(0)
     tall, add = m.shape[-2] > m.shape[-1], torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(steps):
         gram = x.mT @ x if tall else x @ x.mT
-        # Sums inside the products, as torch has them: in bfloat16 each sum apart would be rounded once more.
+        # The sums are inside the products, as in torch. In bfloat16 each separate sum would be rounded once more.
         polynomial = add(gram, gram, gram, beta=b, alpha=c)
         x = add(x, x, polynomial, beta=a) if tall else add(x, polynomial, x, beta=a)
     return x.reshape(m.shape).to(m.dtype)
 
 
 def shape_scale(shape: tuple[int, int], adjust_lr_fn: str | None) -> float:
-    """Return the factor on the learning rate of a p×q matrix, under the names of `torch.optim.Muon`; None: 1."""
+    """Return the factor on the learning rate of a p×q matrix, by its name in `torch.optim.Muon`, or 1 for None."""
     if adjust_lr_fn == "original":
         return max(1.0, shape[0] / shape[1]) ** 0.5
     if adjust_lr_fn == "match_rms_adamw":
@@ -55,34 +56,37 @@ def shape_scale(shape: tuple[int, int], adjust_lr_fn: str | None) -> float:
 
 
 class LoRAPreMuon(LoRAPreOptimizer):
-    """Muon whose momentum of each p×q matrix is a pair of factors of rank k: (p+q)k numbers of state instead of pq.
+    """Implements Muon with factors of rank k in place of the momentum of each p×q matrix.
 
-    LoRA-Pre for Muon (Wang et al., arXiv 2602.24283, Algorithm 2) with ``update_rule="newton"``: m = μ m_B m_A + g
-    from the previous factors, then Newton–Schulz, then the step. With ``"als"``, the default, the part of g outside
-    the row space of m_A has the weight min(ρ, 1−μᵗ)/(1−μ). Parameters that are no matrices, or too small to compress,
-    take AdamW with a learning rate of their own.
+    The state of a matrix is then (p+q)k numbers instead of pq. With ``update_rule="newton"`` this is LoRA-Pre for Muon
+    (Wang et al., arXiv 2602.24283, Algorithm 2): the momentum m = μ m_B m_A + g of the previous factors goes through
+    the Newton–Schulz iteration, and the step follows the result. With ``"als"``, the default, the part of g outside
+    the row space of m_A has the weight min(ρ, 1−μᵗ)/(1−μ). Parameters that are not matrices, or are too small to
+    compress, take AdamW with a learning rate of their own.
 
     Args:
         params: as in `LoRAPreAdamW`.
-        lr: learning rate of the compressed matrices, ≥ 0.
+        lr: learning rate ≥ 0 of the compressed matrices.
         momentum: μ in [0, 1).
-        weight_decay: decoupled λ ≥ 0, of both paths.
+        weight_decay: decoupled λ ≥ 0 of compressed matrices and of the AdamW path.
         momentum_rank, update_rule: as in `LoRAPreAdamW`.
-        residual_weight: as in `LoRAPreAdamW`, for an average of decay μ. 1−μ gives Algorithm 2's m = μ m_B m_A + g.
-        nesterov: step along g + μ m instead of m, as torch.optim.Muon does. The paper reports none: False.
-        adjust_lr_fn: ``"original"`` (√max(1, p/q)) or ``"match_rms_adamw"`` (0.2 √max(p, q): a learning rate tuned for
-            AdamW carries over), as in torch.optim.Muon; None for no scale, as in Algorithm 2 (torch's None means
-            ``"original"``).
-        ns_steps: Newton–Schulz steps, ≥ 1.
+        residual_weight: as in `LoRAPreAdamW`, for an average of decay μ. With 1−μ the momentum is that of Algorithm 2,
+            m = μ m_B m_A + g.
+        nesterov: whether the step follows g + μ m instead of m, as in torch.optim.Muon. The paper reports no such
+            step, so the default is False.
+        adjust_lr_fn: scale of the learning rate, as in torch.optim.Muon: ``"original"`` is √max(1, p/q), and
+            ``"match_rms_adamw"`` is 0.2 √max(p, q), with which a learning rate tuned for AdamW carries over. None is
+            no scale, as in Algorithm 2, whereas torch's None means ``"original"``.
+        ns_steps: number ≥ 1 of Newton–Schulz steps.
         ns_dtype: ``"float32"``, or ``"bfloat16"`` as in torch.optim.Muon, which is several times as fast where a
             processor multiplies bfloat16 matrices and several times as slow where it does not.
-        adamw_lr: learning rate of the AdamW path, ≥ 0; it follows the schedule of ``lr`` in proportion, which is the
-            group's ``adamw_lr_ratio`` from then on. None: ``lr``.
-        adamw_betas, adamw_eps: of the AdamW path.
+        adamw_lr: learning rate ≥ 0 of the AdamW path. None stands for ``lr``. It follows the schedule of ``lr`` in
+            proportion; the group keeps the ratio as ``adamw_lr_ratio``.
+        adamw_betas, adamw_eps: decay rates and ε of the AdamW path.
         update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend:
-            as `LoRAPreOptimizer` documents them. No ``backend="triton"``: the step is products of whole matrices.
+            as `LoRAPreOptimizer` documents them. There is no ``backend="triton"``: a step multiplies whole matrices.
 
-    State per compressed matrix, all float32: ``step`` [], ``m_B`` [p, k], ``m_A`` [k, q].
+    The state of a compressed matrix is float32: ``step`` [], ``m_B`` [p, k] and ``m_A`` [k, q].
 
     Raises:
         ValueError: an option out of its range.
@@ -160,7 +164,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
             raise ValueError(f"ns_dtype={group['ns_dtype']!r}: expected 'float32' or 'bfloat16'")
         if group["adamw_lr"] is not None:
             in_range("adamw_lr", group["adamw_lr"], 0)
-            # Schedulers write `lr` only, so the AdamW path keeps its ratio to it; a saved group has one already.
+            # Schedulers only write `lr`, so the AdamW path keeps its ratio to it. A saved group already has one.
             if "adamw_lr_ratio" not in group:
                 if not float(group["lr"]):
                     raise ValueError(
@@ -203,24 +207,24 @@ class LoRAPreMuon(LoRAPreOptimizer):
 
     @staticmethod
     def _steps(batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return `Batch.steps`, scaled by the shape of the matrices."""
+        """Return step and decay as `Batch.steps` does, with the step scaled for the shape of the matrices."""
         step, decay = batch.steps()
         scale = batch.numbers(lambda group: shape_scale(batch.shape, group["adjust_lr_fn"]))
         return step * narrow(scale, batch.device), decay
 
     def _move(self, batch: Batch, matrices: slice, momentum: Tensor, step: Tensor, decay: Tensor | None) -> None:
-        """Write some matrices, a step along their orthogonalized momenta [n, rows, q] further.
+        """Move some matrices by a step along their orthogonalized momenta.
 
-        step, decay: of `_steps`.
+        momentum: [n, rows, q], not orthogonalized yet. step, decay: what `_steps` returns.
         """
         batch.write(matrices, batch.all_rows, self._direction(batch, momentum), step, decay)
 
     @staticmethod
     def _direction(batch: Batch, m: Tensor) -> Tensor:
-        """Return the orthogonalized momenta of some matrices, of which m has this process's rows: [n, rows, q]."""
+        """Return this process's rows of some matrices' orthogonalized momenta. m and the result: [n, rows, q]."""
         group = batch.groups[0]
         m = batch.placement.gather(m, batch.shape[0])
-        # After many zero gradients the factors rest at their floor; what they hold there is no direction to step in.
+        # After many zero gradients the factors rest at their floor. What they hold then is not a direction to step in.
         floor = 10 * MIN_FACTOR_NORM**2
         found = orthogonalize(m, group["ns_steps"], getattr(torch, group["ns_dtype"]), floor)
         return found[:, batch.rows].contiguous()

@@ -1,4 +1,4 @@
-"""The checks of options, parameters and gradients, each with an error that says what to do."""
+"""This module checks options, parameters and gradients. Each of its errors says what to do."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..lowrank.sharding import is_supported, local, placement_of
 
 
 def above_zero(name: str, value: Any, otherwise: str = "") -> None:
-    """Raise ValueError unless value is a finite number above 0; ``otherwise``: what else the option may be."""
+    """Raise ValueError unless value is a finite number above 0. otherwise: text for what else the option may be."""
     if not 0 < _number(value) < float("inf"):
         raise ValueError(f"{name}={value!r}: expected a number above 0{otherwise}")
 
 
 def in_range(name: str, value: Any, low: float, high: float | None = None, *, closed: bool = False) -> None:
-    """Raise ValueError unless low ≤ value < high (≤ high if ``closed``); no upper bound if ``high`` is None."""
+    """Raise ValueError unless low ≤ value < high (≤ high if ``closed``). There is no upper bound if high is None."""
     expected = f"a number of at least {low}" if high is None else f"a number in [{low}, {high}{']' if closed else ')'}"
     number = _number(value)
     below = high is None or number < high or (closed and number == high)
-    if not (low <= number and below and number != float("inf")):  # NaN fails the first comparison
+    if not (low <= number and below and number != float("inf")):  # NaN fails the first comparison.
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
@@ -34,7 +34,10 @@ def _is_whole(value: Any, low: int) -> bool:
 
 
 def _number(value: Any) -> float:
-    """NaN, which no comparison holds for, if it is none; a string is none ("2e-4" of a YAML file is one)."""
+    """Return the value as a float, or NaN, which fails every comparison, if it is not a number.
+
+    A string is not a number here. YAML, for example, reads 2e-4 as a string.
+    """
     try:
         return float("nan") if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
@@ -81,7 +84,7 @@ def check_options(group: dict[str, Any]) -> None:
     in_range("temporary_bytes", group["temporary_bytes"], 1)
 
 
-# The options that belong to an update rule.
+# These options belong to an update rule.
 RULE_OPTIONS = ("update_rule", "second_momentum_rank", "residual_weight")
 
 
@@ -103,7 +106,7 @@ def check_rule_options(options: dict[str, Any]) -> None:
 
 
 def check_parameter(param: Tensor) -> None:
-    """Raise for a parameter that no step could update."""
+    """Raise TypeError or NotImplementedError for a parameter that no step could update."""
     where = f"found a parameter of shape {tuple(param.shape)}"
     if param.is_complex():
         raise TypeError(f"{where} and dtype {param.dtype}; LoRA-Pre trains real parameters: use torch.view_as_real")
@@ -123,8 +126,9 @@ def check_parameter(param: Tensor) -> None:
 
 
 def check_stack(param: Tensor, group: dict[str, Any]) -> None:
-    """Raise for a parameter that does not hold the experts that its group says, or one of them in rows of several
-    processes.
+    """Raise ValueError for a parameter that cannot hold the number of experts that its group gives.
+
+    Raise NotImplementedError for one whose rows are sharded over processes in the middle of an expert.
     """
     stack = stack_of(group)
     if stack is None:
@@ -144,7 +148,7 @@ def check_stack(param: Tensor, group: dict[str, Any]) -> None:
 
 
 def check_gradient(param: Tensor) -> None:
-    """Raise for a gradient that the step cannot use."""
+    """Raise RuntimeError for a gradient that the step cannot use."""
     grad = local(cast(Tensor, param.grad))
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
@@ -156,7 +160,7 @@ def check_gradient(param: Tensor) -> None:
 
 
 def check_flattened_shards(groups: Iterable[dict[str, Any]]) -> None:
-    """Raise if a group that was built with matrices now holds only 1-D tensors (DeepSpeed ZeRO-1 and -2 do that)."""
+    """Raise RuntimeError if a group of matrices now holds only 1-D tensors, as DeepSpeed ZeRO-1 and -2 make them."""
     for group in groups:
         if group.get("num_matrices") and group["params"] and all(param.ndim < 2 for param in group["params"]):
             raise RuntimeError(

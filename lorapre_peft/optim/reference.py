@@ -1,9 +1,10 @@
-"""Both update rules on one p×q matrix, line by line in the paper's names; slow, and what every faster path is tested
-against.
+"""This module states both update rules for one p×q matrix, line by line in the paper's notation. It is slow, and every
+faster path is tested against it.
 
 Every function takes and returns plain tensors of one dtype (float64 for a test) and changes nothing in place. θ is the
-parameter, g its gradient, t the step from 1, λ the decoupled weight decay. State is a dict of m_B [p, k], m_A [k, q],
-the same for v with Adam, at a rank of its own; with ``als`` also E and the count t (numbers).
+parameter, g its gradient, t the step from 1, and λ the decoupled weight decay. A state is a dict of m_B [p, k] and m_A
+[k, q]. Adam's also holds v_B and v_A, at a rank of their own. With ``als`` a state also holds two numbers: the count t
+of steps and, for Adam, the energy E, the running average of ‖g‖².
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ State = dict[str, Any]
 
 
 def newton_factors(B: Tensor, A: Tensor, x: Tensor, gamma: float, gain: float, delta: float) -> tuple[Tensor, Tensor]:
-    """Theorem 3.1: both factors take one damped Newton step, each reading the old other one. gain is γ for an EMA."""
+    """Return both factors after one damped Newton step on each from the old ones (Theorem 3.1). gain: γ for an EMA."""
     eye = torch.eye(B.shape[1], dtype=B.dtype, device=B.device)
     B_new = (1 - gamma) * B + gain * x @ A.T @ torch.linalg.inv(A @ A.T + delta * eye)
     A_new = (1 - gamma) * A + gain * torch.linalg.inv(B.T @ B + delta * eye) @ B.T @ x
@@ -29,9 +30,10 @@ def newton_factors(B: Tensor, A: Tensor, x: Tensor, gamma: float, gain: float, d
 
 
 def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, damping: float) -> tuple[Tensor, Tensor]:
-    """This project: one sweep of alternating least squares on decay · B A + weight · x, then equal Frobenius norms.
+    """Return both factors after one sweep of alternating least squares on the target decay · B A + weight · x.
 
-    The new columns of B are orthonormal, as in QR.
+    This is the sweep of the tracked rule (this project). It makes the new columns of B orthonormal,
+    as in a QR decomposition. Afterwards it scales both factors to equal Frobenius norms.
     """
     X = x @ A.T @ torch.linalg.inv(_damped(A @ A.T, damping))
     B_new = decay * B + weight * X
@@ -43,10 +45,10 @@ def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, da
 
 
 def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """This project: a direction whose row of A is zero starts anew, from a fixed row and B = 0.
+    """Restart each direction whose row of A is zero, from a fixed row of A and a column of zeros in B.
 
-    That is how a state of zeros begins, and what makes good what a reset or pruning has zeroed. The row is as long as
-    the others are on average, or has length 1 if there are none.
+    So the tracked rule (this project) starts from a state of zeros and recovers from a reset or pruning.
+    The fixed row is as long as the others are on average, or has length 1 if there are none.
     """
     k, q = A.shape
     dead = A.norm(dim=1) == 0
@@ -58,9 +60,7 @@ def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def no_momentum(theta: Tensor, **ranks: int) -> State:
-    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8
-    and v=1.
-    """
+    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks (such as m=8, v=1)."""
     factors: State = {}
     for moment, k in ranks.items():
         factors |= {
@@ -82,7 +82,10 @@ def newton_adam(
     weight_decay: float = 0.0,
     delta: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """Algorithm 1, with the coupling of Appendix B.1. Start: m_B = v_B = 0, m_A and v_A ~ N(0, 0.02²)."""
+    """Take one step of Algorithm 1 with the coupling of Appendix B.1.
+
+    The state starts at m_B = v_B = 0, with m_A and v_A drawn from N(0, 0.02²).
+    """
     beta1, beta2 = betas
     m_B, m_A, v_B, v_A = (state[name] for name in ("m_B", "m_A", "v_B", "v_A"))
     gamma1, gamma2 = 1 - beta1 ** (1 / 2), 1 - beta2 ** (1 / 4)
@@ -107,8 +110,9 @@ def als_adam(
     residual_weight: float = 1.0,
     damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """The tracked rule (this project). state: of `no_momentum` before the first step; it counts t, from the first g ≠
-    0.
+    """Take one step of AdamW with the tracked rule (this project).
+
+    state: before the first step, that of `no_momentum`. Its t counts steps from the first gradient that is not zero.
     """
     beta1, beta2 = betas
     E, t = state["E"], state["t"] + 1 if state["E"] > 0 or g.any() else 0
@@ -120,7 +124,7 @@ def als_adam(
     X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
     m_hat = (beta1 * m_B + (1 - beta1) * X) @ m_A / (1 - beta1**t) + r * (g - X @ m_A)
     v = (1 - beta2) * g**2
-    if (v_B @ v_A).any():  # else it starts, or another tool has zeroed it
+    if (v_B @ v_A).any():  # Otherwise v starts here, or another tool has zeroed it.
         c = E / (v_B @ v_A).norm() ** 2
         v = beta2 * c * (v_B @ v_A) ** 2 + v
     m_B, m_A = als_factors(m_B, m_A, g, beta1, 1 - beta1, damping)
@@ -143,7 +147,10 @@ def newton_muon(
     weight_decay: float = 0.0,
     delta: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """Algorithm 2: the heavy-ball sum μ m + g is the EMA divided by 1−μ, hence the gain (1−√μ)/(1−μ)."""
+    """Take one step of Algorithm 2.
+
+    The heavy-ball sum μ m + g is the EMA divided by 1−μ, hence the gain (1−√μ)/(1−μ).
+    """
     mu, m_B, m_A = momentum, state["m_B"], state["m_A"]
     m = mu * m_B @ m_A + g
     m_B, m_A = newton_factors(m_B, m_A, g, 1 - mu**0.5, (1 - mu**0.5) / (1 - mu), delta)
@@ -162,15 +169,17 @@ def als_muon(
     residual_weight: float = 1.0,
     damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """Algorithm 2 with the tracked rule (this project): the same sweep on the target μ M + g, and the same
-    residual.
+    """Take one step of Algorithm 2 with the tracked rule (this project).
+
+    It makes the same sweep as Adam, on the target μ M + g, and treats the residual in the same way.
     """
     mu = momentum
     t = state["t"] + 1 if state["t"] or g.any() else 0
     if t == 0:
         return (1 - lr * weight_decay) * theta, state
     m_B, m_A = restarted(state["m_B"], state["m_A"])
-    r = min(1, residual_weight / (1 - mu**t)) * (1 - mu**t) / (1 - mu)  # of the heavy-ball sum, the EMA divided by 1−μ
+    # The heavy-ball sum is the EMA divided by 1−μ.
+    r = min(1, residual_weight / (1 - mu**t)) * (1 - mu**t) / (1 - mu)
     X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
     m = (mu * m_B + X) @ m_A + r * (g - X @ m_A)
     m_B, m_A = als_factors(m_B, m_A, g, mu, 1.0, damping)
@@ -179,5 +188,5 @@ def als_muon(
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
-    """gram + δ'I with δ' relative to its mean diagonal."""
+    """Return gram + δ'I, where δ' is ``damping`` times the mean of gram's diagonal."""
     return gram + damping * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)

@@ -1,4 +1,4 @@
-"""The state of parameters: whether a saved one fits, and how it comes back from a checkpoint."""
+"""This module keeps the state of parameters, checks that a saved state fits, and restores it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ..lowrank.sharding import local, place
 from .adamw_path import adamw_dtype
 from .options import check_parameter, check_stack
 
-# The options that decide the shapes of a parameter's state.
+# These options decide the shapes of a parameter's state.
 RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule", "experts", "experts_dim")
-# Every name that a state of this project's can have.
+# These are all names that a state of these optimizers can hold.
 OWN_STATE = {"step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale", "exp_avg", "exp_avg_sq"}
 
 
 def state_dtype(param: Tensor, name: str) -> torch.dtype:
-    """Return float32; the AdamW path of a float64 parameter keeps float64 moments."""
+    """Return float32, or float64 for the moments of a float64 parameter on the AdamW path."""
     return adamw_dtype(param) if name.startswith("exp_avg") else torch.float32
 
 
 def matched_states(
     optimizer: StatefulOptimizer, state_dict: dict[str, Any]
 ) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield (parameter, saved state): parameters are matched by their order in the groups, as torch does it."""
+    """Yield (parameter, saved state). Parameters are matched by their order in the groups, as torch does it."""
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for saved_id, param in zip(saved_ids, params):
@@ -41,8 +41,9 @@ def matched_states(
 
 
 def restore_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> None:
-    """Put the optimizer's own saved tensors back as they were saved, after torch has cast its copies to the
-    parameters' dtypes.
+    """Put the optimizer's own saved tensors back as they were saved.
+
+    Before this, torch has cast its copies of them to the parameters' dtypes.
     """
     group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
     for param, saved in matched_states(optimizer, state_dict):
@@ -52,9 +53,7 @@ def restore_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> N
 
 
 def check_held_state(member: Member, state: dict[str, Tensor]) -> None:
-    """Raise ValueError if a parameter's shape or its group's options have changed into what its state is not
-    made for.
-    """
+    """Raise ValueError if a parameter's shape or its group's options have changed and no longer fit its state."""
     expected = member.state_shapes
     if all(name in state and state[name].shape == shape for name, shape in expected.items()):
         return
@@ -72,7 +71,7 @@ def _rank_options(group: dict[str, Any]) -> str:
 
 
 def shapes_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the shapes of a state's tensors, and the types of what else it holds."""
+    """Return the shapes of a state's tensors, and the names of the types of everything else in it."""
     return {
         key: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for key, value in state.items()
     }
@@ -92,7 +91,7 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
         isinstance(state, dict) for state in states.values()
     ):
         raise ValueError(f"'param_groups' or 'state' of what was to be loaded are not those of a state_dict of {name}")
-    # Not all of `defaults`: torch adds entries of its own to it when it loads.
+    # Not all of `defaults` are options of this optimizer, as torch adds entries of its own when it loads.
     own = optimizer.defaults.keys() & optimizer.param_groups[0].keys()
     missing = set().union(*(own - group.keys() for group in saved_groups))
     if missing:
@@ -106,8 +105,7 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
     for index, (param, saved) in enumerate(matched_states(optimizer, state_dict)):
         group = group_of[param]
         expected, found = optimizer.state_shapes(param, group), shapes_of(saved)
-        # Other tools keep keys of their own there, such as a Lookahead's slow weights; also beside a state that has
-        # not begun.
+        # Other tools keep keys of their own in a state, such as Lookahead's slow weights, even before its first step.
         if any(found.get(key) != shape for key, shape in expected.items()) and found.keys() & OWN_STATE:
             raise ValueError(
                 f"the saved state of parameter {index} of shape {tuple(param.shape)} is {found}; {name} with "
@@ -119,10 +117,10 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
 
 
 def check_saved_group(optimizer: StatefulOptimizer, group: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raise ValueError if the saved options are out of their ranges, or another rank or rule than the group's.
+    """Raise ValueError if the saved options are out of their ranges, or have another rank or rule than the group.
 
-    Loading takes over all other options, as in torch. Factors of another rank, or kept by another rule, are no start
-    for this one's; before the first step there are none, but the run would still not be the one that its options say.
+    Loading takes over all other options, as in torch. Factors of another rank or rule cannot be continued. A state
+    that was saved before the first step has no factors, but the run would still not be the one that its options say.
     """
     optimizer.check_group(saved | {"update_in_backward": group["update_in_backward"]})
     saved = saved | {"params": group["params"]}
@@ -138,7 +136,7 @@ def check_saved_group(optimizer: StatefulOptimizer, group: dict[str, Any], saved
 
 
 def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor], stack: Stack | None) -> None:
-    """Raise ValueError for state that is distributed over the processes otherwise than this parameter's is."""
+    """Raise ValueError if the saved state is not distributed over the processes as this parameter's state is."""
     for key, value in saved.items():
         like = place(torch.empty(value.shape, device="meta"), param, key, stack)
         expected, found = (
@@ -157,25 +155,26 @@ def _check_placements(index: int, param: Tensor, saved: dict[str, Tensor], stack
 
 
 class StatefulOptimizer(Optimizer):
-    """What an optimizer with factored moments keeps of each parameter: names, shapes, start, and the way through a
-    checkpoint.
+    """Keeps the state of each parameter for an optimizer with factored moments.
+
+    It decides the names, shapes and first values of the state, and takes it through a checkpoint.
     """
 
-    moments: tuple[str, ...]  # prefixes of the factored state: m, and v where there is a second moment
+    moments: tuple[str, ...]  # These prefix the factored state: m, and v for a second moment.
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for an option out of its range."""
         raise NotImplementedError
 
     def ranks(self, param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-        """Return the rank of each factored moment of a parameter; empty if it takes the AdamW path."""
+        """Return the rank of each factored moment of a parameter, or () if it takes the AdamW path."""
         if any(group["params"][i] is param for i in group.get("uncompressed", ())):
             return ()
         k = compressed_rank(param.shape, group["momentum_rank"], stack_of(group))
         return (k,) if k else ()
 
     def state_shapes(self, param: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes of a parameter's state, which depend on its shape and its group's options alone."""
+        """Return names and shapes of a parameter's state, which depend only on its shape and its group's options."""
         ranks = self.ranks(param, group)
         if not ranks:
             return {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
@@ -189,7 +188,7 @@ class StatefulOptimizer(Optimizer):
         return shapes if stack is None else {name: (stack.experts, *shape) for name, shape in shapes.items()}
 
     def _state_of(self, member: Member) -> dict[str, Tensor]:
-        """Return a parameter's state, made at its first step. Keys of other tools are left alone."""
+        """Return a parameter's state, and make it at the first step. Keys of other tools are left alone."""
         state = self.state[member.param]
         if "step" not in state:
             self._init_state(member, state)
@@ -197,11 +196,12 @@ class StatefulOptimizer(Optimizer):
         return state
 
     def _init_state(self, member: Member, state: dict[str, Tensor]) -> None:
-        """Fill in zeros, whatever the gradient, and A factors as the rule starts them, from a generator of each
-        matrix's own.
+        """Fill in a parameter's first state: zeros, and A factors as the rule starts them.
+
+        The gradient has no influence on it. Each matrix has a random generator of its own.
         """
         group, param = member.group, member.param
-        check_parameter(param)  # an engine may have replaced what the group was built with
+        check_parameter(param)  # An engine may have replaced the group's parameters.
         check_stack(param, group)
         rule, stack = RULES[group["update_rule"]], member.stack
         whole = {
@@ -219,21 +219,21 @@ class StatefulOptimizer(Optimizer):
             state[name] = place(value, param, name, stack)
 
     def param_state_bytes(self, param: Tensor, group: dict[str, Any]) -> int:
-        """Bytes of one parameter's state, from its shape: also before the first step has made it."""
+        """Return the bytes of one parameter's state. They follow from its shape, even before the first step."""
         shapes = self.state_shapes(param, group)
         return sum(math.prod(shape) * state_dtype(param, name).itemsize for name, shape in shapes.items())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, keeping every state tensor in float32.
+        """Load a state, and keep every state tensor in its own dtype (`state_dtype`).
 
         `torch.optim.Optimizer.load_state_dict` casts state to the parameter's dtype, which would round the factors of
-        a bf16 parameter; a resumed run would not continue as the uninterrupted one. Raises ValueError, before anything
-        changes, if the state is not this optimizer's.
+        a bf16 parameter. A resumed run would then not continue as the uninterrupted one. Raises ValueError, before
+        anything changes, if the state is not this optimizer's.
         """
         loaded: dict[str, Any] = {}
 
         def capture(_: Optimizer, final: dict[str, Any]) -> None:
-            # The last pre-hook: the user's own may have replaced what was given.
+            # This is the last pre-hook, as the user's own may have replaced the given state.
             check_loaded_state(self, final)
             loaded.update(final)
 

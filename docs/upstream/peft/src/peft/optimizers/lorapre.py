@@ -41,9 +41,7 @@ def test_rows(k: int, q: int, device: torch.device) -> Tensor:
 
 
 def no_momentum(theta: Tensor, **ranks: int) -> State:
-    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks, such as m=8
-    and v=1.
-    """
+    """Return the state of ``als`` before the first gradient: zeros, for moments of these ranks (such as m=8, v=1)."""
     factors: State = {}
     for moment, k in ranks.items():
         factors |= {
@@ -54,10 +52,10 @@ def no_momentum(theta: Tensor, **ranks: int) -> State:
 
 
 def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The package lorapre-peft: a direction whose row of A is zero starts anew, from a fixed row and B = 0.
+    """Restart each direction whose row of A is zero, from a fixed row of A and a column of zeros in B.
 
-    That is how a state of zeros begins, and what makes good what a reset or pruning has zeroed. The row is as long as
-    the others are on average, or has length 1 if there are none.
+    So the tracked rule of the package lorapre-peft starts from a state of zeros and recovers from a reset or pruning.
+    The fixed row is as long as the others are on average, or has length 1 if there are none.
     """
     k, q = A.shape
     dead = A.norm(dim=1) == 0
@@ -69,14 +67,15 @@ def restarted(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
-    """gram + δ'I with δ' relative to its mean diagonal."""
+    """Return gram + δ'I, where δ' is ``damping`` times the mean of gram's diagonal."""
     return gram + damping * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
 
 
 def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, damping: float) -> tuple[Tensor, Tensor]:
-    """The package lorapre-peft: one sweep of alternating least squares on decay · B A + weight · x, then equal Frobenius norms.
+    """Return both factors after one sweep of alternating least squares on the target decay · B A + weight · x.
 
-    The new columns of B are orthonormal, as in QR.
+    This is the sweep of the tracked rule of the package lorapre-peft. It makes the new columns of B orthonormal,
+    as in a QR decomposition. Afterwards it scales both factors to equal Frobenius norms.
     """
     X = x @ A.T @ torch.linalg.inv(_damped(A @ A.T, damping))
     B_new = decay * B + weight * X
@@ -88,8 +87,9 @@ def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, da
 
 
 def update_bound(beta1: float, beta2: float) -> float:
-    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), 1.165 at (0.9, 0.95): |m|/√v ≤ C for exact Adam by Cauchy–Schwarz, if β1²
-    < β2.
+    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)), which is 1.165 at (0.9, 0.95).
+
+    Exact Adam has |m|/√v ≤ C by the Cauchy–Schwarz inequality, if β1² < β2.
     """
     return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
 
@@ -106,8 +106,9 @@ def als_adam(
     residual_weight: float = 1.0,
     damping: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """The tracked rule of the package lorapre-peft. state: of `no_momentum` before the first step; it counts t, from the first g ≠
-    0.
+    """Take one step of AdamW with the tracked rule of the package lorapre-peft.
+
+    state: before the first step, that of `no_momentum`. Its t counts steps from the first gradient that is not zero.
     """
     beta1, beta2 = betas
     E, t = state["E"], state["t"] + 1 if state["E"] > 0 or g.any() else 0
@@ -119,7 +120,7 @@ def als_adam(
     X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
     m_hat = (beta1 * m_B + (1 - beta1) * X) @ m_A / (1 - beta1**t) + r * (g - X @ m_A)
     v = (1 - beta2) * g**2
-    if (v_B @ v_A).any():  # else it starts, or another tool has zeroed it
+    if (v_B @ v_A).any():  # Otherwise v starts here, or another tool has zeroed it.
         c = E / (v_B @ v_A).norm() ** 2
         v = beta2 * c * (v_B @ v_A) ** 2 + v
     m_B, m_A = als_factors(m_B, m_A, g, beta1, 1 - beta1, damping)
