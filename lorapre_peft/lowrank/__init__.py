@@ -1,1 +1,1 @@
-"""Low-rank moments and the rules by which they follow gradients: tensors only, no optimizer."""
+"""This package holds low-rank moments and the rules by which they follow gradients. It knows tensors, no optimizer."""

@@ -1,4 +1,4 @@
-"""`Batch`: equal matrices that one step updates together, and what it reads and writes of them."""
+"""This module holds `Batch`: equal matrices that one step updates together, and what it reads and writes of them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from .rounding import random_keys, write_stochastic
 from .rules import RULES
 from .sharding import Placement, local
 
-# The largest gradient norm whose square float32 holds; second moments beyond it would be infinite.
+# This is the largest gradient norm whose square float32 holds. Beyond it second moments would be infinite.
 MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 
 
 @functools.lru_cache(maxsize=1024)
 def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the values as a tensor [n], filled entry by entry, as CUDA graphs cannot capture a copy from the host."""
+    """Return the values as a tensor [n]. It is filled entry by entry, as CUDA graphs cannot capture a host's copy."""
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 class Batch:
-    """n matrices p×q of one shape, dtype, update rule and ranks on one device, during one step.
+    """Holds n matrices p×q of one shape, dtype, update rule and ranks on one device, during one step.
 
-    Stacked tensors are [n, rows, columns], float32. Of matrices that are sharded over processes, parameters, gradients
+    Stacked tensors are [n, rows, columns] float32. If the matrices are sharded over processes, parameters, gradients
     and B factors are this process's rows.
 
     Attributes:
         params, grads: this process's rows of each matrix and of its gradient.
         norms: ‖g‖_F of the whole matrices after clipping, [n] float64 on the `float64_device`.
-        scale: the factor on each gradient, for clipping and, negated, to maximize: [n] float32; None stands for 1.
-        update: false where a matrix has no usable gradient and keeps its values, [n] bool; None: all are updated.
+        scale: factor on each gradient, which clips it and is negative to maximize: [n] float32. None stands for 1.
+        update: false where a matrix has no usable gradient and keeps its values, [n] bool. None stands for all true.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Batch:
         self.shape, self.ranks = members[0].shape, members[0].ranks
         self.groups = list({id(member.group): member.group for member in members}.values())
         self.rule = RULES[self.groups[0]["update_rule"]]
-        self.rows = placement.rows(self.shape[0])  # this process's rows of the p×q matrices
+        self.rows = placement.rows(self.shape[0])  # These are this process's rows of the p×q matrices.
         self.norms = norms if update is None else norms.where(update, 0)
         self.scale = gradient_scale(self.norms, self.numbers("max_param_grad_norm"), self.numbers("maximize"))
         if self.scale is not None:
@@ -68,15 +68,18 @@ class Batch:
     # ---- hyperparameters --------------------------------------------------------------------------------------------
 
     @overload
-    def numbers(  # type: ignore[overload-overlap]  # these are strings too, of options that may be None or False
+    def numbers(  # type: ignore[overload-overlap]  # These are strings too, of options that may be None or False.
         self, option: Literal["max_param_grad_norm", "maximize"]
     ) -> Tensor | None: ...
     @overload
-    def numbers(self, option: Literal["residual_weight"]) -> Any: ...  # each rule knows whether it has one
+    def numbers(self, option: Literal["residual_weight"]) -> Any: ...  # Each rule knows whether it has one.
     @overload
     def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor: ...
     def numbers(self, option: str | Callable[[dict[str, Any]], float]) -> Tensor | None:
-        """Return an option, or a function of them, by matrix: [n] float64; None if all groups have None or False."""
+        """Return an option, or a function of the options, for each matrix: [n] float64.
+
+        The result is None if all groups have None or False.
+        """
         values = [group[option] if isinstance(option, str) else option(group) for group in self.groups]
         if all(value is None or value is False for value in values):
             return None
@@ -91,13 +94,13 @@ class Batch:
         return by_group.gather(0, constants(order, self.norms.device, torch.int64))
 
     def _number(self, value: float | Tensor) -> Tensor:
-        """Return a hyperparameter as a tensor []; the host does not read one that is a tensor on another device."""
+        """Return a hyperparameter as a tensor []. The host does not read a tensor that is on another device."""
         if isinstance(value, Tensor) and value.device.type != "cpu":
             return wide(value.detach().reshape(()))
         return torch.full((), float(value), dtype=torch.float64, device=self.norms.device)
 
     def steps(self) -> tuple[Tensor, Tensor | None]:
-        """Return step and decay of θ ← θ − (step · update + decay · θ): [n] float32; no decay is None."""
+        """Return step and decay of θ ← θ − (step · update + decay · θ): [n] float32 each, or None for no decay."""
         lr, decay = self.numbers("lr"), self.numbers("weight_decay")
         step = narrow(lr * self.numbers("update_scale"), self.device)
         return step, narrow(lr * decay, self.device) if self.decays else None
@@ -110,12 +113,12 @@ class Batch:
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor of each matrix's state, stacked: [n, ...] float32."""
+        """Return the named tensor of each matrix's state, stacked: [n, ...] float32."""
         found = [local(state[name]) for state in self.states]
         return found[0][None] if len(found) == 1 else torch.stack(found)
 
     def save(self, name: str, values: Tensor) -> None:
-        """Write values [n, ...], of any dtype, into the state; matrices that are not updated keep theirs."""
+        """Write values [n, ...] of any dtype into the state. Matrices that are not updated keep theirs."""
         targets = [local(state[name]) for state in self.states]
         values = narrow(values, self.device)
         if self.update is not None:
@@ -125,8 +128,7 @@ class Batch:
     def advance(self, started: Tensor | None) -> Tensor:
         """Count one step for every matrix, and return the t ≥ 1 of the bias corrections: [n] float32.
 
-        The count begins at the first gradient that is not zero where ``started`` [n] is false; with None all have
-        started.
+        Where ``started`` [n] is false, the count begins at the first gradient that is not zero. None means all true.
         """
         counts = self.read("step") + 1
         if started is not None:
@@ -138,15 +140,18 @@ class Batch:
 
     @property
     def all_rows(self) -> slice:
-        """All rows of the matrices that this process has, counted from the first of them."""
+        """Return the slice of all rows that this process has of the matrices, counted from the first of them."""
         return slice(0, self.rows.stop - self.rows.start)
 
     def chunks(self) -> Iterator[slice]:
-        """Yield matrices whose p×q entries are at most `tile_entries` together, or one; the same on every process."""
+        """Yield slices of matrices with at most `tile_entries` p×q entries together, or of one matrix.
+
+        They are the same on every process.
+        """
         return slices(len(self), self._tile_entries // (self.shape[0] * self.shape[1]))
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Yield (matrices, rows) of at most `tile_entries` entries: whole matrices together, or rows of one."""
+        """Yield (matrices, rows) of at most `tile_entries` entries: some whole matrices, or some rows of one."""
         here, q = self.all_rows.stop, self.shape[1]
         for matrices in slices(len(self), self._tile_entries // max(1, here * q)):
             for rows in slices(here, self._tile_entries // q):
@@ -157,7 +162,7 @@ class Batch:
         return min(map(tile_entries, self.groups))
 
     def gradients(self, matrices: slice, rows: slice) -> Tensor:
-        """Return a tile of the clipped gradients, negated to maximize: [n, rows, q] float32, not to be written to."""
+        """Return a tile of the clipped gradients, negated to maximize: [n, rows, q] float32. Do not write to it."""
         grads = self.grads[matrices]
         parts = grads if rows == slice(0, len(grads[0])) else [grad[rows] for grad in grads]
         stacked = parts[0][None] if len(parts) == 1 else torch.stack(parts)
@@ -165,7 +170,7 @@ class Batch:
         return stacked if self.scale is None else stacked * self.scale[matrices, None, None]
 
     def mask(self, matrices: slice, update: Tensor) -> None:
-        """Set the updates of matrices that are not updated to zero, in place."""
+        """Zero the updates, in place, of matrices that are not to be updated."""
         if self.update is not None:
             skipped = ~self.update[matrices].to(update.device)
             update.masked_fill_(skipped.view(-1, *[1] * (update.ndim - 1)), 0)
@@ -173,7 +178,7 @@ class Batch:
     def write(self, matrices: slice, rows: slice, update: Tensor, step: Tensor, decay: Tensor | None) -> None:
         """Take the step θ ← θ − (step · update + decay · θ) of a tile, rounded once to the parameter's dtype.
 
-        step, decay: of `steps`. update: its memory is used up.
+        step, decay: what `steps` returns. update: the update of the tile, which is overwritten.
         """
         params = self.params[matrices]
         targets = params if rows == slice(0, len(params[0])) else [param[rows] for param in params]
@@ -195,18 +200,18 @@ class Batch:
         return rounds_stochastically(self.params[0], self.groups[0])
 
     def keys(self, matrices: slice) -> Tensor:
-        """Return what names each matrix and step to the generator of stochastic rounding: int64 [n]."""
+        """Return each matrix's key of this step for the generator of stochastic rounding: int64 [n]."""
         named = [(member.group["seed"], member.position) for member in self.members[matrices]]
         return random_keys(tuple(named), self.read("step")[matrices])
 
 
 def usable(norms: Any) -> Any:
-    """Return whether gradients of these norms exist (−1: none), are finite and have squares within float32."""
-    return (norms >= 0) & (norms <= MAX_NORM)  # NaN is neither
+    """Return whether gradients of these norms exist (norm not −1), are finite and have squares within float32."""
+    return (norms >= 0) & (norms <= MAX_NORM)  # NaN fails both comparisons.
 
 
 def gradient_scale(norms: Tensor, bound: Tensor | None, maximize: Tensor | None) -> Tensor | None:
-    """Return the factors on gradients of these norms [n], for clipping and, negated, to maximize; None for 1."""
+    """Return the factors [n] on gradients of these norms, which clip and, negated, maximize, or None if all are 1."""
     if bound is None and maximize is None:
         return None
     scale = torch.ones_like(norms) if bound is None else torch.where(norms > bound, bound / norms, 1.0)

@@ -1,4 +1,4 @@
-"""Stacks of experts: one parameter that holds a matrix for each expert of a mixture, as models and PEFT keep them."""
+"""This module handles stacks of experts: parameters that hold a matrix for each expert of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 class Stack(NamedTuple):
-    """How one parameter holds the p×q matrices of several experts.
+    """Describes how one parameter holds the p×q matrices of several experts.
 
-    dim = 0: one expert after the other, as [experts, p, q] (transformers' mixtures) or [experts · p, q] (PEFT's
-    ``lora_A`` of ``target_parameters``). dim = −1: interleaved along the last dimension, as [p, q · experts], where
-    column j · experts + e is column j of expert e (PEFT's ``lora_B``).
+    With dim = 0 the experts lie one after the other, as [experts, p, q] (transformers' mixtures) or [experts · p, q]
+    (PEFT's ``lora_A`` of ``target_parameters``). With dim = −1 they are interleaved along the last dimension, as
+    [p, q · experts], where column j · experts + e is column j of expert e (PEFT's ``lora_B``).
     """
 
     experts: int
     dim: int
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Return the p×q of one expert, from the shape of the whole parameter."""
+        """Return the shape (p, q) of one expert, from the shape of the whole parameter."""
         if self.dim == 0:
             return (shape[1], shape[2]) if len(shape) == 3 else (shape[0] // self.experts, shape[1])
         return shape[0], shape[1] // self.experts
@@ -39,6 +39,6 @@ class Stack(NamedTuple):
 
 
 def stack_of(group: dict[str, Any]) -> Stack | None:
-    """Return how the parameters of a group hold experts; None if each parameter is one matrix."""
+    """Return how the parameters of a group hold experts, or None if each parameter is one matrix."""
     experts = group.get("experts")
     return None if experts is None else Stack(experts, group["experts_dim"])

@@ -1,4 +1,4 @@
-"""Which parameters are compressed, at which ranks, and which of them are stepped together."""
+"""This module decides which parameters are compressed, at which ranks, and which of them are stepped together."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torch import Tensor
 from .experts import Stack, stack_of
 from .sharding import WHOLE, Placement, local, placement_of
 
-# Temporaries of the size of a tile, or of a batch's factors, that the eager backend holds at once, at most; a test
+# The eager backend holds at most this many temporaries of the size of a tile, or of a batch's factors, at once. A test
 # counts them.
 TEMPORARIES = 8
-# The paper's momentum rank for fine-tuning the weights of 7B and 8B models (Table 2).
+# This is the paper's momentum rank for fine-tuning the weights of 7B and 8B models (Table 2).
 MOMENTUM_RANK = 8
-# The position of expert e of a stack is the parameter's own plus e times this: more parameters than any model has.
+# The position of expert e of a stack is the parameter's own plus e times this. No model has as many parameters.
 EXPERT_POSITIONS = 1 << 20
 
 
 @functools.lru_cache(maxsize=4096)
 def matrix_shape(shape: torch.Size, stack: Stack | None = None) -> tuple[int, int]:
-    """Return the p×q under which a tensor of two or more dimensions is compressed: trailing dimensions are flattened.
+    """Return the shape (p, q) as which a tensor of two or more dimensions is compressed, or each expert of a stack.
 
-    Of a stack of experts: the p×q of each.
+    Without a stack, all dimensions after the first are flattened.
     """
     return (shape[0], math.prod(shape[1:])) if stack is None else stack.matrix_shape(shape)
 
 
 @functools.lru_cache(maxsize=4096)
 def compressed_rank(shape: torch.Size, momentum_rank: int | None, stack: Stack | None = None) -> int:
-    """Return the rank k of the first moment of a parameter of this shape, or of each expert of a stack; 0 if the
-    parameter takes the AdamW path.
+    """Return the rank k of the first moment of a parameter of this shape, or of each expert of a stack.
 
-    None stands for 8, or a quarter of the smaller side if that is less, at least 1. A matrix is compressed when k <
-    min(p, q) and the factors, k(p+q) numbers, are smaller than the p·q that they replace.
+    The rank is 0 if the parameter takes the AdamW path. A momentum_rank of None stands for 8, or for a quarter of the
+    smaller side if that is less, and at least 1. A matrix is compressed if k < min(p, q) and the k(p+q) numbers of its
+    factors are fewer than the p·q that they replace.
     """
     if len(shape) < 2 or math.prod(shape) == 0:
         return 0
@@ -49,12 +49,11 @@ def compressed_rank(shape: torch.Size, momentum_rank: int | None, stack: Stack |
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A parameter that a step updates: its group, its position in the optimizer, the ranks of its moments, and the
-    shapes of its state.
+    """Holds a parameter that a step updates, with its group, its position in the optimizer, and its ranks and shapes.
 
-    ``ranks`` has one number for each factored moment, of m and, where there is one, of v. It is empty on the AdamW
-    path. A parameter that stacks experts is many matrices: `matrices` lists them, and `split` and `split_state` give
-    what belongs to each.
+    ``ranks`` has one number for each factored moment: for m and, where there is one, for v. It is empty on the AdamW
+    path. ``state_shapes`` has the shapes of the parameter's state. A parameter that stacks experts is many matrices:
+    `matrices` lists them, and `split` and `split_state` give what belongs to each.
     """
 
     group: dict[str, Any]
@@ -65,25 +64,24 @@ class Member:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The p×q of a compressed parameter, or of one expert of a stack."""
+        """Return the shape (p, q) of a compressed parameter, or of one expert of a stack."""
         return matrix_shape(self.param.shape, self.stack)
 
     @property
     def stack(self) -> Stack | None:
-        """How a compressed parameter holds experts; None if it is one matrix."""
+        """Return how a compressed parameter holds experts, or None if it is one matrix."""
         return stack_of(self.group) if self.ranks else None
 
     @property
     def placement(self) -> Placement:
-        """The processes that share the rows of a matrix. Where a stack's first dimension is sharded, each expert is
-        whole on one process.
+        """Return the processes that share the rows of a matrix.
+
+        Where a stack's first dimension is sharded, each expert is whole on one process.
         """
         return WHOLE if self.stack is not None and self.stack.dim == 0 else placement_of(self.param)
 
     def matrices(self) -> list[Member]:
-        """Return the matrices that are here: the parameter itself, or a member for each expert with a position of its
-        own.
-        """
+        """Return the matrices on this process: the parameter, or for each expert a member with its own position."""
         stack = self.stack
         if stack is None:
             return [self]
@@ -96,7 +94,7 @@ class Member:
         return [tensor] if stack is None else list(stack.matrices(tensor, self.shape[0]).unbind())
 
     def split_state(self, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Return each matrix's state; that of an expert is a view into the stack's."""
+        """Return each matrix's state. The state of an expert is a view into the stack's."""
         if self.stack is None:
             return [state]
         values = zip(*(local(state[name]).unbind() for name in self.state_shapes))
@@ -105,11 +103,12 @@ class Member:
 
 @dataclass
 class Part:
-    """The parameters of a step that live on one device and, if they are sharded, are shared by the same processes.
+    """Holds the parameters of a step on one device. If they are sharded, the same processes share all of them.
 
-    ``tables`` holds what a backend that has a kernel for a whole step takes; ``members`` are the other parameters, and
-    ``matrices`` these with each expert of a stack by itself. ``plain`` holds the indices of the matrices that take the
-    AdamW path, group by group; ``batches`` holds those of the compressed ones that are stepped together.
+    ``tables`` holds the parameters that a backend with kernels for a whole step takes. ``members`` are the other
+    parameters, and ``matrices`` are these with each expert of a stack by itself. ``plain`` holds the indices of the
+    matrices that take the AdamW path, group by group. ``batches`` holds the indices of the compressed matrices that
+    are stepped together.
     """
 
     device: torch.device
@@ -121,9 +120,7 @@ class Part:
     batches: list[list[int]] = field(default_factory=list)
 
     def split(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return each matrix's view of what the members have: their parameters or gradients, as they are on this
-        process.
-        """
+        """Return each matrix's view of the members' parameters or gradients, as they are on this process."""
         return [part for member, tensor in zip(self.members, tensors) for part in member.split(tensor)]
 
     def split_states(self, states: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -142,10 +139,10 @@ def parts_of(members: Iterable[Member]) -> list[Part]:
 
 
 def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: int) -> None:
-    """Fill ``part.matrices``, ``part.plain`` and ``part.batches``.
+    """Fill in ``part.matrices``, ``part.plain`` and ``part.batches``.
 
     alike(group) gives the options that the matrices of a batch must have in common. The factors of a batch fit
-    ``temporaries`` times into half of its ``temporary_bytes``, unless it is a single matrix.
+    ``temporaries`` times into half of its ``temporary_bytes``, unless the batch is a single matrix.
     """
     plain: dict[int, list[int]] = {}
     equal: dict[tuple, list[int]] = {}
@@ -153,8 +150,8 @@ def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: i
     for i, member in enumerate(part.matrices):
         group, param = member.group, member.param
         if member.ranks:
-            # The whole shape: a step stacks gradients as they are, and a linear layer may be as large as a flattened
-            # convolution.
+            # The whole shape is compared, as a step stacks gradients unflattened. A linear layer can have the p×q of a
+            # flattened convolution.
             shape = tuple(param.shape) if member.stack is None else member.shape
             equal.setdefault((shape, param.dtype, member.ranks, alike(group)), []).append(i)
         else:
@@ -167,8 +164,9 @@ def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: i
 
 
 def tile_entries(group: dict[str, Any], temporaries: int = TEMPORARIES) -> int:
-    """Return the entries of one float32 temporary of which ``temporaries`` fit into half of the group's
-    ``temporary_bytes``.
+    """Return how many entries a float32 temporary of a group's step may have.
+
+    This many ``temporaries`` of that size fit into half of the group's ``temporary_bytes``.
     """
     return max(1, int(group["temporary_bytes"]) // (2 * 4 * temporaries))
 

@@ -1,4 +1,4 @@
-"""Inverses of small Gram matrices, and low-rank factors of large matrices."""
+"""This module inverts small Gram matrices and finds low-rank factors of large matrices."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from torch import Tensor
 
 from .float64 import float64_device, wide
 
-# Up to this rank a Gram matrix is inverted by a few operations on all matrices at once: LAPACK takes 2 µs for each
+# Up to this rank Gram matrices are inverted by a few operations on all matrices at once. LAPACK takes 2 µs for each
 # matrix of a batch.
 ELIMINATED = 4
-# Below this side length an exact SVD takes less time than subspace iteration (`top_factors`).
+# Up to this side length an exact SVD takes less time than subspace iteration (`top_factors`).
 EXACT_SVD_SIZE = 128
-# Extra directions and power steps of the subspace iteration: Halko, Martinsson and Tropp (2011), section 4.4 and 4.5.
+# The subspace iteration uses this many extra directions and power steps (Halko, Martinsson and Tropp 2011, sections
+# 4.4 and 4.5).
 OVERSAMPLING = 8
 POWER_STEPS = 3
 
 
 def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
-    """Return (gram + ridge·I)⁻¹ of Gram matrices [..., k, k] float64; ridge: [...] or a number, ≥ 0.
+    """Return (gram + ridge·I)⁻¹ of Gram matrices [..., k, k] float64. ridge: [...] or a number, ≥ 0.
 
-    It is found by a Cholesky factorisation, or for small k by elimination. Where that fails, which on a GPU the host
-    does not see, the diagonal alone is inverted: a shorter step, and no NaN.
+    The inverse is found by a Cholesky factorisation, or for small k by elimination. Where that fails, which on a GPU
+    the host does not see, only the diagonal is inverted. That gives a shorter step and no NaN.
     """
     k = gram.shape[-1]
     identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # float64 round-off in a Gram matrix is relative to its trace: an absolute ridge below that would not keep it
+    # Float64 round-off in a Gram matrix is relative to its trace. An absolute ridge below it would not keep the matrix
     # positive.
     floor = 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny
     ridge = floor.clamp_min(ridge) if isinstance(ridge, float) else torch.maximum(ridge, floor)
@@ -61,7 +62,7 @@ def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_root(gram: Tensor, ridge: Tensor) -> Tensor:
-    """Return L⁻¹ of the Cholesky factor L Lᵀ = gram + ridge·I, lower triangular; arguments as in `damped_inverse`."""
+    """Return L⁻¹ of the lower Cholesky factor L, L Lᵀ = gram + ridge·I. Arguments are as in `damped_inverse`."""
     k = gram.shape[-1]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     ridge = torch.maximum(ridge, 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny)
@@ -73,7 +74,7 @@ def inverse_root(gram: Tensor, ridge: Tensor) -> Tensor:
 
 
 def gram_rows(A: Tensor) -> Tensor:
-    """Return A Aᵀ in float64; A: [..., k, q]."""
+    """Return A Aᵀ in float64. A: [..., k, q]."""
     A = wide(A)
     return A @ A.mT
 
@@ -93,8 +94,8 @@ def top_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return rank-k factors of a large matrix x by subspace iteration: B [..., p, k] and A [..., k, q].
 
-    times(Q) gives x Q and transposed_times(Y) gives xᵀ Y, so that x need not exist at once. The test matrix is fixed,
-    so that every process computes the same factors. like: a tensor of the batch shape, dtype and device.
+    times(Q) gives x Q and transposed_times(Y) gives xᵀ Y, so that x need not exist as a whole. The test matrix is
+    fixed, so that every process computes the same factors. like: a tensor of x's leading dimensions, dtype and device.
     """
     p, q = shape
     width = min(rank + OVERSAMPLING, p, q)

@@ -1,4 +1,4 @@
-"""Figures of a step, such as the share of clamped entries, kept on the device until they are asked for."""
+"""This module keeps figures of a step, such as the share of clamped entries, on the device until they are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .sharding import WHOLE, Placement
 
 
 class Metrics:
-    """Sums kept on the device over one recorded step; nothing is read before `read`."""
+    """Sums figures on the device over one recorded step. The host reads nothing before `read`."""
 
     def __init__(self) -> None:
         self.energy: list[Tensor] = []
@@ -19,11 +19,11 @@ class Metrics:
         self.entries = 0
 
     def add_energy(self, norms: Tensor) -> None:
-        """Add the squared norms of gradients; norms: ‖g‖_F of each matrix."""
+        """Add the squared norms of gradients. norms: ‖g‖_F of each matrix."""
         self.energy.append(norms.square().sum())
 
     def add_captured(self, energy: Tensor) -> None:
-        """Add ‖g‖² inside the row space of m_A, summed over matrices."""
+        """Add the part of ‖g‖² inside the row space of m_A, summed over matrices."""
         self.captured.append(energy)
 
     def add_update(self, update: Tensor, bound: Tensor | None) -> None:
@@ -32,14 +32,16 @@ class Metrics:
         self.add_sizes(size.amax(), size.new_zeros(()) if bound is None else (size > bound).sum(), size.numel())
 
     def add_sizes(self, largest: Tensor, clamped: Tensor, entries: int) -> None:
-        """Add the largest size of an entry, how many entries were clamped, and of how many."""
+        """Add the largest size of an entry, the number of clamped entries, and the number of all entries."""
         self.largest.append(largest)
         self.clamped.append(clamped)
         self.entries += entries
 
     def add_steps(self, found: Tensor, entries: int) -> None:
-        """Add ‖g‖_F, the largest update, the number of clamped entries and the captured energy of each matrix, [n, 4]
-        float64, of so many entries together.
+        """Add what a kernel has found of n matrices.
+
+        found: ‖g‖_F, the largest update, the number of clamped entries and the captured energy, [n, 4] float64.
+        entries: the number of entries of all matrices together.
         """
         norms, largest, clamped, captured = found.unbind(1)
         self.add_energy(norms)
@@ -48,7 +50,7 @@ class Metrics:
             self.add_sizes(largest.amax(), clamped.sum(), entries)
 
     def reduce(self, placement: Placement) -> None:
-        """Add what other processes saw of the rows that they share with this one. Every process has to call this."""
+        """Add what other processes saw in their rows of the same matrices. Every process has to call this."""
         if placement is WHOLE or not self.captured:
             return
         entries = torch.tensor(float(self.entries), dtype=torch.float64, device=self.captured[0].device)
@@ -65,7 +67,7 @@ class Metrics:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def read(self) -> dict[str, float]:
-        """Return the figures by name, as `LoRAPreOptimizer.metrics` documents them; this reads the device."""
+        """Return the figures by name, as `LoRAPreOptimizer.metrics` documents them. The host reads the device here."""
         values: dict[str, float] = {}
         energy = sum(t.item() for t in self.energy)
         if energy:

@@ -1,6 +1,6 @@
-"""A factored moment of a batch during one step: read from the old factors, then moved on.
+"""This module handles a factored moment of a batch during one step: it reads the old factors and writes the new ones.
 
-This module does the k×k work; a backend does what is larger.
+It does the k×k work. A backend does what is larger.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from .sharding import WHOLE
 
 
 class Runner(Protocol):
-    """A backend, which decides how functions of tensors are called."""
+    """Describes a backend, which decides how functions of tensors are called."""
 
     def run(self, function: Callable, *args: Any) -> Any:
-        """Call a function of tensors, the backend's way."""
+        """Call a function of tensors in the backend's way."""
 
 
 class Moment:
-    """One moment of a batch, B A with B [n, p, k] and A [n, k, q], which follows the running average ``average``.
+    """Holds one moment of a batch, B A with B [n, p, k] and A [n, k, q], which follows a running average.
 
     Attributes:
-        B, A: the old factors, after any restart. ``gram`` = A Aᵀ, [n, k, k] float64.
+        B, A: old factors, after any restart.
+        gram: A Aᵀ, [n, k, k] float64.
         started: whether A had a direction before any restart, [n] bool.
-        R, keep, gain: B' = keep · B + gain · X with X = x Aᵀ R; [n, k, k], [n, 1, 1] and [n, 1, 1], float32.
+        R, keep, gain: [n, k, k], [n, 1, 1] and [n, 1, 1], float32, of B' = keep · B + gain · X with X = x Aᵀ R.
         B_new, projected, grams: what a backend's row part fills in: B'; B'ᵀx or Bᵀx [n, k, q]; and, in float64,
             B'ᵀ[B' | B] [n, k, 2k] or BᵀB [n, k, k].
     """
@@ -45,7 +46,7 @@ class Moment:
         self.gram = backend.run(gram_rows, self.A)
         squares = self.gram.diagonal(dim1=-2, dim2=-1)
         old_square = squares.sum(-1)
-        # Where the host can look for free, this is left out if there is nothing to restart.
+        # Where the host reads the device for free, the restart is left out if there is nothing to restart.
         if rule.tracked and not (reads_are_free(squares.device) and squares.all()):
             self.A, self.B = cast(Als, rule).restart(self.A, self.B, self.gram)
             self.gram = backend.run(gram_rows, self.A)
@@ -55,18 +56,18 @@ class Moment:
         self.B_new, self.projected = torch.empty_like(self.B), torch.zeros_like(self.A)
 
     def captured(self) -> Tensor:
-        """Return ‖X A‖²_F over all rows that are here and all matrices: x's energy in the row space of the old A."""
+        """Return ‖X A‖²_F, x's energy in the row space of the old A, over this process's rows and all matrices."""
         X = (wide(self.B_new) - wide(self.keep * self.B)) / wide(self.gain)
         self.batch.mask(slice(None), X)
         return ((X.mT @ X) * self.gram).sum()
 
 
 def move_on(backend: Runner, batch: Batch, moments: list[Moment]) -> Generator[None, None, list[Tensor]]:
-    """Write the new factors of some moments into the state; returns ‖B'A'‖²_F of each, [n] float64, NaN if not known.
+    """Write some moments' new factors into the state, and return ‖B'A'‖²_F of each: [n] float64, NaN if not known.
 
-    The sums over rows are added up over the processes that share them in two collectives: the projections are float32,
-    the Gram matrices float64, so that a Cholesky factorisation sees what a single process's would. With such processes
-    the generator stops once, while the sums travel.
+    Two collectives add up the sums over rows where several processes share the rows. The projections are float32. The
+    Gram matrices are float64, so that a Cholesky factorisation sees the same as in a single process. With several
+    processes the generator stops once, while the sums travel.
     """
     placement, found = batch.placement, []
     waits = [placement.sum([m.projected for m in moments]), placement.sum([m.grams for m in moments])]
@@ -88,7 +89,7 @@ def move_on(backend: Runner, batch: Batch, moments: list[Moment]) -> Generator[N
 def _prepare(
     rule: Als | Newton, gram: Tensor, old_square: Tensor, norms: Tensor, average: Average
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return R = (A Aᵀ + damping)⁻¹, and keep and gain of B' as [n, 1, 1]; float32."""
+    """Return R = (A Aᵀ + damping)⁻¹ and, as [n, 1, 1], keep and gain of B', all float32."""
     rows = rule.rows(Average(*average))
     unit = rule.unit(gram, old_square, norms, rows)
     keep, gain = ((number * unit).float()[..., None, None] for number in rows)
@@ -100,8 +101,8 @@ def _columns(rule: Als | Newton, grams: Tensor, average: Average) -> tuple[Tenso
 
 
 def _balance(rule: Als | Newton, grams: Tensor, turn: Any, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the factors on B', [n, 1, 1] or from the right [n, k, k], and on A', [n, 1, 1], and ‖B'A'‖²_F [n]."""
+    """Return the factors on B' ([n, 1, 1], or [n, k, k] from the right) and on A' ([n, 1, 1]), and ‖B'A'‖²_F [n]."""
     scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
     scale_B, most = scale_B[..., None, None], torch.finfo(torch.float32).max
-    by_B = scale_B if turn is None else (scale_B * turn).clamp(-most, most)  # of a B that is zero
+    by_B = scale_B if turn is None else (scale_B * turn).clamp(-most, most)  # The turn of a zero B is huge.
     return by_B.float(), scale_A.float()[..., None, None], squared_norm

@@ -1,7 +1,7 @@
-"""Where the rows of a matrix live: all here, or sharded over processes by FSDP2 (DTensors of placement Shard(0)).
+"""This module knows where the rows of a matrix are: all here, or sharded by FSDP2 (DTensors of placement Shard(0)).
 
-A step needs nothing of the other processes' rows but sums over all rows, two a moment: the rule's column part
-(`rules`). B factors are sharded as their matrix is, A factors are whole on every process.
+Of other processes' rows a step only needs sums over all rows, two for each moment: the rule's column part (`rules`).
+B factors are sharded as their matrix is. A factors are whole on every process.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .experts import Stack
 
 
 def world_size() -> int:
-    """Return the number of processes of the running distributed job; 1 without one."""
+    """Return the number of processes of the running distributed job, or 1 without such a job."""
     return torch.distributed.get_world_size() if _is_distributed() else 1
 
 
 def rank() -> int:
-    """Return this process's number in the running distributed job; 0 without one."""
+    """Return this process's number in the running distributed job, or 0 without such a job."""
     return torch.distributed.get_rank() if _is_distributed() else 0
 
 
@@ -33,19 +33,19 @@ def _is_distributed() -> bool:
 
 @dataclass(frozen=True)
 class Placement:
-    """The processes that share a matrix's rows; ``group`` is None where all rows are here."""
+    """Describes the processes that share a matrix's rows. ``group`` is None if all rows are here."""
 
     group: Any = None  # torch.distributed.ProcessGroup
     rank: int = 0
     size: int = 1
 
     def rows(self, p: int) -> slice:
-        """Return this process's rows of p, as `torch.chunk` deals them out; the last ones may have fewer or none."""
+        """Return this process's rows of p, divided as by `torch.chunk`: the last processes may have fewer or none."""
         count = -(-p // self.size)
         return slice(min(self.rank * count, p), min((self.rank + 1) * count, p))
 
     def sum(self, tensors: list[Tensor]) -> Callable[[], None]:
-        """Begin to sum tensors of one dtype over processes, in place, in one collective; call the result to finish."""
+        """Begin to sum tensors of one dtype over processes, in place, in one collective. Call the result to finish."""
         if self.group is None:
             return lambda: None
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -80,7 +80,7 @@ WHOLE = Placement()
 
 
 def placement_of(param: Tensor) -> Placement:
-    """Return the placement of a parameter that `optim.options.check_parameter` has let through."""
+    """Return the placement of a parameter that has passed `optim.options.check_parameter`."""
     if not isinstance(param, DTensor):
         return WHOLE
     mesh = param.device_mesh
@@ -95,15 +95,15 @@ def is_supported(param: DTensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor: a view, through which the whole can be written."""
+    """Return this process's part of a tensor as a view. Writing to it changes the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def place(value: Tensor, param: Tensor, name: str, stack: Stack | None = None) -> Tensor:
-    """Place a whole state tensor beside its parameter: B factors and moments sharded like it, A factors replicated.
+    """Return a whole state tensor placed like its parameter: B factors and moments sharded like it, A factors whole.
 
-    Of a stack whose experts are sharded, each process keeps all that belongs to its own experts. Counters and other
-    scalars stay plain.
+    If the experts of a stack are sharded, each process keeps everything that belongs to its own experts. Counters and
+    other scalars stay plain tensors.
     """
     if not isinstance(param, DTensor) or value.ndim == 0:
         return value
@@ -119,7 +119,7 @@ def place(value: Tensor, param: Tensor, name: str, stack: Stack | None = None) -
 
 
 def _sharded_dim(name: str, stack: Stack | None) -> int | None:
-    """Return the dimension of a state tensor that is sharded as the parameter's first is; None if it is whole."""
+    """Return the dimension in which a state tensor is sharded as its parameter is by rows, or None if it is whole."""
     if stack is None:
         return None if name.endswith("_A") else 0
     if stack.dim == 0:
