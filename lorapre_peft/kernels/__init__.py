@@ -1,1 +1,1 @@
-"""Backends that compute the part of a step that is larger than k×k."""
+"""This package holds the backends, which compute the part of a step that is larger than k×k."""

@@ -1,7 +1,7 @@
-"""How ``kernels.cpp`` becomes a library: with the wheel (``setup.py``), or on first use (`cpp`).
+"""This module compiles ``kernels.cpp`` into a library, for the wheel (``setup.py``) or on first use (`cpp`).
 
-The library needs no header of PyTorch's, and this module neither torch nor the rest of the package: ``setup.py`` loads
-it by its path.
+The library needs no header of PyTorch's. This module needs neither torch nor the rest of the package, as ``setup.py``
+loads it by its path.
 """
 
 from __future__ import annotations
@@ -16,48 +16,52 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
-# Without errno and traps the compiler may use vector instructions for √ and comparisons; sums keep the order they are
-# written in.
+# Without errno and traps the compiler may use vector instructions for √ and comparisons. Sums keep the order in which
+# they are written.
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _X86 = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DLANES=16"),
     "AVX2": ("-mavx2", "-mfma", "-DLANES=8"),
 }
-# The flags of each library, by what PyTorch calls a CPU's capability; any other one gets the compiler's own default.
+# These are the flags of each library, by PyTorch's name for a CPU's capability. Other CPUs get the compiler's default.
 VARIANTS: dict[str, tuple[str, ...]] = {"DEFAULT": (), **(_X86 if platform.machine() == "x86_64" else {})}
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler: ``$CXX``, g++ or clang++; None without one."""
+    """Return the C++ compiler, ``$CXX``, g++ or clang++, or None if there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
 
 
 def cache() -> Path:
-    """Return the folder of what was compiled on first use: ``$XDG_CACHE_HOME/lorapre_peft``, by default
-    ``~/.cache/lorapre_peft``.
+    """Return the folder for libraries that are compiled on first use.
+
+    It is ``$XDG_CACHE_HOME/lorapre_peft``, and by default ``~/.cache/lorapre_peft``.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapre_peft"
 
 
 def file_name(capability: str) -> str:
-    """Return the library's name, which sources, flags and the kind of machine decide."""
+    """Return the library's file name, which depends on the sources, the flags and the kind of machine."""
     made_of = [*map(Path.read_bytes, SOURCES), *map(str.encode, (*_flags(capability), platform.machine()))]
     return f"kernels-{hashlib.sha256(b' '.join(made_of)).hexdigest()[:16]}.so"
 
 
 def find(capability: str) -> Path | None:
-    """Return the library that the wheel has brought, or one that was compiled before; None if there is neither."""
+    """Return the library from the wheel, or one that was compiled before, or None if there is neither."""
     name = file_name(capability)
     return next((path for path in (FOLDER / name, cache() / name) if path.exists()), None)
 
 
 def compile_library(capability: str, folder: Path) -> Path:
-    """Compile the library into a folder. Raises RuntimeError with the command and what the compiler said."""
+    """Compile the library into a folder and return its path.
+
+    Raises RuntimeError with the command and the compiler's message.
+    """
     path = folder / file_name(capability)
     command = [str(compiler()), *_flags(capability), str(FOLDER / "kernels.cpp")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # renamed when whole: others may compile it too
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # It is renamed when whole: others may compile too.
             made = Path(temporary) / path.name
             subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
             made.replace(path)

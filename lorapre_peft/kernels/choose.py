@@ -1,5 +1,6 @@
-"""Which backend computes the row part of a step: one interface (`eager.Eager`), the same results to float32
-round-off.
+"""This module chooses the backend that computes the row part of a step.
+
+All backends have the interface of `eager.Eager`, and give the same results to float32 round-off.
 """
 
 from __future__ import annotations
@@ -53,18 +54,19 @@ def _load_triton() -> Eager:
     return Triton()
 
 
-# name → (what it lacks on a device, or None; what makes it). The first that lacks nothing is "auto".
+# Each name has two functions. One returns what the backend lacks on a device, or None. The other makes the backend.
+# "auto" takes the first backend that lacks nothing.
 _BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Eager]]] = {
     "cpp": (_cpp_needs, Cpp),
     "triton": (_triton_needs, _load_triton),
-    "eager": (lambda device: None, Eager),  # everywhere: float64 work of a device without it goes to the CPU
+    "eager": (lambda device: None, Eager),  # Float64 work goes to the CPU where the device has no float64.
     "compiled": (_compiled_needs, Compiled),
 }
 NAMES = ("auto", *_BACKENDS)
 
 
 def available(device: torch.device | str) -> list[str]:
-    """Return the names of the backends that can run on a device, the one that "auto" takes there first."""
+    """Return the names of the backends that can run on a device, with the one that "auto" takes there first."""
     device = torch.device(device)
     return [name for name, (lacks, _) in _BACKENDS.items() if lacks(device) is None]
 
@@ -75,11 +77,11 @@ def _made(name: str) -> Eager:
 
 
 def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
-    """Return the first backend that starts; the eager one runs everywhere and is among all names."""
+    """Return the first of the named backends that starts. The eager one runs everywhere and is always among them."""
     if "cpp" in names and _cpp_needs(device) == _COMPILER:
         warnings.warn(f"backend 'cpp' needs {_COMPILER}, so a slower one is used", stacklevel=2)
     for name in available(device):
-        if name in names and (name != "triton" or device.type == "cuda"):  # not its interpreter
+        if name in names and (name != "triton" or device.type == "cuda"):  # "auto" leaves out its interpreter.
             try:
                 return _made(name)
             except RuntimeError as error:
@@ -89,9 +91,9 @@ def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
 
 @functools.cache
 def choose(name: str, device: torch.device, names: tuple[str, ...] = NAMES) -> Eager:
-    """Return the backend for tensors on a device. "auto" is the first of `available` that is in ``names``.
+    """Return the backend for tensors on a device. "auto" takes the first of `available` that is in ``names``.
 
-    Raises ValueError if ``name`` cannot run there.
+    Raises ValueError if the backend ``name`` cannot run there.
     """
     if name == "auto":
         return _automatic(device, names)

@@ -1,8 +1,8 @@
-"""The backend that computes AdamW's whole step in C++ for CPUs, all matrices in one call, and of Muon's all but the
-orthogonalization.
+"""This module holds the C++ backend for CPUs.
 
-`build` says where its library comes from. State and weights are read and written where they lie. Each thread holds
-about (k + k_v)(p + 2q) float32 numbers and 200 kB of its own, outside ``temporary_bytes``.
+It computes AdamW's whole step, for all matrices in one call, and all of Muon's step but the orthogonalization. `build`
+finds or compiles its library. State and weights are read and written where they lie. Each thread holds about
+(k + k_v)(p + 2q) float32 numbers and 200 kB of its own, which do not count towards ``temporary_bytes``.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from ..lowrank.sharding import WHOLE
 from . import build
 from .table import POINTERS, TYPES, Table, WholeStep, contiguous
 
-# Numbers that the kernel ``step_matrices`` returns of a matrix: ‖g‖_F after clipping, and where they are recorded the
-# largest update, the number of entries that were clamped and the energy that m's rows captured.
+# The kernel ``step_matrices`` returns this many numbers for each matrix: ‖g‖_F after clipping and, if metrics are
+# recorded, the largest update, the number of clamped entries, and the energy that the rows of m_A captured.
 FOUND = 4
-# The state of a matrix without a second moment: the first of `POINTERS`. In place of its weights a matrix takes the
-# momentum.
+# This is the state of a matrix without a second moment, which is the first part of `POINTERS`. The kernel then writes
+# the momentum in place of the weights.
 MOMENTUM_STATE = POINTERS[:3]
-# Entries of a matrix above which its rows are split among threads.
+# The rows of a matrix with more entries than this are split among threads.
 SPLIT_ENTRIES = 1 << 20
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Return the kernels for this CPU: the wheel's, those compiled before, or compiled now.
+    """Return the kernels for this CPU, from the wheel, from an earlier compilation, or compiled now.
 
-    Raises RuntimeError with what the compiler or the loader said.
+    Raises RuntimeError with the message of the compiler or of the loader.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     path = build.find(capability) or build.compile_library(capability, build.cache())
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL:
 
 
 class HostTable(Table):
-    """A table as the kernels take it: what they know of each matrix, and their order of work, the largest first."""
+    """Holds a table as the kernels take it: the facts of each matrix, and the order of work, largest matrix first."""
 
     def __init__(self, members: list[Member]):
         super().__init__(members)
@@ -61,12 +61,15 @@ class HostTable(Table):
 
 
 def _known(matrix: Member, group: int, grad: torch.dtype, written: torch.dtype) -> tuple[int, ...]:
-    """Return what the kernels know of a matrix; the rank of a second moment that it does not have is 0."""
+    """Return the facts that the kernels take of a matrix. Without a second moment, the rank of that is 0.
+
+    grad, written: the types of its gradient, and of its weights or momentum.
+    """
     return (*matrix.shape, *(*matrix.ranks, 0)[:2], group, matrix.position, TYPES[grad], TYPES[written])
 
 
 class Cpp(WholeStep):
-    """Calls the kernels. Float64, and what is sharded, takes the eager path."""
+    """Calls the kernels. Float64 tensors and sharded matrices take the eager path."""
 
     table = HostTable
 
@@ -77,7 +80,7 @@ class Cpp(WholeStep):
         self._norms.argtypes = [ctypes.c_void_p, ctypes.c_void_p, size, whole, ctypes.c_void_p, whole]
 
     def step(self, table: HostTable, options: list[tuple], metrics: Metrics | None) -> Tensor:
-        if not table.matrices:  # a process may hold no expert of any stack
+        if not table.matrices:  # A process may hold no expert of any stack.
             return torch.empty(0, dtype=torch.float64)
         grads = table.gradients()
         with table.weights() as written:
@@ -92,8 +95,9 @@ class Cpp(WholeStep):
 
     @staticmethod
     def takes_batch(batch: Batch) -> bool:
-        """Return whether `momenta` takes these matrices: whole ones that are all updated, with their state as this
-        package makes it.
+        """Return whether `momenta` takes these matrices.
+
+        They have to be whole and all updated, and their state has to be as this package makes it.
         """
         return (
             batch.placement is WHOLE
@@ -109,11 +113,11 @@ class Cpp(WholeStep):
     def momenta(
         self, batch: Batch, matrices: slice, options: list[tuple], nesterov: bool, metrics: Metrics | None
     ) -> Tensor:
-        """Move the factors and counters of some matrices of a batch on, and return their momenta m = μ m_B m_A + g, or
-        of Nesterov g + μ m: [n, p, q] float32.
+        """Update the factors and step counts of some matrices of a batch, and return their momenta: [n, p, q] float32.
 
-        options: of each of the batch's groups, in the order of `OPTIONS`, with μ for β1; what only a second moment or
-        a weight has is not read. metrics: as in `step`.
+        The momentum is m = μ m_B m_A + g or, with Nesterov, g + μ m.
+        options: the options of each of the batch's groups, in the order of `OPTIONS`, with μ for β1. Options of a
+        second moment or of a weight are not read. metrics: as in `step`.
         """
         members, grads = batch.members[matrices], contiguous(batch.grads[matrices])
         number = {id(group): i for i, group in enumerate(batch.groups)}
@@ -140,9 +144,9 @@ class Cpp(WholeStep):
         order: array,
         record: bool,
     ) -> Tensor:
-        """Call the kernel ``step_matrices``, and return what it says of each matrix: [n, FOUND] float64.
+        """Call the kernel ``step_matrices``, and return what it found of each matrix: [n, FOUND] float64.
 
-        pointers: those left out at the end are null.
+        pointers: the addresses of all tensors. Null pointers are appended for those left out at the end.
         """
         n = len(order)
         _check_addresses(pointers)
@@ -150,7 +154,8 @@ class Cpp(WholeStep):
         numbers = array("d", itertools.chain.from_iterable((*row, nesterov) for row in options))
         found = array("d", bytes(8 * n * FOUND))
         arrays: tuple[array, ...] = (shapes, numbers, pointers, found, order)
-        sum_bytes = min(int(group["temporary_bytes"]) for group in groups) // 2  # room for sums of split matrices
+        # Half of the temporaries is for the sums of split matrices.
+        sum_bytes = min(int(group["temporary_bytes"]) for group in groups) // 2
         self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, record, torch.get_num_threads())
         return torch.frombuffer(found, dtype=torch.float64).view(n, FOUND)
 
@@ -159,7 +164,7 @@ class Cpp(WholeStep):
             return super().norms(grads, dtype)
         grads = contiguous(grads)
         pointers, sizes = array("Q", map(Tensor.data_ptr, grads)), array("q", map(Tensor.numel, grads))
-        _check_addresses(array("Q", [at for at, size in zip(pointers, sizes) if size]))  # an empty shard has none
+        _check_addresses(array("Q", [at for at, size in zip(pointers, sizes) if size]))  # An empty shard has none.
         out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), TYPES[grads[0].dtype]
         self._norms(_at(pointers), _at(sizes), len(grads), kind, _at(out), torch.get_num_threads())
         return out
@@ -174,5 +179,5 @@ def _check_addresses(addresses: array) -> None:
 
 
 def _at(place: Tensor | array) -> int:
-    """Return the address of the first entry."""
+    """Return the address of the first entry of a tensor or an array."""
     return place.data_ptr() if isinstance(place, Tensor) else place.buffer_info()[0]

@@ -1,9 +1,9 @@
-"""The row part of a step in tensor operations, eager or compiled: the interface of all backends, and what each of them
-falls back on.
+"""This module computes the row part of a step with tensor operations, eager or compiled.
 
-A backend computes what is larger than k×k. It reads a batch's gradients and the old factors of its moments
-(`lowrank.moments.Moment`), writes the parameters, and fills in what the rule's column part needs: B_new, projected and
-grams. It knows neither the rule nor where rows live.
+It defines the interface of all backends, and each of them falls back on it. A backend computes what is larger than
+k×k. It reads a batch's gradients and the old factors of its moments (`lowrank.moments.Moment`), writes the parameters,
+and fills in what the rule's column part needs: B_new, projected and grams. It knows neither the rule nor on which
+process rows are.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from ..lowrank.metrics import Metrics
 from ..lowrank.moments import Moment
 from ..lowrank.rules import Mixture
 
-# What `follow_rows` takes of a moment after x: B, A, R, keep and gain.
+# These are what `follow_rows` takes of a moment after x: B, A, R, keep and gain.
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# A product of inner size k is bound by memory: up to here the compiler writes it out inside the pass that uses it.
+# A product of small inner size k is bound by memory. Up to this k it is written out as a sum, which the compiler
+# merges into the pass that uses it.
 UNROLLED = 4
 
-# What Adam's row part takes of each matrix, the rows of a table [len(TABLE), n] float32. Bias corrections and v's
-# energy are inside: m/(√v + ε) becomes u = ((c_B B_m + c_X X_m) A_m + residual · g) / (√((v_scale v_B v_A)² + g²) +
-# eps), and the weight θ ← θ − (step · u + decay · θ) where ``updates`` is 1.
+# Adam's row part takes these numbers of each matrix, as the rows of a table [len(TABLE), n] float32. They include the
+# bias corrections and the energy of v. The update m/(√v + ε) is u = ((c_B m_B + c_X m_X) m_A + residual · g) /
+# (√((v_scale v_B v_A)² + g²) + eps), and the weight becomes θ ← θ − (step · u + decay · θ) where ``updates`` is 1.
 TABLE = (
     *("g_scale", "m_keep", "m_gain", "v_keep", "v_gain", "c_B", "c_X"),
     *("residual", "v_scale", "eps", "step", "decay", "updates"),
@@ -42,17 +43,17 @@ def adam_scalars(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the rows c_B, c_X, residual, v_scale and eps of the table, [n] float64 like all arguments.
 
-    m: the mixture of the first moment; t: the counts of the bias corrections; c: what (v_B v_A)² is multiplied by.
+    m: the mixture of the first moment. t: the counts of the bias corrections. c: the factor on (v_B v_A)².
     """
     m_keep, m_gain, residual = m
-    # √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²): what is common is divided out of the momentum and of ε.
+    # With √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²), the root is divided out of the momentum and of ε.
     root = ((1 - beta2) / (1 - beta2**t)).sqrt()
     scale = 1 / ((1 - beta1**t) * root)
     return m_keep * scale, m_gain * scale, residual * scale, (c * (beta2 / (1 - beta2))).sqrt(), eps / root
 
 
 def adam_table(batch: Batch, m: Moment, v: Moment, scalars: tuple[Tensor, ...]) -> Tensor:
-    """Return the whole table; scalars: of `adam_scalars`."""
+    """Return the whole table. scalars: what `adam_scalars` returns."""
     step, decay = batch.steps()
     one = torch.ones_like(step)
     rows = dict(
@@ -74,7 +75,7 @@ def _unrolls(k: int) -> bool:
 
 
 def _outer(B: Tensor, A: Tensor) -> Tensor:
-    """B A"""
+    """Return B A."""
     if not _unrolls(B.shape[-1]):
         return B @ A
     product: Any = sum(B[..., i, None] * A[..., i, None, :] for i in range(B.shape[-1]))
@@ -82,14 +83,14 @@ def _outer(B: Tensor, A: Tensor) -> Tensor:
 
 
 def _times_transposed(x: Tensor, A: Tensor) -> Tensor:
-    """x Aᵀ"""
+    """Return x Aᵀ."""
     if not _unrolls(A.shape[-2]):
         return x @ A.mT
     return torch.stack([(x * A[..., i, None, :]).sum(-1) for i in range(A.shape[-2])], -1)
 
 
 def _transposed_times(B: Tensor, x: Tensor) -> Tensor:
-    """Bᵀ x"""
+    """Return Bᵀ x."""
     if not _unrolls(B.shape[-1]):
         return B.mT @ x
     return torch.stack([(B[..., i, None] * x).sum(-2) for i in range(B.shape[-1])], -2)
@@ -111,7 +112,7 @@ def adam_rows(
     scalars: Tensor,
     projects_new: bool,
 ) -> tuple[Tensor, ...]:
-    """Return the normalised update of a tile before any clamp, then B_new and projected of m and of v.
+    """Return the normalised update of a tile before any clamp, and then B_new and projected of m and of v.
 
     g: [n, rows, q] float32. m, v: what `follow_rows` takes after x. scalars: the table's rows c_B to eps, [5, n].
     """
@@ -127,8 +128,9 @@ def adam_rows(
 def momentum_rows(
     g: Tensor, m: Operands, rows: tuple[Tensor, Tensor, Tensor], projects_new: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the momentum (c_B B + c_X X) A + residual · g of a tile, then B_new and projected. rows: c_B, c_X,
-    residual.
+    """Return the momentum (c_B B + c_X X) A + residual · g of a tile, and then B_new and projected.
+
+    rows: c_B, c_X and residual.
     """
     c_B, c_X, residual = rows
     X, B_new, projected = follow_rows(g, *m, projects_new)
@@ -136,7 +138,7 @@ def momentum_rows(
 
 
 def gram_columns(B: Tensor, B_new: Tensor, projects_new: bool) -> Tensor:
-    """Return B'ᵀ[B' | B] or BᵀB in float64; B, B_new: [..., p, k]."""
+    """Return B'ᵀ[B' | B] or BᵀB in float64. B, B_new: [..., p, k]."""
     B = wide(B)
     if not projects_new:
         return B.mT @ B
@@ -145,13 +147,13 @@ def gram_columns(B: Tensor, B_new: Tensor, projects_new: bool) -> Tensor:
 
 
 class Eager:
-    """Batched tensor operations, tile by tile."""
+    """Computes a step with batched tensor operations, tile by tile."""
 
-    # Float32 temporaries of the size of a batch's factors that a step holds at once, at most.
+    # A step holds at most this many float32 temporaries of the size of a batch's factors at once.
     factor_temporaries = TEMPORARIES
 
     def run(self, function: Callable, *args: Any) -> Any:
-        """Call a function of tensors, the way of this backend."""
+        """Call a function of tensors in this backend's way."""
         return function(*args)
 
     def norms(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -163,7 +165,7 @@ class Eager:
     ) -> None:
         """Compute Adam's row part: write the parameters, and fill in what `move_on` needs of both moments.
 
-        table: [len(TABLE), n]. bound: the clamp of the normalised update, [n] float32, or None.
+        table: [len(TABLE), n]. bound: the bound to which the normalised update is clamped, [n] float32, or None.
         """
         scalars = table[TABLE.index("c_B") : TABLE.index("eps") + 1]
         step = table[TABLE.index("step")]
@@ -190,9 +192,9 @@ class Eager:
         self.finish_rows(v)
 
     def momentum(self, m: Moment, matrices: slice, g: Tensor, mixture: Mixture) -> Tensor:
-        """Return the momenta of some matrices, Muon's row part, and fill in what `finish_rows` needs.
+        """Compute Muon's row part: return the momenta of some matrices, and fill in what `finish_rows` needs.
 
-        g: the gradients of these matrices [n, rows, q]. mixture: of all matrices of the batch.
+        g: the gradients of these matrices, [n, rows, q]. mixture: the mixture of all matrices of the batch.
         """
         rows = m.batch.all_rows
         numbers = tuple(narrow(value[matrices], g.device)[:, None, None] for value in mixture)
@@ -202,7 +204,7 @@ class Eager:
         return update
 
     def finish_rows(self, m: Moment) -> None:
-        """Fill in the Gram matrices of the rows, old and new."""
+        """Fill in the Gram matrices of the old and the new rows."""
         m.grams = self.run(gram_columns, m.B, m.B_new, m.batch.rule.projects_new)
 
 
@@ -216,22 +218,24 @@ def _fill(m: Moment, matrices: slice, rows: slice, B_new: Tensor, projected: Ten
 
 
 class Compiled(Eager):
-    """The same functions through `torch.compile`, for any shape, so that few are compiled: one per rank k, and for a
-    single matrix.
+    """Calls the same functions through `torch.compile`.
+
+    They are compiled for any shape, so that there are few of them: one for each rank k, and one for a single matrix.
     """
 
     def __init__(self) -> None:
         self._compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True))
 
     def run(self, function: Callable, *args: Any) -> Any:
-        # Each rank and rule is a graph of its own; torch's default of 8 per function is meant to catch leaks.
+        # Each rank and rule has a graph of its own. Torch's limit of 8 for each function is meant to catch leaks.
         with torch._dynamo.config.patch(recompile_limit=64):
             return self._compiled(function)(*_without_bases(args))
 
 
 def _without_bases(args: tuple) -> tuple:
-    """Return the same tensors, not known as views: torch.compile makes a graph for every shape of what a tensor is a
-    view of.
+    """Return the same tensors, but such that torch.compile does not know them as views.
+
+    Otherwise it would make a graph for every shape of the tensor that an argument is a view of.
     """
     return tuple(
         _without_bases(arg) if isinstance(arg, tuple) else arg.detach() if isinstance(arg, Tensor) else arg

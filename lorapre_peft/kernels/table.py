@@ -1,4 +1,4 @@
-"""Backends that have kernels for AdamW's whole step: their interface, and the matrices that they take together."""
+"""This module holds the interface of backends with kernels for AdamW's whole step, and the tables that they take."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from ..lowrank.rules import RULES
 from ..lowrank.sharding import local
 from .eager import Eager
 
-# The types of gradients and weights that the kernels read and write, by the numbers that C++ knows them by.
+# The kernels read and write gradients and weights of these types. The numbers are those by which C++ knows the types.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# What the kernels take of a group, in this order.
+# The kernels take these options of a group, in this order.
 OPTIONS = (
     *("beta1", "beta2", "lr", "weight_decay", "eps", "residual_weight", "update_scale"),
     *("max_norm", "sign", "bound", "newton", "damping", "seed", "stochastic", "skips_zeros"),
 )
-# The state whose addresses they take of a matrix, in this order, after those of its gradient and of its weights.
+# The kernels take the addresses of this state of a matrix, in this order, after those of its gradient and weights.
 POINTERS = ("step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale")
 
 
 def named_options(group: dict[str, Any], **own: Any) -> tuple[Any, ...]:
-    """Return what `OPTIONS` names, of a group as it is now: what all optimizers have and its ``own``; others are 0."""
+    """Return the values of `OPTIONS` for a group as it is now.
+
+    They are the options that all optimizers have and the optimizer's ``own``. Options that are in neither are 0.
+    """
     rule, clip = RULES[group["update_rule"]], group["max_param_grad_norm"]
     values: dict[str, Any] = dict(
         residual_weight=group["residual_weight"] or 0.0,
@@ -43,10 +46,10 @@ def named_options(group: dict[str, Any], **own: Any) -> tuple[Any, ...]:
 
 
 class Table:
-    """Matrices of one update rule that a backend steps together, and what stays the same from step to step.
+    """Holds matrices of one update rule that a backend steps together, and what stays the same from step to step.
 
-    ``members`` are parameters, ``matrices`` each expert of a stack by itself, and ``of_group`` the numbers of their
-    groups in ``groups``.
+    ``members`` are the parameters, ``matrices`` are the same with each expert of a stack by itself, and ``of_group``
+    are the numbers of the matrices' groups in ``groups``.
     """
 
     def __init__(self, members: list[Member]):
@@ -65,9 +68,7 @@ class Table:
         self.state: list[Tensor] = []
 
     def stacks(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Return views of the parameters or of their gradients on this process: [p, q], or of a stack
-        [experts, p, q].
-        """
+        """Return views of this process's parameters or gradients: [p, q], or [experts, p, q] for a stack."""
         if not self.stacked:
             return list(tensors)
         found = (local(tensor) for tensor in tensors)
@@ -77,12 +78,12 @@ class Table:
         ]
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients as `stacks` does, contiguous."""
+        """Return the gradients as contiguous tensors, viewed as by `stacks`."""
         return contiguous(self.stacks([cast(Tensor, param.grad) for param in self.params]))
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[Tensor]]:
-        """Give the parameters as `stacks` does, contiguous; what had to be copied for that is written back."""
+        """Provide the parameters as contiguous tensors, viewed as by `stacks`, and write copies back afterwards."""
         params = self.stacks(self.params)
         written = contiguous(params)
         yield written
@@ -92,8 +93,9 @@ class Table:
                     param.copy_(value)
 
     def pointers(self, tensors: Sequence[Tensor]) -> Iterable[int]:
-        """Return the addresses of all matrices of contiguous tensors, of which each group of ``len(self.members)`` has
-        one a member.
+        """Return the addresses of all matrices in contiguous tensors.
+
+        The tensors are one for each member, once or several times over.
         """
         found = map(Tensor.data_ptr, tensors)
         if not self.stacked:
@@ -104,12 +106,12 @@ class Table:
         )
 
     def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
-        """Whether the state's tensors are those of the last step."""
+        """Return whether the state's tensors are the ones that the table holds from the last step."""
         found = [state.get(name) for name in self.names for state in states]
         return len(found) == len(self.state) and all(map(operator.is_, found, self.state))
 
     def take_state(self, states: list[dict[str, Tensor]]) -> None:
-        """Hold the state's tensors, all of them float32, contiguous and on the parameters' device afterwards."""
+        """Hold the state's tensors, after making all of them float32 and contiguous on the parameters' device."""
         for state, param in zip(states, self.params):
             for name in self.names:
                 state[name] = state[name].to(param.device, torch.float32).contiguous()
@@ -118,26 +120,26 @@ class Table:
 
 
 def contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors, those that are not contiguous copied."""
+    """Return the tensors, with contiguous copies of those that are not contiguous."""
     return tensors if all(map(Tensor.is_contiguous, tensors)) else [tensor.contiguous() for tensor in tensors]
 
 
 class WholeStep(Eager):
-    """A backend that takes the whole AdamW step of matrices that are not sharded, and of others the row part."""
+    """Takes the whole AdamW step of matrices that are not sharded, and the row part of a step of all others."""
 
     table: type[Table] = Table
 
     @staticmethod
     def takes(member: Member) -> bool:
-        """Return whether `step` takes a compressed parameter, which depends on its types and on its gradient's."""
+        """Return whether `step` takes a compressed parameter, which depends on its own and its gradient's types."""
         grad = member.param.grad
         return grad is not None and member.param.dtype in TYPES and grad.dtype in TYPES
 
     def step(self, table: Any, options: list[tuple], metrics: Metrics | None) -> Tensor:
-        """Take one AdamW step with all matrices of a table: weights, factors and counters, in place.
+        """Take one AdamW step with all matrices of a table: change their weights, factors and counts in place.
 
-        options: of each of the table's groups, in the order of `OPTIONS`. metrics: where the figures of this step are
-        added, if anyone looks at them. Returns ‖g‖_F of each matrix after clipping, −1 for one without a gradient, in
-        any order: [N] float64.
+        options: the options of each of the table's groups, in the order of `OPTIONS`. metrics: receives the figures of
+        this step, or None. Returns ‖g‖_F of each matrix after clipping, in any order: [N] float64. The norm is −1 for
+        an expert that is left alone, as its gradient is zero.
         """
         raise NotImplementedError

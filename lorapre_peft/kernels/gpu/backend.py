@@ -1,4 +1,4 @@
-"""The Triton backend: the launches of AdamW's step for all matrices of a table, class by class of equal ones."""
+"""This module launches AdamW's step in Triton for all matrices of a table, one kind of matrices after another."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ..table import OPTIONS, Table, WholeStep
 from . import blocks, factors, numbers, passes
 from .rows import TYPES, RowKernels
 
-# Above this rank the products of a step are matrix products: the row part alone runs in Triton (`rows`).
+# Above this rank the products of a step are matrix products, and only the row part runs in Triton (`rows`).
 MAX_RANK = 16
-# Columns that a thread reads at once: 16 bytes of a factor.
+# A thread reads this many columns at once, which are 16 bytes of a factor.
 LANE = 4
-# Columns above which all threads of a program lie side by side in a row; the most that a program takes; and sums that
-# a thread may hold in `_fit`.
+# With more columns than WIDE, all threads of a program lie side by side in a row. A program takes at most WIDEST
+# columns. In `_fit` a thread holds at most SUMS sums.
 WIDE, WIDEST, SUMS = 64, 512, 64
-# Programs in flight that fill a large GPU: eight on each of 132 multiprocessors.
+# This many programs in flight fill a large GPU: eight on each of 132 multiprocessors.
 PROGRAMS = 1056
-# Sums of parts of the rows, which one program adds up.
+# The rows are divided into at most this many parts, whose sums one program adds up.
 MAX_SPLITS = 32
-# Blocks whose loads are under way at once; rows of a block of `_fit_bfloat16`.
+# The loads of STAGES blocks are under way at once. A block of `_fit_bfloat16` has FIT_ROWS rows.
 STAGES, FIT_ROWS = 3, 128
-# Columns or rows of a factor that a program of the smaller kernels works through.
+# A program of the smaller kernels works through this many columns or rows of a factor.
 PART = 512
 
 
 class Kind(NamedTuple):
-    """What matrices have in common that share launches."""
+    """Describes what the matrices that share launches have in common."""
 
     shape: tuple[int, int]
     ranks: tuple[int, int]
@@ -50,12 +50,12 @@ class Kind(NamedTuple):
 
 
 class DeviceTable(Table):
-    """A table whose addresses lie on its device, with equal matrices side by side.
+    """Holds a table whose addresses lie on its device, with equal matrices side by side.
 
     Attributes:
-        places: the number of each matrix in the table, in the order in which they lie on the device.
-        classes: each kind of matrices, and where they lie.
-        group_numbers, positions: of each matrix the number of its group, [N] int32, and its position, [N] int64.
+        places: number in the table of each matrix, in the order in which the matrices lie on the device.
+        classes: kinds of matrices, each with the slice where they lie.
+        group_numbers, positions: number of each matrix's group, [N] int32, and each matrix's position, [N] int64.
     """
 
     def __init__(self, members: list[Member]):
@@ -75,8 +75,10 @@ class DeviceTable(Table):
         self._kept: dict[str, tuple[list[int], Tensor, bool]] = {}
 
     def addresses(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
-        """Return the addresses of all matrices, [kinds of tensors, N] int64 on the device, and whether all are
-        multiples of 16. What has not moved since the last step is not copied again.
+        """Return the addresses of all matrices, [kinds of tensors, N] int64 on the device.
+
+        The second result says whether all of them are multiples of 16. Addresses that have not changed since the last
+        step are not copied again.
         """
         found = list(self.pointers(tensors))
         if name not in self._kept or self._kept[name][0] != found:
@@ -88,9 +90,7 @@ class DeviceTable(Table):
 
 
 def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the values as a tensor [n]; the host does not wait for the device, and a CUDA graph can hold what it
-    needs.
-    """
+    """Return the values as a tensor [n]. The host does not wait for the device, and a CUDA graph can capture this."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     if torch.cuda.is_current_stream_capturing():
@@ -99,7 +99,7 @@ def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype)
 
 
 class Triton(RowKernels, WholeStep):
-    """Takes the whole step up to rank `MAX_RANK`. The host reads nothing that it computes."""
+    """Takes the whole step up to rank `MAX_RANK`. The host reads nothing of what is computed."""
 
     table = DeviceTable
 
@@ -108,7 +108,7 @@ class Triton(RowKernels, WholeStep):
         return max(member.ranks) <= MAX_RANK and WholeStep.takes(member)
 
     def step(self, table: DeviceTable, options: list[tuple], metrics: Metrics | None) -> Tensor:
-        if not table.places:  # a process may hold no expert of any stack
+        if not table.places:  # A process may hold no expert of any stack.
             return torch.empty(0, dtype=torch.float64, device=table.device)
         grads = table.gradients()
         settings = _options(options, table.device)
@@ -127,7 +127,7 @@ class Triton(RowKernels, WholeStep):
 
 
 def _options(options: list[tuple], device: torch.device) -> Tensor:
-    """Return the options of all groups, [len(OPTIONS), groups] float64; a number that is on the device stays there."""
+    """Return the options of all groups, [len(OPTIONS), groups] float64. A number on the device stays there."""
     columns = [[0.0 if isinstance(value, Tensor) else float(value) for value in group] for group in options]
     settings = on_device([group[i] for i in range(len(OPTIONS)) for group in columns], device, torch.float64)
     settings = settings.view(len(OPTIONS), -1)
@@ -140,7 +140,7 @@ def _options(options: list[tuple], device: torch.device) -> Tensor:
 
 
 def _matrices_at_once(kind: Kind) -> int:
-    """Return how many matrices' temporaries fit into ``temporary_bytes`` beside the sums of parts of the rows."""
+    """Return for how many matrices temporaries fit into ``temporary_bytes``, beside the sums of parts of the rows."""
     (p, q), k = kind.shape, sum(kind.ranks)
     return max(0, kind.temporary_bytes - 4 * PROGRAMS * WIDEST * k) // (4 * k * (3 * p + 2 * q + max(kind.ranks)))
 
@@ -157,8 +157,8 @@ def _launch(
 ) -> None:
     """Launch the kernels for some equal matrices.
 
-    tables: addresses of gradients and weights [n], and of the state [names, n]. settings: of `_options`. found:
-    [n, 2], filled in.
+    tables: addresses of gradients and weights, [n] each, and of the state, [names, n]. settings: what `_options`
+    returns. found: [n, 2], which is filled in.
     """
     grads, params, states = tables
     n, (p, q), (k_m, k_v), tracked = len(grads), kind.shape, kind.ranks, "v_energy" in table.names
@@ -166,7 +166,7 @@ def _launch(
     K_M, K_V = triton.next_power_of_2(k_m), triton.next_power_of_2(k_v)
     tile = Tile.of(p, q, max(K_M, K_V))
     ranks = dict(K_M=K_M, K_V=K_V)
-    # A moment of a larger rank works through as many columns or rows in more and smaller blocks.
+    # A moment of a larger rank works through the same number of columns or rows, in more and smaller blocks.
     M_BLOCK, V_BLOCK = _block(K_M), _block(K_V)
     parts = ranks | dict(M_BLOCK=M_BLOCK, V_BLOCK=V_BLOCK, REPEATS=max(1, PART // V_BLOCK), num_warps=4)
     part = max(PART, V_BLOCK)
@@ -244,8 +244,10 @@ def _launch(
 
 @dataclass(frozen=True)
 class Tile:
-    """The blocks that a program works through, and its warps: of `_update` rows × columns, of `_fit` fit_rows ×
-    fit_columns, of which a thread holds ``lane`` columns side by side.
+    """Describes the blocks that a program works through, and its number of warps.
+
+    A block of `_update` is rows × columns. A block of `_fit` is fit_rows × fit_columns, of which a thread holds
+    ``lane`` columns side by side.
     """
 
     rows: int
@@ -260,13 +262,13 @@ class Tile:
     @staticmethod
     @functools.cache
     def of(p: int, q: int, K: int) -> Tile:
-        """Return the blocks for matrices p×q, by the larger padded rank."""
+        """Return the blocks for p×q matrices. K: the larger of the two padded ranks."""
         rows_up, columns_up = triton.next_power_of_2(p), triton.next_power_of_2(q)
         lane = min(LANE, columns_up)
         if q <= WIDE:
             rows = min(rows_up, max(1, SUMS * 128 * lane // (K * columns_up)), 128)
             return Tile(min(rows_up, max(1, 1024 // columns_up)), columns_up, rows, columns_up, lane, 4, 4)
-        # As wide as it may be, if little of the last block lies outside the matrix; all threads side by side.
+        # All threads lie side by side. A block is as wide as possible with little of the last one outside the matrix.
         width, fit_width = (
             min(widths, key=lambda width: (round(triton.cdiv(q, width) * width / q, 1), -width))
             for widths in ((128, 256, WIDEST), (128, 256))
@@ -277,5 +279,5 @@ class Tile:
 
 
 def _block(K: int) -> int:
-    """Return the columns of a block of K rows of which products [K, K, columns] lie in registers."""
+    """Return how many columns a block of K rows may have whose products [K, K, columns] lie in registers."""
     return min(512, 4096 // K**2)

@@ -1,4 +1,4 @@
-"""What the step's kernels share: the names of their tables, reading and writing, hashing, and k×k matrices."""
+"""This module holds what the step's kernels share: names of their tables, reads and writes, hashing, k×k matrices."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from ...lowrank import rounding
 from ...lowrank.rules import MIN_FACTOR_NORM
 from ..table import OPTIONS, POINTERS
 
-# What `_numbers` writes of each matrix for the kernels after it, the rows of a table [len(NUMBERS), n] float32. Bias
-# corrections and v's energy are inside: m/(√v + ε) becomes u = ((c_B B_m + c_X X_m) A_m + residual · g) /
-# (√((v_scale v_B v_A)² + g²) + eps), and the weight θ ← θ − (step · clamped(u) + decay · θ) where ``updates`` is 1.
+# `_numbers` writes these numbers of each matrix for the kernels after it, as the rows of a table [len(NUMBERS), n]
+# float32. They include the bias corrections and the energy of v. The update m/(√v + ε) is u = ((c_B m_B + c_X m_X) m_A
+# + residual · g) / (√((v_scale v_B v_A)² + g²) + eps), and the weight becomes θ ← θ − (step · clamped(u) + decay · θ)
+# where ``updates`` is 1.
 NUMBERS = (
     *("g_scale", "m_keep", "m_gain", "v_keep", "v_gain", "c_B", "c_X"),
     *("residual", "v_scale", "eps", "step", "decay", "updates", "limit"),
 )
-# The rows of the three tables by name, as the kernels read them.
+# These are the rows of the three tables by name, as the kernels read them.
 (
     BETA1, BETA2, LR, WEIGHT_DECAY, EPS, RESIDUAL_WEIGHT, UPDATE_SCALE, MAX_NORM, SIGN, BOUND, _, DAMPING, SEED, _,
     SKIPS_ZEROS,
@@ -25,11 +26,14 @@ STEP, M_B, M_A, V_B, V_A, ENERGY, SCALE = map(tl.constexpr, range(len(POINTERS))
 (
     G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, ROOT_EPS, LENGTH, DECAY, UPDATES, LIMIT,
 ) = map(tl.constexpr, range(len(NUMBERS)))  # fmt: skip
-FOUND: tl.constexpr = tl.constexpr(2)  # of `_numbers`: ‖g‖ after clipping, −1 without a gradient; and as it is used
+# `_numbers` writes two norms of each matrix: ‖g‖ after clipping, which is −1 for an expert whose gradient is zero, and
+# ‖g‖ as the step uses it, which is 0 where the gradient is not usable.
+FOUND: tl.constexpr = tl.constexpr(2)
 SALT: tl.constexpr = tl.constexpr(rounding.SALT)
-SALTED: tl.constexpr = tl.constexpr(rounding.mix(rounding.SALT))  # of key 0
+SALTED: tl.constexpr = tl.constexpr(rounding.mix(rounding.SALT))  # This is the second round's key of key 0.
 LARGEST_SQUARE: tl.constexpr = tl.constexpr(3.4028234663852886e38)
-# Squares of gradients below 2⁻⁶⁰ are added again 2¹²⁰ times as large, as float32 does not hold them.
+# Float32 does not hold the squares of small gradients. All gradients are therefore also squared after multiplication
+# by RAISED, and the sum of these squares gives ‖g‖ where ‖g‖² is below SMALL_SQUARE.
 RAISED: tl.constexpr = tl.constexpr(2.0**60)
 SMALL_SQUARE: tl.constexpr = tl.constexpr(2.0**-100)
 SMALLEST_NORM: tl.constexpr = tl.constexpr(MIN_FACTOR_NORM)
@@ -42,7 +46,7 @@ TINY64: tl.constexpr = tl.constexpr(2.0**-1022)
 
 @triton.jit
 def own(addresses, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer to the first entry of one matrix, from a table of addresses."""
+    """Return the pointer to the first entry of one matrix, from a table of addresses."""
     pointer = tl.load(addresses + matrix).to(tl.pointer_type(TYPE))
     return tl.multiple_of(pointer, [16]) if ALIGNED else pointer
 
@@ -65,13 +69,13 @@ def put_square(pointer, matrix, K: tl.constexpr):
 
 @triton.jit
 def square(pointer, K: tl.constexpr):
-    """A block [K, K]."""
+    """Return a block [K, K]."""
     return tl.load(pointer + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :])
 
 
 @triton.jit
 def sum_squares(pointer, count, stride: tl.constexpr, K: tl.constexpr):
-    """The sum of so many blocks [K, K] float64, of which every ``stride``-th is one."""
+    """Return the sum of ``count`` blocks [K, K] float64, which are every ``stride``-th block."""
     result = tl.zeros((K, K), tl.float64)
     for i in range(count):
         result += square(pointer + i * stride * K * K, K)
@@ -80,7 +84,7 @@ def sum_squares(pointer, count, stride: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def hash_round(bits, key):
-    """One round of lowbias32 (see `rounding`), uint32."""
+    """Return uint32 bits after one round of lowbias32 (see `rounding`)."""
     bits = bits ^ key
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
@@ -89,7 +93,7 @@ def hash_round(bits, key):
 
 @triton.jit
 def power(base, exponent):
-    """base ** exponent for a whole exponent, float64."""
+    """Return base ** exponent in float64, for a whole exponent ≥ 0."""
     result = tl.full((), 1, tl.float64)
     while exponent > 0:
         result = tl.where(exponent & 1 != 0, result * base, result)
@@ -109,13 +113,13 @@ def trace(matrix, K: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    """a b of blocks [K, K]."""
+    """Return the matrix product a b of blocks [K, K]."""
     return tl.sum(a[:, :, None] * b[None, :, :], 1)
 
 
 @triton.jit
 def damped(gram, ridge, K: tl.constexpr):
-    """gram + ridge · I with a ridge that float64 resolves beside the trace; the part outside k×k is ridge · I."""
+    """Return gram + ridge · I, with a ridge that float64 resolves beside the trace. Outside k×k it is ridge · I."""
     i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
     ridge = tl.maximum(ridge, 1e-15 * trace(gram, K) + TINY64)
     return tl.where(i == j, gram + ridge, gram)
@@ -123,7 +127,7 @@ def damped(gram, ridge, K: tl.constexpr):
 
 @triton.jit
 def inverse_of(matrix, K: tl.constexpr):
-    """The inverse of a positive matrix, as `linalg.damped_inverse`; of the diagonal alone where a pivot is not."""
+    """Return the inverse of a positive matrix as `linalg.damped_inverse` does: if a pivot fails, of its diagonal."""
     i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
     swept, failed = matrix, tl.full((), 0, tl.int32)
     for c in range(K):
@@ -140,7 +144,7 @@ def inverse_of(matrix, K: tl.constexpr):
 
 @triton.jit
 def inverse_root(matrix, K: tl.constexpr):
-    """L⁻¹ of the Cholesky factor of a positive matrix, as `linalg.inverse_root`."""
+    """Return L⁻¹ of the Cholesky factor L of a positive matrix as `linalg.inverse_root` does."""
     i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
     identity = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     swept, lower, failed = matrix, identity, tl.full((), 0, tl.int32)

@@ -1,7 +1,7 @@
-"""The kernels that read and write the factors: everything of a step but the passes over gradients and the numbers.
+"""This module holds the kernels that read and write the factors: all of a step but the passes and the numbers.
 
-`_lengths` and `_start` look at the old A factors, `_rows` moves the B factors on, and `_solve`, `_columns` and
-`_balance` move the A factors on. Each does both moments. What is k×k is float64.
+`_lengths` and `_start` look at the old A factors, `_rows` updates the B factors, `_solve` and `_columns` update the A
+factors, and `_balance` writes both. Each kernel treats both moments. k×k matrices are float64.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _lengths(
     states, m_lengths, v_lengths, stride, q, k_m, k_v,
     K_M: tl.constexpr, K_V: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """‖row‖² of the old A factors, float64."""
+    """Write ‖row‖² of each row of the old A factors, in float64."""
     matrix = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         _row_squares(state_of(states, M_A, stride, matrix), m_lengths + matrix * k_m, k_m, q, K_M, COLUMNS)
@@ -79,7 +79,7 @@ def _start(
     K_M: tl.constexpr, K_V: tl.constexpr, M_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     TRACKED: tl.constexpr,
 ):  # fmt: skip
-    """Copies of the old A factors with dead directions restarted (`Als.restart`), and their A Aᵀ, block by block."""
+    """Write copies of the old A factors with zero directions restarted (`Als.restart`), and A Aᵀ block by block."""
     block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = matrix * tl.num_programs(0) + block
     if tl.program_id(2) == 0:
@@ -105,7 +105,7 @@ def _start_moment(
     living = k - tl.sum(dead.to(tl.int32), 0)
     whole = tl.sum(tl.where(ranks < k, squares, 0), 0)
     level = tl.where(living > 0, whole / tl.maximum(living, 1), 1.0)
-    length = tl.sqrt(3.0 / q * level).to(tl.float32)  # a test row's mean square is 1/3
+    length = tl.sqrt(3.0 / q * level).to(tl.float32)  # A test row's mean square is 1/3.
     gram = tl.zeros((K, K), tl.float64)
     for repeat in range(REPEATS):
         columns = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)
@@ -127,7 +127,7 @@ def _rows(
     K_M: tl.constexpr, K_V: tl.constexpr, M_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     TRACKED: tl.constexpr,
 ):  # fmt: skip
-    """B' of both moments, C with m's part of the update C A_m, and the Gram matrices of B' and B, block by block."""
+    """Write B' of both moments, C of m's part C m_A of the update, and the Gram matrices of B' and B, by blocks."""
     block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = matrix * tl.num_programs(0) + block
     g_scale = number(table, G_SCALE, n, matrix)
@@ -153,8 +153,9 @@ def _move_rows(
     X, R, B, lengths, B_new, coefficients, grams, scale, keep, gain, c_B, c_X, block, p, k,
     K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, MIXES: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
-    """X ← scale · X R; write B' = keep · B + gain · X, of m also c_B B + c_X X, and the sums B'ᵀB' and B'ᵀB, or for
-    `newton` BᵀB, of these rows. B of dead directions is zero.
+    """Write B' = keep · B + gain · X, for m also c_B B + c_X X, and B'ᵀB' and B'ᵀB, or BᵀB for `newton`, of some rows.
+
+    X here is scale · X R with the X that was passed. Where a row of A is zero, that direction's B counts as zero.
     """
     ranks = tl.arange(0, K)[:, None]
     alive = tl.load(lengths + ranks, mask=ranks < k, other=0) > 0
@@ -187,8 +188,9 @@ def _solve(
     m_grams, v_grams, m_turn, v_turn, m_by, v_by, settings, groups, n_groups, k_m, k_v, blocks,
     K_M: tl.constexpr, K_V: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
-    """The rule's column part (`rules.columns`) for m or v: the sums of the Gram matrices and what B', A and P are
-    multiplied by.
+    """Compute the rule's column part (`columns` in `rules`) for m or v.
+
+    It sums the Gram matrices, and writes the factors on B', A and P.
     """
     matrix = tl.program_id(0).to(tl.int64)
     group = tl.load(groups + matrix)
@@ -207,7 +209,7 @@ def _solve(
 
 @triton.jit
 def _solve_moment(grams, turned, by, decay, damping, k, blocks, K: tl.constexpr, TRACKED: tl.constexpr):
-    """Write turn and turn B'ᵀB' turnᵀ; and by_A and by_P, of which A' = by_A A + by_P P."""
+    """Write turn, turn B'ᵀB' turnᵀ (BᵀB for `newton`), and by_A and by_P of A' = by_A A + by_P P."""
     i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
     turn = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     gram = sum_squares(grams, blocks, 2, K)
@@ -229,7 +231,7 @@ def _columns(
     m_A, v_A, m_by, v_by, m_A_new, v_A_new, m_P, v_P, m_grams, v_grams, n, q, k_m, k_v, splits,
     K_M: tl.constexpr, K_V: tl.constexpr, M_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, REPEATS: tl.constexpr,
 ):  # fmt: skip
-    """A' = by_A A + by_P P of m or v, and A' A'ᵀ, block by block."""
+    """Write A' = by_A A + by_P P of m or v, and A' A'ᵀ block by block."""
     block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = matrix * tl.num_programs(0) + block
     if tl.program_id(2) == 0:
@@ -273,7 +275,7 @@ def _balance(
     K_M: tl.constexpr, K_V: tl.constexpr, M_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     TRACKED: tl.constexpr,
 ):  # fmt: skip
-    """Write a part of both factors of m or of v with equal norms (`rules.balance`), and with v its energy."""
+    """Write a part of both factors of m or of v with equal norms (`balance` in `rules`), and for v also its energy."""
     block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     updates = number(table, UPDATES, n, matrix)
     if tl.program_id(2) == 0:
@@ -290,7 +292,7 @@ def _balance(
             v_grams + matrix * blocks * K_V * K_V, updates, block, p, q, k_v, blocks, K_V, V_BLOCK, REPEATS, TRACKED,
         )  # fmt: skip
         if TRACKED and block == 0:
-            # E ← β2 E + (1−β2)‖g‖²: the sum of Adam's own v. c = E/‖v_B v_A‖² waits for the next step.
+            # E ← β2 E + (1−β2)‖g‖² is the sum of Adam's own v. The next step reads c = E/‖v_B v_A‖².
             beta2 = option(settings, BETA2, n_groups, tl.load(groups + matrix))
             energy_ptr, scale_ptr = state_of(states, ENERGY, stride, matrix), state_of(states, SCALE, stride, matrix)
             norm = tl.load(found + matrix * FOUND + 1)
@@ -305,7 +307,7 @@ def _balance_moment(
     A, B, turned, B_new, A_new, grams, updates, block, p, q, k, blocks,
     K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
-    """Write some columns of A and some rows of B; returns ‖B'A'‖²."""
+    """Write some columns of A and some rows of B, and return ‖B'A'‖², which only `als` uses."""
     ranks = tl.arange(0, K)[:, None]
     gram_A, gram_B = sum_squares(grams, blocks, 1, K), square(turned + K * K, K)
     scale_A = tl.full((), 1, tl.float64)
@@ -317,7 +319,7 @@ def _balance_moment(
     written = tl.where(updates > 0, k, 0)
     by_A = scale_A.to(tl.float32)
     most = 3.4028234663852886e38
-    by_B = tl.minimum(tl.maximum(scale_B * square(turned, K), -most), most).to(tl.float32)  # of B' = 0
+    by_B = tl.minimum(tl.maximum(scale_B * square(turned, K), -most), most).to(tl.float32)  # B' may be 0.
     for repeat in range(REPEATS):
         place = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside, at = (ranks < written) & (place < q), ranks * q + place

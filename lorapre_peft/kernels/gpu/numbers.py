@@ -1,4 +1,4 @@
-"""The kernel that computes what belongs to a matrix: inverses, and numbers of the rule, of Adam and of its group."""
+"""This module holds the kernel for what belongs to a matrix: inverses, and numbers of the rule, Adam and its group."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def _numbers(
     stride, n, n_groups, k_m, k_v, row_blocks, column_blocks,
     K_M: tl.constexpr, K_V: tl.constexpr, BLOCKS: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
-    """(A Aᵀ + damping)⁻¹ of both moments, and everything that is a number of one matrix, float64: the rule's
-    (`rules`), Adam's (`eager.adam_scalars`) and the group's; and the count of steps.
+    """Write (A Aᵀ + damping)⁻¹ of both moments, all numbers of a matrix, and its count of steps.
+
+    The numbers are those of the rule (`rules`), of Adam (`eager.adam_scalars`) and of the group, computed in float64.
     """
     matrix = tl.program_id(0).to(tl.int64)
     group = tl.load(groups + matrix)
@@ -93,7 +94,7 @@ def _numbers(
     small = square < SMALL_SQUARE
     norm = tl.where(small, tl.sqrt(raised) / RAISED, tl.sqrt(square))
     idle = (option(settings, SKIPS_ZEROS, n_groups, group) != 0) & (norm == 0)
-    usable = (norm * norm <= LARGEST_SQUARE) & (idle == 0)  # NaN is not
+    usable = (norm * norm <= LARGEST_SQUARE) & (idle == 0)  # NaN is not usable.
     limit = option(settings, MAX_NORM, n_groups, group)
     clip = tl.where(usable & (norm > limit), limit / norm, 1.0)
     tl.store(found + matrix * FOUND, tl.where(idle, -1.0, norm * tl.where(usable, clip, 1.0)))
@@ -157,7 +158,7 @@ def _numbers(
 
 @triton.jit
 def _invert(grams, inverse, blocks, damping, k, K: tl.constexpr, TRACKED: tl.constexpr):
-    """Write (A Aᵀ + damping)⁻¹, from the sums over blocks; returns ‖A‖²."""
+    """Write (A Aᵀ + damping)⁻¹ from the sums over blocks, and return ‖A‖²."""
     gram = sum_squares(grams, blocks, 1, K)
     whole = trace(gram, K)
     put_square(inverse, inverse_of(damped(gram, damping * whole / k if TRACKED else damping, K), K).to(tl.float32), K)

@@ -1,7 +1,7 @@
-"""The kernels that read the gradients: `_fit` for x Aᵀ and ‖g‖, and `_update`, which writes the weights.
+"""This module holds the kernels that read the gradients: `_fit` computes x Aᵀ and ‖g‖, `_update` writes the weights.
 
-Products are float32: written out for the small ranks that these kernels take, or exact on tensor cores where gradients
-are bfloat16. No p×q temporary exists.
+Products are float32. They are written out as sums for the small ranks that these kernels take, or exact on tensor
+cores if gradients are bfloat16. There is no p×q temporary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _fit(
     K_M: tl.constexpr, K_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANE: tl.constexpr,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """g A_mᵀ and |g| v_Aᵀ of some rows, and the sum of their squares, of gradients as they are."""
+    """Write g m_Aᵀ and |g| v_Aᵀ of some rows, and the sums of these rows' squares, from unscaled gradients."""
     block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     g_ptr = own(grads, matrix, GRAD, ALIGNED)
     m_A += matrix * k_m * q
@@ -72,7 +72,7 @@ def _fit(
 
 @triton.jit
 def _three(x):
-    """Three bfloat16 numbers whose sum is x, but for less than float32's last place."""
+    """Return three bfloat16 numbers whose sum differs from x by less than float32's last place."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -85,7 +85,7 @@ def _fit_bfloat16(
     K_M: tl.constexpr, K_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`_fit` on tensor cores: products of bfloat16 gradients with three bfloat16 parts of a factor are exact."""
+    """Do what `_fit` does on tensor cores. Products of bfloat16 gradients with a factor's bfloat16 parts are exact."""
     block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     g_ptr = own(grads, matrix, tl.bfloat16, ALIGNED)
     m_A += matrix * k_m * q
@@ -103,7 +103,7 @@ def _fit_bfloat16(
         wide = g.to(tl.float32)
         square += wide * wide
         raised += (wide * RAISED) * (wide * RAISED)
-        # As [columns, ranks], the shape that a product takes.
+        # The parts are [columns, ranks], which is the shape that a product takes.
         at = m_ranks[None, :] * q + columns[:, None]
         high, middle, low = _three(tl.load(m_A + at, mask=(m_ranks[None, :] < k_m) & inside[:, None], other=0))
         m_sum = tl.dot(g, high, tl.dot(g, middle, tl.dot(g, low, m_sum)))
@@ -134,9 +134,10 @@ def _update(
     GRAD: tl.constexpr, PARAM: tl.constexpr, ALIGNED: tl.constexpr,
     TRACKED: tl.constexpr, STOCHASTIC: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
-    """θ ← θ − step · u − decay · θ for some rows of a block of columns, and Bᵀg of those rows for both moments.
+    """Write θ ← θ − step · u − decay · θ for some rows of a block of columns, and their part of Bᵀx for both moments.
 
-    u = (C A_m + residual · g) / (√((s v_B v_A)² + g²) + eps), clamped to ±limit.
+    u is (C m_A + residual · g) / (√((v_scale v_B v_A)² + g²) + eps). For `als` it is clamped to ±limit, and Bᵀx is
+    B'ᵀx with the new B.
     """
     block, split, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     g_ptr = own(grads, matrix, GRAD, ALIGNED)
@@ -145,14 +146,14 @@ def _update(
     v_scale, eps = number(table, V_SCALE, n, matrix), number(table, ROOT_EPS, n, matrix)
     step, decay = number(table, LENGTH, n, matrix), number(table, DECAY, n, matrix)
     limit = number(table, LIMIT, n, matrix)
-    here = tl.where(number(table, UPDATES, n, matrix) > 0, p, 0)  # rows that are read and written
+    here = tl.where(number(table, UPDATES, n, matrix) > 0, p, 0)  # Rows up to here are read and written.
     key, salted = tl.load(keys + matrix).to(tl.uint32), tl.load(keys + n + matrix).to(tl.uint32)
-    # Four side by side, which are 16 bytes of a factor: gradients of 2 bytes then lie in the same threads.
+    # Four columns lie side by side, which are 16 bytes of a factor. Gradients of 2 bytes then lie in the same threads.
     columns = block * COLUMNS + tl.max_contiguous(tl.arange(0, COLUMNS), 4)[None, None, :]
     m_ranks, v_ranks = tl.arange(0, K_M)[:, None, None], tl.arange(0, K_V)[:, None, None]
     m_columns = tl.load(m_A + matrix * k_m * q + m_ranks * q + columns, mask=(m_ranks < k_m) & (columns < q), other=0)
     v_columns = tl.load(v_A + matrix * k_v * q + v_ranks * q + columns, mask=(v_ranks < k_v) & (columns < q), other=0)
-    if TRACKED:  # B of dead directions is zero
+    if TRACKED:  # B of dead directions counts as zero.
         alive = tl.load(v_lengths + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) > 0
         v_columns = tl.where(alive, v_columns, 0)
     v_columns = v_columns * v_scale

@@ -1,11 +1,11 @@
-"""Adam's row part in two Triton kernels for all matrices of a batch together, without any p×q temporary.
+"""This module computes Adam's row part in two Triton kernels, for all matrices of a batch together.
 
-The first reads the gradients once for G Aᵀ and |G| v_Aᵀ and moves the rows of both B factors on; the second reads them
-once more, rebuilds m and √v block by block, writes the weights (stochastic rounding included), and accumulates what
-the A factors need. Gradients and weights are read and written where they lie, through a table of their addresses; the
-factors are stacked. Sums over blocks of rows are written apart and added in a fixed order, so that every replica gets
-the same bits. Nothing is read by the host. Products run in "tf32x3", float32 to within its round-off on tensor cores;
-accumulation is float32.
+There is no p×q temporary. The first kernel reads the gradients once for g m_Aᵀ and |g| v_Aᵀ, and updates the rows of
+both B factors. The second one reads the gradients once more, rebuilds m and √v block by block, writes the weights
+(stochastic rounding included), and accumulates what the A factors need. Gradients and weights are read and written
+where they lie, through a table of their addresses. The factors are stacked. Sums over blocks of rows are written
+separately and added in a fixed order, so that every replica gets the same bits. The host reads nothing. Products run
+as "tf32x3", which on tensor cores is float32 to within its round-off. Accumulation is float32.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ...lowrank.rounding import round_keys
 from ..eager import TABLE, Eager
 from .blocks import hash_round, own
 
-# Above this rank a block of a factor no longer fits the registers of a program.
+# Above this rank a block of a factor does not fit into the registers of a program.
 MAX_RANK = 128
-# Programs in flight that fill a large GPU: four on each of 132 multiprocessors; and warps of each.
+# This many programs in flight fill a large GPU: four on each of 132 multiprocessors, with WARPS warps each.
 PROGRAMS = 528
 WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
-# The rows of the table of numbers by their names in `TABLE`, as the kernels read them.
+# These are the rows of the table of numbers, by their names in `TABLE`, as the kernels read them.
 (
     G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, EPS, STEP, DECAY, UPDATES,
 ) = map(tl.constexpr, range(len(TABLE)))  # fmt: skip
@@ -38,7 +38,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @triton.jit
 def _block(pointer, rows, columns, n_rows, n_columns):
-    """A float32 block of a matrix, zero outside it: [rows, columns]."""
+    """Return a block of a matrix, with zeros outside the matrix: [rows, columns] float32."""
     offsets = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
     inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
     return tl.load(pointer + offsets, mask=inside, other=0).to(tl.float32)
@@ -46,7 +46,7 @@ def _block(pointer, rows, columns, n_rows, n_columns):
 
 @triton.jit
 def _stacked(pointer, matrix, rows, columns, n_rows, n_columns):
-    """`_block` of one matrix of a stack."""
+    """Return a `_block` of one matrix of a stack."""
     return _block(pointer + matrix.to(tl.int64) * n_rows * n_columns, rows, columns, n_rows, n_columns)
 
 
@@ -64,11 +64,11 @@ def _fit_rows(
     K_M: tl.constexpr, K_V: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """X = x Aᵀ R and B' = keep · B + gain · X of both moments, and C = c_B B + c_X X of m, for a block of rows."""
+    """Write B' = keep · B + gain · X of both moments, and C = c_B B + c_X X of m, for a block of rows. X = x Aᵀ R."""
     matrix = tl.program_id(0)
     rows = tl.program_id(1) * BP + tl.arange(0, BP)
     m_ranks, v_ranks = tl.arange(0, K_M), tl.arange(0, K_V)
-    p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # 1 comes as a constant, without `.to`
+    p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # A 1 comes as a constant, which has no `.to`.
     k_m, k_v = tl.cast(k_m, tl.int32), tl.cast(k_v, tl.int32)
     g_scale = tl.load(scalars + G_SCALE * n + matrix)
     g_ptr = own(grads, matrix, GRAD, ALIGNED)
@@ -101,14 +101,14 @@ def _update_block(
     GRAD: tl.constexpr, THETA: tl.constexpr, ALIGNED: tl.constexpr,
     CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
-    """θ ← θ − step · u − decay · θ for some rows of a block of columns, and Bᵀx of those rows for both moments.
+    """Write θ ← θ − step · u − decay · θ for some rows of a block of columns, and their part of Bᵀx for both moments.
 
-    u = (C A_m + residual · g) / (√((s v_B v_A)² + g²) + eps), clamped to ±bound.
+    u is (C m_A + residual · g) / (√((v_scale v_B v_A)² + g²) + eps), clamped to ±bound. For `als`, Bᵀx is B'ᵀx.
     """
     matrix, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = block * BQ + tl.arange(0, BQ)
     m_ranks, v_ranks = tl.arange(0, K_M), tl.arange(0, K_V)
-    p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # 1 comes as a constant, without `.to`
+    p, q = tl.cast(p, tl.int32), tl.cast(q, tl.int32)  # A 1 comes as a constant, which has no `.to`.
     k_m, k_v = tl.cast(k_m, tl.int32), tl.cast(k_v, tl.int32)
     g_ptr = own(grads, matrix, GRAD, ALIGNED)
     theta_ptr = own(thetas, matrix, THETA, ALIGNED)
@@ -166,7 +166,7 @@ def _update_block(
 
 
 class RowKernels(Eager):
-    """The kernels' launches. Ranks above `MAX_RANK` take the eager path and say so once."""
+    """Launches the kernels. Ranks above `MAX_RANK` take the eager path, with a single warning."""
 
     def __init__(self) -> None:
         self._told = False
@@ -182,7 +182,7 @@ class RowKernels(Eager):
                 )
                 self._told = True
             return super().adam(batch, m, v, table, bound, metrics)
-        if batch.all_rows.stop:  # else an empty shard
+        if batch.all_rows.stop:  # An empty shard has no rows.
             self._step(batch, m, v, table, bound, metrics)
         self.finish_rows(m)
         self.finish_rows(v)
@@ -194,7 +194,7 @@ class RowKernels(Eager):
         grads, thetas = ([x.contiguous() for x in tensors] for tensors in (batch.grads, batch.params))
         pointers = [tuple(map(Tensor.data_ptr, tensors)) for tensors in (grads, thetas)]
         aligned = not any(address % 16 for addresses in pointers for address in addresses)
-        # Filled entry by entry where they are new; gradients mostly return to the addresses of the step before.
+        # New addresses are filled in one by one. Gradients mostly return to the addresses of the step before.
         g_table, theta_table = (constants(addresses, device, torch.int64) for addresses in pointers)
         C = torch.empty_like(m.B)
         bounds = torch.full_like(table[0], float("inf")) if bound is None else bound
@@ -233,11 +233,11 @@ class RowKernels(Eager):
 
 
 def block_sizes(p: int, q: int, k_m: int, k_v: int) -> tuple[int, int, int, int]:
-    """Return (K_M, K_V, BP, BQ), ranks, rows and columns of a block; powers of two, at least the 16 that a product
-    needs.
+    """Return (K_M, K_V, BP, BQ): padded ranks, and the rows and columns of a block.
 
-    At most what fits the 99 kB of shared memory of a consumer GPU, without a second stage of loads in flight, and up
-    to rank 32 the registers of compute capabilities 8.0 to 9.0 (`tests/helpers/compile_triton.py` lists both).
+    All are powers of two, and at least the 16 that a product needs. A block fits into the 99 kB of shared memory of a
+    consumer GPU, without a second stage of loads in flight. Up to rank 32 it also fits into the registers of compute
+    capabilities 8.0 to 9.0 (`tests/helpers/compile_triton.py` lists both).
     """
     K_M, K_V = (max(16, triton.next_power_of_2(k)) for k in (k_m, k_v))
     K = max(K_M, K_V)
