@@ -1,4 +1,4 @@
-"""Extract LoRA adapters from the difference of two checkpoints."""
+"""This package extracts LoRA adapters from the difference of two checkpoints."""
 
 from .lora import ExtractionReport, extract_lora
 

@@ -1,4 +1,4 @@
-"""Write an extracted adapter so that plain PEFT opens it as it was meant, and check that it does."""
+"""This module writes an extracted adapter so that plain PEFT opens it as it was meant, and checks that it does."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..integrations.targets import expert_parameters
 
-Factors = Mapping[str, tuple[Tensor, Tensor]]  # module name: B [out, r], A [r, in]
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # It maps a module's name to B [out, r] and A [r, in].
 
-# Largest ‖found − meant‖ / ‖meant‖ of a module's change. Rounding to bfloat16, the coarsest dtype of weights, costs
-# 2⁻⁹; a change that is transposed or scaled twice is off by the order of 1.
+# This is the largest accepted ‖found − meant‖ / ‖meant‖ of a module's change. Rounding to bfloat16, the coarsest dtype
+# of weights, costs 2⁻⁹. A change that is transposed or scaled twice is off by the order of 1.
 TOLERANCE = 1e-2
 
 
@@ -40,12 +40,12 @@ def adapter_config(
 ) -> LoraConfig:
     """Return the config by which PEFT adapts exactly these modules, at these ranks and with a scaling of 1.
 
-    ranks: the rank of each module. by_parameter: those of them that are addressed by their weight, in
-    ``target_parameters``. stacks: those names that are parameters themselves, which stack experts.
+    ranks: the rank of each module. by_parameter: the modules among them that are addressed by their weight, in
+    ``target_parameters``. stacks: the names in ``ranks`` that are themselves parameters, which stack experts.
     """
     modules = {name for name in ranks if name not in by_parameter and name not in stacks}
-    # Short names are taken where they mean just these modules, else whole names, else (where one name ends like
-    # another) a regular expression of them.
+    # Short names are used if they mean just these modules, else whole names, else (if one name ends like another) a
+    # regular expression of whole names.
     selections: tuple[list[str] | str, ...] = (
         [*{name.rpartition(".")[2] for name in modules}],
         list(modules),
@@ -79,15 +79,15 @@ def adapter_config(
 def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str], dict[str, str]]:
     """Find out how PEFT can adapt these linear modules of a model, by letting it open adapters of rank 1.
 
-    PEFT takes a name in ``target_modules`` for another one in some architectures: since transformers 5 stacks the
-    experts of mixtures, "gate_proj" there stands for them, also where dense layers and shared experts have modules of
-    that name (PEFT's ``_convert_peft_config_moe``). It refuses others (Mamba's "out_proj", which fused kernels read
-    past the module).
+    In some architectures PEFT takes a name in ``target_modules`` for another one. Since transformers 5 stacks the
+    experts of mixtures, "gate_proj" there stands for them, even if dense layers and shared experts have modules of
+    that name (PEFT's ``_convert_peft_config_moe``). PEFT refuses other names, such as Mamba's "out_proj", whose weight
+    fused kernels read without calling the module.
 
-    model: a skeleton on the meta device, which is left as it is.
+    model: a skeleton on the meta device, which is not changed.
 
-    Returns the modules that have to be addressed by their weight, in ``target_parameters``, and by name the reason why
-    PEFT adapts a module in neither way.
+    Returns the modules that have to be addressed by their weight, in ``target_parameters``, and a dict of the modules
+    that PEFT adapts in neither way, with the reason for each.
     """
 
     def adapted(tried: set[str], by_parameter: bool) -> tuple[set[str], str]:
@@ -97,16 +97,16 @@ def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str
             write(Path(folder), config, factors, model)
             try:
                 wrong = misread(Path(folder), model, factors)
-            except Exception as error:  # whatever PEFT raises for what it cannot adapt
+            except Exception as error:  # PEFT raises various errors for what it cannot adapt.
                 return set(), f": {_first_sentence(error)}"
-        return (tried - wrong if wrong <= tried else set()), ""  # PEFT adapted others too: not by these names
+        return (tried - wrong if wrong <= tried else set()), ""  # If PEFT adapted others too, these names will not do.
 
     names = set(names)
     if adapted(names, by_parameter=False)[0] == names:
         return set(), {}
     by_parameter: set[str] = set()
     refused: dict[str, str] = {}
-    groups: dict[str, set[str]] = {}  # PEFT decides by the last part of a name
+    groups: dict[str, set[str]] = {}  # PEFT decides by the last part of a name.
     for name in sorted(names):
         groups.setdefault(name.rpartition(".")[2], set()).add(name)
     for group in groups.values():
@@ -158,12 +158,12 @@ def write(folder: Path, config: LoraConfig, factors: Factors, model: PreTrainedM
 
 
 def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
-    """Return the modules whose weight plain PEFT would not change by B A, or would without being asked.
+    """Return the modules whose weight plain PEFT would not change by B A, or would change although it should not.
 
-    The factors and their scaling are compared in every module; the change that PEFT makes of them, a matrix of the
-    weight's size, in the first of those that share the last part of their names.
+    The factors and their scaling are compared in every module. The change that PEFT makes of them, a matrix of the
+    weight's size, is compared in the first of the modules that share the last part of their names.
 
-    model: a skeleton on the meta device, which is left as it is; PEFT gets a copy whose weights take no memory.
+    model: a skeleton on the meta device, which is not changed. PEFT gets a copy whose weights take no memory.
     """
     wrong = set(factors)
     spot_checked: set[str] = set()
@@ -174,7 +174,7 @@ def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
         B, A = (factor.float() for factor in factors[name])
         found = [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
         if any(factor.is_meta for factor in found) or not all(map(torch.equal, found, (B, A))):
-            continue  # on the meta device: PEFT has found nothing in the file for this module
+            continue  # Factors on the meta device were not found in the file.
         if layer.scaling["default"] != 1:
             continue
         kind = name.rpartition(".")[2]
@@ -193,8 +193,11 @@ def misread(folder: Path, model: PreTrainedModel, factors: Factors) -> set[str]:
 
 
 def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """Yield PEFT's layers of an opened adapter by their names in the base model; those without factors on meta."""
-    # One zero stands for all of a weight: PEFT reads shapes, dtypes and devices alone, and moves factors to the
+    """Yield PEFT's layers of an opened adapter, by their names in the base model.
+
+    Layers that PEFT has found no factors for have them on the meta device.
+    """
+    # A single zero stands for all of a weight. PEFT only reads shapes, dtypes and devices, and moves factors to the
     # weight's device.
     hollow = copy.deepcopy(model)._apply(lambda tensor: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     with warnings.catch_warnings():
@@ -209,9 +212,9 @@ def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 
 def write_checked(folder: Path, config: LoraConfig, factors: Factors, model: PreTrainedModel) -> None:
-    """Write an adapter into a folder, once plain PEFT has opened it and found what was meant.
+    """Write an adapter into a folder after plain PEFT has opened it and found what was meant.
 
-    Raises RuntimeError if it did not; nothing is in the folder then.
+    Raises RuntimeError if PEFT finds anything else. The folder is then left as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:

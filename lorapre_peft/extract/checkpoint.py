@@ -1,4 +1,4 @@
-"""`Checkpoint`: a model's safetensors, read one tensor at a time under the names that the model itself uses."""
+"""This module reads a model's safetensors, one tensor at a time, under the names that the model itself uses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..integrations.targets import expert_parameters
 
 
 class Checkpoint:
-    """The weights of a folder or of a cached hub model, in one file or in shards; a tensor is read when asked for.
+    """Reads the weights of a folder or of a cached hub model, in one file or in shards, each tensor when asked for.
 
     Raises ValueError if there is no such folder or cached model, or its safetensors are not there.
     """
@@ -59,10 +59,9 @@ class Checkpoint:
             )
 
     def skeleton(self) -> transformers.PreTrainedModel:
-        """Return the model on the meta device; it says what its tensors are called, and which are of linear modules.
+        """Return the model on the meta device, which shows the names of its tensors and which are of linear modules.
 
-        Raises ValueError without a configuration, or if that is of a quantised model or not of one of transformers'
-        own.
+        Raises ValueError if there is no configuration, or if it is of a quantised model or not of one of transformers.
         """
         if not (self.folder / CONFIG_NAME).is_file():
             raise ValueError(f"{self.path} has no {CONFIG_NAME}, which says what its tensors are: copy the model's")
@@ -77,16 +76,16 @@ class Checkpoint:
             return model_class(config)
 
     def rename(self, model: transformers.PreTrainedModel) -> None:
-        """Fill ``keys``, {name in the model: name in the file}, by the rules of from_pretrained.
+        """Fill in ``keys``, {name in the model: name in the file}, by the rules of from_pretrained.
 
-        Stacked experts, which files hold matrix by matrix, come under the model's name with the name of their first
-        matrix; ``fused`` holds the converter that puts each together, and the names and patterns of its parts.
+        Files hold stacked experts matrix by matrix. In ``keys`` a stack's name in the model maps to the name of its
+        first matrix. ``fused`` holds the converter that assembles each stack, and its parts' names and patterns.
         """
         conversions = get_model_conversion_mapping(model)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
         known, prefix = model.state_dict(), model.base_model_prefix
-        # Such as buffers that older versions saved; from_pretrained passes over them too.
+        # These are, for example, buffers that older versions saved. from_pretrained ignores them too.
         ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
         self.keys: dict[str, str] = {}
         self.fused: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
@@ -100,26 +99,26 @@ class Checkpoint:
                 self.fused.setdefault(name, (by_pattern[pattern], []))[1].append((key, pattern))
                 self.keys.setdefault(name, key)
                 continue
-            if pattern is not None:  # one of several tensors that the model fuses: it keeps its stored name
+            if pattern is not None:  # The model fuses several such tensors. Each keeps its stored name here.
                 name = key
             if name in known or not any(re.search(pattern, name) for pattern in ignored):
                 self.keys[name] = key
         self.tied = model.all_tied_weights_keys
         for name, source in self.tied.items():
-            if name in self.keys and source not in self.keys:  # stored once, under the other name
+            if name in self.keys and source not in self.keys:  # It is stored once, under the other name.
                 self.keys[source] = self.keys.pop(name)
 
     def key(self, name: str) -> str | None:
-        """Return the stored name of a tensor, or of the one that the model ties it to; None if neither is stored."""
+        """Return the stored name of a tensor, or of the tensor to which it is tied, or None if neither is stored."""
         return self.keys.get(name) or self.keys.get(self.tied.get(name, ""))
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor from the disk, by the model's name for it."""
+        """Read one tensor, under the model's name for it, from the disk."""
         if name in self.fused:
             converter, parts = self.fused[name]
             converter = copy.deepcopy(converter)
             for part, pattern in parts:
-                # transformers takes a function too, which it calls; its annotation names futures alone.
+                # Besides the futures of its annotation, transformers takes a function, which it calls.
                 read = cast(Future, functools.partial(self._stored, part))
                 converter.add_tensor(name, part, pattern, read)
             return converter.convert(name)[name]
@@ -135,7 +134,7 @@ class Checkpoint:
 def common_names(before: Checkpoint, after: Checkpoint, model: transformers.PreTrainedModel) -> list[str]:
     """Return the names of the tensors of two checkpoints of a model, layer by layer.
 
-    Raises ValueError if one lacks any of them.
+    Raises ValueError if one of the checkpoints lacks any of them.
     """
     before.rename(model)
     after.rename(model)

@@ -1,4 +1,4 @@
-"""`extract_lora`: the change that full-weight fine-tuning made, delivered as a plain PEFT LoRA adapter.
+"""This module turns the change that full-weight fine-tuning made into a plain PEFT LoRA adapter (`extract_lora`).
 
 ``lorapre-extract BASE TUNED OUT --rank 16`` does it from a shell and prints the report.
 """
@@ -29,26 +29,29 @@ from .adapter import adapter_config, addressable, write_checked
 from .checkpoint import Checkpoint, common_names
 
 REPORT_NAME = "extraction_report.json"
-# Where the search for the rank that keeps enough energy starts in a large matrix; it doubles from there.
+# In a large matrix the search for the rank that keeps enough energy starts here, and doubles the rank from there.
 FIRST_RANK = 32
 
 
 @dataclass(frozen=True)
 class ExtractedModule:
-    """One module of the adapter: Δ = tuned − base, BA is the product of the stored factors, ‖·‖ the Frobenius norm."""
+    """Describes one module of the adapter.
+
+    Δ is tuned − base, BA is the product of the stored factors, and ‖·‖ is the Frobenius norm.
+    """
 
     name: str
-    shape: tuple[int, ...]  # out_features, in_features; of stacked experts their number before
+    shape: tuple[int, ...]  # out_features, in_features; for stacked experts, their number comes first
     rank: int
     change: float  # ‖Δ‖
     kept_energy: float  # 1 − ‖Δ − BA‖² / ‖Δ‖²
-    relative_error: float  # ‖Δ − BA‖ / ‖Δ‖: of the adapter as it runs
-    merged_error: float  # ‖tuned − round(base + BA)‖ / ‖Δ‖: of a merge, which also rounds to the base's dtype
+    relative_error: float  # ‖Δ − BA‖ / ‖Δ‖, the error of the adapter as it runs
+    merged_error: float  # ‖tuned − round(base + BA)‖ / ‖Δ‖, the error of a merge, with rounding to the base's dtype
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tensor that changed and is not in the adapter."""
+    """Describes a tensor that changed and is not in the adapter."""
 
     name: str
     reason: str
@@ -58,7 +61,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """What an extracted adapter holds and what it does not; ``str()`` gives a table."""
+    """Describes what an extracted adapter holds and what it does not. ``str()`` gives a table."""
 
     base: str
     tuned: str
@@ -69,17 +72,17 @@ class ExtractionReport:
 
     @property
     def relative_error(self) -> float:
-        """What the adapter misses of all changes, those that were left out included, as a share of ``change``."""
+        """Return what the adapter misses of all changes, including tensors left out, as a share of ``change``."""
         missed = [m.relative_error * m.change for m in self.modules] + [entry.change for entry in self.left_out]
         return math.hypot(*missed) / self.change
 
     @property
     def kept_energy(self) -> float:
-        """The share of all changes' ‖Δ‖² that the adapter holds."""
+        """Return the share of all changes' ‖Δ‖² that the adapter holds."""
         return 1 - self.relative_error**2
 
     def left_out_summary(self) -> str:
-        """Say on one line what was left out, by reason, the largest share first."""
+        """Return one line that says what was left out, by reason, with the largest share first."""
         reasons: dict[str, list[float]] = {}
         for entry in self.left_out:
             reasons.setdefault(entry.reason, []).append(entry.share)
@@ -122,33 +125,35 @@ def extract_lora(
 ) -> ExtractionReport:
     """Write the difference of two checkpoints as a plain LoRA adapter: B A ≈ Δ = tuned − base of each linear module.
 
-    One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and cut by an exact SVD, or by
-    subspace iteration where the matrix is large and the rank is not (`linalg.top_factors`). Each module's alpha is its
-    rank: the scaling is 1. Of stacked experts each has factors of its own, in PEFT's ``target_parameters``. What
-    changed and is not in the adapter (norms, biases, embeddings, the output head, unselected modules, modules that
-    PEFT refuses) is listed in the report, with a warning. Before the adapter is put into its folder, plain PEFT opens
-    it on a model without weights, and what it finds there is compared with what was meant. (`peft.convert_to_lora`
-    does this for adapters of a model in memory, always by a full SVD; of PEFT's helpers those that read
-    ``target_modules`` serve here.)
+    One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and truncated by an exact SVD, or by
+    subspace iteration if the matrix is large and the rank is not (`linalg.top_factors`). Each module's alpha is its
+    rank, so that the scaling is 1. Each expert of a stack has factors of its own, in PEFT's ``target_parameters``. The
+    report lists, with a warning, what changed and is not in the adapter: norms, biases, embeddings, the output head,
+    unselected modules, and modules that PEFT refuses. Before the adapter is put into its folder, plain PEFT opens it
+    on a model without weights, and what it finds there is compared with what was meant. (`peft.convert_to_lora` does
+    this for adapters of a model in memory, always by a full SVD. Of PEFT's helpers, those that read ``target_modules``
+    are used here.)
 
     Args:
         base, tuned: folders with ``config.json`` and safetensors, in one file or in shards, or ids of cached hub
             models.
         output_dir: receives ``adapter_config.json``, ``adapter_model.safetensors`` and ``extraction_report.json``.
-        rank: of every module, or as far as its matrix goes. Give this or ``energy``.
-        energy: the share of ‖Δ‖² in (0, 1] that each module keeps, before the factors are rounded to ``dtype``, at the
-            smallest rank that does (that subspace iteration finds: it can be slightly above the smallest). 1 keeps
-            even the round-off in Δ.
+        rank: rank of every module, or the smaller side of its matrix if that is less. Give this or ``energy``.
+        energy: share of ‖Δ‖² in (0, 1] that each module keeps, before the factors are rounded to ``dtype``. The rank
+            is the smallest that keeps it, or can be slightly larger where subspace iteration is used. 1 keeps even the
+            round-off in Δ.
         max_rank: upper bound of the ranks that ``energy`` chooses.
         target_modules: as in `peft.LoraConfig`: "all-linear", a list of names, or a regular expression of whole
-            names. Stacked experts are among "all-linear", and else go by the parameter's name or their module's.
-        dtype: of the stored factors, such as "float32"; None is each base weight's own. The errors count its rounding.
+            names. Stacked experts are among "all-linear". Otherwise their parameter's name or their module's name
+            selects them.
+        dtype: dtype of the stored factors, such as "float32". None stands for that of each base weight. The reported
+            errors include the rounding.
         device: where the SVDs are computed.
 
     Raises:
         ValueError: an invalid option; a checkpoint that cannot be read; tensors that are missing, of different shapes
             or not finite; no linear module selected; no change, or none in what is selected.
-        RuntimeError: this version of PEFT opens the adapter otherwise than it was meant; nothing is written then.
+        RuntimeError: this version of PEFT opens the adapter otherwise than it was meant. Nothing is written then.
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank}, energy={energy}: give exactly one of the two")
@@ -202,7 +207,7 @@ def extract_lora(
             )
             factors[owner] = (B, A)
             modules.append(module)
-        del old, new, delta  # or they would last until the next ones have been read
+        del old, new, delta  # Otherwise they would last until the next ones have been read.
 
     total = math.hypot(*(module.change for module in modules), *(change for *_, change in left))
     if not total:
@@ -229,9 +234,9 @@ def extract_lora(
 def _extract(
     name: str, old: Tensor, new: Tensor, delta: Tensor, turned: bool, size: tuple, dtype: torch.dtype
 ) -> tuple[ExtractedModule, Tensor, Tensor]:
-    """Return a module's stored factors B [out, r] and A [r, in], and their errors. turned: weights are [in, out]."""
+    """Return a module's errors and its stored factors B [out, r], A [r, in]. turned: true if weights are [in, out]."""
     B, A = _factors(delta.mT if turned else delta, *size)
-    # Copies, or the whole of a larger factor would stay in memory behind a cut one.
+    # These are copies. Otherwise the whole of a larger factor would stay in memory behind a truncated one.
     B, A = (factor.clone(memory_format=torch.contiguous_format).to(dtype) for factor in (B, A))
     product = B.float() @ A.float()
     out_features, in_features = product.shape
@@ -242,9 +247,10 @@ def _extract(
 def _extract_experts(
     name: str, old: Tensor, new: Tensor, delta: Tensor, turned: bool, size: tuple, dtype: torch.dtype
 ) -> tuple[ExtractedModule, Tensor, Tensor]:
-    """Return a stack of experts' factors as PEFT stores them, B [out, r · E] and A [r · E, in], and their errors.
+    """Return the errors of a stack of E experts, and its factors as PEFT stores them: B [out, r · E], A [r · E, in].
 
-    r is the largest that an expert needs: PEFT has one for all of a parameter. turned: weights are [experts, in, out].
+    r is the largest rank that an expert needs, as PEFT has one rank for a whole parameter. turned: true if weights are
+    [experts, in, out].
     """
     deltas = delta.mT if turned else delta
     experts, out_features, in_features = deltas.shape
@@ -262,7 +268,7 @@ def _extract_experts(
 def _measured(
     name: str, shape: Sequence[int], rank: int, old: Tensor, new: Tensor, delta: Tensor, product: Tensor
 ) -> ExtractedModule:
-    """Return the errors of the stored factors, whose product is ``product``."""
+    """Return a module with the errors of its stored factors, whose product is ``product``."""
     change = _norm(delta)
     error = _norm(delta - product) / change
     merged = _norm(new.float() - (old.float() + product).to(old.dtype).float()) / change
@@ -270,13 +276,13 @@ def _measured(
 
 
 def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: int | None) -> tuple[Tensor, Tensor]:
-    """Return B [out, r] and A [r, in] of a float32 delta [out, in], with singular values split evenly between them."""
+    """Return B [out, r] and A [r, in] of a float32 delta [out, in], each with the roots of the singular values."""
     side = min(delta.shape)
     limit = min(side, rank or max_rank or side)
     width = limit if energy is None else min(FIRST_RANK, limit)
     while True:
-        # Up to a quarter of the side subspace iteration is at least three times as fast as the SVD, and misses at most
-        # 2 % more even of pure noise, its worst case (measured at 2048 × 2048 on one core).
+        # Up to a quarter of the side, subspace iteration is at least three times as fast as the SVD. Even for pure
+        # noise, its worst case, it misses at most 2 % more (measured at 2048 × 2048 on one core).
         exact = side <= EXACT_SVD_SIZE or 4 * (width + OVERSAMPLING) > side
         if exact:
             B, A = best_factors(delta, limit)
@@ -284,8 +290,8 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: in
             B, A = top_factors(delta.__matmul__, delta.mT.__matmul__, (delta.shape[0], delta.shape[1]), width, delta)
         if energy is None:
             return B, A
-        # ‖Δ‖² that a cut to k = 1, 2, … misses: what BA misses, and its own S² from there on; the rows of A are √S
-        # long.
+        # A truncation to k = 1, 2, … misses the ‖Δ‖² that BA misses, and the S² of BA after k. The rows of A have the
+        # length √S.
         S2 = wide(A).square().sum(1).square()
         missed = _norm(delta - B @ A) ** 2 + S2.flip(0).cumsum(0).flip(0) - S2
         r = int((missed > (1 - energy) * _norm(delta) ** 2).sum()) + 1
@@ -300,7 +306,7 @@ def _norm(x: Tensor) -> float:
 
 
 def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the linear modules that PEFT would adapt, less a tied output head: its weight is the embedding's."""
+    """Return the linear modules that PEFT would adapt, except a tied output head, whose weight is the embedding's."""
     config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
     selection = _maybe_include_all_linear_layers(config, model)
     linear: dict[str, nn.Module] = {
@@ -317,7 +323,7 @@ def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str
 
 
 def _selected_experts(model: PreTrainedModel, target_modules: str | Sequence[str]) -> set[str]:
-    """Return the stacked weights of experts that ``target_modules`` names, as `create_lorapre_optimizer` does."""
+    """Return the names of the stacked expert weights that ``target_modules`` selects in `create_lorapre_optimizer`."""
     names = expert_parameters(model).keys()
     if target_modules == "all-linear":
         return set(names)
@@ -334,9 +340,8 @@ def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
     try:
         module = model.get_submodule(owner)
     except AttributeError:
-        return (
-            f"not a module of {type(model).__name__}"  # such as an expert's matrix, which the model fuses with others
-        )
+        # This is, for example, an expert's matrix, which the model fuses with others.
+        return f"not a module of {type(model).__name__}"
     if f"{owner}.{attribute}" in expert_parameters(model):
         return "not in target_modules"
     if isinstance(module, (nn.Linear, Conv1D)) and attribute == "weight":
@@ -367,9 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where the SVDs are computed (default: cpu)")
     options = vars(parser.parse_args(arguments))
     targets = options["target_modules"]
-    if (
-        len(targets) == 1 and not targets[0].isidentifier()
-    ):  # "all-linear" or an expression, which PEFT takes as a string
+    # PEFT takes "all-linear" or a regular expression as a string.
+    if len(targets) == 1 and not targets[0].isidentifier():
         options["target_modules"] = targets[0]
     try:
         print(extract_lora(**options))
