@@ -1,1 +1,1 @@
-"""What connects the optimizers to PEFT, transformers and TRL."""
+"""This package connects the optimizers to PEFT, transformers, TRL, axolotl and LLaMA-Factory."""

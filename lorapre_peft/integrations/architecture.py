@@ -1,4 +1,4 @@
-"""Find the model class that a config belongs to."""
+"""This module finds the model class that a config belongs to."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-# The first of these that knows a config without an architecture is taken: whole models before their decoders, which
-# AutoModelForCausalLM would give for some.
+# For a config without an architecture, the first of these that knows it is taken. Whole models come before their
+# decoders, which AutoModelForCausalLM would give for some configs.
 WHOLE_MODELS = (
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
@@ -31,9 +31,9 @@ WHOLE_MODELS = (
 def architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
     """Return the class that ``config.architectures`` names, as every saved model's config does.
 
-    For a config made by hand it is the model that is trained as a whole, with encoder, decoder and head.
+    For a config made by hand, this is the model that is trained as a whole, with encoder, decoder and head.
 
-    Raises ValueError for a name that transformers does not have, and a kind of config that it has no model for.
+    Raises ValueError for a name that transformers does not have, and for a kind of config that it has no model for.
     """
     name = next(iter(config.architectures or []), None)
     if name is not None:

@@ -1,4 +1,4 @@
-"""LoRA-Pre in axolotl: a plugin that is named in axolotl's config.
+"""This module is a plugin that brings LoRA-Pre to axolotl. It is named in axolotl's config:
 
     plugins:
       - lorapre_peft.integrations.axolotl.LoRAPrePlugin
@@ -23,12 +23,12 @@ from ..optim.base import LoRAPreOptimizer
 from .create import OPTIMIZERS, create_lorapre_optimizer
 from .trainer import LoRAPreCallback, lorapre_optimizer
 
-# Keys of axolotl's config that choose another optimizer or its rates, which a LoRA-Pre optimizer would not read.
+# These keys of axolotl's config choose another optimizer or its rates. A LoRA-Pre optimizer would not read them.
 IGNORED_KEYS = ("optim_args", "lr_groups", "embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio")
 
 
 class LoRAPreArgs(BaseModel):
-    """The key that the plugin adds to axolotl's config; axolotl merges this model into its own."""
+    """Describes the key that the plugin adds to axolotl's config. axolotl merges this model into its own."""
 
     model_config = ConfigDict(extra="ignore")
     lorapre: dict[str, Any] = {}
@@ -36,7 +36,7 @@ class LoRAPreArgs(BaseModel):
     @field_validator("lorapre")
     @classmethod
     def check_names(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Refuse an unknown option before any model is loaded; values are checked when the optimizer is built."""
+        """Refuse an unknown option before any model is loaded. Values are checked when the optimizer is built."""
         optimizer = options.get("optimizer", "adamw")
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
@@ -56,13 +56,13 @@ def option_names(optimizer: type[LoRAPreOptimizer]) -> set[str]:
 
 
 class LoRAPrePlugin(BasePlugin):
-    """Train with LoRA-Pre what the config trains: the adapter's matrices, or without an adapter the weights.
+    """Trains with LoRA-Pre what the config trains: the adapter's matrices or, without an adapter, the weights.
 
     Learning rate, weight decay, epsilon and betas are read from axolotl's own keys, as `lorapre_optimizer` reads them
-    from any trainer's arguments; a key under ``lorapre`` wins over them.
+    from any trainer's arguments. A key under ``lorapre`` takes precedence over them.
 
-    axolotl declares a hook of plugins that creates the optimizer and never calls it (as of version 0.19.0), so the
-    optimizer is set on the trainer once that exists.
+    axolotl declares a plugin hook that creates the optimizer, but never calls it (as of version 0.19.0). The optimizer
+    is therefore set on the trainer once that exists.
     """
 
     def get_input_args(self) -> str:
@@ -70,7 +70,7 @@ class LoRAPrePlugin(BasePlugin):
         return f"{__name__}.{LoRAPreArgs.__name__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
-        """Have the trainer build a LoRA-Pre optimizer, and log its figures.
+        """Make the trainer build a LoRA-Pre optimizer and log its figures.
 
         Raises ValueError if the config asks for another optimizer, or for an option that only other optimizers read.
         """
@@ -81,7 +81,7 @@ class LoRAPrePlugin(BasePlugin):
                 "optimizer's options under lorapre"
             )
         optimizer = cfg.get("optimizer") or "adamw"
-        optimizer = getattr(optimizer, "value", optimizer)  # axolotl keeps some names as members of an Enum
+        optimizer = getattr(optimizer, "value", optimizer)  # axolotl keeps some names as members of an Enum.
         if trainer.optimizer_cls_and_kwargs is not None or not optimizer.startswith("adamw"):
             raise ValueError(
                 f"optimizer: {optimizer} beside LoRAPrePlugin: only one of them can train. Remove the key (and write "
@@ -94,7 +94,7 @@ class LoRAPrePlugin(BasePlugin):
 
 
 def _with_arguments(factory: Callable[[], Callable[..., LoRAPreOptimizer]]) -> Callable[[], Callable[..., Any]]:
-    """Let a factory's product be called as Trainer does, and as axolotl does: with its arguments after the model."""
+    """Return a factory whose product can be called as by Trainer, or as by axolotl, with arguments after the model."""
 
     def product(model: nn.Module, _: Any = None, /, **options: Any) -> LoRAPreOptimizer:
         return factory()(model, **options)

@@ -1,4 +1,4 @@
-"""`LoRAPreConfig`: a `peft.LoraConfig` that also says how its adapter's momenta are compressed."""
+"""This module holds `LoRAPreConfig`, a `peft.LoraConfig` that also says how its adapter's momenta are compressed."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from peft.utils.other import get_pattern_key
 from ..lowrank.rules import RULES
 from ..optim.options import RULE_OPTIONS, check_rule_options
 
-# Beside adapter_config.json, which stays a plain LoraConfig's: PEFT warns about keys that it does not know.
+# This file lies beside adapter_config.json, which stays that of a plain LoraConfig: PEFT warns about unknown keys.
 CONFIG_NAME = "lorapre_config.json"
 
 
 @dataclass
 class LoRAPreConfig(LoraConfig):
-    """Configuration of a LoRA adapter that is trained with LoRA-Pre.
+    """Configures a LoRA adapter that is trained with LoRA-Pre.
 
-    All of `peft.LoraConfig`, and for PEFT it is one: ``peft_type`` stays LORA. The fields below are read by
-    `create_lorapre_optimizer`; they change nothing about the adapter itself. They are saved beside
-    ``adapter_config.json`` in ``lorapre_config.json``, so that an adapter saved here opens in plain PEFT;
-    `LoRAPreConfig.from_pretrained` reads both.
+    It has all fields of `peft.LoraConfig`, and PEFT treats it as one, as ``peft_type`` stays LORA. The fields below
+    are read by `create_lorapre_optimizer` and change nothing about the adapter itself. They are saved beside
+    ``adapter_config.json`` in ``lorapre_config.json``, so that an adapter saved here opens in plain PEFT.
+    `LoRAPreConfig.from_pretrained` reads both files.
 
-    Raises ValueError for a momentum rank that is no whole number ≥ 1 or not below the adapter's rank, for an unknown
-    rule, and for an option that the rule does not have.
+    Raises ValueError for a momentum rank that is not a whole number ≥ 1 or not below the adapter's rank, for an
+    unknown rule, and for an option that the rule does not have.
     """
 
     momentum_rank: int | None = field(
@@ -90,14 +90,14 @@ class LoRAPreConfig(LoraConfig):
                 )
 
     def pattern_key(self, module_name: str) -> str | None:
-        """Return the first key of ``momentum_rank_pattern`` that names this module, by its name in the base model."""
+        """Return the first key of ``momentum_rank_pattern`` that matches a name in the base model, or None."""
         key = get_pattern_key(list(self.momentum_rank_pattern), module_name)
         return key if key in self.momentum_rank_pattern else None
 
     def module_momentum_rank(self, module_name: str, r: int) -> int:
-        """Return k of a module of that name, whose adapter has rank r.
+        """Return the momentum rank k of the module of that name, whose adapter has rank r.
 
-        Raises ValueError if a pattern gives it a k ≥ r.
+        Raises ValueError if a pattern gives the module a k ≥ r.
         """
         key = self.pattern_key(module_name)
         if key is not None:
@@ -111,7 +111,7 @@ class LoRAPreConfig(LoraConfig):
         return self.momentum_rank if self.momentum_rank is not None else default_momentum_rank(r)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` as a plain `LoraConfig` would, and ``lorapre_config.json`` beside it."""
+        """Write ``adapter_config.json`` as a plain `LoraConfig` does, and ``lorapre_config.json`` beside it."""
         plain: LoraConfig = copy.copy(self)
         plain.__class__ = LoraConfig
         plain.save_pretrained(save_directory, **kwargs)
@@ -123,10 +123,10 @@ class LoRAPreConfig(LoraConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> LoRAPreConfig:
-        """Read a saved adapter's configuration from a folder or the hub, as `peft.PeftConfig.from_pretrained`.
+        """Read a saved adapter's configuration from a folder or the hub, as `peft.PeftConfig.from_pretrained` does.
 
-        For an adapter without ``lorapre_config.json`` (a plain LoRA) the own fields take their defaults, with a
-        warning.
+        For an adapter without ``lorapre_config.json`` (a plain LoRA), the fields of this class take their defaults,
+        with a warning.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         own = cls._load_own(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
@@ -141,15 +141,14 @@ class LoRAPreConfig(LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> LoRAPreConfig:
-        """Build a configuration as PEFT does, which drops unknown keys with a warning, but of this class."""
+        """Build a configuration of this class, and drop unknown keys with a warning, as PEFT does."""
         kind = kwargs.get("peft_type", PeftType.LORA)
         if kind != PeftType.LORA:
             raise ValueError(
                 f"found the configuration of a {kind} adapter; expected a LORA one: read it with peft.PeftConfig"
             )
-        with patch.dict(
-            PEFT_TYPE_TO_CONFIG_MAPPING, {PeftType.LORA: cls}
-        ):  # what PEFT builds, and names in its messages
+        # PEFT builds the class in this mapping, and names it in its messages.
+        with patch.dict(PEFT_TYPE_TO_CONFIG_MAPPING, {PeftType.LORA: cls}):
             return super().from_peft_type(**kwargs)
 
     @classmethod
@@ -161,7 +160,7 @@ class LoRAPreConfig(LoraConfig):
                 return None
             try:
                 file_path = hf_hub_download(path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
-            except EntryNotFoundError:  # of the hub, or of the local cache where the hub cannot be asked
+            except EntryNotFoundError:  # The hub has no such file, or cannot be asked and the cache has none.
                 return None
         with open(file_path) as file:
             own = json.load(file)

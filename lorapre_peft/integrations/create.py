@@ -1,4 +1,4 @@
-"""`create_lorapre_optimizer`: from a PEFT model, or a plain one, to an optimizer that knows what to compress."""
+"""This module builds, from a PEFT model or a plain one, an optimizer that knows what to compress."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .summary import state_table
 from .targets import Targets, adapter_targets, freeze_others, has_adapter, weight_targets
 
 OPTIMIZERS: dict[str, type[LoRAPreAdamW] | type[LoRAPreMuon]] = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
-# Trainer's own list of names without weight decay (transformers.Trainer.get_decay_parameter_names).
+# This is Trainer's own list of names without weight decay (transformers.Trainer.get_decay_parameter_names).
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-# The paper's learning rate for fine-tuning the weights of 7B and 8B models (Table 2).
+# This is the paper's learning rate for fine-tuning the weights of 7B and 8B models (Table 2).
 WEIGHT_LR = 2e-5
 
 
@@ -41,30 +41,31 @@ def create_lorapre_optimizer(
 ) -> LoRAPreOptimizer:
     """Build a LoRA-Pre optimizer over a model's trainable parameters, and print what it compresses.
 
-    With LoRA adapters in the model, their matrices are compressed at the momentum rank of each adapter's config
-    (`LoRAPreConfig`; a plain `LoraConfig` counts as one with defaults), and everything else that is trainable takes
-    the AdamW path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``. Each of the experts in
-    a stack (PEFT's ``target_parameters``, or weights such as Qwen3-MoE's) has factors of its own, at the momentum rank
-    of a single one.
+    If the model has LoRA adapters, their matrices are compressed at the momentum rank of each adapter's config
+    (`LoRAPreConfig`; a plain `LoraConfig` counts as one with defaults). Everything else that is trainable takes the
+    AdamW path: biases, norms, DoRA magnitudes, the A of an embedding, ``modules_to_save``. Each expert of a stack
+    (PEFT's ``target_parameters``, or weights such as Qwen3-MoE's) has factors of its own, at that momentum rank.
 
-    Without adapters the **weights** are trained: those of ``target_modules`` compressed at rank 8 unless told
-    otherwise, the ``others`` (norms, biases) by AdamW, embeddings and head not at all. What is not trained is frozen
-    here (``requires_grad_(False)``), so that it costs no gradient memory.
+    Without adapters the **weights** are trained. Those of ``target_modules`` are compressed, at rank 8 unless another
+    is given. By default the ``others`` (norms, biases) are trained by AdamW, and embeddings and head are not trained.
+    What is not trained is frozen here (``requires_grad_(False)``), so that it takes no memory for gradients.
 
     Weight decay is split as `transformers.Trainer` does it. Tied weights count once.
 
     Args:
         model: a model with a LoRA adapter, or a plain one.
         optimizer: ``"adamw"`` (`LoRAPreAdamW`) or ``"muon"`` (`LoRAPreMuon`).
-        lr: learning rate of all groups. May be left out for full weights only: 2e-5, as in the paper's Table 2.
-        weight_decay: decoupled, of the parameters that Trainer would decay.
-        momentum_rank, second_momentum_rank, update_rule, residual_weight: override what the adapters' configs say, or
-            for weights the defaults, of which momentum_rank's is 8; as in `LoRAPreAdamW`.
-        target_modules: full weights only: names, a regular expression or ``"all-linear"`` (the default), as in PEFT.
-        others: full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither targets
-            nor embeddings.
-        embeddings: full weights only: ``"frozen"`` (the default) or ``"adamw"``, for embeddings and head.
-        verbose: print the table of what is compressed, on the first process.
+        lr: learning rate of all groups. It may be left out only for full weights, where the default is 2e-5, as in the
+            paper's Table 2.
+        weight_decay: decoupled weight decay of the parameters that Trainer would decay.
+        momentum_rank, second_momentum_rank, update_rule, residual_weight: as in `LoRAPreAdamW`. They override the
+            adapters' configs or, for weights, the defaults, of which that of momentum_rank is 8.
+        target_modules: for full weights only: names, a regular expression or ``"all-linear"`` (the default), as in
+            PEFT.
+        others: for full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither
+            targets nor embeddings.
+        embeddings: for full weights only: ``"frozen"`` (the default) or ``"adamw"``, for embeddings and head.
+        verbose: whether the first process prints the table of what is compressed.
         kwargs: further options of the optimizer class.
 
     Raises:
@@ -141,7 +142,7 @@ def create_lorapre_optimizer(
 
 
 def _param_groups(model: nn.Module, targets: Targets, weight_decay: float) -> list[dict[str, Any]]:
-    """Return named parameters by weight decay and options of compression, in the model's order; rank 0: AdamW."""
+    """Return groups of named parameters with equal weight decay and options, in the model's order. Rank 0: AdamW."""
     decayed = set(get_parameter_names(model, ALL_LAYERNORM_LAYERS, NO_DECAY))
     plain = {"momentum_rank": 0, "update_rule": "als", "second_momentum_rank": None, "residual_weight": None}
     plain |= {"experts": None, "experts_dim": 0}

@@ -1,10 +1,10 @@
-"""LoRA-Pre in LLaMA-Factory's version 1: importing this module registers the optimizer ``lorapre``.
+"""This module connects LoRA-Pre to version 1 of LLaMA-Factory. Importing it registers the optimizer ``lorapre``.
 
-Run as a module it registers the optimizer and hands over to LLaMA-Factory, in one process or under torchrun:
+Run as a program, it registers the optimizer and hands over to LLaMA-Factory, in one process or under torchrun:
 
     python -m lorapre_peft.integrations.llamafactory sft config.yaml
 
-with, in the config, ``optim_config: {name: lorapre, lr: 2.0e-4, momentum_rank: 2}``.
+The config then has ``optim_config: {name: lorapre, lr: 2.0e-4, momentum_rank: 2}``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .create import create_lorapre_optimizer
 
 try:
     from llamafactory.v1.plugins.trainer_plugins.optimizers.optimizer import OptimizerPlugin
-except ModuleNotFoundError:  # the module's place up to release 0.9.5
+except ModuleNotFoundError:  # Up to release 0.9.5 the module is here.
     from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
 
 
@@ -27,7 +27,7 @@ except ModuleNotFoundError:  # the module's place up to release 0.9.5
 def create_optimizer(model: nn.Module, optim_config: Mapping[str, Any]) -> LoRAPreOptimizer:
     """Build the optimizer of LLaMA-Factory's trainers.
 
-    optim_config: ``name``, ``lr`` and further options of `create_lorapre_optimizer`. LLaMA-Factory after release 0.9.5
+    optim_config: ``name``, ``lr`` and further options of `create_lorapre_optimizer`. After release 0.9.5 LLaMA-Factory
     replaces ``lr`` by its ``learning_rate``. Raises ValueError if ``lr`` is missing.
     """
     options = {name: value for name, value in optim_config.items() if name != "name"}

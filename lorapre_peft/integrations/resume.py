@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run can resume from, where its process may have been killed while it saved."""
+"""This module finds the checkpoint from which a run can resume whose process may have been killed while saving."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """Return the path of the newest checkpoint-N in a Trainer's ``output_dir`` that was written to its end, or None.
 
     It is meant for ``trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))``. Trainer writes
-    straight into checkpoint-N, and ``resume_from_checkpoint=True`` takes the highest N, also where the process was
-    killed in between: that run fails, or in the worst case starts without its optimizer state. Every folder that is
-    passed over is named in a warning.
+    straight into checkpoint-N, and ``resume_from_checkpoint=True`` takes the highest N, even if the process was killed
+    while writing. Such a run fails, or in the worst case starts without its optimizer state. A warning names every
+    folder that is passed over.
     """
     folder = Path(folder)
     found = {path: CHECKPOINT.fullmatch(path.name) for path in folder.glob("*") if path.is_dir()}
@@ -38,8 +38,8 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
 def _broken_file(checkpoint: Path) -> str | None:
     """Return the name of a file of the checkpoint that is missing or was not written to its end, or None.
 
-    Trainer writes its own state last; a folder that is written anew still has the old one, so every other file is
-    looked at too.
+    Trainer writes its own state last. A folder that is written again still has the old state, so all other files are
+    checked as well.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return TRAINER_STATE_NAME
@@ -51,7 +51,7 @@ def _broken_file(checkpoint: Path) -> str | None:
                 with safe_open(path, "pt"):
                     pass
             elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-                return path.name  # torch.save's zip files end in their index
+                return path.name  # The zip files of torch.save end with their index.
         except (ValueError, SafetensorError):
             return path.name
     return None

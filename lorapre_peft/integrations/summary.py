@@ -1,4 +1,4 @@
-"""Make the table that `create_lorapre_optimizer` prints: what is compressed, and what that saves."""
+"""This module makes the table that `create_lorapre_optimizer` prints: what is compressed, and what that saves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..optim.base import LoRAPreOptimizer
 def state_table(optimizer: LoRAPreOptimizer, frozen: dict[str, list[Tensor]]) -> str:
     """Return the table as text: what is compressed, what is not, and the state's size beside AdamW's in float32.
 
-    frozen: parameters that are not trained, by the label of their row.
+    frozen: parameters that are not trained, by the label of their row in the table.
     """
     rows: dict[str, list[int]] = {}  # tensors, parameters, state bytes, AdamW's state bytes
     for group in optimizer.param_groups:
@@ -37,7 +37,7 @@ def state_table(optimizer: LoRAPreOptimizer, frozen: dict[str, list[Tensor]]) ->
 
 
 def adamw_state_bytes(param: Tensor) -> int:
-    """Return the bytes of AdamW's two float32 moments and its step for a parameter."""
+    """Return the bytes of AdamW's two float32 moments and of its step count for a parameter."""
     return 2 * 4 * math.prod(param.shape) + 4
 
 

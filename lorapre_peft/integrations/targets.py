@@ -1,4 +1,4 @@
-"""Find the parameters that are compressed, and their ranks: matrices of LoRA adapters, or the weights of a model."""
+"""This module finds the parameters to compress, and their ranks: matrices of LoRA adapters, or weights of a model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from ..lowrank.rules import RULES
 from ..optim.options import RULE_OPTIONS
 from .config import LoRAPreConfig, default_momentum_rank
 
-# LoRA's two matrices. An embedding's A (r × vocabulary) is missing on purpose: it holds one vector per token, nearly
-# all of them without a gradient at any one step, which no low-rank factor of |g| can say; it takes the AdamW path.
+# These are LoRA's two matrices. An embedding's A (r × vocabulary) is missing on purpose. It holds one vector for each
+# token, of which nearly all have no gradient at any one step. No low-rank factor of |g| can express that, so it takes
+# the AdamW path.
 COMPRESSIBLE = ("lora_A", "lora_B", "lora_embedding_B")
 
 LINEAR = (nn.Linear, Conv1D)
 
-# By parameter: momentum_rank, `RULE_OPTIONS`, and for a stack of experts also experts and experts_dim.
+# It maps a parameter to momentum_rank, `RULE_OPTIONS` and, for a stack of experts, also experts and experts_dim.
 Targets = dict[Tensor, dict[str, Any]]
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
     """Return the modules that turn hidden states into logits over a vocabulary.
 
-    These are the heads that transformers' models name themselves, the linear layers whose weight is an embedding's
-    own, and outside of transformers' models those that a linear layer's shape gives away (`_heads_by_shape`).
+    These are the heads that transformers' models name themselves, and the linear layers that share an embedding's
+    weight. Outside of transformers' models, linear layers with the shape of a head are among them (`_heads_by_shape`).
     """
     named = (inner.get_output_embeddings() for inner in _models(model))
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -49,10 +50,10 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 def _heads_by_shape(linear: Sequence[nn.Module], table_sizes: list[int]) -> list[nn.Module]:
     """Return the linear layers of a model that have as many outputs as one of its embeddings has rows.
 
-    Where layers also take inputs of that length, a hidden layer may have that shape too (a byte-level model of width
-    256; 1024 positions and width 1024). Then it counts only as the model's last layer, and only for the model's first
-    embedding. Embeddings of up to `MOMENTUM_RANK` rows are no vocabularies (token types, segments), and a head for one
-    has no rank to compress.
+    If layers also take inputs of that length, a hidden layer may have this shape too, such as in a byte-level model of
+    width 256, or in a model with 1024 positions and width 1024. A layer then only counts if it is the model's last
+    one, and only for the model's first embedding. Embeddings of up to `MOMENTUM_RANK` rows are not vocabularies (token
+    types, segments), and a head for one has no rank to compress.
     """
     widths = {_features(module)[0] for module in linear}
     heads = []
@@ -83,7 +84,7 @@ def _models(model: nn.Module) -> list[Any]:
 def has_adapter(model: nn.Module) -> bool:
     """Return whether the model holds LoRA layers.
 
-    Raises ValueError for one of PEFT's whose adapters are all of other kinds.
+    Raises ValueError for a model of PEFT's whose adapters are all of other kinds.
     """
     modules = list(model.modules())
     if any(isinstance(module, LoraLayer) for module in modules):
@@ -103,11 +104,11 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def rule_options(config: LoraConfig | None, given: dict[str, Any] | None) -> dict[str, Any]:
-    """Return `RULE_OPTIONS` as given, or as an adapter's config says; None for those that the rule does not have."""
+    """Return `RULE_OPTIONS` as given, or as an adapter's config says, with None for options the rule does not have."""
     given = {name: value for name, value in (given or {}).items() if value is not None}
     found = {name: given.get(name, getattr(config, name, None)) for name in RULE_OPTIONS}
     rule = RULES.get(found["update_rule"] or "als")
-    if rule is None:  # the optimizer says what there is
+    if rule is None:  # The optimizer raises an error that lists the rules.
         return found
     return {"update_rule": rule.name} | {
         name: found[name] if getattr(rule, name) is not None else None for name in RULE_OPTIONS[1:]
@@ -115,26 +116,26 @@ def rule_options(config: LoraConfig | None, given: dict[str, Any] | None) -> dic
 
 
 def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str, Any] | None) -> Targets:
-    """Return the LoRA matrices of every adapter with their options, as the adapters' configs and the overrides say.
+    """Return the LoRA matrices of every adapter with their options, from the adapters' configs and the overrides.
 
-    Warns of patterns that name no module.
+    Warns of patterns that match no module.
     """
     configs: dict[str, LoraConfig] = {}
     targets: Targets = {}
     unused: dict[str, set[str]] = {}
     for module_name, module in model.named_modules():
         if isinstance(getattr(module, "peft_config", None), dict):
-            configs = module.peft_config  # modules come after the model that holds them
+            configs = module.peft_config  # Modules come after the model that holds them.
         if not isinstance(module, LoraLayer):
             continue
-        own_name = module_name.rpartition("base_model.model.")[2]  # without what PEFT wraps around the base model
+        own_name = module_name.rpartition("base_model.model.")[2]  # It omits PEFT's wrapper.
         stacked = isinstance(module, ParamWrapper) and module.num_experts > 1
-        if isinstance(module, ParamWrapper):  # wrappers of one module's parameters lie one in another
+        if isinstance(module, ParamWrapper):  # The wrappers of one module's parameters are nested.
             own_name = f"{own_name.replace('.base_layer', '')}.{module.parameter_name}"
         for adapter, r in module.r.items():
             matrices = [param for name in COMPRESSIBLE for param in _held(getattr(module, name), adapter)]
             if not any(param.requires_grad for param in matrices):
-                continue  # what is not trained has no momenta
+                continue  # What is not trained has no momenta.
             config = configs.get(adapter)
             k = default_momentum_rank(r) if momentum_rank is None else momentum_rank
             if momentum_rank is None and isinstance(config, LoRAPreConfig):
@@ -147,11 +148,9 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                 )
             options = {"momentum_rank": k, **rule_options(config, given)}
             targets |= {param: options for param in matrices if param.ndim >= 2}
-            if (
-                isinstance(module, ParamWrapper) and stacked
-                # Lora_A [E · r, in] has the experts' rows one after the other, lora_B [out, r · E] their columns
-                # interleaved.
-            ):
+            # In lora_A [E · r, in] the experts' rows lie one after the other. In lora_B [out, r · E] their columns are
+            # interleaved.
+            if isinstance(module, ParamWrapper) and stacked:
                 for held, dim in ((module.lora_A, 0), (module.lora_B, -1)):
                     (weight,) = _held(held, adapter)
                     targets[weight] = options | {"experts": module.num_experts, "experts_dim": dim}
@@ -166,7 +165,7 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
 
 
 def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
-    """Return an adapter's parameters among those of a LoRA layer."""
+    """Return the parameters of one adapter among those of a LoRA layer."""
     if adapter not in held:
         return []
     part: Any = held[adapter]
@@ -176,11 +175,11 @@ def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
 def weight_targets(
     model: nn.Module, target_modules: str | Iterable[str], momentum_rank: int | None, given: dict[str, Any] | None
 ) -> Targets:
-    """Return the weights of the modules that ``target_modules`` names: names, a regular expression, or "all-linear".
+    """Return the weights of the modules that ``target_modules`` selects: names, a regular expression or "all-linear".
 
-    The stacked weights of a mixture's experts are among "all-linear"; otherwise their own name
-    ("experts.gate_up_proj") or that of their module ("experts") selects them. Raises ValueError if it names no module
-    with a matrix, or only modules that are frozen or quantised.
+    The stacked weights of a mixture's experts are among "all-linear". Otherwise their own name
+    ("experts.gate_up_proj") or that of their module ("experts") selects them. Raises ValueError if no module with a
+    matrix is selected, or only modules that are frozen or quantised.
     """
     k = MOMENTUM_RANK if momentum_rank is None else momentum_rank
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -201,7 +200,7 @@ def weight_targets(
         elif matched:
             frozen.append(module_name)
     for name, param in expert_parameters(model).items():
-        named = (name, name.rpartition(".")[0])  # of the parameter, and of its module
+        named = (name, name.rpartition(".")[0])  # the names of the parameter and of its module
         matched = names == "all-linear" or any(check_target_module_exists(config, n) for n in named)
         if matched and param.requires_grad:
             stack = {"experts": len(param), "experts_dim": 0}
@@ -214,7 +213,7 @@ def weight_targets(
 
 
 def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: list[str]) -> str:
-    """Return why there is no weight to train. frozen: the modules that are named and whose weights are frozen."""
+    """Return a message why there is no weight to train. frozen: the selected modules whose weights are frozen."""
     if any(getattr(inner, "is_quantized", False) for inner in _models(model)):
         return (
             "the model is quantised, and its weights cannot be trained themselves: train an adapter on it, "
@@ -237,9 +236,9 @@ def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: li
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return by name the parameters that hold a matrix for each expert of a mixture, [experts, p, q].
 
-    Such are the three-dimensional ones of a module that says how many experts it has, in an attribute whose name ends
-    with "experts" (transformers: num_experts, total_experts, num_routed_experts). Convolutions and position embeddings
-    are none.
+    They are three-dimensional, and their module has their number of experts in an attribute whose name ends with
+    "experts" (transformers: num_experts, total_experts, num_routed_experts). Convolutions and position embeddings are
+    therefore not among them.
     """
     found = {}
     for module_name, module in model.named_modules():
@@ -253,9 +252,9 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
 def freeze_others(
     model: nn.Module, targets: Targets, others: str | None, embeddings: str | None
 ) -> dict[str, set[Tensor]]:
-    """Freeze what full-weight training leaves out: by default embeddings and head.
+    """Freeze what full-weight training leaves out, which by default are embeddings and head.
 
-    Returns what was frozen, by a label for the table.
+    Returns the frozen parameters, by a label for the table.
     """
     embedded = embedding_parameters(model) - targets.keys()
     everything: set[Tensor] = set(model.parameters())

@@ -1,7 +1,7 @@
-"""LoRA-Pre in `transformers.Trainer` and TRL's trainers: one argument and one callback.
+"""This module connects LoRA-Pre to `transformers.Trainer` and TRL's trainers, with one argument and one callback.
 
-TRL's SFTTrainer and RewardTrainer take the argument; the others, such as DPOTrainer, have Trainer's attribute of the
-same name to set before training.
+TRL's SFTTrainer and RewardTrainer take the argument. The others, such as DPOTrainer, have Trainer's attribute of the
+same name, which can be set before training.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def lorapre_optimizer(
 ) -> tuple[Callable[[], Callable[..., LoRAPreOptimizer]], dict[str, Any]]:
     """Return Trainer's ``optimizer_cls_and_kwargs``, which builds a LoRA-Pre optimizer once the model is wrapped.
 
-    Trainer does not pass its learning rate to an optimizer given this way, so it is read from ``args``, again whenever
-    an optimizer is built (a hyperparameter search changes them): learning rate, weight decay, epsilon, and each Adam
-    beta that differs from the training arguments' default (0.9 and 0.999; LoRA-Pre's own are 0.9 and 0.95, and to
-    train with 0.999 it is given as ``betas``). With ``"muon"`` betas and epsilon are those of the AdamW path.
+    Trainer does not pass its learning rate to an optimizer given this way. Instead, learning rate, weight decay and
+    epsilon are read from ``args`` whenever an optimizer is built, as a hyperparameter search changes them. So is each
+    Adam beta that differs from the training arguments' default. Those defaults are 0.9 and 0.999, and LoRA-Pre's own
+    are 0.9 and 0.95, so that 0.999 has to be given as ``betas``. ``"muon"`` uses betas and epsilon in its AdamW path.
 
     Args:
         optimizer: ``"adamw"`` or ``"muon"``.
         args: the trainer's own arguments (`TrainingArguments`, `SFTConfig`, …).
-        overrides: options of `create_lorapre_optimizer`; they win over ``args``.
+        overrides: options of `create_lorapre_optimizer`, which take precedence over ``args``.
 
-    Raises TypeError if the first argument is no name, and ValueError if there is no learning rate in either, for an
-    unknown optimizer, and for arguments that cannot work with it: an engine that flattens parameters, or, with
-    ``update_in_backward=True``, gradient accumulation, global-norm clipping (``max_grad_norm`` above 0) and fp16.
+    Raises TypeError if the first argument is not a name. Raises ValueError if there is no learning rate in either, for
+    an unknown optimizer, and for arguments that cannot work with it: an engine that flattens parameters, or, with
+    ``update_in_backward=True``, gradient accumulation, global-norm clipping (``max_grad_norm`` above 0) or fp16.
     """
     if not isinstance(optimizer, str):
         raise TypeError(
@@ -79,13 +79,13 @@ def _read(optimizer: str, args: TrainingArguments | None) -> dict[str, Any]:
 
 
 def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
-    """Raise ValueError for training arguments under which the optimizer could not do what it says."""
+    """Raise ValueError for training arguments under which the optimizer could not work as documented."""
     if args.deepspeed:
         raise ValueError(
             f"deepspeed={args.deepspeed!r}: LoRA-Pre needs rows and columns, and DeepSpeed hands the optimizer "
             "flattened shards. Use FSDP2, DDP or one process"
         )
-    plugin = getattr(args, "fsdp_plugin_args", None) or {}  # missing in older versions of transformers
+    plugin = getattr(args, "fsdp_plugin_args", None) or {}  # Older versions of transformers lack it.
     if plugin.get("fsdp_version", 2) != 2:
         raise ValueError(
             f"fsdp_config version {plugin['fsdp_version']}: LoRA-Pre needs rows and columns, and FSDP1 hands the "
@@ -112,7 +112,7 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
 
 
 class OptimizerFactory:
-    """Builds the optimizer: Trainer calls what is no Optimizer class as factory()(model, **kwargs)."""
+    """Builds the optimizer. Trainer calls what is not an Optimizer class as factory()(model, **kwargs)."""
 
     def __init__(self, args: TrainingArguments | None) -> None:
         self.args = args
@@ -125,7 +125,7 @@ class OptimizerFactory:
         return create_lorapre_optimizer(model, **(_read(optimizer, self.args) | overrides))
 
     def __getattr__(self, name: str) -> Any:
-        """Raise AttributeError, also for what Trainer asks of a finished optimizer that it got as ``optimizers``."""
+        """Raise AttributeError, also for what Trainer reads from a finished optimizer in ``optimizers``."""
         raise AttributeError(
             f"what lorapre_optimizer returns is no optimizer yet, and has no {name!r}: give it to the trainer as "
             "optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args), not as optimizers"
@@ -133,39 +133,39 @@ class OptimizerFactory:
 
 
 class LoRAPreCallback(TrainerCallback):
-    """Checks that a trainer really runs LoRA-Pre on the model's adapter, and adds its figures to the trainer's logs.
+    """Checks that a trainer really trains the model's parameters with LoRA-Pre, and adds its figures to the logs.
 
-    Logged at every logging step, for that step, under ``lorapre/``: ``state_bytes`` and ``adamw_state_bytes`` (float32
-    moments of the same parameters), ``captured_energy`` (share of ‖g‖² in the momentum's row space, 0 to 1),
-    ``largest_update`` (largest entry of the normalised update before the clamp) and ``clamped_share`` (AdamW only),
-    ``skipped_updates`` (so far). Nothing is read from the device at other steps, but for the losses with
-    ``stop_on_nan_loss``.
+    At every logging step the logs get these figures of that step under ``lorapre/``: ``state_bytes`` and
+    ``adamw_state_bytes`` (float32 moments of the same parameters), ``captured_energy`` (share of ‖g‖² in the
+    momentum's row space, 0 to 1), ``largest_update`` (largest entry of the normalised update before the clamp) and
+    ``clamped_share`` (both with AdamW only), and ``skipped_updates`` (so far). At other steps nothing is read from the
+    device, except the losses with ``stop_on_nan_loss``.
 
     Args:
-        stop_on_nan_loss: stop at the first step with a loss that is NaN or infinite. Nothing of that step reaches the
-            weights or the optimizer, and unless ``save_strategy="no"`` they are saved as checkpoint-N of that step N:
-            resumed from there, training goes on with the next batch. Trainer itself goes on, and by default logs the
-            mean of the earlier losses in its place. (With ``update_in_backward`` finite gradients of that step have
-            been applied already.)
+        stop_on_nan_loss: whether to stop at the first step with a loss that is NaN or infinite. Nothing of that step
+            reaches the weights or the optimizer. Unless ``save_strategy="no"``, they are saved as checkpoint-N of that
+            step N. A run resumed from there goes on with the next batch. Trainer itself would go on, and by default
+            log the mean of the earlier losses in place of that loss. (With ``update_in_backward``, finite gradients of
+            that step have already been applied.)
 
     Raises RuntimeError at the start of training if the optimizer is not LoRA-Pre's or does not hold the model's
-    trainable parameters, and at a logging step if it no longer does: adapters were added or replaced during training.
-    Raises ValueError for training arguments that `lorapre_optimizer` would refuse. Warns of a run that was resumed
-    from a checkpoint without optimizer state.
+    trainable parameters. Raises it at a logging step if the optimizer no longer holds them, because adapters were
+    added or replaced during training. Raises ValueError for training arguments that `lorapre_optimizer` would refuse.
+    Warns of a run that was resumed from a checkpoint without optimizer state.
     """
 
     def __init__(self, stop_on_nan_loss: bool = False) -> None:
         self.stop_on_nan_loss = stop_on_nan_loss
-        self._trainer: weakref.ref[Any] | None = None  # the trainer that it is attached to
+        self._trainer: weakref.ref[Any] | None = None  # the trainer to which it is attached
         self._optimizer: LoRAPreOptimizer | None = None
-        self._losses: list[Tensor] = []  # of this step's micro-batches
+        self._losses: list[Tensor] = []  # the losses of this step's micro-batches
         self._nan_loss = False
 
     @classmethod
     def attach(cls, trainer: Any, stop_on_nan_loss: bool = False) -> LoRAPreCallback:
-        """Add a callback to a trainer, before its other callbacks, so that reporters see its figures; and return it.
+        """Add a callback to a trainer, before its other callbacks, so that reporters see its figures, and return it.
 
-        A callback that is given to the trainer as ``callbacks=[LoRAPreCallback()]`` does the same: it looks for the
+        A callback that is given to the trainer as ``callbacks=[LoRAPreCallback()]`` does the same. It looks for the
         trainer among its callers when training begins.
         """
         callback = cls(stop_on_nan_loss)
@@ -184,7 +184,7 @@ class LoRAPreCallback(TrainerCallback):
     ) -> None:
         self._optimizer = _checked_optimizer(model, optimizer)
         _check_arguments(args, self._optimizer.defaults["update_in_backward"])
-        # A run may have broken off in a backward pass, as auto_find_batch_size's attempts do.
+        # An earlier run may have broken off in a backward pass, as the attempts of auto_find_batch_size do.
         self._optimizer.zero_grad()
         if state.global_step and not self._optimizer.state:
             warnings.warn(
@@ -197,7 +197,7 @@ class LoRAPreCallback(TrainerCallback):
         _log_before_reporters(self, _caller(CallbackHandler) if trainer is None else trainer.callback_handler)
         if self.stop_on_nan_loss:
             self._losses = _watched_losses(trainer)
-            self._losses.clear()  # a run that broke off may have left some
+            self._losses.clear()  # A run that broke off may have left some.
 
     def on_step_begin(
         self,
@@ -208,11 +208,11 @@ class LoRAPreCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        # Trainer decides to log after the step (DefaultFlowCallback.on_step_end); the step must know before.
+        # Trainer decides after the step whether to log (DefaultFlowCallback.on_step_end). The step must know before.
         step = state.global_step + 1
         by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
-        by_epoch = args.logging_strategy == IntervalStrategy.EPOCH  # any step may turn out to be the last of the epoch
-        assert self._optimizer is not None  # on_train_begin has found it
+        by_epoch = args.logging_strategy == IntervalStrategy.EPOCH  # Any step may be the last of the epoch.
+        assert self._optimizer is not None  # on_train_begin has found it.
         self._optimizer.record_metrics = by_steps or by_epoch or (step == 1 and args.logging_first_step)
         if by_steps or by_epoch:
             _checked_optimizer(model, optimizer)
@@ -234,13 +234,13 @@ class LoRAPreCallback(TrainerCallback):
             )
         bad = torch.stack([~loss.isfinite().all() for loss in self._losses]).any().int()
         self._losses.clear()
-        if world_size() > 1:  # all ranks stop, or those that go on wait for the others for ever
+        if world_size() > 1:  # All ranks have to stop. Otherwise the rest would wait for ever.
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         self._nan_loss = bool(bad)
         if self._nan_loss:
             for param in model.parameters():
                 if param.grad is not None:
-                    param.grad.fill_(float("nan"))  # what the optimizer and a GradScaler both leave out
+                    param.grad.fill_(float("nan"))  # The optimizer and a GradScaler both skip NaN.
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -265,7 +265,8 @@ class LoRAPreCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._optimizer is None or logs is None or "loss" not in logs:  # evaluation logs and the closing summary
+        # Logs without a loss are those of an evaluation, or the closing summary.
+        if self._optimizer is None or logs is None or "loss" not in logs:
             return
         held = [(param, group) for group in self._optimizer.param_groups for param in group["params"]]
         values = {
@@ -277,16 +278,16 @@ class LoRAPreCallback(TrainerCallback):
         values = {f"lorapre/{name}": value for name, value in values.items()}
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(values)  # Trainer has already copied the logs there
+            state.log_history[-1].update(values)  # Trainer has already copied the logs there.
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._optimizer = None
 
 
 def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
-    """Return the LoRA-Pre optimizer inside accelerate's wrapper, maybe beside others.
+    """Return the LoRA-Pre optimizer inside accelerate's wrapper, where other optimizers may lie beside it.
 
-    Raises RuntimeError if there is none, or if together they do not train the whole model.
+    Raises RuntimeError if there is none, or if the optimizers together do not hold all trainable parameters.
     """
     parts = list(_parts(optimizer))
     found = next((part for part in parts if isinstance(part, LoRAPreOptimizer)), None)
@@ -309,7 +310,7 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer and those inside it, accelerate's ``optimizer`` or the ``optimizers`` of a chain."""
+    """Yield an optimizer and those inside it, which are accelerate's ``optimizer`` or a chain's ``optimizers``."""
     yield optimizer
     inside = [optimizer.optimizer] if hasattr(optimizer, "optimizer") else getattr(optimizer, "optimizers", ())
     for part in inside:
@@ -319,9 +320,9 @@ def _parts(optimizer: Any) -> Iterator[Any]:
 def _log_before_reporters(callback: LoRAPreCallback, handler: CallbackHandler | None) -> None:
     """Move the callback to the front of its trainer's list.
 
-    Trainer puts its reporters (TensorBoard, W&B, trackio) before the user's callbacks, so what a user's callback adds
-    to the logs comes too late for them. A callback is not given its handler; without `LoRAPreCallback.attach` it is
-    the caller.
+    Trainer puts its reporters (TensorBoard, W&B, trackio) before the user's callbacks, so that what a user's callback
+    adds to the logs comes too late for them. A callback is not given its handler. Without `LoRAPreCallback.attach` the
+    handler is found as the caller.
     """
     if handler is None:
         warnings.warn(
@@ -333,21 +334,21 @@ def _log_before_reporters(callback: LoRAPreCallback, handler: CallbackHandler | 
 
 
 def _watched_losses(trainer: Any) -> list[Tensor]:
-    """Return a list to which each training loss of a trainer (None: the one that calls) is added from now on."""
-    from transformers import Trainer  # here, because it brings in datasets
+    """Return a list to which each training loss of a trainer is added from now on. None: the trainer that calls."""
+    from transformers import Trainer  # It is imported here because it brings in datasets.
 
     if trainer is None:
         trainer = _caller(Trainer)
     if trainer is None:
         raise RuntimeError("stop_on_nan_loss=True: LoRAPreCallback was not called by a Trainer, whose loss it watches")
     compute_loss = trainer.compute_loss
-    if not hasattr(compute_loss, "losses"):  # not by an earlier call of train()
+    if not hasattr(compute_loss, "losses"):  # An earlier call of train() may have wrapped it.
         losses: list[Tensor] = []
 
         @functools.wraps(compute_loss)
         def watched(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
-            if torch.is_grad_enabled():  # not in evaluation
+            if torch.is_grad_enabled():  # Losses of an evaluation are left out.
                 losses.append((result[0] if isinstance(result, tuple) else result).detach())
             return result
 
@@ -357,7 +358,7 @@ def _watched_losses(trainer: Any) -> list[Tensor]:
 
 
 def _caller(kind: type) -> Any:
-    """Return the nearest object of that class among the callers' ``self``, or None: callbacks get no trainer."""
+    """Return the nearest object of a class among the callers' ``self``, or None, as callbacks are given no trainer."""
     frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back
