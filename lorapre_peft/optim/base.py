@@ -22,19 +22,16 @@ from ..lowrank.float64 import reads_are_free
 from ..lowrank.layout import Member, Part, lay_out, parts_of
 from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
-from ..lowrank.sharding import WHOLE, local, placement_of, world_size
+from ..lowrank.sharding import WHOLE, local
 from .adamw_path import AdamWOptions, Item, adamw_path
 from .bare import describe_choice, is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
-from .in_backward import UPDATED_BY_STEP, has_hook, register_hooks
+from .in_backward import InBackwardOptimizer, Located
 from .options import check_flattened_shards, check_gradient, check_options, check_parameter, check_stack
-from .state import RANK_OPTIONS, StatefulOptimizer
-
-# A located parameter is a group, a parameter of the group, and the parameter's position in the optimizer.
-Located = tuple[dict[str, Any], Tensor, int]
+from .state import RANK_OPTIONS
 
 
-class LoRAPreOptimizer(StatefulOptimizer):
+class LoRAPreOptimizer(InBackwardOptimizer):
     """Implements what `LoRAPreAdamW` and `LoRAPreMuon` have in common, options included. It is not for direct use.
 
     Args:
@@ -105,13 +102,7 @@ class LoRAPreOptimizer(StatefulOptimizer):
     def _reset(self, backend: str) -> None:
         self.backend = backend
         self.record_metrics = False
-        self._metrics = Metrics()
-        # These are the parameters that this backward pass has already updated.
-        self._updated: set[Tensor] = set()
-        # Among them, these are the parameters whose gradients DDP will put back at the end of the backward pass.
-        self._averaged: set[Tensor] = set()
-        # Hooks look every parameter up here. It stays empty until one does.
-        self._places: dict[Tensor, Located] = {}
+        self._reset_backward()
         # The key is the position of a step's first parameter.
         self._layouts: dict[int, tuple[tuple, list[Part]]] = {}
         self._skips = Skips()
@@ -149,13 +140,8 @@ class LoRAPreOptimizer(StatefulOptimizer):
             self.param_groups.pop()
             raise
         self._register_hooks(group)
-        self._places.clear()
         # `check_flattened_shards` reads this to notice an engine that has replaced the matrices by flattened shards.
         group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
-
-    def _register_hooks(self, group: dict[str, Any]) -> None:
-        method = type(self)._update_in_backward if self.defaults["update_in_backward"] else None
-        register_hooks(method, self, group["params"])
 
     def _resolve(self, group: dict[str, Any]) -> None:
         """Replace options that are None by what they stand for, so that checkpoints hold the actual values."""
@@ -205,73 +191,6 @@ class LoRAPreOptimizer(StatefulOptimizer):
         self._step(located)
         self._forget_backward()
         return loss
-
-    def _left_over(self, located: list[Located]) -> list[Located]:
-        """Return the parameters with a gradient, such as one set by hand, that the backward pass has not updated.
-
-        An engine may have replaced the parameters since their hooks were made. Then these are all of them, once, and
-        the new ones get hooks.
-        """
-        for param in self._averaged:
-            param.grad = None
-        found = [(group, param, i) for group, param, i in located if param.grad is not None]
-        if any(not has_hook(param) for _, param, _ in found):
-            for group in self.param_groups:
-                self._register_hooks(group)
-            self._places.clear()
-        if world_size() > 1 and any(placement_of(param) is WHOLE for _, param, _ in found):
-            warnings.warn(UPDATED_BY_STEP, stacklevel=4)
-        return found
-
-    def _forget_backward(self) -> None:
-        self._updated.clear()
-        self._averaged.clear()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients as in `torch.optim.Optimizer`.
-
-        A backward pass that broke off under ``update_in_backward`` may be repeated afterwards.
-        """
-        super().zero_grad(set_to_none)
-        self._forget_backward()
-
-    def _located(self) -> list[Located]:
-        """Return every parameter with its group and position, from the groups as they are now."""
-        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
-        return [(group, param, position) for position, (group, param) in enumerate(pairs)]
-
-    def _update_in_backward(self, param: Tensor) -> None:
-        """Update a parameter whose gradient the backward pass has just made; the parameter's hook calls this."""
-        if world_size() == 1 or placement_of(param) is not WHOLE:
-            self._update_one(param)
-
-    def update_averaged(self, param: Tensor) -> None:
-        """Update a parameter whose gradient DDP has just averaged; `ddp_update_hook` calls this."""
-        if not self.defaults["update_in_backward"]:
-            raise ValueError(
-                "ddp_update_hook updates parameters in the backward pass: build the optimizer with "
-                "update_in_backward=True"
-            )
-        self._update_one(param)
-        self._averaged.add(param)
-
-    @torch.no_grad()
-    def _update_one(self, param: Tensor) -> None:
-        if param in self._updated:
-            raise RuntimeError(
-                f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): "
-                "gradients cannot be accumulated with update_in_backward=True, which has already used and freed the "
-                "first ones. Call step() after every backward pass (gradient_accumulation_steps=1), or use "
-                "update_in_backward=False"
-            )
-        if not self._updated:
-            self._metrics = Metrics()
-        if not self._places:
-            self._places = {located[1]: located for located in self._located()}
-        if param in self._places and param.numel():
-            self._step([self._places[param]])
-        self._updated.add(param)
-        param.grad = None
 
     def _step(self, located: list[Located]) -> None:
         """Update these parameters, separately for each device and for each set of processes that shares them."""

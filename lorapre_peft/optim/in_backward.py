@@ -8,9 +8,10 @@ averaged, so `ddp_update_hook` does it instead.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..lowrank.metrics import Metrics
+from ..lowrank.sharding import WHOLE, placement_of, world_size
+from .state import StatefulOptimizer
+
+# A located parameter is a group, a parameter of the group, and the parameter's position in the optimizer.
+Located = tuple[dict[str, Any], Tensor, int]
+
 UPDATED_BY_STEP = (
     "update_in_backward=True in several processes: parameters that are not sharded are updated by step(), as their "
     "gradients are averaged after the backward pass has made them. Under DDP register the hook that updates them "
@@ -26,13 +34,6 @@ UPDATED_BY_STEP = (
 )
 # This maps each parameter to its hook, which belongs to the latest optimizer alone.
 _HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
-
-
-class Updater(Protocol):
-    """Describes an optimizer that updates single parameters."""
-
-    def update_averaged(self, param: Tensor) -> None:
-        """Update a parameter with its gradient, which is averaged over the processes."""
 
 
 def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, params: Iterable[Tensor]) -> None:
@@ -59,7 +60,101 @@ def _call(method: Callable[[Any, Tensor], None], owner: weakref.ref, param: Tens
         method(alive, param)
 
 
-def ddp_update_hook(optimizer: Updater, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+class InBackwardOptimizer(StatefulOptimizer):
+    """Base of `LoRAPreOptimizer`, with the updates of ``update_in_backward`` and what one backward pass has done.
+
+    A subclass calls `_reset_backward` before anything else, and says how some parameters are stepped (`_step`).
+    """
+
+    _metrics: Metrics
+
+    def _reset_backward(self) -> None:
+        self._metrics = Metrics()
+        # These are the parameters that this backward pass has already updated.
+        self._updated: set[Tensor] = set()
+        # Among them, these are the parameters whose gradients DDP will put back at the end of the backward pass.
+        self._averaged: set[Tensor] = set()
+        # Hooks look every parameter up here. It stays empty until one does.
+        self._places: dict[Tensor, Located] = {}
+
+    def _step(self, located: list[Located]) -> None:
+        """Update these parameters."""
+        raise NotImplementedError
+
+    def _located(self) -> list[Located]:
+        """Return every parameter with its group and position, from the groups as they are now."""
+        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
+        return [(group, param, position) for position, (group, param) in enumerate(pairs)]
+
+    def _register_hooks(self, group: dict[str, Any]) -> None:
+        """Make the backward pass update the group's parameters, if that is this optimizer's way."""
+        method = type(self)._update_in_backward if self.defaults["update_in_backward"] else None
+        register_hooks(method, self, group["params"])
+        self._places.clear()
+
+    def _update_in_backward(self, param: Tensor) -> None:
+        """Update a parameter whose gradient the backward pass has just made; the parameter's hook calls this."""
+        if world_size() == 1 or placement_of(param) is not WHOLE:
+            self._update_one(param)
+
+    def update_averaged(self, param: Tensor) -> None:
+        """Update a parameter whose gradient DDP has just averaged; `ddp_update_hook` calls this."""
+        if not self.defaults["update_in_backward"]:
+            raise ValueError(
+                "ddp_update_hook updates parameters in the backward pass: build the optimizer with "
+                "update_in_backward=True"
+            )
+        self._update_one(param)
+        self._averaged.add(param)
+
+    @torch.no_grad()
+    def _update_one(self, param: Tensor) -> None:
+        if param in self._updated:
+            raise RuntimeError(
+                f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): "
+                "gradients cannot be accumulated with update_in_backward=True, which has already used and freed the "
+                "first ones. Call step() after every backward pass (gradient_accumulation_steps=1), or use "
+                "update_in_backward=False"
+            )
+        if not self._updated:
+            self._metrics = Metrics()
+        if not self._places:
+            self._places = {located[1]: located for located in self._located()}
+        if param in self._places and param.numel():
+            self._step([self._places[param]])
+        self._updated.add(param)
+        param.grad = None
+
+    def _left_over(self, located: list[Located]) -> list[Located]:
+        """Return the parameters with a gradient, such as one set by hand, that the backward pass has not updated.
+
+        An engine may have replaced the parameters since their hooks were made. Then these are all of them, once, and
+        the new ones get hooks.
+        """
+        for param in self._averaged:
+            param.grad = None
+        found = [(group, param, i) for group, param, i in located if param.grad is not None]
+        if any(not has_hook(param) for _, param, _ in found):
+            for group in self.param_groups:
+                self._register_hooks(group)
+        if world_size() > 1 and any(placement_of(param) is WHOLE for _, param, _ in found):
+            warnings.warn(UPDATED_BY_STEP, stacklevel=4)
+        return found
+
+    def _forget_backward(self) -> None:
+        self._updated.clear()
+        self._averaged.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as in `torch.optim.Optimizer`.
+
+        A backward pass that broke off under ``update_in_backward`` may be repeated afterwards.
+        """
+        super().zero_grad(set_to_none)
+        self._forget_backward()
+
+
+def ddp_update_hook(optimizer: InBackwardOptimizer, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """Average a bucket as a communication hook of DDP, and then update each parameter of the bucket.
 
     Register it with ``ddp_model.register_comm_hook(optimizer, ddp_update_hook)``, for an optimizer with
