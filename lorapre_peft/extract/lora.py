@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import peft
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
@@ -153,7 +155,8 @@ def extract_lora(
     Raises:
         ValueError: an invalid option; a checkpoint that cannot be read; tensors that are missing, of different shapes
             or not finite; no linear module selected; no change, or none in what is selected.
-        RuntimeError: this version of PEFT opens the adapter otherwise than it was meant. Nothing is written then.
+        RuntimeError: this version of PEFT opens the adapter otherwise than it was meant, as those before 0.20 do with
+            stacked experts. Nothing is written then.
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank}, energy={energy}: give exactly one of the two")
@@ -174,6 +177,11 @@ def extract_lora(
     names = common_names(before, after, model)
     linear = _selected_linears(model, target_modules)
     stacks = _selected_experts(model, target_modules)
+    if stacks and TorchVersion(peft.__version__) < "0.20":
+        raise RuntimeError(
+            f"found peft {peft.__version__}, which swaps inputs and outputs of stacked experts, expected 0.20 "
+            "or later: pip install -U peft, or give target_modules without the experts"
+        )
     by_parameter, refused = addressable(model, linear)
 
     factors: dict[str, tuple[Tensor, Tensor]] = {}

@@ -11,14 +11,17 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
+from torch.torch_version import TorchVersion
 
 from . import build
 from .cpp import Cpp
 from .eager import Compiled, Eager
 
 _COMPILER = "a C++ compiler (g++ or clang++) on the PATH"
+_TRITON = "the package triton, 3.4 or later (pip install 'triton>=3.4')"
 
 
 def _compiled_needs(device: torch.device) -> str | None:
@@ -39,8 +42,8 @@ def _cpp_needs(device: torch.device) -> str | None:
 
 
 def _triton_needs(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton (pip install triton)"
+    if importlib.util.find_spec("triton") is None or TorchVersion(version("triton")) < "3.4":
+        return _TRITON
     if torch.version.hip:
         return "CUDA: Triton has no tf32x3 products on AMD GPUs"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -78,8 +81,10 @@ def _made(name: str) -> Eager:
 
 def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
     """Return the first of the named backends that starts. The eager one runs everywhere and is always among them."""
-    if "cpp" in names and _cpp_needs(device) == _COMPILER:
-        warnings.warn(f"backend 'cpp' needs {_COMPILER}, so a slower one is used", stacklevel=2)
+    for name, missing in {"cpp": _COMPILER, "triton": _TRITON}.items():
+        fast = name in names and device.type == ("cuda" if name == "triton" else "cpu")
+        if fast and _BACKENDS[name][0](device) == missing:
+            warnings.warn(f"backend {name!r} needs {missing}, so a slower one is used", stacklevel=2)
     for name in available(device):
         if name in names and (name != "triton" or device.type == "cuda"):  # "auto" leaves out its interpreter.
             try:

@@ -26,6 +26,7 @@ def without_triton(monkeypatch):
 def test_auto_is_the_fastest(monkeypatch, fresh_backends):
     assert backends.choose("auto", torch.device("cpu")) is backends.choose("cpp", torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr(backends, "version", lambda name: "3.4.0")
     assert backends.available("cuda") == ["triton", "eager", "compiled"]
 
 
@@ -63,9 +64,10 @@ def test_cpp_needs_a_cpu():
 
 
 def test_without_triton_auto_is_eager(without_triton, fresh_backends):
-    """A missing package costs speed only."""
+    """A missing package costs speed only, and that is said."""
     assert backends.available("cuda:0") == ["eager"]
-    assert type(backends.choose("auto", torch.device("cuda:0"))) is backends.Eager
+    with pytest.warns(UserWarning, match=r"'triton' needs the package triton, 3\.4 or later .*, so a slower one is"):
+        assert type(backends.choose("auto", torch.device("cuda:0"))) is backends.Eager
     for name in ("triton", "compiled"):
         with pytest.raises(
             ValueError, match=rf"backend='{name}' needs the package triton.*Use backend='auto'.*\['eager'\]"
@@ -73,8 +75,16 @@ def test_without_triton_auto_is_eager(without_triton, fresh_backends):
             backends.choose(name, torch.device("cuda:0"))
 
 
+def test_an_old_triton_is_as_none(monkeypatch, fresh_backends):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr(backends, "version", lambda name: "3.3.1")
+    with pytest.raises(ValueError, match=r"backend='triton' needs the package triton, 3\.4 or later"):
+        backends.choose("triton", torch.device("cuda:0"))
+
+
 def test_triton_needs_a_cuda_device(monkeypatch, fresh_backends):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr(backends, "version", lambda name: "3.4.0")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"backend='triton' needs a CUDA device, found cpu"):
         backends.choose("triton", torch.device("cpu"))

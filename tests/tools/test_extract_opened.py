@@ -20,6 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from versions import skip_before
 
 from lorapre_peft.extract import adapter, lora
 from lorapre_peft.extract.lora import extract_lora
@@ -62,6 +63,10 @@ def opened(base: str, folder: Path) -> nn.Module:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
 
 
+before_0_20 = skip_before("peft", "0.20", "takes the inputs of stacked experts for their outputs")
+
+
+@before_0_20
 @pytest.mark.parametrize("build", [deepseek, qwen3_moe])
 @pytest.mark.parametrize("size", [dict(rank=4), dict(energy=1 - 1e-9)], ids=["one rank", "ranks by module"])
 def test_modules_that_share_their_names_with_stacked_experts(tmp_path, checkpoint_pair, build, size):
@@ -109,6 +114,7 @@ def test_a_module_that_peft_refuses_is_left_out(tmp_path, checkpoint_pair):
     assert not (tmp_path / "other").exists()
 
 
+@before_0_20
 def test_an_adapter_that_peft_would_misread_is_not_written(tmp_path, checkpoint_pair, monkeypatch):
     """As with a PEFT that changes the meaning of a name: the earlier files in the folder stay, and no new ones
     come.
