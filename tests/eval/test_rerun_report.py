@@ -149,6 +149,21 @@ def test_report_of_differences_and_averages(tmp_path):
     assert said["rows"][1]["metrics"]["test_loss"]["seeds"] == [0, 1, 2]
 
 
+def test_times_and_peaks_of_several_devices_are_not_compared(tmp_path):
+    suite = write_suite(tmp_path, methods=["lora", "rslora"], protocols={"paper": {"lr": 1e-3, "seeds": [0]}})
+    records = {}
+    for cell, device in zip(cells(suite), ("cpu", "NVIDIA H200")):
+        (run,) = cell.pending({})
+        records[run.name] = record(run, 1.0, environment={"command": "python -m eval.rerun x", "device": device})
+    text = write_report(suite, cells(suite), records, {}, tmp_path)
+    assert "runs are from several devices" in text
+    assert all(
+        line.endswith("| – | – | – |") for line in text.splitlines() if line.startswith(("| LoRA ", "| rsLoRA "))
+    )
+    assert "time.png" not in text
+    assert "state.png" in text
+
+
 def test_factors_that_no_method_has_are_refused(tmp_path):
     with pytest.raises(ValueError, match="factor 'momentum_rang': none of the methods has that option"):
         write_suite(tmp_path, factors=[["momentum_rang"]])
