@@ -66,6 +66,8 @@ _BACKENDS: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Ea
     "compiled": (_compiled_needs, Compiled),
 }
 NAMES = ("auto", *_BACKENDS)
+# "auto" warns if a device's fastest backend lacks only what can be installed.
+_FASTEST = {"cpu": ("cpp", _COMPILER), "cuda": ("triton", _TRITON)}
 
 
 def available(device: torch.device | str) -> list[str]:
@@ -81,10 +83,9 @@ def _made(name: str) -> Eager:
 
 def _automatic(device: torch.device, names: tuple[str, ...]) -> Eager:
     """Return the first of the named backends that starts. The eager one runs everywhere and is always among them."""
-    for name, missing in {"cpp": _COMPILER, "triton": _TRITON}.items():
-        fast = name in names and device.type == ("cuda" if name == "triton" else "cpu")
-        if fast and _BACKENDS[name][0](device) == missing:
-            warnings.warn(f"backend {name!r} needs {missing}, so a slower one is used", stacklevel=2)
+    fastest, installable = _FASTEST.get(device.type, ("eager", ""))
+    if fastest in names and _BACKENDS[fastest][0](device) == installable:
+        warnings.warn(f"backend {fastest!r} needs {installable}, so a slower one is used", stacklevel=2)
     for name in available(device):
         if name in names and (name != "triton" or device.type == "cuda"):  # "auto" leaves out its interpreter.
             try:
