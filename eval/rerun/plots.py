@@ -58,25 +58,25 @@ def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     a method, which differ in its options.
     """
     shown = [row for row in rows if suite.primary in row["metrics"]]
-    sizes = [row["state_bytes"] / 1e6 for row in shown if row["state_bytes"]]
+    sizes = list(filter(None, map(_megabytes, shown)))
     if not sizes:
         return False
     last: dict[Any, tuple[float, float]] = {}
 
     def line(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
         axis.set_xscale("symlog", linthresh=min(sizes))
-        point = row["state_bytes"] / 1e6, row["metrics"][suite.primary]["mean"]
+        point = _megabytes(row), row["metrics"][suite.primary]["mean"]
         if (axis, _family(row)) in last:
             axis.plot(*zip(last[axis, _family(row)], point), color=style["color"], linewidth=0.8)
         last[axis, _family(row)] = point
 
-    return _tradeoff(suite, shown, path, lambda row: row["state_bytes"] / 1e6, "optimizer state (MB)", line)
+    return _tradeoff(suite, shown, path, _megabytes, "optimizer state (MB)", line)
 
 
 def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     """Plot the primary metric over the time of training, where all runs are from one device."""
     shown = [row for row in rows if suite.primary in row["metrics"]]
-    if len({device for row in shown for device in row["devices"]}) > 1:
+    if len(devices(shown)) > 1:
         return False
     return _tradeoff(suite, shown, path, lambda row: row["train_seconds"], "training time (s)")
 
@@ -131,6 +131,16 @@ def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: st
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def devices(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """Return the devices that the rows' runs are from."""
+    return {device for row in rows for device in row.get("devices", ())}
+
+
+def _megabytes(row: dict[str, Any]) -> float:
+    """Return the size of the optimizer's state."""
+    return row["state_bytes"] / 1e6
 
 
 def _family(row: dict[str, Any]) -> tuple[str, str | None]:

@@ -16,7 +16,7 @@ from recipes.training import write_atomically
 from .comparisons import add_differences, against_best, averages, by_seed
 from .intervals import interval, ranks
 from .plan import Cell, Records
-from .plots import PLOTS
+from .plots import PLOTS, devices
 from .suite import Suite, higher_is_better
 
 
@@ -185,7 +185,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
         "training, s",
     ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    one_device = len({device for row in rows for device in row.get("devices", ())}) == 1
+    one_device = len(devices(rows)) == 1
     for row in sorted(rows, key=lambda row: _order(row, suite.primary)):
         cells = [row["label"], row["trains"], _rate(row)]
         for metric in suite.metrics:

@@ -36,19 +36,23 @@ class Store:
 
     def __init__(self, folder: Path, others: Sequence[Path] = ()) -> None:
         self.folder = folder
-        self.others = [other / "records" for other in others]
+        self._others = [other / "records" for other in others]
         self.records = folder / "records"
         self.claims = folder / "claims"
         for path in (self.records, self.claims):
             path.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def _read_from(self) -> list[Path]:
+        """The folders of records, this suite's own last, since its records win."""
+        return [*self._others, self.records]
+
     def load(self) -> dict[str, dict[str, Any]]:
         """Return all finished runs by name. Raises ValueError for a file that was not copied whole."""
-        folders = (*self.others, self.records)
-        return {path.stem: _read(path) for folder in folders for path in sorted(folder.glob("*.json"))}
+        return {path.stem: _read(path) for folder in self._read_from for path in sorted(folder.glob("*.json"))}
 
     def done(self, run: Run) -> bool:
-        return any((folder / f"{run.name}.json").exists() for folder in (*self.others, self.records))
+        return any((folder / f"{run.name}.json").exists() for folder in self._read_from)
 
     def save(self, run: Run, record: dict[str, Any]) -> None:
         write_atomically(self.records / f"{run.name}.json", json.dumps(record, indent=1, allow_nan=False))

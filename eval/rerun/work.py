@@ -65,10 +65,10 @@ def train_in_processes(part: list[Cell], store: Store, jobs: int, surroundings: 
     devices = visible_gpus()
     context = multiprocessing.get_context("spawn")
     processes = []
+    shares_gpu = 0 < len(devices) < jobs
     for i in range(jobs):
         if devices:  # before the process starts: libraries look for GPUs while they are imported
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-        shares_gpu = 0 < len(devices) < jobs
         processes.append(context.Process(target=_job, args=(jobs, part, store, surroundings, shares_gpu)))
         processes[-1].start()
     for process in processes:
