@@ -19,6 +19,15 @@ from recipes.training import started_with
 CONFIGS = Path(__file__).parent / "configs"
 
 
+def with_bases(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's keys and those of the configs that it builds on, of which its own win."""
+    while "base" in config:
+        base = CONFIGS / config["base"]
+        own = {name: value for name, value in config.items() if name != "base"}
+        config = yaml.safe_load(base.read_text(encoding="utf-8")) | own
+    return config
+
+
 def dtype_field(of: str) -> Any:
     """Return the field of a recipe's dtype; of: what has it, a sentence of the help."""
     chosen = "'auto': the one that this machine multiplies fast; bf16, where it is not given, follows the same choice."
@@ -51,10 +60,7 @@ class RecipeParser(TrlParser):
         return super().parse_args_into_dataclasses([*args, *self.precision.options], **options)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        while "base" in config:
-            base = CONFIGS / config.pop("base")
-            config = yaml.safe_load(base.read_text(encoding="utf-8")) | config
-        return super().set_defaults_with_config(**config)
+        return super().set_defaults_with_config(**with_bases(config))
 
 
 def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipeParser, tuple[Any, ...], dict[str, Any]]:

@@ -91,6 +91,17 @@ class LlamaArguments:
     )
     dtype: str = dtype_field("Of the weights.")
 
+    def config(self, **options: Any) -> LlamaConfig:
+        """Return the model's config. options: what is not its shape, such as ``vocab_size``."""
+        return LlamaConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            max_position_embeddings=self.max_position_embeddings,
+            **options,
+        )
+
 
 def _takes(method: Method) -> bool:
     """Return whether this recipe can train by a method: nothing here keeps the graph of gradients."""
@@ -167,13 +178,8 @@ def parse(argv: Sequence[str]) -> Recipe:
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """Build a Llama of the recipe's shape, with random weights by its seed."""
     llama = recipe.llama
-    config = LlamaConfig(
+    config = llama.config(
         vocab_size=recipe.corpus.vocab_size,
-        hidden_size=llama.hidden_size,
-        intermediate_size=llama.intermediate_size,
-        num_hidden_layers=llama.num_hidden_layers,
-        num_attention_heads=llama.num_attention_heads,
-        max_position_embeddings=llama.max_position_embeddings,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -4,10 +4,12 @@ tiny random one for testing the machinery.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import torch
+import yaml
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -21,7 +23,7 @@ from transformers import (
 
 from lorapre_peft.memory.models import find_config
 from recipes import pretrain
-from recipes.arguments import CONFIGS
+from recipes.arguments import CONFIGS, with_bases
 from recipes.models import load_model
 from recipes.sources import SMOLLM2
 
@@ -39,18 +41,10 @@ _RANDOM_CONFIG = LlamaConfig(
 )
 
 
-def _llama(*shape: int) -> dict[str, int]:
-    return dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), shape))
-
-
-# The shapes of `recipes/configs/pretrain`.
-_PRETRAINED = {
-    "llama-1m": _llama(128, 344, 4, 4) | {"vocab_size": 2048, "max_position_embeddings": 128},
-    "llama-4m": _llama(256, 688, 4, 8) | {"vocab_size": 2048, "max_position_embeddings": 128},
-    "llama-60m": _llama(512, 1376, 8, 8),
-    "llama-130m": _llama(768, 2048, 12, 12),
-    "llama-350m": _llama(1024, 2736, 24, 16),
-    "llama-1b": _llama(2048, 5461, 24, 32),
+# Models of which the configs in `recipes/configs/pretrain` say the shape.
+SHAPES = {
+    **{name: f"{name.replace('-', '_')}_local" for name in ("llama-1m", "llama-4m")},
+    **{name: f"{name.replace('-', '_')}_c4" for name in ("llama-60m", "llama-130m", "llama-350m", "llama-1b")},
 }
 # Those that suites fine-tune, with the config in `recipes/configs/pretrain` that makes it and its folder in `runs`.
 CHECKPOINTS = {"llama-4m": "llama_4m_adamw"}
@@ -95,8 +89,11 @@ def base_config(name: str) -> PretrainedConfig:
     """Return the config of a suite's model; its weights are read for them only where nothing else says them."""
     if name == RANDOM:
         return _RANDOM_CONFIG
-    if name in _PRETRAINED:
-        return LlamaConfig(**_PRETRAINED[name])
+    if name in SHAPES:
+        path = CONFIGS / "pretrain" / f"{SHAPES[name]}.yaml"
+        said = with_bases(yaml.safe_load(path.read_text(encoding="utf-8")))
+        shape = {f.name: said[f.name] for f in dataclasses.fields(pretrain.LlamaArguments) if f.name in said}
+        return pretrain.LlamaArguments(**shape).config(vocab_size=said["vocab_size"])
     return load_model(name)[0].config if name == SMOLLM2 else find_config(name)[0]
 
 

@@ -1,8 +1,9 @@
 """Which rank a budget of memory affords."""
 
+from transformers import LlamaConfig
+
 from eval import equal_memory
 from eval.equal_memory import largest_rank
-from eval.rerun import models
 from lorapre_peft.memory.peak import estimate
 
 
@@ -20,7 +21,8 @@ def test_the_largest_rank_is_within_the_budget_and_the_next_is_not(make_llama):
 
 def test_a_models_row_holds_its_budget(monkeypatch, capsys):
     """Of one layer of width 64: 4 (p + q)(k + 1) bytes of state for `als` within GaLore's (r = 16, bfloat16)."""
-    monkeypatch.setitem(models._PRETRAINED, "llama-60m", models._llama(64, 96, 1, 4) | {"vocab_size": 99})
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
+    monkeypatch.setattr(equal_memory, "base_config", lambda name: LlamaConfig(**shape))
     monkeypatch.setitem(equal_memory.RANKS, "llama-60m", 16)
     equal_memory.main(["--models", "llama-60m"])
     line = capsys.readouterr().out.splitlines()[-1]
