@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from peft import LoraGAConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
@@ -19,7 +17,7 @@ from eval.optimizers.pairs import lora_layers, lora_pairs
 from eval.optimizers.riemannion import Riemannion
 from eval.optimizers.sora import ProximalAdamW, add_gates, gates
 
-from .method import Method, Options, adam_options, build_adamw, fused, trained
+from .method import PYTORCH_OPTIMIZER, Method, Options, adam_options, build_adamw, build_sophia, fused, trained
 
 
 def _loraplus(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -55,18 +53,6 @@ def _soap(model: nn.Module, args: TrainingArguments, options: Options) -> Optimi
     from pytorch_optimizer import SOAP
 
     return SOAP(trained(model), **options, **adam_options(args))
-
-
-def build_sophia(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
-    from pytorch_optimizer import SophiaH
-
-    # Its own betas (0.96, 0.99): the second is of a curvature that is measured at every tenth step only.
-    built = SophiaH(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
-    # The graph that it differentiates is of the last micro-batch (`SecondOrderTrainer`), a share of the loss.
-    built.compute_hutchinson_hessian = partial(
-        SophiaH.compute_hutchinson_hessian, alpha=args.gradient_accumulation_steps
-    )
-    return built
 
 
 def _riemannian(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -151,8 +137,6 @@ def _gradient_svd(layer: LoraLayer, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.svd_lowrank(gradient, q=min(2 * rank, *gradient.shape), niter=16)
 
 
-_PYTORCH_OPTIMIZER = dict(package="pytorch-optimizer", module="pytorch_optimizer")
-
 ADAPTERS: dict[str, Method] = {
     # Adapters that PEFT makes, under torch.optim.AdamW unless PEFT brings an optimizer.
     "lora": Method("LoRA", "adapter", build_adamw, paper="Hu et al., arXiv 2106.09685"),
@@ -209,7 +193,7 @@ ADAPTERS: dict[str, Method] = {
             "moving_average_for_momentum": True,
             "no_preconditioning_for_layers_with_dim_gt": 1 << 20,
         },
-        **_PYTORCH_OPTIMIZER,
+        **PYTORCH_OPTIMIZER,
         paper="Gupta et al., arXiv 1802.09568",
     ),
     "soap": Method(
@@ -217,7 +201,7 @@ ADAPTERS: dict[str, Method] = {
         "adapter",
         _soap,
         {"max_precondition_dim": 1024},
-        **_PYTORCH_OPTIMIZER,
+        **PYTORCH_OPTIMIZER,
         paper="Vyas et al., arXiv 2409.11321",
     ),
     "sophia": Method(
@@ -226,7 +210,7 @@ ADAPTERS: dict[str, Method] = {
         build_sophia,
         rate_shift=6,
         second_order=True,
-        **_PYTORCH_OPTIMIZER,
+        **PYTORCH_OPTIMIZER,
         paper="Liu et al., arXiv 2305.14342",
     ),
     "riemannian": Method(
@@ -243,7 +227,7 @@ ADAPTERS: dict[str, Method] = {
         "adapter",
         _lorarite,
         {"clip_unmagnified_grad": 1.0, "update_skipping": 1.0},
-        **_PYTORCH_OPTIMIZER,
+        **PYTORCH_OPTIMIZER,
         rate_shift=-1,
         paper="Yen et al., arXiv 2410.20625",
         note="as in the authors' code, gradients of the product are clipped to norm 1 and ones with a root mean "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,6 +20,8 @@ from lorapre_peft.integrations.targets import weight_targets
 
 Options = Mapping[str, Any]
 Build = Callable[[nn.Module, TrainingArguments, Options], Optimizer]
+# The package and module of methods that are pytorch-optimizer's.
+PYTORCH_OPTIMIZER = dict(package="pytorch-optimizer", module="pytorch_optimizer")
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,15 @@ def fused(model: nn.Module) -> bool:
 def build_adamw(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     """`torch.optim.AdamW`; ``options`` are further arguments of it, and win."""
     return torch.optim.AdamW(trained(model), fused=fused(model), **adam_options(args) | dict(options))
+
+
+def build_sophia(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
+    from pytorch_optimizer import SophiaH
+
+    # Its own betas (0.96, 0.99): the second is of a curvature that is measured at every tenth step only.
+    built = SophiaH(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+    # The graph that it differentiates is of the last micro-batch (`SecondOrderTrainer`), a share of the loss.
+    built.compute_hutchinson_hessian = partial(
+        SophiaH.compute_hutchinson_hessian, alpha=args.gradient_accumulation_steps
+    )
+    return built

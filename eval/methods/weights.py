@@ -14,14 +14,14 @@ from transformers import TrainingArguments
 from eval.optimizers.ablation import AblationAdam
 from eval.optimizers.chained import ChainedOptimizer
 from eval.optimizers.mofasgd import MoFaSGD
+from eval.optimizers.projected import compact_projections, saved_as_numbers
 from eval.optimizers.racs import RACS, Alice
 from eval.optimizers.scale import Scale
 from eval.optimizers.shampoo import Shampoo
 from eval.optimizers.sinkgd import SinkGD
 from lorapre_peft.integrations.targets import embedding_parameters, output_heads
 
-from .adapters import build_sophia
-from .method import Build, Method, Options, adam_options, build_adamw, trained
+from .method import PYTORCH_OPTIMIZER, Build, Method, Options, adam_options, build_adamw, build_sophia, trained
 
 
 def _without_momentum(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -86,38 +86,8 @@ def _projected(
     built = optimizer(
         [{"params": trained(model), **options}], no_deprecation_warning=True, **adam_options(args), **more
     )
-    built.register_step_post_hook(_compact_projections)
-    return _saved_as_numbers(built, projector)
-
-
-def _compact_projections(optimizer: Optimizer, *_: Any) -> None:
-    """Copy projections out: of float32 gradients GaLore and Fira keep a view of all singular vectors."""
-    for state in optimizer.state.values():
-        projection = getattr(state.get("projector"), "ortho_matrix", None)
-        if projection is not None and projection.untyped_storage().nbytes() > projection.nbytes:
-            state["projector"].ortho_matrix = projection.clone(memory_format=torch.contiguous_format)
-
-
-def _saved_as_numbers(optimizer: Optimizer, projector: type) -> Optimizer:
-    """The optimizer, in whose saved state a projector is a dictionary: ``weights_only`` loading refuses the object."""
-
-    def saved(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        states = state_dict["state"]
-        plain = {
-            key: {"projector": dict(vars(states[key]["projector"]))} for key in states if "projector" in states[key]
-        }
-        return state_dict | {"state": {key: state | plain.get(key, {}) for key, state in states.items()}}
-
-    def loaded(_: Optimizer, state_dict: dict[str, Any]) -> None:
-        for state in state_dict["state"].values():
-            if isinstance(state.get("projector"), dict):  # in place, for pytorch-optimizer reads the dictionary twice
-                made = projector.__new__(projector)
-                vars(made).update(state["projector"])
-                state["projector"] = made
-
-    optimizer.register_state_dict_post_hook(saved)
-    optimizer.register_load_state_dict_pre_hook(loaded)
-    return optimizer
+    built.register_step_post_hook(compact_projections)
+    return saved_as_numbers(built, projector)
 
 
 def _galore(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -145,7 +115,7 @@ def _conda(model: nn.Module, args: TrainingArguments, options: Options) -> Optim
     from pytorch_optimizer import Conda
     from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
 
-    return _saved_as_numbers(Conda(trained(model), **options, **adam_options(args)), GaLoreProjector)
+    return saved_as_numbers(Conda(trained(model), **options, **adam_options(args)), GaLoreProjector)
 
 
 def _mlorc(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -178,7 +148,6 @@ def _scale_others(model: nn.Module, args: TrainingArguments, options: Options) -
 
 _PROJECTION = dict(rank=8, update_proj_gap=200, proj_type="std")
 _PROJECTED_STATE = "4*rank*(min(p, q) + 2*max(p, q))"
-_PYTORCH_OPTIMIZER = dict(package="pytorch-optimizer", module="pytorch_optimizer")
 
 WEIGHTS: dict[str, Method] = {
     # Dense state.
@@ -203,7 +172,7 @@ WEIGHTS: dict[str, Method] = {
         "weights",
         _conda,
         {"update_proj_gap": 2000, "scale": 0.25},
-        **_PYTORCH_OPTIMIZER,
+        **PYTORCH_OPTIMIZER,
         rate_shift=2,
         paper="Wang et al., arXiv 2509.24218",
         state="4*(2*p*q + min(p, q)**2)",
@@ -223,7 +192,7 @@ WEIGHTS: dict[str, Method] = {
         "Sophia-H",
         "weights",
         build_sophia,
-        **_PYTORCH_OPTIMIZER,
+        **PYTORCH_OPTIMIZER,
         rate_shift=6,
         second_order=True,
         paper="Liu et al., arXiv 2305.14342",
