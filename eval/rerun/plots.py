@@ -45,12 +45,14 @@ def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> boo
 
 
 def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Plot the primary metric over memory: the measured peak on a GPU, else what weights, gradients and state take."""
+    """Plot the primary metric over memory: the peak if all runs are from one kind of GPU, else weights + gradients +
+    state.
+    """
     shown = [row for row in rows if suite.primary in row["metrics"]]
-    measured = bool(shown) and all(row["peak_of"].startswith("tensors on") for row in shown)
-    parts = ("peak_bytes",) if measured else ("weights_bytes", "gradient_bytes", "state_bytes")
+    measured = len(machines(shown)) == 1 and all(row["peak_of"].startswith("tensors on") for row in shown)
+    size = "peak_bytes" if measured else "held_bytes"
     label = "peak memory (GB)" if measured else "weights + gradients + optimizer state (GB)"
-    return _tradeoff(suite, shown, path, lambda row: sum(row[part] for part in parts) / 1e9, label)
+    return _tradeoff(suite, shown, path, lambda row: row[size] / 1e9, label)
 
 
 def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
@@ -70,13 +72,13 @@ def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
             axis.plot(*zip(last[axis, _family(row)], point), color=style["color"], linewidth=0.8)
         last[axis, _family(row)] = point
 
-    return _tradeoff(suite, shown, path, _megabytes, "optimizer state (MB)", line)
+    return _tradeoff(suite, shown, path, _megabytes, f"{suite.state_title} (MB)", line)
 
 
 def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Plot the primary metric over the time of training, where all runs are from one device."""
+    """Plot the primary metric over the time of training, where all runs are from one kind of machine."""
     shown = [row for row in rows if suite.primary in row["metrics"]]
-    if len(devices(shown)) > 1:
+    if len(machines(shown)) > 1:
         return False
     return _tradeoff(suite, shown, path, lambda row: row["train_seconds"], "training time (s)")
 
@@ -133,9 +135,9 @@ def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: st
     return True
 
 
-def devices(rows: Sequence[dict[str, Any]]) -> set[str]:
-    """Return the devices that the rows' runs are from."""
-    return {device for row in rows for device in row.get("devices", ())}
+def machines(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """Return the kinds of machines that the rows' runs are from: processor cores, threads and device."""
+    return {machine for row in rows for machine in row.get("machines", ())}
 
 
 def _megabytes(row: dict[str, Any]) -> float:

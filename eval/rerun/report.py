@@ -16,7 +16,7 @@ from recipes.training import write_atomically
 from .comparisons import add_differences, against_best, averages, by_seed
 from .intervals import interval, ranks
 from .plan import Cell, Records
-from .plots import PLOTS, devices
+from .plots import PLOTS, machines
 from .suite import Suite, higher_is_better
 
 
@@ -29,6 +29,8 @@ def write_report(suite: Suite, cells: list[Cell], records: Records, skipped: Map
         add_differences(group, suite.primary)
         where = {name: group[0][name] for name in ("model", "protocol")}
         found += [where | table for table in averages(group, suite.factors, suite.primary)]
+    for name in PLOTS:
+        (folder / name).unlink(missing_ok=True)  # an earlier report may have had one that this has not
     plots = [name for name, plot in PLOTS.items() if plot(suite, rows, folder / name)]
     text = markdown(suite, rows, found, _surroundings(cells, records), plots)
     report = {"suite": asdict(suite), "rows": rows, "averages": found}
@@ -80,9 +82,12 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
             name: statistics.median(r[name] for r in good)
             for name in ("peak_bytes", "train_seconds", "optimizer_seconds_per_step")
         }
-        losses = zip(*(r["log"]["loss"] for r in good))  # None where one was not finite
-        means = [None if None in column else statistics.fmean(column) for column in losses]
-        row["devices"] = sorted({r["environment"]["device"] for r in good})
+        logged = zip(*(r["log"]["loss"] for r in good))  # None where one was not finite
+        means = [None if None in column else statistics.fmean(column) for column in logged]
+        # All that the optimizers hold; beside an adapter or trained matrices nothing else is trained by one.
+        state = good[0].get("all_state_bytes", good[0]["state_bytes"])
+        row["held_bytes"] = good[0]["weights_bytes"] + good[0]["gradient_bytes"] + state
+        row["machines"] = sorted({f"{r['environment']['machine']}, {r['environment']['device']}" for r in good})
         row["curve"] = {"step": good[0]["log"]["step"], "loss": means}
     return row
 
@@ -129,8 +134,7 @@ def markdown(
     lines = [
         f"# {suite.name}",
         "",
-        f"{suite.description}. {training.steps} steps of {training.batch_size} sequences, rank {training.rank}, "
-        "cosine schedule.",
+        f"{suite.description}. {training.described()}.",
         "",
         "Cells: mean over seeds ± half the width of the 95 % t interval. *Place*: among the rows of a table, by "
         f"{_title(suite.primary)}; a range, because one row counts as before another only where their intervals do "
@@ -178,38 +182,38 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
     heads += [
         "difference",
         "place",
-        "state",
-        "weights + gradients + state",
+        suite.state_title,
+        "weights + gradients + all state" if suite.pretrains else "weights + gradients + state",
         "peak",
         "optimizer, ms/step",
         "training, s",
     ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    one_device = len(devices(rows)) == 1
+    one_machine = len(machines(rows)) == 1
     for row in sorted(rows, key=lambda row: _order(row, suite.primary)):
         cells = [row["label"], row["trains"], _rate(row)]
         for metric in suite.metrics:
             cells.append(_cell(row, metric))
             if metric in published:
-                cells.append(f"{row['published'][metric]:.2f} %" if metric in row["published"] else "–")
+                published_unit = _scale(metric)[2]
+                cells.append(f"{row['published'][metric]:.2f}{published_unit}" if metric in row["published"] else "–")
         cells.append(_difference(row.get("difference"), suite.primary))
         places = row.get("places")
         cells.append(
             "–" if places is None else f"{places[0]}" if places[0] == places[1] else f"{places[0]}–{places[1]}"
         )
         if "state_bytes" in row:
-            held = row["weights_bytes"] + row["gradient_bytes"] + row["state_bytes"]
-            cells += [format_bytes(row["state_bytes"]), format_bytes(held)]
+            cells += [format_bytes(row["state_bytes"]), format_bytes(row["held_bytes"])]
             measured = [format_bytes(row["peak_bytes"])]
-            measured += [f"{1000 * row['optimizer_seconds_per_step']:.0f}", f"{row['train_seconds']:.0f}"]
-            cells += measured if one_device else ["–"] * 3
+            measured += [f"{1000 * row['optimizer_seconds_per_step']:.3g}", f"{row['train_seconds']:.0f}"]
+            cells += measured if one_machine else ["–"] * 3
         else:
             cells += ["–"] * 5
         lines.append(f"| {' | '.join(cells)} |")
     peaks = sorted({row["peak_of"] for row in rows if "peak_of" in row})
     notes = []
-    if peaks and not one_device:
-        notes.append("runs are from several devices, whose peaks and times are not comparable")
+    if peaks and not one_machine:
+        notes.append("runs are from several machines or numbers of threads: their peaks and times are not comparable")
     elif peaks:
         notes += [
             f"peak: {', '.join(peaks)}",
@@ -235,9 +239,10 @@ def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
         own = ranks(intervals, higher_is_better=higher_is_better(suite.primary))
         tied = [row["label"] for row, places in zip(ranked, own) if places[0] == 1]
         behind = len(ranked) - len(tied)
+        so_far = " so far" if any(row["pending"] for row in rows if row["trains"] == kind) else ""
         lines += [
             "",
-            f"Trains {kind}: "
+            f"Trains {kind}{so_far}: "
             + (
                 f"{tied[0]} is first."
                 if len(tied) == 1
@@ -259,7 +264,10 @@ def _rate_differences(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for row in (row for row in rows if row["rate_differences"]):
         shown = (f"{_difference(found, 'loss')} at {rate}" for rate, found in row["rate_differences"].items())
-        what = f"{row['label']}, validation loss seed by seed against that at {row['lr']:g}"
+        what = (
+            f"{row['label']}, validation loss seed by seed against that at {row['lr']:g}, which these same losses "
+            "chose and so favour"
+        )
         lines += ["", f"{what}: {', '.join(shown)}."]
     return lines
 

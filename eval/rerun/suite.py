@@ -41,6 +41,17 @@ class Training:
     bf16: bool | str = AUTO
     gradient_checkpointing: bool = False
 
+    def __post_init__(self) -> None:
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"batch_size={self.batch_size} is no multiple of micro_batch={self.micro_batch}: a step would train "
+                "fewer sequences"
+            )
+
+    def described(self) -> str:
+        """Return a sentence without its end, for the report."""
+        return f"{self.steps} steps of {self.batch_size} sequences, rank {self.rank}, cosine schedule"
+
 
 @dataclass(frozen=True)
 class Pretraining(Training):
@@ -49,12 +60,22 @@ class Pretraining(Training):
 
     The cosine schedule ends at ``min_lr_rate`` of its rate. others_lr: AdamW's rate for embeddings, head and norms in
     every run, so that rows differ in what happens to the matrices alone; None: as a method's authors train them.
+    rank, weights_dtype and gradient_checkpointing are of fine-tuning, and have to stay as they are.
     """
 
     others_lr: float | None = 3e-3
     min_lr_rate: float = 0.1
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank", "weights_dtype", "gradient_checkpointing"):
+            if getattr(self, name) != getattr(Training, name):
+                raise ValueError(f"{name}={getattr(self, name)!r}: found in pretraining, which has no such option")
+
+    def described(self) -> str:
+        return f"{self.steps} steps of {self.batch_size} sequences of {self.max_length} tokens, cosine schedule"
 
 
 @dataclass(frozen=True)
@@ -129,7 +150,7 @@ class Suite:
 
     records_of: other suites of ``eval/suites`` whose records count here too, for runs that both declare.
     factors: lists of options that change together; the report averages the primary metric over all factors but one.
-    step_seconds: of a training step per kind, measured on the named machine, for the plan before anything has run.
+    step_seconds: expected seconds of a run over its steps, by kind or by method, for the plan before anything has run.
     """
 
     name: str
@@ -170,11 +191,23 @@ class Suite:
         training = dataclasses.replace(self.training, adapter_dtype=precision.dtype, bf16=precision.bf16)
         return dataclasses.replace(self, training=training), precision
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether models are trained from random weights."""
+        return isinstance(self.training, Pretraining)
+
+    @property
+    def state_title(self) -> str:
+        """What the optimizers' state in reports is of: in pre-training embeddings, head and norms have their own."""
+        return "state of the matrices" if self.pretrains else "optimizer state"
+
     def run(self, model: str, entry: Entry, lr: float, seed: int, answers: int = 0) -> Run:
         return Run(model, self.data, self.training, entry.method, entry.options, lr, seed, answers)
 
     def grid(self, entry: Entry, tuned: Tuned) -> list[float]:
         method = METHODS[entry.method]
+        if not entry.rates and method.trains not in tuned.rates:
+            raise ValueError(f"{entry.label} trains {method.trains}: expected rates for that, found {tuned.rates}")
         own = [shifted(rate, 0) for rate in entry.rates or ()]
         return sorted(own or [shifted(rate, method.rate_shift) for rate in tuned.rates[method.trains]])
 
@@ -217,6 +250,14 @@ def load_suite(name: str) -> Suite:
         for option in (option for factor in suite.factors for option in factor):
             if not any(option in entry.options for entry in suite.entries):
                 raise ValueError(f"factor {option!r}: none of the methods has that option")
+        if suite.primary not in suite.metrics:
+            raise ValueError(f"primary {suite.primary!r}: expected one of the metrics, {', '.join(suite.metrics)}")
+        for other in suite.records_of:
+            _file(other)
+        labels = {entry.label for entry in suite.entries}
+        for label in (label for rows in suite.published.values() for label in rows):
+            if label not in labels:
+                raise ValueError(f"published {label!r}: none of the rows is called so")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     labels = [entry.label for entry in suite.entries]
@@ -228,16 +269,23 @@ def load_suite(name: str) -> Suite:
 
 def _read(name: str) -> tuple[Path, dict[str, Any]]:
     """Return a suite's file, and what it and its bases say."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
-        raise ValueError(f"no suite {name!r}: expected one of {known}, or the path of a YAML file")
+    path = _file(name)
     said = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: found {type(said).__name__}, expected a mapping with the keys of a suite")
     if "base" not in said:
         return path, said
     base = _read(said.pop("base"))[1]
     kind = "pretraining" if "pretraining" in base else "training"
     return path, base | said | {kind: base[kind] | said.get(kind, {})}
+
+
+def _file(name: str) -> Path:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
+        raise ValueError(f"no suite {name!r}: expected one of {known}, or the path of a YAML file")
+    return path
 
 
 def _entry(item: str | dict[str, Any]) -> Entry:

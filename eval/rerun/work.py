@@ -17,7 +17,6 @@ from recipes.training import machine
 from .plan import Cell
 from .pretraining import PretrainingRunner
 from .store import Store
-from .suite import Pretraining
 from .training import Runner
 
 WAIT_SECONDS = 5
@@ -30,7 +29,7 @@ def train(part: list[Cell], store: Store, surroundings: dict[str, Any], shares_g
     shares_gpu: whether other processes train on this one's GPU.
     """
     disable_progress_bars()  # of each run's tokenization
-    pretrains = any(isinstance(cell.suite.training, Pretraining) for cell in part)
+    pretrains = any(cell.suite.pretrains for cell in part)
     runner = (PretrainingRunner if pretrains else Runner)(surroundings, shares_gpu)
     with tqdm(desc="runs", unit="run") as progress:
         while True:

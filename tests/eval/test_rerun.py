@@ -80,7 +80,15 @@ def test_issue_methods_are_in_the_table_suites():
             "learning rate 0.0003: expected one of the series 1, 2, 5",
         ),
         ({"speed": 1}, "unexpected keyword argument 'speed'"),
-        ({"methods": ["adamw"]}, "KeyError: 'weights'"),
+        ({"methods": ["adamw"]}, "AdamW trains weights: expected rates for that"),
+        ({"primary": "accuracy"}, "primary 'accuracy': expected one of the metrics, test_loss"),
+        ({"records_of": ["pretrain-tiny"]}, "no suite 'pretrain-tiny'"),
+        ({"published": {"random": {"LORA": {"test_loss": 1.0}}}}, "published 'LORA': none of the rows is called so"),
+        (
+            {"training": {"steps": 2, "batch_size": 6, "micro_batch": 4}},
+            "batch_size=6 is no multiple of micro_batch=4",
+        ),
+        ({"training": None, "pretraining": {"steps": 2, "rank": 4}}, "rank=4: found in pretraining"),
     ],
 )
 def test_suite_mistakes_are_named(tmp_path, changes, message):

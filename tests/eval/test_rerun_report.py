@@ -43,7 +43,7 @@ def test_report_says_what_is_published_what_is_at_an_edge_and_what_is_missing(tm
     records, _ = finish(first, lambda lr: lr)
     text = write_report(suite, [paper, first, second], records, {}, tmp_path)
     of_paper, row = (line for line in text.splitlines() if line.startswith("| LoRA |"))
-    assert "44.62 %" in of_paper
+    assert "| 44.62 |" in of_paper
     assert "0.0002 (edge)" in row
     assert "44.62" not in row  # a number of the paper's protocol
     assert "0.5002 ± 0.0000 (n=3)" in row
@@ -78,7 +78,10 @@ def test_rates_are_compared_seed_by_seed_where_several_seeds_tried_them(tmp_path
     row, other = json.loads((tmp_path / "report.json").read_text())["rows"]
     found = row["rate_differences"]["0.001"]
     assert (found["mean"] - found["half_width"], found["mean"] + found["half_width"]) == pytest.approx((low, high))
-    assert "LoRA, validation loss seed by seed against that at 0.002: +0.0300 ± 0.0248 at 0.001, +0.0000 ±" in text
+    assert (
+        "against that at 0.002, which these same losses chose and so favour: +0.0300 ± 0.0248 at 0.001, +0.0000 ±"
+        in text
+    )
     assert other["rate_differences"] == {}
 
 
@@ -149,14 +152,15 @@ def test_report_of_differences_and_averages(tmp_path):
     assert said["rows"][1]["metrics"]["test_loss"]["seeds"] == [0, 1, 2]
 
 
-def test_times_and_peaks_of_several_devices_are_not_compared(tmp_path):
+def test_times_and_peaks_of_several_machines_are_not_compared(tmp_path):
     suite = write_suite(tmp_path, methods=["lora", "rslora"], protocols={"paper": {"lr": 1e-3, "seeds": [0]}})
     records = {}
     for cell, device in zip(cells(suite), ("cpu", "NVIDIA H200")):
         (run,) = cell.pending({})
-        records[run.name] = record(run, 1.0, environment={"command": "python -m eval.rerun x", "device": device})
+        machine = {"machine": "x86_64", "device": device}
+        records[run.name] = record(run, 1.0, environment={"command": "python -m eval.rerun x"} | machine)
     text = write_report(suite, cells(suite), records, {}, tmp_path)
-    assert "runs are from several devices" in text
+    assert "runs are from several machines or numbers of threads" in text
     assert all(
         line.endswith("| – | – | – |") for line in text.splitlines() if line.startswith(("| LoRA ", "| rsLoRA "))
     )

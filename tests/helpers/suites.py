@@ -48,7 +48,7 @@ def record(run, loss=1.0, **more):
         "total_seconds": 2.0,
         "optimizer_seconds_per_step": 0.1,
         "log": {"step": [1, 2], "loss": [3.0, 2.0]},
-        "environment": {"command": "python -m eval.rerun x", "device": "cpu"},
+        "environment": {"command": "python -m eval.rerun x", "machine": "2 CPU cores, 1 threads", "device": "cpu"},
     } | more
 
 
