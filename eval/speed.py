@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from eval.peers import PEERS, REFERENCE, Method, lorapre_methods
 from eval.speed_cases import PRESETS, QUICK, Case, build
 from eval.speed_layers import LAYERS, QUICK_LAYERS, LayerCase, layers_markdown, measure_layer
-from eval.speed_measure import copy_bandwidth, release, run
+from eval.speed_measure import copy_bandwidth, run
 from eval.speed_report import markdown, plot_cases, plot_sweeps, sweep_markdown, sweeps
-from recipes.training import commit, environment, write_atomically
+from recipes.training import commit, environment, free_memory, write_atomically
 
 LAYER_PRESET = "layers"
 
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 measured = measure_case(case, device, args.seconds, args.patience, args.methods)
             measured |= {"where": where}
             write_atomically(done, json.dumps(measured, indent=2))
-            release(device)
+            free_memory()
         found = json.loads(done.read_text())
         if found["where"] != where:
             parser.error(

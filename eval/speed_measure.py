@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import os
 import signal
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 
 from eval.peers import Method
 from eval.speed_cases import Problem
-from recipes.training import describe, held_bytes
+from recipes.training import describe, free_memory, held_bytes
 
 LR = 1e-6  # no figure depends on it
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
@@ -264,7 +263,7 @@ def run(
         if len(sitting) > 1 or first.result.median is None:
             race(sitting, seconds)
         del sitting[1:]
-        release(problem.device)
+        free_memory()
 
     for method in tqdm(methods, desc=problem.case.name, leave=False):
         if sitting[-1].method.muon != method.muon:
@@ -276,7 +275,7 @@ def run(
         if runner is None:
             failed = Result(method.name, method.package, method.package_version, method.muon, method.note, reason)
             results.append(failed)
-            release(problem.device)
+            free_memory()
         else:
             sitting.append(runner)
             results.append(runner.result)
@@ -295,9 +294,3 @@ def _try(method: Method, problem: Problem, patience: float) -> tuple[Runner | No
         return prepare(method, problem, patience), "", False
     except Exception as error:
         return None, describe(error), isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recipes.sources import FORMATS, SOTU, reading, stream_split
+from recipes.training import write_atomically
 
 PAD, END = "<pad>", "</s>"  # ids 0 and 1 of a trained tokenizer, as in T5's
 IGNORED = -100  # as a label: not trained on
@@ -298,7 +299,7 @@ def write_corpus_manifest(
                 f"the data is not that of {path} any more ({', '.join(changed)}): the files or their order have "
                 "changed. Bring them back, or start in another output_dir"
             )
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_atomically(path, json.dumps(manifest, indent=2) + "\n")
 
 
 def _checksum(rows: Iterable[dict[str, numpy.ndarray]]) -> str:

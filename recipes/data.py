@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoTokenizer
 
 from recipes.sources import read_split, reading
+from recipes.training import write_atomically
 
 METAMATH = {"query", "response", "type"}  # MetaMathQA's columns
 # The columns of TRL's own forms of data, and those that it reads beside them. A column of plain text may have another
@@ -227,7 +228,7 @@ def write_manifest(data: DatasetDict, source: str, path: Path) -> None:
         _check(data, json.loads(path.read_text()), source, str(path))
         return
     splits = {split: {"sha256": _checksum(rows), "rows": rows["row"][:]} for split, rows in data.items()}
-    path.write_text(json.dumps({"dataset_name": source, "splits": splits}) + "\n")
+    write_atomically(path, json.dumps({"dataset_name": source, "splits": splits}) + "\n")
 
 
 def _checksum(rows: Dataset) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch.optim import Optimizer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,7 +33,7 @@ from recipes.corpus import CorpusArguments, run_tokenizer, write_corpus_manifest
 from recipes.plots import plot_training
 from recipes.precision import Precision
 from recipes.stream_trainer import StreamTrainer
-from recipes.training import Forecast, OptimizerTimer, Progress, held_bytes, start_run, train
+from recipes.training import Forecast, OptimizerTimer, Progress, from_model, held_bytes, start_run, train
 
 
 @dataclass
@@ -213,14 +214,13 @@ def build_trainer(
         train_dataset=train_rows,
         eval_dataset=held_out or None,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=(_optimizer_factory, options),
+        optimizer_cls_and_kwargs=(from_model(_optimizer), options),
         callbacks=[*callbacks, *([LoRAPreCallback()] if recipe.method.method in LORAPRE else [])],
     )
 
 
-def _optimizer_factory() -> Any:
-    """Return a factory that Trainer calls without arguments, and its result with the model and the options."""
-    return lambda model, method, **options: pretraining_optimizer(method, model, **options)
+def _optimizer(model: LlamaForCausalLM, method: Method, **options: Any) -> Optimizer:
+    return pretraining_optimizer(method, model, **options)
 
 
 def forecast(seconds: float, steps: int) -> str:

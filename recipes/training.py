@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -157,6 +158,20 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # of meta tensors too, whose addresses are all 0
 
 
+def free_memory() -> None:
+    """Give back the memory of what nobody refers to any more, on a GPU the cached part of PyTorch's allocator too."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+
+
+def from_model(build: Callable[..., Optimizer]) -> Callable[[], Callable[..., Optimizer]]:
+    """Return what Trainer's ``optimizer_cls_and_kwargs`` takes for an optimizer that is built from the model.
+
+    Trainer calls ``from_model(build)()(model, **kwargs)``.
+    """
+    return lambda: build
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that readers find the old one or the new one, whenever the process is killed."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -204,18 +219,14 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
     not get as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
     """
     record = folder / "config.yaml"
-    config = {name: value for name, value in config.items() if name not in PLACE and not name.endswith("_token")}
+    config = _kept(config)
     if record.exists() and _in_use(folder):
         found = yaml.safe_load(record.read_text())
         if not resume:
             raise SystemExit(
                 f"{folder} holds an earlier run: add --resume to go on with it, or give another --output_dir"
             )
-        changed = [
-            f"{name}={config.get(name)!r} (was {found.get(name)!r})"
-            for name in sorted(config.keys() | found.keys())
-            if config.get(name) != found.get(name)
-        ]
+        changed = _changed(config, found)
         if changed:
             raise SystemExit(
                 f"{folder} was started with other options: {', '.join(changed)}. Use those, or another --output_dir"
@@ -224,11 +235,29 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
         (folder / "manifest.json").unlink(missing_ok=True)  # of a start that failed
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(yaml.safe_dump(config))
+    write_atomically(record, yaml.safe_dump(config))
     starts = folder / "environment.json"
     earlier = json.loads(starts.read_text()) if starts.exists() else []
-    starts.write_text(json.dumps([*earlier, environment(precision)], indent=2))
+    write_atomically(starts, json.dumps([*earlier, environment(precision)], indent=2))
     print(precision)
+
+
+def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Return the options of a config that are not those of the run in this folder, each with both values."""
+    return _changed(_kept(config), yaml.safe_load((folder / "config.yaml").read_text()))
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config that say what a run is."""
+    return {name: value for name, value in config.items() if name not in PLACE and not name.endswith("_token")}
+
+
+def _changed(config: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}={config.get(name)!r} (was {found.get(name)!r})"
+        for name in sorted(config.keys() | found.keys())
+        if config.get(name) != found.get(name)
+    ]
 
 
 def started_with(folder: Path) -> Precision | None:
@@ -245,7 +274,7 @@ def _in_use(folder: Path) -> bool:
 def environment(precision: Precision | None = None) -> dict[str, Any]:
     """Return what it takes to repeat the run: command, versions, commit, machine, and its dtypes where chosen."""
     spec = sys.modules["__main__"].__spec__
-    command = " ".join([f"python -m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
+    command = " ".join([f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0], *sys.argv[1:]])
     return {
         "command": _SECRET.sub(r"\1…", command),
         "commit": commit(),

@@ -15,7 +15,7 @@ from .peft_format import write_peft_results
 from .plan import cells
 from .report import write_report
 from .store import Store
-from .suite import RESULTS, Pretraining, load_suite
+from .suite import RESULTS, load_suite
 from .work import train, train_in_processes, visible_gpus
 
 
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         suite = load_suite(args.suite)
-        store = Store(args.out or RESULTS / suite.name, [RESULTS / name for name in suite.records_of])
+        others = [] if args.out else [RESULTS / name for name in suite.records_of]
+        store = Store(args.out or RESULTS / suite.name, others)
         suite, precision = suite.settled(store.load())
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -51,11 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     part = [cell for cell in cells(suite, args.shard) if cell.entry.method not in skipped]
     surroundings = environment(precision)
-    surroundings["command"] = surroundings["command"].replace(".__main__", "", 1)
-    if not isinstance(suite.training, Pretraining):
+    if not suite.pretrains:
         records = store.load()
         for model in dict.fromkeys(cell.model for cell in part if cell.pending(records)):
-            surroundings["versions"] |= make_base(model)
+            try:
+                surroundings["versions"] |= make_base(model)
+            except ValueError as error:
+                parser.exit(2, f"{parser.prog}: error: {error}\n")
     lost = 0
     if args.jobs > 1 or len(visible_gpus()) > 1:  # Trainer would split batches over all GPUs that a process sees
         lost = train_in_processes(part, store, args.jobs, surroundings)

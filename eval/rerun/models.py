@@ -26,6 +26,7 @@ from recipes import pretrain
 from recipes.arguments import CONFIGS, with_bases
 from recipes.models import load_model
 from recipes.sources import SMOLLM2
+from recipes.training import changed_options
 
 RANDOM = "random"
 _RANDOM_CONFIG = LlamaConfig(
@@ -55,16 +56,20 @@ def make_base(name: str) -> dict[str, str]:
     """Pre-train a model of `CHECKPOINTS` if its folder does not hold it, going on with a run that was stopped.
 
     Returns the first digits of its weights' SHA-256 by its name, since another machine's rounding makes another model;
-    nothing for the other models, which have only to be read.
+    nothing for the other models, which have only to be read. Raises ValueError if the folder holds a model that was
+    made with other options.
     """
     if name not in CHECKPOINTS:
         return {}
     folder, config = _folder(name), CONFIGS / "pretrain" / f"{CHECKPOINTS[name]}.yaml"
+    argv = ["--config", str(config), "--output_dir", str(folder), "--resume"]
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # of several commands the first one makes it
         if not (folder / "all_results.json").exists():  # which is written after the model
-            print(f"{name} is missing: python -m recipes.pretrain --config {config} --output_dir {folder} --resume")
-            pretrain.main(["--config", str(config), "--output_dir", str(folder), "--resume"])
+            print(f"{name} is missing: python -m recipes.pretrain {' '.join(argv)}")
+            pretrain.main(argv)
+        elif changed := changed_options(folder, pretrain.parse(argv).config):
+            raise ValueError(f"{folder} was made with other options: {', '.join(changed)}. Delete it to make it anew")
     return {name: hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]}
 
 

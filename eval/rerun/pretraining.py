@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
@@ -14,11 +15,11 @@ from eval.methods import METHODS, pretraining_optimizer
 from lorapre_peft.memory.peak import measure
 from recipes.corpus import CorpusArguments, run_tokenizer
 from recipes.stream_trainer import StreamTrainer
-from recipes.training import OptimizerTimer, Progress, held_bytes
+from recipes.training import OptimizerTimer, Progress, from_model, held_bytes
 
 from .models import base_config
 from .suite import Pretraining, Run
-from .training import MemoryLog, Runner, SecondOrder, factory, measurements
+from .training import MemoryLog, Runner, SecondOrder, measurements
 
 
 class SecondOrderStreamTrainer(SecondOrder, StreamTrainer):
@@ -84,7 +85,7 @@ class PretrainingRunner(Runner):
             train_dataset=corpus.train_stream(tokenizer, run.seed),
             eval_dataset=held_out,
             processing_class=tokenizer,
-            optimizer_cls_and_kwargs=(factory(_optimizer), {"run": run, "args": args}),
+            optimizer_cls_and_kwargs=(from_model(_optimizer), {"run": run, "args": args}),
             callbacks=callbacks,
         )
         Progress.replace(trainer)
@@ -110,9 +111,10 @@ def _arguments(run: Run, folder: str) -> TrainingArguments:
         bf16=training.bf16,
         seed=run.seed,
         logging_steps=max(1, training.steps // 60),
+        logging_nan_inf_filter=False,  # as in `sft_config`: a diverged run would have a finite loss
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
     )
 
 

@@ -68,7 +68,7 @@ class Store:
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
         """Claim the run for as long as the block lasts; yields whether it is this process's to do."""
-        path = self.claims / run.name
+        path, own = self.claims / run.name, f"{_place()} {os.getpid()}"
         if not (self._take(path) or (self._abandoned(path) and self._release(path) and self._take(path))):
             yield False
             return
@@ -81,7 +81,9 @@ class Store:
             yield mine
         finally:
             finished.set()
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if path.read_text() == own:  # or it was taken over while this process stood still
+                    path.unlink()
 
     def _take(self, path: Path) -> bool:
         try:

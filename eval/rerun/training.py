@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gc
 import math
 import statistics
 import tempfile
@@ -30,7 +29,7 @@ from eval.exact_match import generate
 from eval.methods import METHODS
 from eval.optimizers.chained import ChainedOptimizer
 from lorapre_peft.memory.peak import measure
-from recipes.training import OptimizerTimer, Progress, held_bytes, sft_config
+from recipes.training import OptimizerTimer, Progress, describe, free_memory, from_model, held_bytes, sft_config
 
 from .data import Splits, load_splits
 from .models import load_base
@@ -67,11 +66,11 @@ class Runner:
         except Exception as error:  # whatever a method's package raises belongs in the table
             if self._is_of_the_process(error):
                 raise
-            status = {"status": "failed", "error": _said(error)}
+            status = {"status": "failed", "error": describe(error)}
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 status["status"] = "out of memory"
             measured = {"metrics": {}}
-        _free()
+        free_memory()
         record = {
             "run": run.declaration,
             "package": METHODS[run.method].installed,
@@ -148,7 +147,7 @@ class Runner:
                 train_dataset=splits.train,
                 eval_dataset={"validation": splits.validation, "test": splits.test},
                 processing_class=tokenizer,
-                optimizer_cls_and_kwargs=(factory(method.build), {"args": args, "options": run.options}),
+                optimizer_cls_and_kwargs=(from_model(method.build), {"args": args, "options": run.options}),
                 callbacks=[timer, memory_log],
             )
             Progress.replace(trainer)
@@ -165,7 +164,7 @@ class Runner:
         trainer.accelerator.free_memory()
         del trainer  # with the optimizer's state; like the gradients it would take the answers' room
         model.zero_grad()
-        _free()
+        free_memory()
         try:
             for found in self._answers(run, model, tokenizer, splits):  # last: it takes the adapter apart
                 measured["metrics"] |= {metric: statistics.fmean(right) for metric, right in found.items()}
@@ -173,7 +172,7 @@ class Runner:
         except Exception as error:  # the training was not for nothing
             if self._is_of_the_process(error):
                 raise
-            measured["answers_error"] = _said(error)
+            measured["answers_error"] = describe(error)
         return measured
 
     def _answers(
@@ -232,23 +231,6 @@ def measurements(
         "optimizer_seconds_per_step": timer.per_step(),
         "log": {"step": [row["step"] for row in log], "loss": [row["loss"] for row in log]},
     }
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def factory(build: Any) -> Any:
-    """Return what Trainer takes for an optimizer that is built from the model: it calls ``factory()(model,
-    **kwargs)``.
-    """
-    return lambda: build
 
 
 def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:

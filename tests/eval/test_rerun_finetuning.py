@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import yaml
 
 from eval.rerun import models
 from eval.rerun.__main__ import main
@@ -60,17 +61,25 @@ def small(monkeypatch, tmp_path):
     """The suite's model in a folder of its own, made of a tiny Llama by two steps on one text."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{i} ashes and {i * i} birches " * 40}) + "\n" for i in range(60)))
-    options = {"dataset_name": text, "max_steps": 2, "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64}
+    options = {
+        "dataset_name": str(text),
+        "max_steps": 2,
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    }
     options |= {"num_hidden_layers": 1, "num_attention_heads": 2, "eval_tokens": 200, "per_device_train_batch_size": 2}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    (tmp_path / "tiny.yaml").write_text(
+        yaml.safe_dump({"base": "pretrain/llama_4m_adamw.yaml", "use_cpu": True} | options)
+    )
     calls, pretrain = [], models.pretrain.main
 
-    def shorter(argv):
+    def counted(argv):
         calls.append(argv)
-        pretrain([*argv, "--use_cpu", *words])
+        pretrain(argv)
 
-    monkeypatch.setattr(models.pretrain, "main", shorter)
-    monkeypatch.setattr(models, "_RUNS", tmp_path / "runs")
+    monkeypatch.setattr(models.pretrain, "main", counted)
+    monkeypatch.setitem(models.CHECKPOINTS, "llama-4m", str(tmp_path / "tiny"))
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", models.pretrain.__spec__)
     return calls
 
@@ -83,8 +92,11 @@ def test_the_model_is_made_once_and_its_tokenizer_leaves_prompts_open(small):
     assert model.config.hidden_size == 32
     assert tokenizer.eos_token_id not in tokenizer("12 birches").input_ids
     assert models.make_base("random") == {}
-    with pytest.raises(KeyError):
-        models.make_base("llama-4m")["random"]
+    config = models.CONFIGS / "pretrain" / f"{models.CHECKPOINTS['llama-4m']}.yaml"
+    config.write_text(config.read_text().replace("num_attention_heads: 2", "num_attention_heads: 4"))
+    with pytest.raises(ValueError, match=r"num_attention_heads=4 \(was 2\). Delete it to make it anew"):
+        models.make_base("llama-4m")
+    assert len(small) == 1
 
 
 def test_a_fine_tuning_suite_runs_from_pre_training_to_report(small, tmp_path):
