@@ -11,7 +11,6 @@ import atexit
 import logging
 import multiprocessing
 import re
-import resource
 from concurrent.futures import TimeoutError
 from decimal import Decimal
 from functools import cache
@@ -229,6 +228,8 @@ def _worker() -> ProcessPool:
 
 
 def _prepare_worker() -> None:
+    import resource  # which Windows does not have; the recipes read this module for `NUMBER` alone
+
     import math_verify  # noqa: F401 -- sympy takes seconds to import, which would count as time to compare
 
     # On top of what is mapped already: the script that this process belongs to may have imported CUDA's libraries.
