@@ -37,6 +37,8 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
             continue
         if cell.model not in configs:
             configs[cell.model] = base_config(cell.model)
+            if cell.suite.pretrains:
+                configs[cell.model].vocab_size = cell.suite.data["vocab_size"]
         expected = cell.expected_runs(records)
         done = cell.done(records)
         seconds = seconds_per_run(cell, records)
@@ -109,10 +111,14 @@ def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tupl
             optimizer.step()
         state = held_bytes(optimizer)
         temporaries = max(0, tracker.peak_bytes - state)
+    # In pre-training AdamW trains the rest beside them. Authors' own ways to do that are not looked at.
+    others = (
+        sum(param.nbytes for param in model.parameters() if not param.requires_grad) if cell.suite.pretrains else 0
+    )
     return MemoryEstimate(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        gradients=sum(param.nbytes for param in params),
-        state=state,
+        gradients=sum(param.nbytes for param in params) + others,
+        state=state + 2 * others,
         temporaries=temporaries,
         activations=activations[key],
     )

@@ -7,6 +7,7 @@ import random
 import pytest
 from suites import record
 
+from eval.rerun.dry_run import memory_estimate
 from eval.rerun.models import base_config
 from eval.rerun.plan import cells
 from eval.rerun.pretraining import PretrainingRunner
@@ -72,6 +73,16 @@ def test_state_of_the_matrices_is_counted_apart(runner, run):
     assert found["adamw"]["state_bytes"] == pytest.approx(8 * entries, rel=1e-3)  # and counters
     assert found["scale"]["state_bytes"] == 0
     assert found["lorapre-adam-weights"]["state_bytes"] == pytest.approx(4 * (8 + 1) * sides, rel=0.01)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_plan_counts_what_a_run_holds(runner, run, place):
+    cell = cells(load_suite("pretrain-small"))[place]
+    config = base_config("llama-1m")
+    config.vocab_size = 300
+    planned, found = memory_estimate(cell, config, {}), runner(run(cell.entry.method, **cell.entry.options))
+    assert planned.state == pytest.approx(found["all_state_bytes"], rel=1e-3)  # and counters
+    assert planned.gradients == found["gradient_bytes"]
 
 
 def test_the_suite_is_read_and_reported(tmp_path):
