@@ -161,6 +161,14 @@ def test_shards_are_disjoint_and_complete(tmp_path):
 # ---- results on disk ------------------------------------------------------------------------------------------------
 
 
+def test_a_claim_that_was_taken_over_stays_with_its_new_owner(tmp_path):
+    store, run = Store(tmp_path), make_run()
+    claim = tmp_path / "claims" / run.name
+    with store.claim(run):
+        claim.write_text("another host 7")
+    assert claim.read_text() == "another host 7"
+
+
 def test_claims_exclude_each_other_and_end_with_the_block(tmp_path):
     first, second, run = Store(tmp_path), Store(tmp_path), make_run()
     with first.claim(run) as mine, second.claim(run) as theirs:
