@@ -1,7 +1,8 @@
-"""A loop of accelerate's around LoRA-Pre: mixed precision, gradient accumulation, clipping and a schedule.
+"""This module trains a LoRA adapter with LoRA-Pre in a loop of accelerate.
 
     accelerate launch -m examples.accelerate_loop        # or: python -m examples.accelerate_loop
 
+The loop has gradient accumulation, clipping and a schedule. Accelerate's launch options choose mixed precision.
 `create_lorapre_optimizer` gets the model before `prepare` wraps it.
 """
 
@@ -16,7 +17,10 @@ from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
 
 
 def main(steps: int = 60, accumulate: int = 2) -> list[float]:
-    """Train and return the loss of each micro-batch."""
+    """Train, and return the loss of each micro-batch.
+
+    steps: number of micro-batches. accumulate: number of micro-batches of one optimizer step.
+    """
     accelerator = Accelerator(gradient_accumulation_steps=accumulate)
     config = LoRAPreConfig(r=8, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])
     model = get_peft_model(build_model(), config)

@@ -1,4 +1,4 @@
-"""Train a LoRA adapter with LoRA-Pre in a plain loop, save it, and open it in plain PEFT.
+"""This module trains a LoRA adapter with LoRA-Pre in a plain loop, saves it, and opens it in plain PEFT.
 
 python -m examples.adapter
 """
@@ -15,8 +15,8 @@ from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
 
 
 def main(steps: int = 60) -> list[float]:
-    """Train and return the loss of each step."""
-    # The base has random weights, so its embeddings and head are trained as well; a pretrained base needs no
+    """Train for some steps, and return the loss of each step."""
+    # The base has random weights, so its embeddings and head are trained as well. A pretrained base needs no
     # modules_to_save.
     config = LoRAPreConfig(r=8, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])
     model = get_peft_model(build_model(), config)
@@ -36,7 +36,7 @@ def main(steps: int = 60) -> list[float]:
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        opened = PeftModel.from_pretrained(build_model(), folder)  # any PEFT installation, without this package
+        opened = PeftModel.from_pretrained(build_model(), folder)  # Any PEFT opens it, without this package.
     batch = next(batches(1))
     torch.testing.assert_close(opened.eval()(**batch).logits, model.eval()(**batch).logits)
     return losses

@@ -1,6 +1,8 @@
-"""Train all attention and MLP weights with LoRA-Pre Muon; its AdamW path trains embeddings, head and norms.
+"""This module trains all attention and MLP weights with LoRA-Pre Muon, and embeddings, head and norms with AdamW.
 
-python -m examples.muon
+    python -m examples.muon
+
+One optimizer does both. AdamW is its path for what is not compressed.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from lorapre_peft import create_lorapre_optimizer
 
 
 def main(steps: int = 60) -> list[float]:
-    """Train and return the loss of each step."""
+    """Train for some steps, and return the loss of each step."""
     model = build_model()
-    # A Muon step of a matrix has orthonormal rows or columns, so its rate is far above Adam's; adamw_lr is that of all
-    # the rest.
+    # A Muon step of a matrix has orthonormal rows or columns, so its rate is far above Adam's. adamw_lr is the rate of
+    # all the rest.
     optimizer = create_lorapre_optimizer(model, "muon", lr=0.02, adamw_lr=3e-3, embeddings="adamw")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 

@@ -1,6 +1,6 @@
-"""A byte-level Llama of one million weights, and text to train it on.
+"""This module builds a byte-level Llama of one million weights, and batches of text to train it on.
 
-They stand in for a pretrained model and your data: with them the examples run offline on a CPU in less than a minute.
+They stand in for a pretrained model and your data. With them the examples run offline on a CPU in less than a minute.
 For a real run write ``AutoModelForCausalLM.from_pretrained(…)`` and your own batches.
 """
 
@@ -17,7 +17,7 @@ LENGTH = 64
 
 
 def build_model(seed: int = 0) -> LlamaForCausalLM:
-    """Return a Llama with random weights whose tokens are bytes."""
+    """Return a float32 Llama with random weights, whose tokens are bytes."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
     return LlamaForCausalLM(
@@ -26,12 +26,15 @@ def build_model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def text() -> Tensor:
-    """Return the bytes of Python's language reference, which Python's own help carries: int64, [about 700,000]."""
+    """Return the bytes of Python's language reference, which is part of Python's own help: int64 [about 700,000]."""
     return torch.frombuffer(bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8).long()
 
 
 def batches(steps: int, batch_size: int = 16, seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Yield ``steps`` batches of random passages, in the form that transformers' models take."""
+    """Yield ``steps`` batches of random passages, as transformers' models take them.
+
+    Each has input_ids and labels, int64 [batch_size, LENGTH].
+    """
     data, generator = text(), torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(len(data) - LENGTH, (batch_size,), generator=generator)

@@ -1,9 +1,9 @@
-"""The methods that `python -m eval.rerun` and the pre-training recipe compare: one entry of `METHODS` each.
+"""This package holds the methods that `python -m eval.rerun` and the pre-training recipe compare.
 
-An entry says what is trained, how the adapter is made, how the optimizer is built, and where its learning rates lie.
-To add one, write its builder and its entry in the file of its family; the runners need no change. Packages are
-imported inside the builders, so that one that is missing or broken costs its own rows only (`Method.unavailable`).
-`python -m eval.methods` prints them all.
+Each method is one entry of `METHODS`. An entry says what is trained, how the adapter is made, how the optimizer is
+built, and where its learning rates lie. To add a method, write its builder and its entry in the file of its family.
+The runners need no change. Packages are imported inside the builders, so that a missing or broken package costs only
+its own rows (`Method.unavailable`). `python -m eval.methods` prints all methods.
 """
 
 from .adapters import ADAPTERS
@@ -24,6 +24,6 @@ WITHOUT_ROW = {
         "layers` measures"
     ),
 }
-"""Methods that the comparisons leave out, and why."""
+"""This maps each method that the comparisons leave out to the reason."""
 
 __all__ = ["METHODS", "WITHOUT_ROW", "Method", "adam_options", "pretraining_optimizer"]

@@ -1,10 +1,10 @@
-"""`python -m eval.methods`: the methods of the comparisons as Markdown tables."""
+"""This module prints the methods of the comparisons as Markdown tables: `python -m eval.methods`."""
 
 from . import METHODS, WITHOUT_ROW
 
 
 def tables() -> str:
-    """One table for adapters and one for weights, then what has no row."""
+    """Return Markdown with one table of `METHODS` for adapters, one for weights, and the list `WITHOUT_ROW`."""
     lines = []
     for trains in ("adapter", "weights"):
         lines += [f"## Methods that train {'an adapter' if trains == 'adapter' else 'weights'}", ""]

@@ -1,4 +1,4 @@
-"""Methods that train a LoRA adapter."""
+"""This module holds the methods that train a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _loraplus(model: nn.Module, args: TrainingArguments, options: Options) -> Op
 def _lorafa(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     config = model.peft_config["default"]
     optimizer = create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=args.learning_rate)
-    for group in optimizer.param_groups:  # the factory fixes them at Adam's defaults
+    for group in optimizer.param_groups:  # The factory fixes these options at Adam's defaults.
         group |= {name: value for name, value in adam_options(args).items() if name != "lr"}
     return optimizer
 
@@ -62,7 +62,8 @@ def _riemannian(model: nn.Module, args: TrainingArguments, options: Options) -> 
 def _lorarite(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     from pytorch_optimizer import LoRARite
 
-    # The package's own ε, 1e-6: it is added to roots of matrix eigenvalues, not to Adam's by entry.
+    # The package keeps its own ε of 1e-6, which it adds to roots of a matrix's eigenvalues. Adam's ε is added to the
+    # root of each entry.
     adam = {name: value for name, value in adam_options(args).items() if name != "eps"}
     return LoRARite(lora_pairs(model), **options, **adam)
 
@@ -92,15 +93,15 @@ def _riemannion(model: nn.Module, args: TrainingArguments, options: Options) -> 
     return Riemannion(lora_pairs(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
 
 
-LORA_ONE_GAMMA = 128  # the authors' stable_gamma
+LORA_ONE_GAMMA = 128  # This is γ, the authors' stable_gamma.
 
 
 @torch.no_grad()
 def _one_step_start(model: nn.Module) -> None:
-    """LoRA-One's start: B A is the best approximation of the negative gradient of W, its largest singular value 1/γ.
+    """Set A and B to LoRA-One's start, from the gradients of the base weights. The weights W stay as they are.
 
-    As in the authors' code (github.com/YuanheZ/LoRA-One, run_exp.py): B = U √(Σ/(γ σ_1)), A = √(Σ/(γ σ_1)) Vᵀ; W stays
-    as it is.
+    B A is the best rank-r approximation of W's negative gradient −U Σ Vᵀ, scaled to a largest singular value of 1/γ.
+    As in the authors' code (github.com/YuanheZ/LoRA-One, run_exp.py), B = −U √(Σ/(γ σ_1)) and A = √(Σ/(γ σ_1)) Vᵀ.
     """
     for layer, A, B in lora_layers(model):
         rank = len(A.weight)
@@ -112,9 +113,10 @@ def _one_step_start(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _locally_optimal_start(model: nn.Module) -> None:
-    """Riemannion's start: s B A = α U_{1..r} V_{r+1..2r}ᵀ of the gradient, taken off W.
+    """Set A and B to Riemannion's start s B A = α U_{1..r} V_{r+1..2r}ᵀ, and subtract s B A from W.
 
-    No other tangent space holds more of the gradient. α = 0.01/√r, as the paper's default is quoted.
+    U and V are the gradient's singular vectors, and s is the adapter's scaling. The tangent space at s B A holds as
+    much of the gradient as any other. α = 0.01/√r, as others quote the paper's default.
     """
     for layer, A, B in lora_layers(model):
         rank = len(A.weight)
@@ -127,7 +129,11 @@ def _locally_optimal_start(model: nn.Module) -> None:
 
 
 def _gradient_svd(layer: LoraLayer, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first ``rank`` singular triples of the gradient that `Method.start` finds at a layer and drops."""
+    """Return U [p, c], σ [c] and V [q, c] of a layer's gradient in float32, for some c ≥ ``rank``, and delete it.
+
+    σ is in descending order. The gradient [p, q] is the one that `Method.prepare` leaves at the base layer. Raises
+    ValueError if ``rank`` is above its smaller side.
+    """
     gradient = layer.get_base_layer()._peft_loraga_grad.float()
     del layer.get_base_layer()._peft_loraga_grad
     if rank > min(gradient.shape):
@@ -138,7 +144,7 @@ def _gradient_svd(layer: LoraLayer, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 ADAPTERS: dict[str, Method] = {
-    # Adapters that PEFT makes, under torch.optim.AdamW unless PEFT brings an optimizer.
+    # PEFT makes these adapters. torch.optim.AdamW trains them unless PEFT brings an optimizer.
     "lora": Method("LoRA", "adapter", build_adamw, paper="Hu et al., arXiv 2106.09685"),
     "rslora": Method(
         "rsLoRA",
@@ -169,7 +175,7 @@ ADAPTERS: dict[str, Method] = {
         "LoRA+", "adapter", _loraplus, {"lr_ratio": 16.0}, rate_shift=-2, paper="Hayou et al., arXiv 2402.12354"
     ),
     "lora-fa": Method("LoRA-FA", "adapter", _lorafa, paper="Zhang et al., arXiv 2308.03303"),
-    # Other optimizers of the same adapter.
+    # These are other optimizers of the plain LoRA adapter.
     "lora-pro": Method(
         "LoRA-Pro",
         "adapter",
@@ -184,8 +190,8 @@ ADAPTERS: dict[str, Method] = {
         "Shampoo",
         "adapter",
         _shampoo,
-        # The momentum as an average: the package's default, a sum, makes steps ten times AdamW's. Blocks of 128 bound
-        # the preconditioners, so that no side is too long for them.
+        # The momentum is an average, because the package's default, a sum, makes steps ten times AdamW's. Blocks of
+        # 128 bound the preconditioners, so that no side is too long for them.
         {
             "block_size": 128,
             "start_preconditioning_step": 5,
@@ -263,7 +269,7 @@ ADAPTERS: dict[str, Method] = {
         note="follows gradient descent with momentum, not Adam. Clipping by the norm of A's and B's gradients does "
         "not reach it",
     ),
-    # Other ways to train or to shape the adapter.
+    # These train or shape the adapter in other ways.
     "lora-one": Method(
         "LoRA-One",
         "adapter",

@@ -1,4 +1,7 @@
-"""LoRA-Pre's own rows: Adam and Muon, of an adapter and of weights. The update rule is an option."""
+"""This module holds LoRA-Pre's own methods: Adam and Muon, each for an adapter and for weights.
+
+The update rule is one of their options.
+"""
 
 from __future__ import annotations
 

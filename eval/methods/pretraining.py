@@ -1,4 +1,6 @@
-"""A method as the optimizer of a whole model: its matrices by the method, embeddings, head and norms beside them."""
+"""This module builds the optimizer of a whole model: a method trains its matrices, and AdamW or the authors' choice
+the embeddings, head and norms.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,18 @@ def pretraining_optimizer(
     options: Options,
     others_lr: float | None = None,
 ) -> Optimizer:
-    """The optimizer of all trainable parameters of a model.
+    """Return the optimizer of all trainable parameters of a model.
 
-    The method trains the matrices of attention and MLP, at ``args.learning_rate``.
+    The method trains the matrices of attention and MLP at ``args.learning_rate``.
 
     Args:
-        method: an entry of `METHODS` that trains weights.
-        model: a plain model, before it is wrapped.
-        args: the trainer's arguments: learning rate, Adam's hyperparameters and weight decay.
-        options: the method's, as `Method.merged` completes them.
-        others_lr: the learning rate of embeddings, head and norms, by AdamW without weight decay: the same in every
-            row of a comparison of what happens to the matrices alone. None: the authors' own way (`Method.others`), at
-            ``args.learning_rate``.
+        method: entry of `METHODS` that trains weights.
+        model: plain model, before it is wrapped.
+        args: trainer's arguments, of which the learning rate, Adam's hyperparameters and the weight decay are read.
+        options: options of the method, as `Method.merged` completes them.
+        others_lr: learning rate of AdamW without weight decay, which trains embeddings, head and norms. A comparison
+            of what happens to the matrices alone has the same rate in every row. None stands for the authors' own way
+            (`Method.others`) at ``args.learning_rate``.
 
     Raises:
         ValueError: a method that trains an adapter, or a model with nothing but matrices to train.
@@ -60,7 +62,7 @@ def pretraining_optimizer(
 
 @contextmanager
 def _frozen(params: Iterable[Tensor]) -> Iterator[None]:
-    """Take parameters out of what a builder finds to train, for it takes those that require a gradient."""
+    """Freeze parameters for the time of a ``with`` block, so that a builder does not find them (`trained`)."""
     params = list(params)
     for param in params:
         param.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Methods that train the weights of attention and MLP themselves."""
+"""This module holds the methods that train the weights of attention and MLP themselves."""
 
 from __future__ import annotations
 
@@ -82,7 +82,10 @@ def _projected(
     projector: type,
     **more: Any,
 ) -> Optimizer:
-    """GaLore and those that took over its interface: a group with a rank has its gradients projected."""
+    """Return an optimizer with GaLore's interface, which projects the gradients of a group that has a rank.
+
+    projector: class of its projection objects. more: further arguments of the optimizer.
+    """
     built = optimizer(
         [{"params": trained(model), **options}], no_deprecation_warning=True, **adam_options(args), **more
     )
@@ -125,7 +128,7 @@ def _mlorc(model: nn.Module, args: TrainingArguments, options: Options) -> Optim
 
 
 def _own(cls: Callable[..., Optimizer]) -> Build:
-    """A builder of one of this project's classes, which take parameters, rate, weight decay and options."""
+    """Return a builder of one of this project's classes, called with parameters, lr, weight_decay and the options."""
 
     def build(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
         return cls(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
@@ -134,7 +137,10 @@ def _own(cls: Callable[..., Optimizer]) -> Build:
 
 
 def _scale_others(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
-    """SCALE's own way, at one rate: momentum in the head, embeddings normalised over the tokens, norms by AdamW."""
+    """Return the optimizer that SCALE's authors use for the rest of a model, all of it at one learning rate.
+
+    The head has momentum, embeddings are normalised over the tokens, and AdamW trains the norms.
+    """
     heads = {param for head in output_heads(model) for param in head.parameters()}
     embedded = embedding_parameters(model) - heads
     head, embedding, rest = [], [], []
@@ -150,7 +156,7 @@ _PROJECTION = dict(rank=8, update_proj_gap=200, proj_type="std")
 _PROJECTED_STATE = "4*rank*(min(p, q) + 2*max(p, q))"
 
 WEIGHTS: dict[str, Method] = {
-    # Dense state.
+    # These keep dense state.
     "adamw": Method("AdamW", "weights", build_adamw, paper="Loshchilov and Hutter, arXiv 1711.05101", state="8*p*q"),
     "adamw-no-momentum": Method(
         "AdamW, β1 = 0",
@@ -177,7 +183,7 @@ WEIGHTS: dict[str, Method] = {
         paper="Wang et al., arXiv 2509.24218",
         state="4*(2*p*q + min(p, q)**2)",
     ),
-    # Curvature.
+    # These use curvature.
     "shampoo-weights": Method(
         "Shampoo",
         "weights",
@@ -199,7 +205,7 @@ WEIGHTS: dict[str, Method] = {
         state="12*p*q",
         note="the package keeps the last estimate of the curvature too, a third of the state; the rule needs two",
     ),
-    # Quantised or shared second moments.
+    # These quantise or share second moments.
     "adamw-8bit": Method(
         "AdamW, 8-bit",
         "weights",
@@ -244,7 +250,7 @@ WEIGHTS: dict[str, Method] = {
         "cap of the rate. The authors' package updates within the backward pass, where gradients cannot be "
         "accumulated or clipped by their common norm; that concerns memory, not the rule",
     ),
-    # LoRA-Pre taken apart.
+    # This takes LoRA-Pre apart.
     "ablation": Method(
         "Adam, moments by choice",
         "weights",
@@ -265,7 +271,7 @@ WEIGHTS: dict[str, Method] = {
         "(first in ('als', 'newton'))*momentum_rank + (second in ('als', 'newton'))*second_momentum_rank) + 1)",
         note="for experiments: in float64, with float64 state",
     ),
-    # Low-rank state.
+    # These keep low-rank state.
     "galore": Method(
         "GaLore",
         "weights",
@@ -346,7 +352,7 @@ WEIGHTS: dict[str, Method] = {
         note="the paper's algorithm; the authors' code starts from the weight's SVD and divides by clipped singular "
         "values",
     ),
-    # A vector or nothing.
+    # These keep vectors or nothing.
     "racs": Method(
         "RACS",
         "weights",

@@ -1,1 +1,1 @@
-"""Optimizers of the comparisons that no published package has as its paper has them: one short class each."""
+"""This package holds optimizers that no published package implements as their papers define them."""

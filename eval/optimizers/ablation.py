@@ -1,4 +1,7 @@
-"""LoRA-Pre's Adam taken apart: each moment low-rank, exact or left out, and what the rules leave fixed as options."""
+"""This module takes LoRA-Pre's Adam apart: each moment may be low-rank, exact or left out.
+
+What the update rules leave fixed is an option here.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,29 @@ MOMENTS = ("full", "als", "newton", "none")
 
 
 class AblationAdam(MatrixOptimizer):
-    """Adam's step u = m̂/(√v̂ + ε) with each moment by choice, for experiments: slow, in float64, with float64 state.
+    """Implements Adam's step u = m̂/(√v̂ + ε) with a choice for each moment, for experiments.
+
+    It is slow. Arithmetic and state are float64.
 
     Args:
         params: matrices, or groups of them.
         lr: learning rate.
-        first: which m̂: ``"full"`` is Adam's own; ``"als"`` and ``"newton"`` are the low-rank ones, by the functions of
-            `lorapre_peft.optim.reference`; ``"none"`` is the gradient.
-        second: which v̂, likewise; with ``"none"`` u is m̂. Where a moment is by ``als``, entries of m̂/√v̂ are clamped at
-            the rule's bound.
-        matched: give u the Frobenius norm that exact Adam's step would have on the same gradients.
-        betas, eps: Adam's (β1, β2) and ε.
+        first: kind of m̂. ``"full"`` is Adam's own, ``"als"`` and ``"newton"`` are the low-rank ones by the functions
+            of `lorapre_peft.optim.reference`, and ``"none"`` is the gradient.
+        second: kind of v̂, with the same names. With ``"none"`` u is m̂. Otherwise entries of u are clamped at the
+            bound of ``als`` if either moment is ``"als"``.
+        matched: whether u gets the Frobenius norm that exact Adam's step would have on the same gradients.
+        betas, eps: decay rates (β1, β2) and ε of Adam.
         weight_decay: decoupled λ.
         momentum_rank, second_momentum_rank: ranks of a low-rank m and v.
-        gammas: (γ1, γ2) of ``newton``. None: Appendix B.1 of the paper, γ1 = 1 − β1^(1/2) and γ2 = 1 − β2^(1/4).
-        damping: of the k×k inverses, absolute for ``newton``, relative for ``als``.
-        init_std: the factors A start from N(0, init_std²). None: each rule's own start, 0.02 for ``newton`` and fixed
-            rows for ``als``.
-        seed: of the draws of A.
+        gammas: (γ1, γ2) of ``newton``. None stands for γ1 = 1 − β1^(1/2) and γ2 = 1 − β2^(1/4), as in Appendix B.1 of
+            LoRA-Pre's paper (arXiv 2602.24283).
+        damping: damping of the k×k inverses, which is absolute for ``newton`` and relative for ``als``.
+        init_std: standard deviation of the normal distribution from which the factors A are drawn. None stands for
+            each rule's own start, which is 0.02 for ``newton`` and fixed rows for ``als``.
+        seed: seed of these draws.
 
-    The steps t of the bias corrections count from the first gradient that is not zero.
+    The steps t of the bias corrections are counted from the first gradient that is not zero.
 
     Raises:
         ValueError: a moment that is not in `MOMENTS`, or betas for which ``als`` has no bound.
@@ -83,6 +89,7 @@ class AblationAdam(MatrixOptimizer):
         super().__init__(params, defaults)
 
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return u [p, q] in the gradient's dtype, and move the moments on. u stays zero until a gradient is not."""
         g = gradient.double()
         if not state:
             if not g.any():
@@ -107,7 +114,7 @@ class AblationAdam(MatrixOptimizer):
         return u.to(gradient.dtype)
 
     def _start(self, state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None:
-        """Make a matrix's state: ``m`` and ``v`` where exact moments are needed, factors of low-rank ones."""
+        """Make a matrix's state: ``m`` and ``v`` if exact moments are needed, and the factors of low-rank ones."""
         state["step"] = 0
         for name, kind, k in zip("mv", (group["first"], group["second"]), group["ranks"]):
             if kind == "full" or group["matched"]:
@@ -121,7 +128,7 @@ class AblationAdam(MatrixOptimizer):
 
 
 def _first_moment(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return m̂ after this gradient, and move its factors on."""
+    """Return m̂ [p, q] float64 after this gradient g, and move its factors on."""
     kind, beta, t, damping = group["first"], group["betas"][0], state["step"], group["damping"]
     if kind == "none":
         return g
@@ -138,11 +145,11 @@ def _first_moment(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> Te
     ridge = damping * gram.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
     inside = torch.linalg.solve(gram + ridge, A @ g.mT).mT @ A
     state["m_B"], state["m_A"] = als_factors(B, A, g, beta, 1 - beta, damping)
-    return (beta * B @ A + (1 - beta) * inside) / (1 - beta**t) + g - inside  # ρ = 1
+    return (beta * B @ A + (1 - beta) * inside) / (1 - beta**t) + g - inside  # Here ρ is 1.
 
 
 def _second_moment(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return v̂ after this gradient, and move its factors on."""
+    """Return v̂ [p, q] float64 after this gradient g, and move its factors on."""
     kind, beta, t, damping = group["second"], group["betas"][1], state["step"], group["damping"]
     if kind == "full":
         return state["v"] / (1 - beta**t)

@@ -1,4 +1,4 @@
-"""Flat-LoRA: training under random perturbations of the merged weight."""
+"""This module implements Flat-LoRA, which trains under random perturbations of the merged weight."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .pairs import lora_layers
 
 
 class FilterNoise:
-    """Noise on the base weight of a LoRA layer from the first forward pass in training to the optimizer's step.
+    """Adds noise to the base weight of a LoRA layer during the forward and backward passes of a training step.
 
-    Flat-LoRA (Li et al., "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", arXiv 2409.14396): row i of the
-    merged weight M = W + s B A (p×q) is disturbed by N(0, σ_i²) with σ_i = ρ_t ‖M_i‖/√q, and ρ_t rises from 0 to ρ as
-    ρ (1 − cos(π t/T))/2.
-    One noise serves all backward passes of a step. The weight itself is kept aside, so that it is the same afterwards
-    bit for bit; the authors make the noise twice from a seed instead, which saves the copy and rounds the weight.
+    As in Flat-LoRA (Li et al., "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", arXiv 2409.14396), row i
+    of the merged weight M = W + s B A (p×q) is disturbed by N(0, σ_i²) with σ_i = ρ_t ‖M_i‖/√q, and ρ_t rises from 0
+    to ρ as ρ (1 − cos(π t/T))/2. All forward and backward passes of a step see the same noise. The weight itself is
+    kept aside, so that afterwards it is the same in every bit. The authors make the noise twice from a seed instead,
+    which saves the copy but rounds the weight.
 
     Args:
-        layer: a LoRA layer of a linear layer.
-        rho: ρ; 0.05 to 0.1 in the paper.
-        steps: T, the optimizer steps of the whole run.
+        layer: LoRA layer of a linear layer.
+        rho: ρ, which is 0.05 to 0.1 in the paper.
+        steps: number T of optimizer steps of the whole run.
     """
 
     def __init__(self, layer: LoraLayer, rho: float, steps: int):
@@ -46,7 +46,7 @@ class FilterNoise:
         weight.data = weight.data + (deviation * torch.randn(weight.shape, device=weight.device)).to(weight.dtype)
 
     def remove(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Restore the weight before a step of ``optimizer``, as a pre-hook of it."""
+        """Restore the weight and count a step, if there is noise. This is a step pre-hook of ``optimizer``."""
         if self._kept is not None:
             self._layer.get_base_layer().weight.data = self._kept
             self._kept = None
@@ -54,7 +54,10 @@ class FilterNoise:
 
 
 def perturb(model: nn.Module, optimizer: Optimizer, rho: float, steps: int) -> Optimizer:
-    """The optimizer, with `FilterNoise` on every LoRA layer of the model, taken away before each of its steps."""
+    """Put `FilterNoise` on every LoRA layer of the model, and return the optimizer, whose steps remove it first.
+
+    rho, steps: as in `FilterNoise`.
+    """
     for layer, _, _ in lora_layers(model):
         optimizer.register_step_pre_hook(FilterNoise(layer, rho, steps).remove)
     return optimizer

@@ -1,4 +1,4 @@
-"""LoFT: LoRA whose moments follow the other factor as it moves."""
+"""This module implements LoFT, a LoRA optimizer whose moments follow the other factor as it moves."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from .pairs import PairOptimizer, damped_gram
 
 
 class LoFTAdamW(PairOptimizer):
-    """LoFT (Tastan, Laskaridis, Takáč, Nandakumar and Horváth, arXiv 2505.21289): LoRA after full fine-tuning's AdamW.
+    """Implements LoFT (Tastan, Laskaridis, Takáč, Nandakumar and Horváth, arXiv 2505.21289).
 
-    For B, with the other factor A and C = (A Aᵀ + δ I)^(-1), and for A likewise with both transposed:
+    It trains LoRA's factors so that their product follows the AdamW of full fine-tuning. A step of B [p, r] reads the
+    other factor A [r, q] and C = (A Aᵀ + δ I)^(-1). A step of A is the same with everything transposed.
         g̃ = g_B C                                   the gradient of the product, in coordinates of A's rows
         R = A_old Aᵀ C,  m ← m R,  P_i ← Rᵀ P_i R    the moments in the coordinates of the new A
-        m ← β1 m + (1−β1) g̃,  P_i ← β2 P_i + (1−β2) g̃_i g̃_iᵀ       P_i: r×r for each row i of B
+        m ← β1 m + (1−β1) g̃,  P_i ← β2 P_i + (1−β2) g̃_i g̃_iᵀ       P_i is r×r for each row i of B
         u = m̂ A / (√v̂ + ε),  v_ij = A_jᵀ P_i A_j     Adam's update of the product
         B ← B − lr u Aᵀ C
-    Both factors' moments move at each step; the factors themselves are updated in turns, B first. State:
+    The moments of both factors move at each step. The factors themselves are updated in turns, B first. The state is
     (p + q) r (r + 2) numbers.
 
-    The authors' code recalibrates the second moment with R and Rᵀ exchanged; this class follows from m ← m R.
+    The authors' code recalibrates the second moment with R and Rᵀ exchanged. The form here is the one that follows
+    from m ← m R.
 
     Args:
-        params: A and B of each layer in turns, as `lora_pairs` has them.
+        params: A and B of each layer in turns, as `lora_pairs` returns them.
         lr: learning rate.
-        betas, eps: Adam's.
-        weight_decay: decoupled λ, of the factor that is updated.
-        damping: δ; the authors' 1e-6.
+        betas, eps: decay rates (β1, β2) and ε of Adam.
+        weight_decay: decoupled λ of the factor that is updated.
+        damping: δ, which is 1e-6 in the authors' code.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class LoFTAdamW(PairOptimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping))
 
     def step_pair(self, A: Tensor, B: Tensor, group: dict[str, Any]) -> None:
+        """Move the moments of both factors on, and update B at odd steps or A at even ones, in place."""
         step_B = self._direction(self.state[B], B.grad, A, group)
         step_A = self._direction(self.state[A], A.grad.T, B.T, group).T
         factor, step = (B, step_B) if self.state[B]["step"] % 2 else (A, step_A)
@@ -52,7 +55,7 @@ class LoFTAdamW(PairOptimizer):
         factor.add_(step, alpha=-group["lr"])
 
     def _direction(self, state: dict[str, Any], gradient: Tensor, other: Tensor, group: dict[str, Any]) -> Tensor:
-        """The step of an n×r factor X of the product X Y, ``other`` being Y (r×d)."""
+        """Return the step [n, r] of the factor X of a product X Y, whose gradient is given. other: Y [r, d]."""
         beta1, beta2 = group["betas"]
         gram = damped_gram(other, group["damping"])
         g = torch.linalg.solve(gram, gradient.T).T

@@ -1,4 +1,4 @@
-"""The step loop that the optimizers of matrices share."""
+"""This module holds the step loop that the optimizers of matrices share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from torch.optim import Optimizer
 
 
 class MatrixOptimizer(Optimizer, ABC):
-    """An optimizer whose update of a matrix depends on that matrix's gradients alone: θ ← θ − lr (u + λ θ).
+    """Takes steps θ ← θ − lr (u + λ θ) of matrices, where u depends on that matrix's gradients alone.
 
-    A subclass says what u is. Arithmetic and state are float32, and float64 for float64 parameters. Every group needs
-    the options ``lr`` and ``weight_decay`` λ. Raises ValueError for a parameter that is not a matrix.
+    A subclass says what u is (`update`). Arithmetic and state are float32, or float64 for float64 parameters. Every
+    group needs the options ``lr`` and ``weight_decay`` λ.
+
+    Raises:
+        ValueError: a parameter that is not a matrix.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of matrices. Raise ValueError for a parameter that is not a matrix."""
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if param.ndim != 2:
@@ -29,6 +33,7 @@ class MatrixOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every matrix that has a gradient, and return the closure's loss, or None without a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -44,10 +49,16 @@ class MatrixOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """The matrix u of one step, p×q as the gradient, which it must not change. ``state`` starts empty."""
+        """Return u [p, q] of one step of a matrix, in the gradient's dtype.
+
+        Args:
+            state: state of the matrix, which is empty at its first step and is changed in place.
+            gradient: gradient [p, q], float32 or float64, which must not be changed.
+            group: options of the matrix.
+        """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer` does, but tensors keep the dtype that they were saved in, not the parameter's."""
+        """Load a state dict as torch does, but keep the dtype in which each tensor was saved."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for param, key in zip(group["params"], saved["params"]):

@@ -1,8 +1,9 @@
-"""MLorc's optimizer from its published package, with two mends of 0.1.8.
+"""This module loads MLorc's optimizer from its published package, mlorc-optim 0.1.8, and mends two faults of it.
 
-It cannot be imported: it says `..utilX` where its files are `util/X.py`. And it reshapes every matrix to the sides
-nearest to its square root, by the number of entries alone, which tears rows apart (576×1536 becomes 1024×864); the
-paper (arXiv 2506.01897) compresses matrices as they are, and the package's own text speaks of one-dimensional vectors.
+The package cannot be imported, because it says `..utilX` where its files are `util/X.py`. It also reshapes every
+matrix by its number of entries alone, to sides as close to each other as possible, which tears rows apart: 576×1536
+becomes 1024×864. The paper (arXiv 2506.01897) compresses matrices as they are, and the package's own text
+speaks of one-dimensional vectors. Importing this module raises ModuleNotFoundError if the package is not installed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ _near_square = _module._get_effective_shape
 
 
 class MLorcAdamW(_module.MLorc_AdamW):
-    """`MLorc_AdamW` that leaves matrices their shape; tensors of more dimensions are flattened to (first, rest)."""
+    """Implements the package's `MLorc_AdamW`, but leaves matrices their shape.
+
+    Tensors of more than two dimensions are flattened to (first, rest).
+    """
 
     def step_parameter(self, p: Tensor, group: dict[str, Any], i: int | None = None) -> None:
+        """Update one parameter in place. The package's own function decides the shape of vectors only."""
         _module._get_effective_shape = _near_square if p.ndim < 2 else lambda numel: (p.shape[0], numel // p.shape[0])
         super().step_parameter(p, group, i)

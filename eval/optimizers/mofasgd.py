@@ -1,4 +1,4 @@
-"""MoFaSGD: a momentum held as a truncated SVD, and its spectral direction as the update."""
+"""This module implements MoFaSGD, which holds the momentum as a truncated SVD and follows its spectral direction."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .matrix import MatrixOptimizer
 
 
 class MoFaSGD(MatrixOptimizer):
-    """Momentum factorised SGD (Mahdavinia and Mahdavi, arXiv 2507.08091, Algorithm 1).
+    """Implements momentum factorised SGD (Mahdavinia and Mahdavi, arXiv 2507.08091, Algorithm 1).
 
     The momentum M = U diag(σ) Vᵀ of rank r starts as the best approximation of the first gradient. Later gradients are
     projected onto the tangent space of the rank-r matrices at M, ĝ = U Uᵀ g + g V Vᵀ − U Uᵀ g V Vᵀ, and M becomes
-    the best rank-r approximation of β M + ĝ, found from two QR factorisations and an SVD of 2r×2r numbers. The update
-    is u = U Vᵀ, whose singular values are 1, or 0 where M's are. State: r (p + q + 1) numbers.
+    the best rank-r approximation of β M + ĝ. It is found from two QR factorisations and an SVD of 2r×2r numbers. The
+    update is u = U Vᵀ, whose singular values are 1, or 0 where M's are. The state is r (p + q + 1) numbers.
 
     The authors' code starts from the SVD of the weight instead, and divides by clipped singular values where the
     paper's update has 1.
@@ -25,8 +25,8 @@ class MoFaSGD(MatrixOptimizer):
     Args:
         params: matrices, or groups of them.
         lr: learning rate.
-        rank: r.
-        beta: β.
+        rank: rank r of the momentum, or the smaller side of a matrix if that is less.
+        beta: decay β of the momentum.
         weight_decay: decoupled λ.
     """
 
@@ -34,8 +34,9 @@ class MoFaSGD(MatrixOptimizer):
         super().__init__(params, dict(lr=lr, rank=rank, beta=beta, weight_decay=weight_decay))
 
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return u = U Vᵀ [p, q] of the momentum after this gradient."""
         rank = min(group["rank"], *gradient.shape)
-        if not state or not state["sigma"].any():  # a momentum of zero has no directions to go on from
+        if not state or not state["sigma"].any():  # A momentum of zero has no directions to go on from.
             U, sigma, Vh = torch.linalg.svd(gradient, full_matrices=False)
             V = Vh.T
         else:
@@ -49,6 +50,6 @@ class MoFaSGD(MatrixOptimizer):
             found_left, sigma, found_right = torch.linalg.svd(middle, full_matrices=False)
             U, V = left @ found_left, right @ found_right.T
         state["U"], state["sigma"], state["V"] = U[:, :rank].clone(), sigma[:rank].clone(), V[:, :rank].clone()
-        # Of singular values that are rounding only, the vectors are arbitrary.
+        # The vectors of singular values that are only round-off are arbitrary.
         known = state["sigma"] > sum(gradient.shape) * torch.finfo(gradient.dtype).eps * state["sigma"][0]
         return state["U"] * known @ state["V"].T

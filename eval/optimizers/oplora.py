@@ -1,4 +1,4 @@
-"""OPLoRA: the full gradient step, brought back to rank r by alternating least squares."""
+"""This module implements OPLoRA, which brings the full gradient step back to rank r by alternating least squares."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from torch.optim import Optimizer
 
 from .pairs import damped_gram, lora_layers, lora_pairs
 
-LEAST_DAMPING = 1e-6  # what the authors' code adds to each Gram matrix, which is singular where B = 0
+# The authors' code adds this to each Gram matrix, which is singular where B = 0. Here it is the least damping.
+LEAST_DAMPING = 1e-6
 
 
 class FullGradient:
-    """The gradient G of a LoRA layer's merged weight W + s B A, summed over backward passes until it is taken."""
+    """Sums the gradient G [p, q] of a LoRA layer's merged weight W + s B A over backward passes, until it is taken.
+
+    Hooks on the layer watch its forward and backward passes in training. G is float32, or float64 for float64 layers.
+    """
 
     def __init__(self, layer: LoraLayer):
         self._sum: Tensor | None = None
@@ -35,34 +39,39 @@ class FullGradient:
         self._sum = found if self._sum is None else self._sum + found
 
     def take(self) -> Tensor | None:
-        """The sum, p×q, which starts anew; None where there was no backward pass."""
+        """Return the sum [p, q] and start a new one. Return None if there was no backward pass."""
         found, self._sum = self._sum, None
         return found
 
 
 def nearest(target: Tensor, A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """One round of alternating least squares: A to the least ‖B A − T‖² + damping ‖its change‖², then B likewise."""
+    """Return A and B after one round of alternating least squares on the target T [p, q].
+
+    The new A [r, q] minimises ‖B A − T‖² + damping ‖its change‖². Then the new B [p, r] does so with the new A.
+    """
     new_A = torch.linalg.solve(damped_gram(B.T, damping), damping * A + B.T @ target)
     new_B = torch.linalg.solve(damped_gram(new_A, damping), damping * B.T + new_A @ target.T).T
     return new_A, new_B
 
 
 class OPLoRA(Optimizer):
-    """OPLoRA with momentum (Almansoori et al., "Faster Than SVD, Smarter Than SGD", September 2025).
+    """Implements OPLoRA with momentum (Almansoori et al., "Faster Than SVD, Smarter Than SGD", September 2025).
 
-    A step of gradient descent with momentum on the full weight would take the adapter's B A to T = B A − (lr/s) (G + β
-    M). OPLoRA takes it to a matrix of rank r near T by one round of alternating least squares from where it is
-    (`nearest`; LoRSum in arXiv 2602.16456). The momentum β M + G is held at rank r by such rounds too. G (p×q) comes
-    from hooks on the layers; s is the adapter's scaling. State: r (p + q) numbers, and G from the backward pass to the
-    step, which the authors hold as layers' inputs and output gradients.
+    A step of gradient descent with momentum on the full weight would take the adapter's B A to
+    T = B A − (lr/s) (G + β M), where s is the adapter's scaling. OPLoRA takes it to a matrix of rank r near T, by one
+    round of alternating least squares from where it is (`nearest`; LoRSum in arXiv 2602.16456). Another such round
+    holds the new momentum β M + G at rank r. G [p, q] comes from hooks on the layers. The state is r (p + q) numbers,
+    and from the backward pass to the step also G. The authors hold the layers' inputs and output gradients in its
+    place.
 
-    Clipping by `torch.nn.utils.clip_grad_norm_` does nothing here, for it sees the gradients of A and B only.
+    Clipping by `torch.nn.utils.clip_grad_norm_` does nothing here, because it sees the gradients of A and B only.
 
     Args:
-        model: a model with LoRA adapters of linear layers.
+        model: model with one LoRA adapter, of linear layers.
         lr: learning rate, as of gradient descent on the weights.
-        momentum: β.
-        damping: δ of ``damping = lr δ`` in `nearest`, as in the authors' code.
+        momentum: decay β of the momentum.
+        damping: δ of the damping lr · δ in `nearest`, as in the authors' code. The damping is at least
+            `LEAST_DAMPING`.
     """
 
     def __init__(self, model: nn.Module, lr: float = 0.1, momentum: float = 0.9, damping: float = 1e-2):
@@ -73,6 +82,7 @@ class OPLoRA(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update A and B of every layer that had a backward pass, and return the closure's loss or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -84,7 +94,7 @@ class OPLoRA(Optimizer):
             if gradient is None:
                 continue
             state = self.state[A]
-            if not state:  # a start that a first gradient can be fitted from
+            if not state:  # A first gradient can be fitted from this start.
                 generator = torch.Generator().manual_seed(0)
                 state["A"] = torch.randn(A.shape, generator=generator).to(gradient)
                 state["B"] = torch.zeros_like(B, dtype=gradient.dtype)

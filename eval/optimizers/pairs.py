@@ -1,4 +1,4 @@
-"""What optimizers of LoRA's pairs share: which matrices belong together, and the step loop."""
+"""This module finds the pairs of LoRA's matrices A and B in a model, and holds the step loop of their optimizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch.optim import Optimizer
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[LoraLayer, nn.Linear, nn.Linear]]:
-    """The model's LoRA layers with their A and B, one adapter each; those of linear layers only."""
+    """Yield (layer, A, B) for each LoRA layer of a model and each adapter in it.
+
+    The optimizers here expect one adapter, on linear layers. LoRA layers of embeddings are left out.
+    """
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_A:
@@ -21,17 +24,21 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[LoraLayer, nn.Linear, nn.Lin
 
 
 def lora_pairs(model: nn.Module) -> list[Tensor]:
-    """A (r×q) and B (p×r) of every LoRA layer, in turns: A, B, A, B, …"""
+    """Return the weights A [r, q] and B [p, r] of every LoRA layer in turns: A, B, A, B, …"""
     return [linear.weight for _, *pair in lora_layers(model) for linear in pair]
 
 
 class PairOptimizer(Optimizer, ABC):
-    """An optimizer of LoRA's pairs: the parameters of a group are A (r×q) and B (p×r) of one layer after another.
+    """Takes steps of LoRA's pairs. A group's parameters are A [r, q] and B [p, r] of one layer after another.
 
-    Raises ValueError for a group whose parameters are not such pairs.
+    A subclass says what the step of a pair is (`step_pair`).
+
+    Raises:
+        ValueError: a group whose parameters are not such pairs.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of pairs. Raise ValueError if the shapes are not those of pairs."""
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         shapes = [tuple(param.shape) for param in params]
@@ -45,6 +52,7 @@ class PairOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every pair that has both gradients, and return the closure's loss, or None without a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -57,9 +65,9 @@ class PairOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def step_pair(self, A: Tensor, B: Tensor, group: dict[str, Any]) -> None:
-        """One step of a pair, in place."""
+        """Update A and B in place, by their gradients ``A.grad`` and ``B.grad``. group: options of the pair."""
 
 
 def damped_gram(x: Tensor, damping: float) -> Tensor:
-    """x xᵀ + damping · I"""
+    """Return x xᵀ + damping · I of a matrix x [k, d]: [k, k]."""
     return x @ x.T + damping * torch.eye(len(x), dtype=x.dtype, device=x.device)

@@ -9,7 +9,10 @@ from torch.optim import Optimizer
 
 
 def compact_projections(optimizer: Optimizer, *_: Any) -> None:
-    """Copy projections out: of float32 gradients GaLore and Fira keep a view of all singular vectors."""
+    """Replace each projection that is a view by a copy. This is a step post-hook of the optimizer.
+
+    With float32 gradients GaLore and Fira keep views, which hold all singular vectors in memory.
+    """
     for state in optimizer.state.values():
         projection = getattr(state.get("projector"), "ortho_matrix", None)
         if projection is not None and projection.untyped_storage().nbytes() > projection.nbytes:
@@ -17,7 +20,11 @@ def compact_projections(optimizer: Optimizer, *_: Any) -> None:
 
 
 def saved_as_numbers(optimizer: Optimizer, projector: type) -> Optimizer:
-    """The optimizer, in whose saved state a projector is a dictionary: ``weights_only`` loading refuses the object."""
+    """Make the optimizer save its projectors as dictionaries and load them again, and return it.
+
+    ``weights_only`` loading of a checkpoint refuses objects of the packages' classes. projector: class of the objects
+    to be made from the dictionaries.
+    """
 
     def saved(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         states = state_dict["state"]
@@ -28,7 +35,7 @@ def saved_as_numbers(optimizer: Optimizer, projector: type) -> Optimizer:
 
     def loaded(_: Optimizer, state_dict: dict[str, Any]) -> None:
         for state in state_dict["state"].values():
-            if isinstance(state.get("projector"), dict):  # in place, for pytorch-optimizer reads the dictionary twice
+            if isinstance(state.get("projector"), dict):  # In place, as pytorch-optimizer reads the dictionary twice.
                 made = projector.__new__(projector)
                 vars(made).update(state["projector"])
                 state["projector"] = made

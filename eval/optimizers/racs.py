@@ -1,4 +1,7 @@
-"""RACS and Alice, from structured approximations of the Fisher matrix (Gong et al., arXiv 2502.07752)."""
+"""This module implements RACS and Alice (Gong et al., arXiv 2502.07752).
+
+Both follow from structured approximations of the Fisher matrix.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from .matrix import MatrixOptimizer
 
 
 def limited(update: Tensor, state: dict[str, Any], growth: float) -> Tensor:
-    """The update, shortened so that its norm grows by ``growth`` a step at most (Fira's limiter, the papers' γ).
+    """Return the update, shortened if its Frobenius norm is more than ``growth`` times that of the step before.
 
-    ``state["norm"]`` holds the norm that was let through last.
+    This is Fira's limiter, whose ``growth`` is the papers' γ. ``state["norm"]`` holds the norm that was returned last.
     """
     norm = update.norm()
     if "norm" in state:
@@ -27,19 +30,21 @@ def limited(update: Tensor, state: dict[str, Any], growth: float) -> Tensor:
 
 
 class RACS(MatrixOptimizer):
-    """Row and column scaled SGD (arXiv 2502.07752, Algorithm 1).
+    """Implements row and column scaled SGD (arXiv 2502.07752, Algorithm 1).
 
-    The scales of rows and columns are the fixed point of Eq. 16 for one gradient, by ``iterations`` rounds from q = 1:
-        s = (g∘g)ᵀ q / ‖q‖²,   q = (g∘g) s / ‖s‖²,
-    each averaged over the steps with β from zero, and u = α Diag(q)^(-1/2) g Diag(s)^(-1/2), its growth limited by γ.
-    State: p + q + 1 numbers. (pytorch-optimizer 4.1.0 takes the means of g∘g over rows and over columns instead. Their
-    product is of the order of g⁴, so that its steps grow as gradients shrink.)
+    The scales q of the rows and s of the columns are the fixed point of Eq. 16 for one gradient g, found by
+    ``iterations`` rounds from q = 1:
+        s = (g∘g)ᵀ q / ‖q‖²,   q = (g∘g) s / ‖s‖².
+    Each is averaged over the steps with decay β, from zero. The update is u = α Diag(q)^(-1/2) g Diag(s)^(-1/2), and
+    the growth of its norm is limited by γ. The state is p + q + 1 numbers of a p×q matrix. pytorch-optimizer 4.1.0
+    takes the means of g∘g over rows and over columns instead. Their product is of the order of g⁴, so that its steps
+    grow as gradients shrink.
 
     Args:
         params: matrices, or groups of them.
-        lr: learning rate; 0.02 in the paper.
-        beta, alpha, gamma: β, α and γ of Algorithm 1, with the paper's values up to 350M parameters.
-        iterations: 5 in the paper.
+        lr: learning rate, which is 0.02 in the paper.
+        beta, alpha, gamma: β, α and γ of Algorithm 1. The defaults are the paper's for up to 350M parameters.
+        iterations: number of rounds, which is 5 in the paper.
         weight_decay: decoupled λ.
     """
 
@@ -57,12 +62,13 @@ class RACS(MatrixOptimizer):
         super().__init__(params, options)
 
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return u [p, q], and move the averages of q and s on."""
         tiny = torch.finfo(gradient.dtype).tiny
         square = gradient.square()
         q = torch.ones_like(square[:, 0])
         for _ in range(group["iterations"]):
             s = square.T @ q / q.square().sum().clamp_min(tiny)
-            # Divided by its own largest entry first, for the squares of squares underflow.
+            # s is divided by its largest entry first, because the squares of squares underflow.
             largest = s.max().clamp_min(tiny)
             q = square @ (s / largest) / (s / largest).square().sum().clamp_min(tiny) / largest
         for name, found in (("q", q), ("s", s)):
@@ -73,28 +79,33 @@ class RACS(MatrixOptimizer):
 
 
 class Alice(MatrixOptimizer):
-    """Adaptive low-dimensional subspace estimation (arXiv 2502.07752, Algorithms 2 to 4).
+    """Implements adaptive low-dimensional subspace estimation (arXiv 2502.07752, Algorithms 2 to 4).
 
-    For g with p ≤ q (others are transposed). At every ``gap``-th step the subspace U (p×r) is switched: one step of
-    subspace iteration on Q = β3 U Q̃ Uᵀ + (1−β3) g gᵀ, of which the ``leading`` best directions are kept, while the
-    other r − ``leading`` are drawn from the directions outside it. Then, with σ = Uᵀ g,
+    Let the gradient g have p ≤ q; other matrices are transposed. At every ``gap``-th step the subspace U [p, r] is
+    switched. One step of subspace iteration is made on Q = β3 U Q̃ Uᵀ + (1−β3) g gᵀ. The ``leading`` best directions
+    that it finds are kept, and the other r − ``leading`` are drawn from the directions outside of what it finds. Then,
+    with σ = Uᵀ g,
         Q̃ ← β3 Q̃ + (1−β3) σ σᵀ,   m ← β1 m + (1−β1) σ,   v ← β2 v + (1−β2) σ∘σ,
         e ← β1 e + (1−β1) (column sums of g∘g − those of σ∘σ),
-        u = α (U m/√v + α_c √(p−r) (g − U σ) Diag(e)^(-1/2)), the second term's growth limited by γ.
-    State: p r + r² + 2 r q + q + 1 numbers.
+        u = α (U m/√v + α_c √(p−r) (g − U σ) Diag(e)^(-1/2)),
+    where the growth of the second term's norm is limited by γ. The state is p r + r² + 2 r q + q + 1 numbers.
 
-    This project's choices, where the paper leaves one open: the first U is the r leading eigenvectors of g gᵀ, since
-    one step of subspace iteration from U = 0 is not defined; the directions are drawn by a generator that is seeded by
-    the step, so that all processes draw the same. As published, m and v are not turned with the subspace.
+    The paper leaves two choices open. Here the first U holds the r leading eigenvectors of g gᵀ, since one step of
+    subspace iteration from U = 0 is not defined. The step seeds the generator that draws the directions, so that all
+    processes draw the same ones. As published, m and v are not turned with the subspace.
 
     Args:
         params: matrices, or groups of them.
-        lr: learning rate; 0.02 in the paper.
-        rank, leading: r, and how many of the r directions are the best ones (40 of 128 in the paper's 60M run).
-        betas: (β1, β2, β3).
+        lr: learning rate, which is 0.02 in the paper.
+        rank: number r of directions, or the smaller side of a matrix if that is less.
+        leading: number of the r directions that are the best ones (40 of 128 in the paper's 60M run).
+        betas: decay rates (β1, β2, β3).
         alpha, alpha_c, gamma: α, α_c and γ.
-        gap: steps between two switches.
+        gap: number of steps between two switches.
         weight_decay: decoupled λ.
+
+    Raises:
+        ValueError: ``leading`` is not between 1 and ``rank``.
     """
 
     def __init__(
@@ -117,11 +128,13 @@ class Alice(MatrixOptimizer):
         super().__init__(params, options | dict(gap=gap, weight_decay=weight_decay))
 
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return u [p, q], and move the state on."""
         if gradient.shape[0] > gradient.shape[1]:
             return self._update_wide(state, gradient.T, group).T
         return self._update_wide(state, gradient, group)
 
     def _update_wide(self, state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return u of a gradient g [p, q] with p ≤ q."""
         beta1, beta2, beta3 = group["betas"]
         rank = min(group["rank"], g.shape[0])
         if not state:
@@ -141,7 +154,7 @@ class Alice(MatrixOptimizer):
         state["m"].lerp_(sigma, 1 - beta1)
         state["v"].lerp_(sigma.square(), 1 - beta2)
         outside = g - U @ sigma
-        # The squares' sum of what is outside is the difference in Algorithm 3, without its cancellation.
+        # The sum of squares of what is outside is the difference in Algorithm 3, without its cancellation.
         state["energy"].lerp_(outside.square().sum(0), 1 - beta1)
         tiny = torch.finfo(g.dtype).tiny
         scale = state["energy"].clamp_min(tiny).rsqrt()
@@ -151,12 +164,15 @@ class Alice(MatrixOptimizer):
 
 
 def _switched(tracked: Tensor, U: Tensor, leading: int, seed: int) -> Tensor:
-    """The new subspace (Algorithm 2) from the tracked p×p matrix and the old p×r one."""
+    """Return the new subspace [p, r] (Algorithm 2) from the tracked matrix Q [p, p] and the old subspace U [p, r].
+
+    leading: number of best directions to keep. seed: seed for the draw of the others.
+    """
     p, rank = U.shape
     basis = torch.linalg.qr(tracked @ U).Q
     vectors = torch.linalg.eigh(basis.T @ tracked @ basis).eigenvectors
-    found = (basis @ vectors).flip(1)  # the best first
+    found = (basis @ vectors).flip(1)  # The best direction comes first.
     outside = torch.linalg.qr(found, mode="complete").Q[:, rank:]
     drawn = torch.randperm(p - rank, generator=torch.Generator().manual_seed(seed))[: rank - leading]
-    kept = rank - len(drawn)  # more than `leading` where fewer directions are outside than are to be drawn
+    kept = rank - len(drawn)  # It is above `leading` if too few directions are outside.
     return torch.cat([found[:, :kept], outside[:, drawn.to(U.device)]], dim=1)

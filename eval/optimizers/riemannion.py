@@ -1,4 +1,4 @@
-"""Riemannion: Muon on the manifold of matrices of rank r."""
+"""This module implements Riemannion, which is Muon on the manifold of matrices of rank r."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from .pairs import PairOptimizer
 
 
 class Riemannion(PairOptimizer):
-    """Riemannion (Bogachev et al., "LoRA meets Riemannion", arXiv 2507.12142): a Muon step of X = B A within rank r.
+    """Implements Riemannion (Bogachev et al., "LoRA meets Riemannion", arXiv 2507.12142), a Muon step of X = B A.
 
-    With Q_B and Q_A orthonormal bases of X's columns and rows, and the projection onto the tangent space at X,
-    P(Z) = Z − (I − Q_B Q_Bᵀ) Z (I − Q_A Q_Aᵀ), a step is
-        M ← β P(M) + P(G),   M ← P(U Vᵀ) with U, V the 2r singular vectors of M,
+    X keeps the rank r. Let G be the gradient of X, Q_B and Q_A orthonormal bases of X's columns and rows, and
+    P(Z) = Z − (I − Q_B Q_Bᵀ) Z (I − Q_A Q_Aᵀ) the projection onto the tangent space at X. A step is
+        M ← β P(M) + P(G),   M ← P(U Vᵀ) with the 2r singular vectors U and V of M,
         X ← the best rank-r approximation of (1 − lr λ) X − lr M.
     G Q_A and Gᵀ Q_B come from the gradients of B and A, so that no p×q matrix is formed. The path of X does not depend
-    on how it is factored; B and A are kept with equal singular values. X must have rank r: B = 0 is no start. State:
-    2 r (p + q) numbers.
+    on how it is factored. B and A are kept with equal singular values. X must have rank r, so training cannot start
+    from B = 0. The state is 2 r (p + q) numbers.
 
-    The paper's text was not at hand: the algorithm is taken from two independent implementations that quote it line by
+    The paper's text was not at hand. The algorithm is taken from two independent implementations that quote it line by
     line. The authors' published code holds an earlier variant with Adam's scaling, which has the same projection and
     retraction.
 
     Args:
-        params: A and B of each layer in turns, as `lora_pairs` has them.
-        lr: learning rate: every singular value of a step is about lr.
-        beta: β.
-        weight_decay: λ.
+        params: A and B of each layer in turns, as `lora_pairs` returns them.
+        lr: learning rate. Every singular value of a step is about lr.
+        beta: decay β of the momentum.
+        weight_decay: decoupled λ.
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-2, beta: float = 0.9, weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, beta=beta, weight_decay=weight_decay))
 
     def step_pair(self, A: Tensor, B: Tensor, group: dict[str, Any]) -> None:
+        """Update A and B in place by one step of X = B A."""
         rank, lr, state = len(A), group["lr"], self.state[A]
         Q_B, R_B = torch.linalg.qr(B)
         Q_A, R_A = torch.linalg.qr(A.T)
         # A tangent vector is left Q_Aᵀ + Q_B rightᵀ with Q_Bᵀ left = 0.
-        along = torch.linalg.solve_triangular(R_A, B.grad, upper=True, left=False)  # G Q_A
+        along = torch.linalg.solve_triangular(R_A, B.grad, upper=True, left=False)  # This is G Q_A.
         left = along - Q_B @ (Q_B.T @ along)
-        right = torch.linalg.solve_triangular(R_B, A.grad.T, upper=True, left=False)  # Gᵀ Q_B
+        right = torch.linalg.solve_triangular(R_B, A.grad.T, upper=True, left=False)  # This is Gᵀ Q_B.
         if state:
             moved_left, moved_right = _tangent(state["left"], state["right"], Q_B, Q_A)
             left, right = group["beta"] * moved_left + left, group["beta"] * moved_right + right
@@ -58,13 +59,16 @@ class Riemannion(PairOptimizer):
 
 
 def _tangent(left: Tensor, right: Tensor, Q_B: Tensor, Q_A: Tensor) -> tuple[Tensor, Tensor]:
-    """The projection of ``left rightᵀ`` onto the tangent space, as its own left and right."""
+    """Return the left [p, r] and right [q, r] of the tangent vector left Q_Aᵀ + Q_B rightᵀ.
+
+    It is the projection of ``left rightᵀ`` onto the tangent space.
+    """
     outside = left - Q_B @ (Q_B.T @ left)
     return outside @ (right.T @ Q_A), right @ (left.T @ Q_B)
 
 
 def _thin_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ and V of ``left rightᵀ`` from two thin QR factorisations."""
+    """Return U [p, c], σ [c] and V [q, c] of ``left rightᵀ``, from thin QR factorisations of left and right."""
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right)
     U, sigma, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Shampoo: gradients preconditioned from both sides by roots of their averaged covariances."""
+"""This module implements Shampoo, which preconditions gradients from both sides by roots of averaged covariances."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from .matrix import MatrixOptimizer
 
 
 class Shampoo(MatrixOptimizer):
-    """Shampoo (Gupta, Koren and Singer, arXiv 1802.09568, Algorithm 1) with steps of Adam's length.
+    """Implements Shampoo (Gupta, Koren and Singer, arXiv 1802.09568, Algorithm 1) with steps of Adam's length.
 
-    L ← β2 L + (1−β2) G Gᵀ and R ← β2 R + (1−β2) Gᵀ G, averages in the place of the paper's sums;
-    d = L^(−1/4) G R^(−1/4), with the Frobenius norm of G/(√v̂ + ε), where v̂ is Adam's second moment (grafting);
-    m ← β1 m + (1−β1) d and u = m/(1−β1ᵗ). Averages, grafting and momentum are those of Anil et al., arXiv 2002.09018.
+    The covariances are the averages L ← β2 L + (1−β2) G Gᵀ and R ← β2 R + (1−β2) Gᵀ G in place of the paper's sums.
+    The direction d = L^(−1/4) G R^(−1/4) gets the Frobenius norm of G/(√v̂ + ε), where v̂ is Adam's second moment
+    (grafting). The momentum is m ← β1 m + (1−β1) d, and the update is u = m/(1−β1ᵗ). Averages, grafting and momentum
+    are those of Anil et al., arXiv 2002.09018. The state is 2 (p q + p² + q²) numbers of a p×q matrix.
 
     Args:
         params: matrices, or groups of them.
         lr: learning rate.
-        betas, eps: β1, β2 and ε.
-        gap: steps from one computation of the roots to the next; the first step is one.
-        damping: added to L and R before the roots, relative to their largest eigenvalue.
+        betas, eps: decay rates (β1, β2) and ε.
+        gap: number of steps from one computation of the roots to the next. The first step computes them.
+        damping: what is added to L and R before the roots, relative to their largest eigenvalue.
         weight_decay: decoupled λ.
     """
 
@@ -42,6 +43,7 @@ class Shampoo(MatrixOptimizer):
         )
 
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return u [p, q], and move the averages and the momentum on."""
         beta1, beta2 = group["betas"]
         if not state:
             state["step"] = 0
@@ -62,7 +64,10 @@ class Shampoo(MatrixOptimizer):
 
 
 def _inverse_fourth_root(matrix: Tensor, damping: float) -> Tensor:
-    """Return (matrix + damping · its largest eigenvalue · I)^(−1/4), by a float64 eigendecomposition."""
+    """Return (matrix + damping · its largest eigenvalue · I)^(−1/4) in the matrix's dtype.
+
+    The eigendecomposition is float64.
+    """
     values, vectors = torch.linalg.eigh(matrix.double())
     tiny = torch.finfo(torch.float32).tiny
     values = (values.clamp_min(0) + damping * values[-1]).clamp_min(tiny)

@@ -1,4 +1,4 @@
-"""SinkGD: gradients whose rows and columns are normalised in turn."""
+"""This module implements SinkGD, which normalises the rows and columns of a gradient in turn."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from .matrix import MatrixOptimizer
 
 
 class SinkGD(MatrixOptimizer):
-    """SinkGD (Scetbon, Ma, Gong and Meeds, "Gradient Multi-Normalization …", arXiv 2502.06742, Algorithms 3 and 4).
+    """Implements SinkGD (Scetbon, Ma, Gong and Meeds, arXiv 2502.06742, Algorithms 3 and 4).
 
-    u is the gradient after ``iterations`` rounds of Algorithm 3: every row scaled to the norm √q, then every column to
-    √p. It has no state. A row or column of zeros stays zero. The root mean square of u is 1. (The paper multiplies the
-    rate of these matrices by 0.05, for it shares one rate with Adam's parameters; here the rate is the matrices' own.)
+    The update u of a p×q matrix is the gradient after ``iterations`` rounds of Algorithm 3. A round scales every row
+    to the norm √q, then every column to the norm √p. There is no state. A row or column of zeros stays zero. If no
+    column is zero, the root mean square of u is 1. The paper multiplies the rate of these matrices by 0.05, because it
+    shares one rate with Adam's parameters. Here the rate is the matrices' own.
 
     Args:
         params: matrices, or groups of them.
         lr: learning rate.
-        iterations: 5 in the paper.
+        iterations: number of rounds, which is 5 in the paper.
         weight_decay: decoupled λ.
     """
 
@@ -29,7 +30,8 @@ class SinkGD(MatrixOptimizer):
         super().__init__(params, dict(lr=lr, iterations=iterations, weight_decay=weight_decay))
 
     def update(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        # Before squares are taken: those of small gradients would underflow.
+        """Return u [p, q]."""
+        # This comes before squares are taken, as those of small gradients would underflow.
         x = gradient / gradient.abs().max().clamp_min(torch.finfo(gradient.dtype).tiny)
         for _ in range(group["iterations"]):
             for dim in (1, 0):

@@ -1,4 +1,4 @@
-"""SoRA: a gate for each of LoRA's ranks, driven to zero by a proximal step."""
+"""This module implements SoRA: each of LoRA's ranks has a gate, which a proximal step drives to zero."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .pairs import lora_layers
 
 
 class RankGate(nn.Module):
-    """B diag(g) in the place of B (p×r): B (g ∘ A x) as a parametrization, so that merging and saving see the product.
+    """Replaces B [p, r] of a LoRA layer by B diag(g), so that the layer computes B (g ∘ A x).
 
-    The gate starts from N(0, 1), as the authors' does.
+    It is a parametrization, so that merging and saving see the product. The gate g [r] is float32 and is drawn from
+    N(0, 1), as in the authors' code.
     """
 
     def __init__(self, rank: int):
@@ -23,31 +24,34 @@ class RankGate(nn.Module):
         self.gate = nn.Parameter(torch.randn(rank))
 
     def forward(self, B: Tensor) -> Tensor:
+        """Return B diag(g) [p, r] in the dtype of B."""
         return B * self.gate.to(B)
 
 
 def add_gates(model: nn.Module) -> None:
-    """Put a `RankGate` into every LoRA layer."""
+    """Put a `RankGate` on the matrix B of every LoRA layer of a model."""
     for _, _, B in lora_layers(model):
         parametrize.register_parametrization(B, "weight", RankGate(B.in_features).to(B.weight.device))
 
 
 def gates(model: nn.Module) -> list[Tensor]:
-    """The gates of `add_gates`."""
+    """Return the gates [r] that `add_gates` has put into a model."""
     return [module.gate for module in model.modules() if isinstance(module, RankGate)]
 
 
 class ProximalAdamW(torch.optim.AdamW):
-    """AdamW, then the proximal step of an L1 norm: groups with a ``threshold`` ξ move ξ towards zero and stop there.
+    """Implements AdamW followed by the proximal step of an L1 norm, which is SoRA's sparsifying optimizer.
 
-    The sparsifying optimizer of SoRA (Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv
-    2311.11696), for its gates; the weight of a rank whose gate is zero has no gradient, and stays pruned as long as
-    Adam's step of the gate is below ξ. The authors' runs add the L1 norm to the loss besides, with a weight that
-    differs by task; this row has the proximal step alone.
+    In groups with a ``threshold`` ξ, every entry moves by ξ towards zero and stops there. These groups are for the
+    gates of SoRA (Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696). A rank
+    whose gate is zero has no gradient in A and B, and stays pruned as long as Adam's step of the gate is below ξ. The
+    authors' runs also add the L1 norm to the loss, with a weight that differs by task. Here the proximal step is
+    alone.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make AdamW's step and then the proximal step, and return the closure's loss, or None without a closure."""
         loss = super().step(closure)
         for group in self.param_groups:
             for param in group["params"] if "threshold" in group else ():

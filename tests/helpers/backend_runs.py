@@ -1,4 +1,7 @@
-"""What the tests of the backends share: which run here, a few steps on one of them, and how close they are."""
+"""This module holds what the tests of the backends share.
+
+It lists the backends that run here, takes a few steps on one of them, and compares the results of two.
+"""
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ BACKENDS = [
         name,
         marks=[
             pytest.mark.skipif(name not in backends.available(DEVICE), reason=f"{name} cannot run here"),
-            *([pytest.mark.slow] if name == "compiled" else []),  # test_kernels.py runs its graphs uncompiled
+            *([pytest.mark.slow] if name == "compiled" else []),  # test_kernels.py runs its graphs without compiling.
         ],
     )
     for name in ("eager", "compiled", "triton", "cpp")
@@ -26,6 +29,7 @@ triton_, cpp_ = (b.marks[0] for b in BACKENDS[2:])
 
 
 def parameters(shape, n=2, dtype=torch.float32):
+    """Return n random parameters of one shape on `DEVICE`."""
     return [nn.Parameter(weights(*shape, seed=i, dtype=dtype).detach().to(DEVICE)) for i in range(n)]
 
 
@@ -41,7 +45,15 @@ def run(
     prepare=undisturbed,
     **options,
 ):
-    """n matrices after some steps: (parameters, optimizer)."""
+    """Train n parameters of one shape for some steps on a backend, and return (parameters, optimizer).
+
+    Args:
+        k: momentum rank.
+        cls: class of the optimizer.
+        grads: for each parameter the gradients of all steps. None stands for those of `stream`.
+        prepare: function called with the optimizer, whose return value takes the steps.
+        options: further options of the optimizer.
+    """
     params = parameters(shape, n, dtype)
     optimizer = prepare(cls(params, **{"lr": LR, "momentum_rank": k, "backend": backend} | options))
     take_steps(optimizer, params, *(grads or [stream(shape, steps, seed=i) for i in range(n)]))
@@ -50,27 +62,31 @@ def run(
 
 
 def tensors(params, optimizer):
-    """What two backends have in common: parameters, and of their state the counts of steps and the products of
-    factors.
+    """Return the tensors that two backends have in common.
+
+    These are the parameters and, of their states, the counts of steps and the products of factors.
     """
     states = [optimizer.state[param] for param in params]
     return [*params, *(value for state in states for value in (state["step"], *products(state)))]
 
 
 def assert_like_eager(found, shape, k, steps=4, **options):
-    """``found``, which `run` gave for these arguments, is what the eager backend gives but for the order of sums."""
+    """Assert that ``found``, the result of `run`, is the eager backend's result apart from the order of sums.
+
+    The other arguments are those of `run`.
+    """
     assert_same_steps(
         tensors(*found), lambda prepare: tensors(*run("eager", shape, k, steps, prepare=prepare, **options))
     )
 
 
 def assert_like_rounded(found, expected, steps=4):
-    """Half-precision weights of two backends after steps of `LR`: in the last place, where they differ.
+    """Assert that half-precision weights of two backends differ in the last places only, after steps of `LR`.
 
-    An update that lies within round-off, 1e-6 of it, of the middle between two numbers may be rounded to the other
-    one, and later steps
-    keep the difference: one entry in a hundred at most, as numbers around 1 are 2⁻⁸ or 2⁻¹¹ apart. It is then of one
-    or two places of the largest weight that ``steps`` updates of at most `update_bound` times `LR` can bring there.
+    An updated weight that lies within round-off, 1e-6 of it, of the middle between two numbers may be rounded to
+    either, and later steps keep the difference. That happens to one entry in a hundred at most, as numbers around 1
+    are 2⁻⁸ or 2⁻¹¹ apart. The difference is then one or two places of the largest weight that ``steps`` updates of at
+    most `update_bound` times `LR` can reach.
     """
     for a, b in zip(found, expected):
         eps = torch.finfo(b.dtype).eps
@@ -79,7 +95,7 @@ def assert_like_rounded(found, expected, steps=4):
 
 
 def peak_of_a_step(optimizer, params):
-    """Bytes of the temporaries of the third step."""
+    """Take three steps on random gradients, and return the peak bytes of the third step's temporaries."""
     for _ in range(3):
         for param in params:
             param.grad = torch.randn_like(param)

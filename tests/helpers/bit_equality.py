@@ -1,13 +1,13 @@
-"""Proof that a change leaves every bit of the steps as it was: two recordings of the same training runs, compared.
+"""This module proves that a change leaves every bit of the steps as it was, by two recordings of the same runs.
 
     python tests/helpers/bit_equality.py record before.json   # in a work tree of the old commit
     python tests/helpers/bit_equality.py record after.json    # in one of the new commit
     python tests/helpers/bit_equality.py compare before.json after.json
 
 `record` takes a few steps in each of `CASES`, on every backend of this device but the compiled one, whose graphs take
-minutes to compile. It writes the SHA-256 of each weight and state tensor at the end and of each figure of the last
-step's metrics. `compare` lists what differs and exits with 1 if anything does. Sums are added in another order by
-other processors and other versions of PyTorch, so both recordings must come from the same machine.
+minutes to compile. It writes the SHA-256 of each weight and state tensor at the end, and of each figure of the last
+step's metrics. `compare` lists what differs, and exits with 1 if anything does. Other processors and other versions of
+PyTorch add sums in another order, so both recordings must come from the same machine.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.kernels import choose as backends
 from lorapre_peft.optim.base import LoRAPreOptimizer
 
-# Few and many columns, whole registers of them and not, matrices to be stacked, and what takes the AdamW path.
+# These shapes have few and many columns, and whole registers of them or not. Two are equal, so that they are stacked.
+# The last ones take the AdamW path.
 SHAPES = [(33, 16), (20, 70), (20, 70), (48, 128), (70, 20), (8, 3, 3, 3), (33,), (3,)]
-Streams = list[list[Tensor | None]]  # of each parameter, the gradients of all steps
+Streams = list[list[Tensor | None]]  # For each parameter it holds the gradients of all steps.
 
 
 def as_they_are(streams: Streams) -> None:
@@ -50,6 +51,7 @@ def with_faults(streams: Streams) -> None:
 
 
 def one_group(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Put all parameters into one group."""
     return [{"params": params}]
 
 
@@ -62,12 +64,12 @@ def many_groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def experts(params: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Take the parameters, one of each of `LAYOUTS`, for stacks of four experts."""
+    """Make groups of the parameters, one for each of `LAYOUTS`, as stacks of four experts."""
     return [{"params": [param], "experts": 4, "experts_dim": dim} for param, (_, dim) in zip(params, LAYOUTS.values())]
 
 
 def idle_experts(streams: Streams) -> None:
-    """Set the gradients of one expert of each stack to zero: at the first step, then again at a later one."""
+    """Set the gradients of one expert of each stack to zero, at the first step and again at a later one."""
     for step in (0, 3):
         stack, rows, columns = (stream[step] for stream in streams)
         stack[1], rows[20:40], columns[:, 1::4] = 0, 0, 0
@@ -75,7 +77,16 @@ def idle_experts(streams: Streams) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """Some steps of one optimizer: its options, and what is special about its parameters."""
+    """Holds some steps of one optimizer: its options, and what is special about its parameters and gradients.
+
+    Attributes:
+        cls, options: class and options of the optimizer.
+        shapes, dtype: shapes and dtype of the parameters.
+        steps: number of steps.
+        change: function that changes the gradients in place.
+        groups: function that makes groups of the parameters.
+        resumed_at: step before which a new optimizer takes over with the saved state. None stands for no such step.
+    """
 
     cls: type[LoRAPreOptimizer]
     options: dict[str, Any] = field(default_factory=dict)
@@ -84,10 +95,10 @@ class Case:
     steps: int = 6
     change: Callable[[Streams], None] = as_they_are
     groups: Callable[[list[nn.Parameter]], list[dict[str, Any]]] = one_group
-    resumed_at: int | None = None  # a new optimizer goes on from there with the state that was saved
+    resumed_at: int | None = None
 
     def run(self, backend: str) -> dict[str, Tensor]:
-        """Train, and return all numbers that are left, by name."""
+        """Train on a backend, and return by name the parameters, state tensors and metrics of the end."""
         params = [
             nn.Parameter(weights(*shape, seed=i, dtype=self.dtype).detach().to(DEVICE))
             for i, shape in enumerate(self.shapes)
@@ -114,6 +125,7 @@ class Case:
         return found | {name: torch.tensor(value) for name, value in optimizer.metrics().items()}
 
     def built(self, params: list[nn.Parameter], backend: str) -> LoRAPreOptimizer:
+        """Return a new optimizer of the parameters."""
         options = {"lr": 0.01, "momentum_rank": 3, "backend": backend} | self.options
         return self.cls(self.groups(params), **options)
 
@@ -207,6 +219,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="train, and write the hashes into a file")

@@ -1,5 +1,8 @@
-"""Compile the Triton kernels for GPUs that need not be there, as a step launches them; prints what each takes of a
-multiprocessor, as JSON.
+"""This module compiles the Triton kernels, as a step launches them, for GPUs that need not be there.
+
+It prints as JSON what each kernel takes of a multiprocessor:
+
+    python tests/helpers/compile_triton.py 4096x4096:8,1:bfloat16
 """
 
 import contextlib
@@ -26,7 +29,7 @@ POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64",
 
 
 class Recorder:
-    """Stands for a kernel, and keeps the arguments that it would be launched with."""
+    """Stands in for a kernel. It appends (kernel, arguments, options) to ``launches`` in place of a launch."""
 
     def __init__(self, kernel, launches: list):
         self.kernel, self.launches = kernel, launches
@@ -36,7 +39,10 @@ class Recorder:
 
 
 def launches_of_a_step(shape: tuple[int, int], ranks: tuple[int, int], dtype: torch.dtype) -> list[tuple]:
-    """Return (kernel, arguments, options) of all launches of a step, which are not made."""
+    """Return (kernel, arguments, options) of all launches of one step, without launching any.
+
+    shape: p and q of the matrix. ranks: ranks of its first and second moment.
+    """
     launches: list[tuple] = []
     param = nn.Parameter(torch.zeros(shape, dtype=dtype))
     param.grad = torch.zeros_like(param)
@@ -52,7 +58,10 @@ def launches_of_a_step(shape: tuple[int, int], ranks: tuple[int, int], dtype: to
 
 
 def compiled(kernel, args: tuple, options: dict, capability: int) -> dict[str, int]:
-    """Bytes of shared memory, registers of a thread and bytes that they spill, as the compiled kernel says."""
+    """Compile a launch, and return bytes of shared memory, registers of a thread and bytes that these spill.
+
+    capability: compute capability of the GPU, such as 90 for 9.0.
+    """
     options = dict(options)
     launched = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
     values = dict(zip(kernel.arg_names, args)) | options
@@ -82,7 +91,7 @@ def compiled(kernel, args: tuple, options: dict, capability: int) -> dict[str, i
 
 
 def main() -> None:
-    """Arguments are matrices and ranks, such as 4096x4096:8,1:bfloat16."""
+    """Print the usage of each kernel. Arguments are shape, ranks and dtype, such as 4096x4096:8,1:bfloat16."""
     found = {}
     for text in sys.argv[1:]:
         shape, ranks, dtype = text.split(":")

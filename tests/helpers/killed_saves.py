@@ -1,7 +1,8 @@
-"""Trains under Trainer and kills itself with SIGKILL half-way through each file of the checkpoint at step 4 in turn.
+"""This module trains under Trainer, and kills itself with SIGKILL half-way through each file of a checkpoint in turn.
 
-`python tests/helpers/killed_saves.py FOLDER` leaves FOLDER/<file>/checkpoint-2 and a broken checkpoint-4;
-`test_broken_checkpoints.py` runs it. One process is forked for each file, so that only one has to import transformers.
+`python tests/helpers/killed_saves.py FOLDER` leaves FOLDER/<file>/checkpoint-2 and a broken checkpoint-4 for each
+file. `test_broken_checkpoints.py` runs it. One process is forked for each file, so that only one has to import
+transformers.
 """
 
 import functools
@@ -21,7 +22,8 @@ from transformers import TrainerState
 
 from lorapre_peft import LoRAPreConfig
 
-# In the order in which Trainer writes them; "rotation" deletes checkpoint-2 once checkpoint-4 is there.
+# The files are in the order in which Trainer writes them. "rotation" stands for the deletion of checkpoint-2 once
+# checkpoint-4 is there.
 FILES = [
     "adapter_model.safetensors",
     "training_args.bin",
@@ -34,7 +36,7 @@ FILES = [
 
 
 def killed_trainer(folder, **options):
-    """The run that is killed, and the one that resumes it."""
+    """Return the trainer of the run that is killed, which is also that of the run that resumes it."""
     ids = torch.randint(4, 64, (24, 12), generator=torch.Generator().manual_seed(1)).tolist()
     model = get_peft_model(build_llama(), LoRAPreConfig(r=8, target_modules="all-linear"))
     args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=2, **options)
@@ -42,11 +44,12 @@ def killed_trainer(folder, **options):
 
 
 def kill():
+    """Kill this process with SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killing(write, name):
-    """``write``, which kills the process when half of checkpoint-4's file of that name is on the disk."""
+    """Return ``write``, changed to kill the process when half of checkpoint-4's file ``name`` is on the disk."""
 
     @functools.wraps(write)
     def wrapper(*args, **kwargs):
@@ -61,11 +64,13 @@ def killing(write, name):
 
 
 def killing_rmtree(path, **kwargs):
+    """Delete only the optimizer's file of a checkpoint, and kill this process. This stands in for `shutil.rmtree`."""
     (Path(path) / "optimizer.pt").unlink()
     kill()
 
 
 def run_and_die(folder, name):
+    """Train until the process is killed in the middle of writing the file ``name``, or of the rotation."""
     if name == "rotation":
         shutil.rmtree = killing_rmtree
     torch.save = killing(torch.save, name)
@@ -75,7 +80,7 @@ def run_and_die(folder, name):
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what was imported stays, and is left out where Trainer collects garbage
+    gc.freeze()  # Trainer collects garbage, and need not walk through what was imported.
     for name in FILES:
         child = os.fork()
         if child == 0:

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts from transformers, and adapters on their experts."""
+"""This module builds tiny mixtures of experts from transformers, and adapters on their experts."""
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -34,21 +34,23 @@ def _built(model_class, config) -> PreTrainedModel:
 
 
 def qwen(num_experts: int = 6) -> PreTrainedModel:
+    """Return a Qwen3-MoE model, of whose experts each token uses two."""
     sizes = dict(head_dim=8, moe_intermediate_size=24, num_experts=num_experts, num_experts_per_tok=2)
     return _built(Qwen3MoeForCausalLM, Qwen3MoeConfig(**_SIZES, **sizes))
 
 
 def mixtral() -> PreTrainedModel:
+    """Return a Mixtral model, of whose four experts each token uses one."""
     return _built(MixtralForCausalLM, MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=1))
 
 
 def gpt_oss() -> PreTrainedModel:
-    """Its experts' matrices are [in, out]."""
+    """Return a GPT-OSS model. The matrices of its experts are [in, out]."""
     return _built(GptOssForCausalLM, GptOssConfig(**_SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2))
 
 
 def deepseek() -> PreTrainedModel:
-    """A dense layer, then one of experts, some of which are shared by all tokens."""
+    """Return a DeepSeek-V3 model with a dense layer and one of experts, some of which are shared by all tokens."""
     attention = dict(
         q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4
     )
@@ -62,12 +64,12 @@ EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def with_adapter(model: PreTrainedModel, config_class=LoRAPreConfig, **options) -> PeftModel:
-    """The model with an adapter on its experts, of rank 4 each."""
+    """Return the model with an adapter of rank 4 on each expert. ``options`` override the adapter's configuration."""
     torch.manual_seed(1)
     options = {"r": 4, "target_modules": [], "target_parameters": EXPERT_WEIGHTS} | options
     return get_peft_model(model, config_class(**options))
 
 
 def tokens_of(step: int) -> torch.Tensor:
-    """Four sequences of 16 tokens."""
+    """Return the batch of a step: four sequences of 16 tokens, int64 [4, 16]."""
     return torch.randint(VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(step))

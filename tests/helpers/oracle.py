@@ -1,16 +1,17 @@
-"""An independent float64 statement of both update rules in numpy, written from the method's equations.
+"""This module states both update rules independently, in float64 and numpy, from the method's equations.
 
-It shares no code with the package: the reference and every fast path are compared with it. A matrix is p×q, its
-factors are B [p, k] and A [k, q]. `Adam.step` and `Muon.step` take a gradient and return the direction u of
-θ ← θ − lr (u + λ θ).
+It shares no code with the package. The reference and every fast path are compared with it. A matrix is p×q, and its
+factors are B [p, k] and A [k, q]. `Adam.step` and `Muon.step` take a gradient [p, q] and return the direction u [p, q]
+of θ ← θ − lr (u + λ θ).
 """
 
 import numpy as np
 
 
 def hashed_rows(k, q):
-    """The rows that directions of `als` start from: two rounds of lowbias32 on 0, 1, 2, …, the upper 24 bits as a
-    number in [0, 1).
+    """Return the rows [k, q] from which directions of `als` start.
+
+    They are two rounds of the hash lowbias32 on 0, 1, 2, …, of which the upper 24 bits make a number in [0, 1).
     """
     bits, mask = np.arange(k * q, dtype=np.uint64), np.uint64(0xFFFFFFFF)
 
@@ -25,29 +26,37 @@ def hashed_rows(k, q):
 
 
 def solve(gram, ridge, target):
-    """(gram + ridge I)⁻¹ target"""
+    """Return (gram + ridge I)⁻¹ target."""
     return np.linalg.solve(gram + ridge * np.eye(len(gram)), target)
 
 
 def right_fit(x, a, ridge):
-    """x Aᵀ (A Aᵀ + ridge I)⁻¹"""
+    """Return x Aᵀ (A Aᵀ + ridge I)⁻¹, where A is ``a``."""
     return solve(a @ a.T, ridge, a @ x.T).T
 
 
 def relative(gram, damping):
-    """δ' of `als`: relative to the mean diagonal of the Gram matrix that it is added to."""
+    """Return δ' of `als`, which is ``damping`` times the mean diagonal of the Gram matrix it is added to."""
     return damping * np.trace(gram) / len(gram)
 
 
 class Factors:
-    """M ≈ B A following M ← decay · M + weight · x. ``a``: the random start of `newton`; `als` starts from zeros."""
+    """Holds M ≈ B A, which follows M ← decay · M + weight · x.
+
+    Args:
+        rule: ``"als"`` or ``"newton"``.
+        decay, weight: numbers of the running average.
+        k: rank.
+        a: random start of A for `newton`. `als` starts from zeros.
+        damping: δ, absolute for `newton` and relative for `als`.
+    """
 
     def __init__(self, rule, decay, weight, k, a=None, damping=1e-6):
         self.rule, self.decay, self.weight, self.k, self.damping = rule, decay, weight, k, damping
         self.a, self.b = (None, None) if a is None else (np.array(a, dtype=np.float64), None)
 
     def meet(self, x):
-        """Make zeros of the first x's shape, and start directions of `als` whose row of A is zero."""
+        """Make factors of zeros for the first x, and start the directions of `als` whose row of A is zero."""
         p, q = x.shape
         self.b = np.zeros((p, self.k)) if self.b is None else self.b
         self.a = np.zeros((self.k, q)) if self.a is None else self.a
@@ -60,14 +69,16 @@ class Factors:
 
     @property
     def product(self):
+        """Return B A [p, q]."""
         return self.b @ self.a
 
     def fit(self, x):
-        """X, the coefficients of x in the row space of A."""
+        """Return X [p, k], the coefficients of x in the row space of A."""
         ridge = self.damping if self.rule == "newton" else relative(self.a @ self.a.T, self.damping)
         return right_fit(x, self.a, ridge)
 
     def follow(self, x):
+        """Move both factors on by x, as the rule says."""
         b, a, decay, weight = self.b, self.a, self.decay, self.weight
         if self.rule == "newton":
             keep = np.sqrt(decay)
@@ -85,15 +96,22 @@ class Factors:
 
 
 def bound(betas):
-    """C of the method, section 3: no normalised update of exact Adam is longer."""
+    """Return C = (1−β1)/√((1−β2)(1−β1²/β2)). No entry of exact Adam's normalised update m/√v is larger."""
     beta1, beta2 = betas
     return (1 - beta1) / np.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
 
 
 class Adam:
-    """Factored Adam (Algorithm 1 for `newton`; the tracked rule for `als`). starts: (m_A, v_A) of `newton`.
+    """Implements Adam with factored moments: Algorithm 1 for `newton`, and the tracked rule for `als`.
 
-    second: the rank of v; None: 1 for `als` and k for `newton`.
+    Args:
+        rule: ``"als"`` or ``"newton"``.
+        k: rank of m.
+        second: rank of v. None stands for 1 with `als` and for k with `newton`.
+        betas, eps: decay rates (β1, β2) and ε of Adam.
+        rho: weight ρ of the residual with `als`. None stands for 1.
+        damping: as in `Factors`.
+        starts: (m_A, v_A) with which `newton` starts.
     """
 
     def __init__(
@@ -106,19 +124,20 @@ class Adam:
         self.t, self.energy = 0, 0.0
 
     def redecay(self, betas):
-        """Go on with these decays."""
+        """Use these decays from now on."""
         self.betas = betas
         root2 = np.sqrt(betas[1])
         self.m.decay, self.m.weight = betas[0], 1 - betas[0]
         self.v.decay, self.v.weight = root2, 1 - root2
 
     def step(self, g):
+        """Return u = m̂/(√v̂ + ε) [p, q], which `als` clamps at `bound`, and move the moments on."""
         g = np.asarray(g, dtype=np.float64)
         beta1, beta2 = self.betas
         if self.rule == "als" and not self.energy:
             self.t = 0
             if not g.any():
-                return np.zeros_like(g)  # t counts from the first gradient that is not zero
+                return np.zeros_like(g)  # t is counted from the first gradient that is not zero.
         self.t += 1
         self.m.meet(g)
         self.v.meet(g)
@@ -140,7 +159,10 @@ class Adam:
 
 
 def newton_schulz(m, steps=5):
-    """Muon's quintic, applied to the singular values of m, its Frobenius norm divided out first; zero stays zero."""
+    """Return m after its Frobenius norm is divided out and Muon's quintic is applied to its singular values.
+
+    A matrix of zeros stays zero.
+    """
     u, s, vh = np.linalg.svd(m, full_matrices=False)
     s = s / (np.linalg.norm(s) or 1.0)
     for _ in range(steps):
@@ -149,7 +171,17 @@ def newton_schulz(m, steps=5):
 
 
 class Muon:
-    """Factored Muon (Algorithm 2 for `newton`; the same sweep on μ M + g for `als`). start: m_A of `newton`."""
+    """Implements Muon with a factored momentum: Algorithm 2 for `newton`, and the tracked rule on μ M + g for `als`.
+
+    Args:
+        rule: ``"als"`` or ``"newton"``.
+        k: rank of the momentum.
+        momentum: μ.
+        rho: weight ρ of the residual with `als`. None stands for 1.
+        nesterov: whether the step follows g + μ m.
+        damping: as in `Factors`.
+        start: m_A with which `newton` starts.
+    """
 
     def __init__(self, rule, k, *, momentum=0.95, rho=None, nesterov=False, damping=1e-6, start=None):
         self.rule, self.nesterov, self.rho, self.t = rule, nesterov, 1.0 if rho is None else rho, 0
@@ -157,10 +189,11 @@ class Muon:
         self.redecay(momentum)
 
     def redecay(self, momentum):
-        """Go on with this decay."""
+        """Use this decay from now on."""
         self.mu = self.m.decay = momentum
 
     def step(self, g):
+        """Return u [p, q], the orthogonalised momentum, and move the momentum on."""
         g = np.asarray(g, dtype=np.float64)
         if self.rule == "als" and (self.m.a is None or not self.m.a.any()):
             self.t = 0
@@ -171,7 +204,7 @@ class Muon:
         if self.rule == "newton":
             m = self.mu * self.m.product + g
         else:
-            # The heavy-ball sum is the EMA divided by 1−μ; its bias is taken out and put back around the residual.
+            # The heavy-ball sum is the EMA divided by 1−μ. Its bias is taken out, and put back for the residual.
             corrected = (1 - self.mu**self.t) / (1 - self.mu)
             inside = self.m.fit(g) @ self.m.a
             m = self.mu * self.m.product + inside
@@ -181,12 +214,13 @@ class Muon:
 
 
 class ExactAdam:
-    """Adam's own moments, uncompressed."""
+    """Implements Adam with its own moments, uncompressed and with ε = 0."""
 
     def __init__(self, betas=(0.9, 0.95)):
         self.betas, self.t, self.m, self.v = betas, 0, 0.0, 0.0
 
     def step(self, g):
+        """Return u = m̂/√v̂ [p, q], and move the moments on."""
         g = np.asarray(g, dtype=np.float64)
         beta1, beta2 = self.betas
         self.t += 1
@@ -196,7 +230,7 @@ class ExactAdam:
 
 
 def train(method, theta, gradients, lr, weight_decay=0.0):
-    """θ after every step of ``method`` along a given stream of gradients: a list of float64 arrays."""
+    """Return θ after every step of ``method`` along a given stream of gradients: a list of float64 arrays [p, q]."""
     path = []
     for g in gradients:
         theta = theta - lr * (method.step(g) + weight_decay * theta)
@@ -205,7 +239,10 @@ def train(method, theta, gradients, lr, weight_decay=0.0):
 
 
 def gradients(shape, steps, seed=0, rank=3, noise=1.0, dtype=np.float64):
-    """A stream of gradients of shape (p, ...): a drifting rank-``rank`` signal plus ``noise`` times white noise."""
+    """Return a stream of gradients of shape (p, ...): a drifting signal of rank ``rank`` and white noise.
+
+    noise: standard deviation of the noise.
+    """
     p, q = shape[0], int(np.prod(shape[1:]))
     rng = np.random.default_rng(seed)
     left, right = rng.normal(size=(p, rank)), rng.normal(size=(rank, q))

@@ -1,12 +1,12 @@
-"""A pretended Apple GPU, for machines without one: tensors that say that they are on MPS, hold their values on the
-CPU, and raise for what MPS refuses. That is
+"""This module provides a pretended Apple GPU for machines without one.
+
+Its tensors say that they are on MPS, hold their values on the CPU, and raise an error for what MPS refuses:
 
 * float64, however it comes about;
-* operands on two devices, and a copy to another device that changes the dtype on the way, which on MPS fails for
-    float64;
+* operands on two devices, and a copy to another device that changes the dtype, which on MPS fails for float64;
 * operations for which torch's own table of kernels names none for MPS. Operations inside a composite one are not seen.
 
-Inside `pretended()` also factory functions with ``device=MPS`` make such tensors.
+Inside `pretended()`, factory functions with ``device=MPS`` make such tensors too.
 """
 
 import functools
@@ -18,13 +18,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-MPS = torch.device("mps:0")  # with its number, which torch would otherwise ask a missing driver for
+MPS = torch.device("mps:0")  # Without the number torch would ask a driver that is missing.
 aten = torch.ops.aten
 
 
 class MpsTensor(Tensor):
-    """A tensor on the pretended GPU; ``held`` has its values. To torch's own C++ it is a meta tensor, as a device that
-    this build of torch does not have could not be made the current one.
+    """Holds a tensor on the pretended GPU, whose values are in ``held`` on the CPU.
+
+    To torch's own C++ it is a meta tensor, as a device that this build of torch does not have could not be made the
+    current one.
+
+    Raises:
+        TypeError: ``held`` is float64.
     """
 
     device = MPS
@@ -47,18 +52,20 @@ class MpsTensor(Tensor):
     def __repr__(self):
         return f"MpsTensor({self.held})"
 
-    def tolist(self):  # torch refuses it for subclasses
+    def tolist(self):
+        """Return the values as a list, which torch refuses for subclasses."""
         return self.held.tolist()
 
 
 class pretended(TorchDispatchMode):
-    """Has factory functions that name the pretended GPU make their tensors there."""
+    """Lets factory functions that name the pretended GPU make their tensors there, inside a ``with`` block."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _compute(func, args, kwargs or {})
 
 
 def _compute(func, args, kwargs):
+    """Return what ``func`` makes on the pretended GPU or on the CPU. Raise an error for what MPS refuses."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, MpsTensor)]
     device = kwargs.get("device") or (tensors[0].device if tensors else torch.device("cpu"))
@@ -79,13 +86,13 @@ def _compute(func, args, kwargs):
     made = func(*args, **kwargs)
     if device != MPS:
         return made
-    own = {id(x.held): x for x in there}  # what was written in place
+    own = {id(x.held): x for x in there}  # These may have been written in place.
     return tree_map(lambda x: (own.get(id(x)) if id(x) in own else MpsTensor(x)) if isinstance(x, Tensor) else x, made)
 
 
 @functools.cache
 def mps_kernels() -> set[str]:
-    """Names of the operations that run on MPS by torch's table: with a kernel of their own, or composed of others."""
+    """Return the names of the operations that run on MPS by torch's table, by a kernel of their own or composed."""
     table = files("torchgen").joinpath("packaged/ATen/native/native_functions.yaml").read_text()
     found = set()
     for entry in re.split(r"^- func: ", table, flags=re.MULTILINE)[1:]:
@@ -96,5 +103,5 @@ def mps_kernels() -> set[str]:
 
 
 def _base(name: str) -> str:
-    """An operation's name without the mark of its in-place form; all forms of one share its kernel."""
+    """Return an operation's name without the mark of its in-place form, as all its forms share one kernel."""
     return name if name.startswith("__") else name.removesuffix("_")

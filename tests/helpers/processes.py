@@ -1,4 +1,4 @@
-"""Running a test's work in several processes on the CPU, over gloo."""
+"""This module runs a test's work in several processes on the CPU, which communicate by gloo."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# One server imports what every process needs, and forks them all: an import of transformers and PEFT takes longer than
+# One server imports what every process needs, and forks them all. An import of transformers and PEFT takes longer than
 # a test.
 multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "lorapre_peft"])
 
@@ -22,9 +22,10 @@ def _enter(rank: int, world: int, folder: Path, work: Callable[..., Any], args: 
 
 
 def run(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """``work(*args)``, a function of a test module, in each of ``world`` processes of one group; what each returned.
+    """Call ``work(*args)`` in each of ``world`` processes of one group, and return a list of what each returned.
 
-    folder: where the processes meet and leave their results; made here, for this call alone.
+    work: function of a test module. folder: folder where the processes meet and leave their results. It must not
+    exist, and is made here.
     """
     folder.mkdir(parents=True)
     mp.start_processes(_enter, (world, folder, work, args), nprocs=world, start_method="forkserver")

@@ -1,7 +1,7 @@
-"""Float64 statements of the rival optimizers in numpy, written from their papers' equations.
+"""This module states the rival optimizers in float64 and numpy, from their papers' equations.
 
-They share no code with the packages and classes under test. Each takes one p×q matrix: ``step(gradient, theta)``
-returns the matrix after the step. Weight decay is 0.
+It shares no code with the packages and classes under test. Each class trains one matrix [p, q], and
+``step(gradient, theta)`` returns the matrix after the step. Weight decay is 0.
 """
 
 import copy
@@ -11,19 +11,23 @@ from roundoff import TRIES, disturbed, gamma
 
 
 class Rule:
-    """Options as attributes, a step counter, and θ ← θ − lr u."""
+    """Holds the options as attributes and a count of steps, and takes the step θ ← θ − lr u.
+
+    A subclass defines ``u(g, theta)``, which returns the update u [p, q] of a gradient g [p, q].
+    """
 
     def __init__(self, lr, **options):
         self.t, self.lr = 0, lr
         vars(self).update(options)
 
     def step(self, g, theta):
+        """Return θ [p, q] after one step."""
         self.t += 1
         return theta - self.lr * self.u(g, theta)
 
 
 def moments(rule, x):
-    """Adam's m and v of one more x, kept on the rule."""
+    """Return Adam's m and v after one more x, which the rule's attributes m and v keep."""
     beta1, beta2 = rule.betas
     rule.m = beta1 * getattr(rule, "m", 0.0) + (1 - beta1) * x
     rule.v = beta2 * getattr(rule, "v", 0.0) + (1 - beta2) * x**2
@@ -31,24 +35,30 @@ def moments(rule, x):
 
 
 def corrected(rule, m, v):
-    """m̂/(√v̂ + ε)"""
+    """Return m̂/(√v̂ + ε)."""
     beta1, beta2 = rule.betas
     return m / (1 - beta1**rule.t) / (np.sqrt(v / (1 - beta2**rule.t)) + rule.eps)
 
 
 def late(rule):
-    """√(1−β2ᵗ)/(1−β1ᵗ), by which GaLore, Fira, APOLLO and Conda multiply m/(√v + ε), so that ε is not corrected."""
+    """Return √(1−β2ᵗ)/(1−β1ᵗ).
+
+    GaLore, Fira, APOLLO and Conda multiply m/(√v + ε) by it, so that ε is not corrected.
+    """
     beta1, beta2 = rule.betas
     return np.sqrt(1 - beta2**rule.t) / (1 - beta1**rule.t)
 
 
 def best_left(g, rank):
-    """The rank best left singular vectors."""
+    """Return the ``rank`` leading left singular vectors of g: [p, rank]."""
     return np.linalg.svd(g, full_matrices=False)[0][:, :rank]
 
 
 def limit(rule, x, name="norm", growth=1.01):
-    """Fira's limiter: the norm of x grows at most by this factor a step."""
+    """Return x, shortened so that its norm grows at most by the factor ``growth`` a step (Fira's limiter).
+
+    name: attribute of the rule that holds the norm of the step before.
+    """
     last, norm = vars(rule).get(name), np.linalg.norm(x)
     if last is not None and norm > growth * last:
         x, norm = x * (growth * last / norm), growth * last
@@ -57,14 +67,18 @@ def limit(rule, x, name="norm", growth=1.01):
 
 
 class Adam(Rule):
+    """Implements Adam."""
+
     def u(self, g, theta):
+        """Return m̂/(√v̂ + ε)."""
         return corrected(self, *moments(self, g))
 
 
 class AdamMini(Rule):
-    """arXiv 2406.16793, Algorithm 1: one v for each block of rows, the mean of its squares."""
+    """Implements Adam-mini (arXiv 2406.16793, Algorithm 1) with one v for each block of ``rows`` rows."""
 
     def u(self, g, theta):
+        """Return m̂/(√v̂ + ε), where v averages the mean square of each block."""
         beta1, beta2 = self.betas
         blocks = g.reshape(len(g) // self.rows, -1)
         mean = np.repeat((blocks**2).mean(axis=1), self.rows)[:, None]
@@ -74,12 +88,14 @@ class AdamMini(Rule):
 
 
 class Adafactor(Rule):
-    """arXiv 1804.04235, Algorithm 4: decay 1 − t^(−0.8), clipping at 1, steps relative to the matrix.
+    """Implements Adafactor (arXiv 1804.04235, Algorithm 4).
 
-    cap: of the rate, by 1/√t.
+    The decay is 1 − t^(−0.8), updates are clipped at a root mean square of 1, and steps are relative to the matrix.
+    cap: option that says whether the rate is at most 1/√t.
     """
 
     def u(self, g, theta):
+        """Return the clipped update times θ's root mean square, which is at least 1e-3, for the capped rate."""
         decay = 1 - self.t**-0.8
         self.row = decay * getattr(self, "row", 0.0) + (1 - decay) * (g**2).mean(axis=1)
         self.column = decay * getattr(self, "column", 0.0) + (1 - decay) * (g**2).mean(axis=0)
@@ -90,11 +106,12 @@ class Adafactor(Rule):
 
 
 class Muon(Rule):
-    """Nesterov momentum of 0.95, five quintic Newton–Schulz iterations, and 0.2 √max(p, q) (arXiv 2502.16982)."""
+    """Implements Muon with Nesterov momentum of 0.95 and the rate's scale 0.2 √max(p, q) (arXiv 2502.16982)."""
 
     coefficients = (3.4445, -4.7750, 2.0315)
 
     def u(self, g, theta):
+        """Return the momentum after five quintic Newton–Schulz iterations, times the rate's scale."""
         self.m = 0.95 * getattr(self, "m", 0.0) + 0.05 * g
         x = 0.95 * self.m + 0.05 * g
         x = x.T if len(g) > g.shape[1] else x
@@ -107,9 +124,13 @@ class Muon(Rule):
 
 
 class Shampoo(Rule):
-    """arXiv 1802.09568, Algorithm 1, with averages, and of 2002.09018 grafting onto Adam's length and the momentum."""
+    """Implements Shampoo (arXiv 1802.09568, Algorithm 1) with averages in place of sums.
+
+    The grafting onto Adam's length and the momentum are those of arXiv 2002.09018.
+    """
 
     def u(self, g, theta):
+        """Return the corrected momentum of L^(−1/4) g R^(−1/4) at Adam's length."""
         beta1, beta2 = self.betas
         self.L = beta2 * getattr(self, "L", 0.0) + (1 - beta2) * g @ g.T
         self.R = beta2 * getattr(self, "R", 0.0) + (1 - beta2) * g.T @ g
@@ -122,24 +143,29 @@ class Shampoo(Rule):
         return self.m / (1 - beta1**self.t)
 
     def root(self, matrix):
-        """(matrix + damping λ_max I)^(−1/4)"""
+        """Return (matrix + damping λ_max I)^(−1/4)."""
         U, values, _ = np.linalg.svd(matrix + self.damping * np.linalg.norm(matrix, 2) * np.eye(len(matrix)))
         return U @ np.diag(values**-0.25) @ U.T
 
 
 class GaLore(Rule):
-    """arXiv 2403.03507, Algorithm 2, for p ≤ q, with one projection."""
+    """Implements GaLore (arXiv 2403.03507, Algorithm 2) for p ≤ q, with the projection of the first gradient."""
 
     def u(self, g, theta):
+        """Return Adam's step of the projected gradient, projected back and scaled."""
         self.basis = getattr(self, "basis", best_left(g, self.rank))
         m, v = moments(self, self.basis.T @ g)
         return late(self) * self.scale * self.basis @ (m / (np.sqrt(v) + self.eps))
 
 
 class Fira(Rule):
-    """arXiv 2410.01623, Algorithm 1, for p ≤ q, with one projection, and α where the authors' package has it."""
+    """Implements Fira (arXiv 2410.01623, Algorithm 1) for p ≤ q, with the projection of the first gradient.
+
+    α stands where the authors' package has it.
+    """
 
     def u(self, g, theta):
+        """Return Adam's step inside the subspace, and the scaled gradient outside, whose growth is limited."""
         self.basis = getattr(self, "basis", best_left(g, self.rank))
         inside = self.basis.T @ g
         m, v = moments(self, inside)
@@ -150,9 +176,13 @@ class Fira(Rule):
 
 
 class Apollo(Rule):
-    """arXiv 2412.05270, Algorithm 1, for p ≤ q and a given projection (r×p): a scale by column, or one (Mini)."""
+    """Implements APOLLO (arXiv 2412.05270, Algorithm 1) for p ≤ q and a given projection [r, p].
+
+    by_column: option that says whether each column has a scale, or the matrix has one (APOLLO-Mini).
+    """
 
     def u(self, g, theta):
+        """Return the gradient times what Adam does to the length of its projection."""
         small = self.projection @ g
         m, v = moments(self, small)
         axis = 0 if self.by_column else None
@@ -161,9 +191,13 @@ class Apollo(Rule):
 
 
 class Conda(Rule):
-    """arXiv 2509.24218, Algorithm 1, for p ≤ q: Adam's v in the momentum's singular basis, anew each ``gap`` steps."""
+    """Implements Conda (arXiv 2509.24218, Algorithm 1) for p ≤ q.
+
+    Adam's v is held in the momentum's singular basis, which is computed anew every ``gap`` steps.
+    """
 
     def u(self, g, theta):
+        """Return Adam's step in the basis, turned back and scaled."""
         beta1, beta2 = self.betas
         self.m = beta1 * getattr(self, "m", 0.0) + (1 - beta1) * g
         if self.t == 1 or self.t % self.gap == 0:
@@ -173,9 +207,10 @@ class Conda(Rule):
 
 
 class RACS(Rule):
-    """arXiv 2502.07752, Eq. 16 with matrices S and Q as they stand there, and Algorithm 1."""
+    """Implements RACS (arXiv 2502.07752, Algorithm 1), with the matrices S and Q of Eq. 16 as they stand there."""
 
     def u(self, g, theta):
+        """Return the scaled gradient, whose growth is limited, times α = 0.05."""
         Q = np.eye(len(g))
         for _ in range(5):
             S = np.diag(np.diag(g.T @ Q @ g)) / np.linalg.norm(Q) ** 2
@@ -186,9 +221,10 @@ class RACS(Rule):
 
 
 class Alice(Rule):
-    """arXiv 2502.07752, Algorithms 3 and 4, for p ≤ q, before the first switch."""
+    """Implements Alice (arXiv 2502.07752, Algorithms 3 and 4) for p ≤ q, before the first switch of the subspace."""
 
     def u(self, g, theta):
+        """Return the step inside the subspace and the compensation outside it, times α = 0.3."""
         self.basis = getattr(self, "basis", best_left(g, self.rank))
         sigma = self.basis.T @ g
         self.m = 0.9 * getattr(self, "m", 0.0) + 0.1 * sigma
@@ -200,9 +236,10 @@ class Alice(Rule):
 
 
 class SinkGD(Rule):
-    """arXiv 2502.06742, Algorithm 3, as products with diagonal matrices."""
+    """Implements SinkGD (arXiv 2502.06742, Algorithm 3) by products with diagonal matrices."""
 
     def u(self, g, theta):
+        """Return the gradient after five rounds of normalising rows and columns."""
         p, q = g.shape
         for _ in range(5):
             g = np.sqrt(q) * np.diag(1 / np.linalg.norm(g, axis=1)) @ g
@@ -211,17 +248,22 @@ class SinkGD(Rule):
 
 
 class Scale(Rule):
-    """arXiv 2506.16659, Algorithm 1; a column of the paper's inputs × outputs is a row here; its norm is over √q."""
+    """Implements SCALE (arXiv 2506.16659, Algorithm 1).
+
+    A column of the paper's matrix [inputs, outputs] is a row here. Its norm is divided by √q.
+    """
 
     def u(self, g, theta):
+        """Return the momentum, or the gradient if ``momentum`` is 0, with every row at the norm √q."""
         self.m = self.momentum * getattr(self, "m", 0.0) + (1 - self.momentum) * g
         return np.sqrt(self.m.shape[1]) * self.m / np.linalg.norm(self.m, axis=1, keepdims=True)
 
 
 class MoFaSGD(Rule):
-    """arXiv 2507.08091, Algorithm 1, with dense matrices."""
+    """Implements MoFaSGD (arXiv 2507.08091, Algorithm 1) with dense matrices."""
 
     def u(self, g, theta):
+        """Return U Vᵀ of the momentum."""
         if self.t > 1:
             left, right = self.U @ self.U.T, self.V @ self.V.T
             g = self.beta * self.M + left @ g + g @ right - left @ g @ right
@@ -232,11 +274,12 @@ class MoFaSGD(Rule):
 
 
 def room(rule, theta, grads, dtype, *, spectral=False):
-    """How far a run in arithmetic of ``dtype`` may be from a rule that has not stepped, largest entry after all steps.
+    """Return how far a run in arithmetic of ``dtype`` may be from the rule: the largest entry after all steps.
 
-    By runs whose gradients are disturbed by γ of the operations that a number of a step goes through (four sums over
-    rows and columns and some twenty by entry) and whose weights are rounded. spectral: where singular vectors are
-    computed, which are those of a matrix γ of the largest singular value away.
+    The rule must not have stepped. The distance is measured by `TRIES` runs whose weights are rounded, and whose
+    gradients are disturbed by γ of the operations that a number of a step goes through. These are four sums over rows
+    and columns, and some twenty operations by entry. spectral: whether singular vectors are computed. They are then
+    those of a matrix that is γ of the largest singular value away.
     """
     size = gamma(4 * sum(theta.shape) + 20, dtype)
     exact = copy.deepcopy(rule)

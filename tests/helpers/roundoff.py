@@ -1,12 +1,12 @@
-"""Where the tests' tolerances come from: how far apart two right computations of the same steps may be.
+"""This module derives the tests' tolerances: how far apart two right computations of the same steps may be.
 
-A sum of n products, added in any order, is off by at most γ(n) = n·u / (1 − n·u) of the sum of their sizes, with u
+A sum of n products, added in any order, is off by at most γ(n) = n·u / (1 − n·u) of the sum of their sizes, where u is
 half the distance from 1 to the next number (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). The
-order is the BLAS's, the compiler's and the CPU's choice. What such errors grow to is a matter of the problem's
-condition, and that is measured: the same steps are taken again
-with everything that a step reads changed in its last places: gradients and factors by ±γ(n), weights by ±4u, for they
-are rounded twice a step, the inverses of Gram matrices, which are made in float64, by ±γ(2k). `oracle_room` does so
-with the float64 oracle, `assert_same_steps` with the optimizer that is compared with.
+BLAS, the compiler and the CPU choose the order. How far such errors grow depends on the condition of the problem,
+which is measured. The same steps are taken again, with everything that a step reads changed in its last places.
+Gradients and factors change by ±γ(n). Weights change by ±4u, because they are rounded twice a step. The inverses of
+Gram matrices, which are made in float64, change by ±γ(2k). `oracle_room` does so with the float64 oracle, and
+`assert_same_steps` with the optimizer that is compared with.
 """
 
 import copy
@@ -19,38 +19,44 @@ import torch
 
 from lorapre_peft.lowrank.linalg import damped_inverse
 
-TRIES = 3  # disturbed runs, of which the largest distance counts
+TRIES = 3  # This is the number of disturbed runs, of which the largest distance counts.
 
 
 def gamma(length: int, dtype: torch.dtype = torch.float32) -> float:
-    """γ(length): the relative error of so many operations, one after the other."""
+    """Return γ(length), the relative error of so many operations in ``dtype``, one after the other."""
     unit = torch.finfo(dtype).eps / 2
     return length * unit / (1 - length * unit)
 
 
 def chain(shape, k: int) -> int:
-    """How many operations one number of a step of a p×q matrix goes through.
+    """Return how many operations one number of a step of a p×q matrix goes through, at rank k.
 
-    The sums of x Aᵀ (q), times the inverse (k), times A (k); of Bᵀx (p) and W [A; Bᵀx] (2k); of Muon's iterations
-    three products of up to max(p, q), of which the first iteration's errors count most; and some twenty operations by
-    entry.
+    These are the sums of x Aᵀ (q operations), times the inverse (k), times A (k), and those of Bᵀx (p) and W [A; Bᵀx]
+    (2k). Muon's iterations add three products of up to max(p, q), as the errors of the first iteration count most.
+    Some twenty operations by entry are added too.
     """
     p, q = (shape[0], int(np.prod(shape[1:]))) if len(shape) > 1 else (0, 0)
     return p + q + 4 * k + 3 * max(p, q) + 20
 
 
 def disturbed(values: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:
-    """Each entry ``size`` of it larger or smaller."""
+    """Return values whose entries are larger or smaller by the share ``size`` of themselves, at random."""
     return values * (1 + size * rng.choice((-1.0, 1.0), np.shape(values)))
 
 
 def oracle_room(
     truth, theta, grads, lr, weight_decay=0.0, *, dtype=torch.float32, before=lambda truth, t: None
 ) -> tuple[np.ndarray, float]:
-    """How far arithmetic of ``dtype`` may be from an oracle that has not stepped: in θ after each step, and in m's B A
-    at the end.
+    """Return how far arithmetic of ``dtype`` may be from the oracle: in θ after each step, and in m's B A at the end.
 
-    before: called with an oracle before its step t, counted from 0.
+    Args:
+        truth: oracle (`oracle.Adam` or `oracle.Muon`) that has not stepped. It is not changed.
+        theta, grads: matrix [p, q] at the start, and the gradients [p, q] of all steps, in float64 or float32.
+        lr, weight_decay: learning rate and decoupled λ.
+        before: function called with an oracle and t before its step t, counted from 0.
+
+    Returns:
+        The largest differences of an entry of θ up to each step, [steps], and of an entry of B A at the end.
     """
     room, product, length = np.zeros(len(grads)), 0.0, chain(theta.shape, truth.m.k)
     size, written = gamma(length, dtype), gamma(4, dtype)
@@ -77,20 +83,20 @@ def oracle_room(
 
 
 def change(values: torch.Tensor, size: float, rng: np.random.Generator) -> torch.Tensor:
-    """`disturbed` of a tensor."""
+    """Return a tensor `disturbed` by ``size``, in its own dtype."""
     return values * torch.from_numpy(disturbed(np.ones(values.shape), size, rng)).to(values)
 
 
 def undisturbed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimizer, as it is."""
+    """Return the same optimizer, as it is."""
     return optimizer
 
 
 def disturb(optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> torch.optim.Optimizer:
-    """The same optimizer, before each of whose steps gradients, factors and weights are disturbed.
+    """Return the same optimizer, which now disturbs gradients, factors and weights before each of its steps.
 
-    Weights of half precision are left alone: they are rounded from the float32 update, and fall the other way where
-        that has changed.
+    Weights of half precision are left alone. They are rounded from the float32 update, and fall the other way if that
+    has changed.
     """
 
     def before_step(optimizer, args, kwargs):
@@ -110,7 +116,7 @@ def disturb(optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> torch
 
 
 def rough_run(run: Callable[[Callable], Iterable[torch.Tensor]], seed: int) -> list[torch.Tensor]:
-    """``run`` with its optimizers disturbed, and what they invert."""
+    """Return copies of what ``run`` returns if its optimizers and the inverses in their steps are disturbed."""
     rng = np.random.default_rng(seed)
 
     def rough_inverse(gram, ridge):
@@ -123,27 +129,31 @@ def rough_run(run: Callable[[Callable], Iterable[torch.Tensor]], seed: int) -> l
 def assert_same_steps(
     found: Iterable[torch.Tensor], run: Callable[[Callable], Iterable[torch.Tensor]], rtol: float = 0.0
 ) -> None:
-    """``found`` are the tensors of another run than ``run``, equal but for the order of sums.
+    """Assert that ``found``, the tensors of another run, equal those of ``run`` apart from the order of sums.
 
-    run(prepare) trains with ``prepare(optimizer)`` in the place of each optimizer that it makes, and returns what is
-    compared. Each of the two may be as far from exact arithmetic as the disturbed runs are from the undisturbed one.
-    rtol: how far the two may be apart where the trained weights are the same, as losses are that are computed in
-        another way.
+    Each of the two may be as far from exact arithmetic as the disturbed runs are from the undisturbed one.
+
+    Args:
+        found: tensors of the other run.
+        run: function run(prepare) that trains with ``prepare(optimizer)`` in place of each optimizer that it makes,
+            and returns the tensors that are compared.
+        rtol: relative difference that is allowed even if the trained weights are the same. Losses that are computed in
+            another way have one.
     """
     found, expected = ([value.detach().clone() for value in values] for values in (found, run(undisturbed)))
     assert len(found) == len(expected)
     for a, b, *rough in zip(found, expected, *(rough_run(run, seed) for seed in range(TRIES))):
         room = max((one - b).abs().max().item() for one in rough)
-        # Each is rounded to its own dtype at the end, which the disturbed runs may miss.
+        # Each result is rounded to its own dtype at the end, which the disturbed runs may miss.
         rounding = torch.finfo(b.dtype).eps if b.is_floating_point() else 0
         torch.testing.assert_close(a, b, rtol=max(rtol, rounding), atol=2 * room)
 
 
 def model_room(model: torch.nn.Module, forward: Callable[[torch.nn.Module], torch.Tensor]) -> float:
-    """How far what ``forward`` computes of a model may be from the exact values.
+    """Return how far an entry of what ``forward`` computes from a model may be from its exact value.
 
-    By a copy whose weights are disturbed by γ of the sums that they take part in: of a row, and of a low-rank product
-    besides.
+    It is measured with a copy of the model. Its weights are disturbed by γ of the sums that they take part in, which
+    are those of a row and of a low-rank product.
     """
     rng, rough = np.random.default_rng(0), copy.deepcopy(model)
     for param in rough.parameters():
@@ -153,17 +163,18 @@ def model_room(model: torch.nn.Module, forward: Callable[[torch.nn.Module], torc
 
 
 def extraction_room(change: torch.Tensor, weight: torch.Tensor) -> float:
-    """How far a weight plus its change may be off where the change comes from its singular vectors.
+    """Return how far an entry of a weight plus its change may be off, if the change comes from its singular vectors.
 
-    An SVD is that of a matrix γ(p + q) of the largest singular value away; the sum is rounded, and was when the change
-    was taken.
+    A computed SVD is that of a matrix which is γ(p + q) of the largest singular value away. The sum is rounded, and so
+    was the difference from which the change was taken.
     """
     largest = torch.linalg.matrix_norm(change.double(), 2).item() if change.ndim == 2 else 0.0
     return gamma(2) * weight.abs().max().item() + gamma(sum(change.shape)) * largest
 
 
 def error_room(change: torch.Tensor, weight: torch.Tensor) -> float:
-    """How far ‖merged − tuned‖ / ‖change‖ may be off: entries of the change and of the sum are rounded as those of the
-    weights are.
+    """Return how far ‖merged − tuned‖ / ‖change‖ may be off.
+
+    Entries of the change and of the sum are rounded by as much as those of the weights.
     """
     return gamma(4) * (weight.float().abs().max() / change.float().square().mean().sqrt()).item()

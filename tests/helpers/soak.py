@@ -1,10 +1,9 @@
-"""`python tests/helpers/soak.py`: thousands of steps with crashes at random moments, against the same run without any.
+"""This module compares thousands of steps with crashes at random moments with the same run without any.
 
-A tiny Llama's LoRA adapter is trained twice on the same batches. The second run writes a checkpoint at random steps
-and "crashes" at random
-others: model, optimizer and schedule are thrown away, built anew with other seeds, and loaded from the last
-checkpoint. In the end both runs' weights and optimizer state must be equal in every bit, and the memory of the process
-and the number of live tensors must have stayed flat.
+`python tests/helpers/soak.py` trains a tiny Llama's LoRA adapter twice on the same batches. The second run writes a
+checkpoint at random steps and "crashes" at other random steps: model, optimizer and schedule are thrown away, built
+anew with other seeds, and loaded from the last checkpoint. In the end the weights and optimizer states of both runs
+must be equal in every bit. The memory of the process and the number of live tensors must not have grown.
 """
 
 from __future__ import annotations
@@ -24,12 +23,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
 
-WARMUP = 0.25  # of the steps: allocator and caches have settled by then
-RSS_GROWTH = 16_000_000  # bytes after the warmup
+WARMUP = 0.25  # After this share of the steps allocator and caches have settled.
+RSS_GROWTH = 16_000_000  # The process may grow by so many bytes after the warmup.
 
 
 class Run:
-    """Everything that a crash loses."""
+    """Holds everything that a crash loses: model, optimizer, schedule and the number of steps.
+
+    Args:
+        steps: number of steps of the whole schedule.
+        seed: seed of the adapter's start.
+        optimizer: ``"adamw"`` or ``"muon"``.
+        dtype: dtype of the weights.
+        options: further options of `create_lorapre_optimizer`.
+    """
 
     def __init__(self, steps: int, seed: int, optimizer: str, dtype: torch.dtype, **options):
         torch.manual_seed(0)
@@ -46,6 +53,7 @@ class Run:
         self.step = 0
 
     def train_step(self) -> None:
+        """Train on the batch of this step, which depends on its number alone."""
         ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(self.step))
         self.model(input_ids=ids, labels=ids).loss.backward()
         self.optimizer.step()
@@ -54,14 +62,17 @@ class Run:
         self.step += 1
 
     def weights(self) -> dict[str, Tensor]:
+        """Return the trainable parameters by name, not copied."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save(self, path: Path) -> None:
+        """Write a checkpoint, which replaces the one before in a single operation."""
         parts = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         torch.save({"step": self.step, "weights": self.weights(), **parts}, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
     def load(self, path: Path) -> None:
+        """Go on from a checkpoint."""
         saved = torch.load(path, weights_only=True)
         for name, value in self.weights().items():
             value.copy_(saved["weights"][name])
@@ -70,21 +81,27 @@ class Run:
         self.step = saved["step"]
 
     def result(self) -> dict[str, Tensor]:
+        """Return all weights and state tensors by name."""
         state = self.optimizer.state_dict()["state"]
         return self.weights() | {f"{i}.{name}": value for i, one in state.items() for name, value in one.items()}
 
 
 def live_tensors() -> int:
+    """Return the number of tensors that the garbage collector knows."""
     gc.collect()
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())  # isinstance would wake lazy ones
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())  # isinstance would load lazy objects.
 
 
 def soak(
     steps: int, seed: int = 0, optimizer: str = "adamw", dtype: torch.dtype = torch.float32, **options
 ) -> dict[str, int]:
-    """Both runs; what happened. Raises AssertionError for a bit of difference, or memory that grows."""
+    """Make both runs, and return counts of what happened.
+
+    seed: seed of the moments of saves and crashes. Other arguments are those of `Run`. Raises AssertionError if any
+    bit differs or memory grows.
+    """
     chance, process = random.Random(seed), psutil.Process()
-    saves, crashes = max(0.01, 10 / steps), max(0.005, 5 / steps)  # by step; a short run has its share too
+    saves, crashes = max(0.01, 10 / steps), max(0.005, 5 / steps)  # These are probabilities at each step.
     straight = Run(steps, 1, optimizer, dtype, **options)
     start = {name: value.clone() for name, value in straight.weights().items()}
     for _ in tqdm(range(steps), desc="uninterrupted"):
@@ -115,7 +132,8 @@ def soak(
                 loaded = run.step
             if event < saves + crashes and run.step > WARMUP * steps:
                 resident.append(process.memory_info().rss)
-                # A step stacks the state that was loaded; the one after it has forgotten the loaded.
+                # The first step after a load stacks the state that was loaded, whose tensors are gone at the next
+                # step.
                 if run.step > loaded + 1:
                     tensors.append(live_tensors())
             bar.update(run.step - bar.n)
@@ -133,6 +151,7 @@ def soak(
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of saves and crashes")

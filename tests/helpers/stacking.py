@@ -1,9 +1,9 @@
-"""Stacks of experts as the tests of all layers need them."""
+"""This module makes stacks of experts, which hold the matrices of all experts in one tensor."""
 
 import torch
 from torch import Tensor, nn
 
-# layout: (what makes one tensor of the experts' matrices [p, q], experts_dim)
+# Each layout has a function that makes one tensor of the experts' matrices [p, q], and the option experts_dim.
 LAYOUTS = {
     "3-D": (torch.stack, 0),
     "lora_A": (torch.cat, 0),
@@ -12,12 +12,12 @@ LAYOUTS = {
 
 
 def stacked(layout: str, matrices: list[Tensor]) -> Tensor:
-    """The matrices of all experts in one tensor."""
+    """Return the matrices [p, q] of all experts in one tensor: [E, p, q], [E · p, q] or [p, q · E]."""
     return LAYOUTS[layout][0](matrices)
 
 
 def unstacked(layout: str, tensor: Tensor, experts: int) -> list[Tensor]:
-    """The matrix of each expert, by indexing as transformers and PEFT do it."""
+    """Return the matrix [p, q] of each expert, by indexing as transformers and PEFT do it."""
     if layout == "3-D":
         return [tensor[e] for e in range(experts)]
     if layout == "lora_A":
@@ -26,5 +26,5 @@ def unstacked(layout: str, tensor: Tensor, experts: int) -> list[Tensor]:
 
 
 def group(layout: str, param: nn.Parameter, experts: int) -> dict:
-    """The optimizer's group of one such parameter."""
+    """Return the optimizer's group of one such parameter."""
     return {"params": [param], "experts": experts, "experts_dim": LAYOUTS[layout][1]}

@@ -1,4 +1,4 @@
-"""What the tests of the optimizers share: parameters, gradient streams and the oracle of an optimizer."""
+"""This module holds what the tests of the optimizers share: parameters, streams of gradients, and an oracle."""
 
 import copy
 import warnings
@@ -21,15 +21,20 @@ LR = 0.01
 
 
 def weights(*shape, seed=0, dtype=torch.float32):
+    """Return a parameter of this shape, drawn from N(0, 1)."""
     return nn.Parameter(torch.as_tensor(np.random.default_rng(seed).normal(size=shape), dtype=dtype))
 
 
 def stream(shape, steps, **options):
-    """Gradients in float32, so that the oracle sees the very numbers that the optimizer does."""
+    """Return the gradients of all steps (`oracle.gradients`).
+
+    They are float32, so that the oracle sees the same numbers as the optimizer.
+    """
     return [torch.from_numpy(g) for g in oracle.gradients(shape, steps, dtype=np.float32, **options)]
 
 
 def take_steps(optimizer, params, *streams):
+    """Take steps with the gradients of each parameter's stream, or without a gradient where the stream has None."""
     for grads in zip(*streams):
         for param, grad in zip(params, grads):
             param.grad = None if grad is None else grad.to(param)
@@ -37,7 +42,10 @@ def take_steps(optimizer, params, *streams):
 
 
 def newton_starts(optimizer):
-    """The random factors of each parameter: a skipped update makes the state and leaves it as it starts."""
+    """Return the random factors A with which each parameter starts, as numpy arrays, one tuple for each parameter.
+
+    A twin of the optimizer skips a step with NaN in its gradients, which makes the state and leaves it at its start.
+    """
     twin = copy.deepcopy(optimizer)
     params = [param for group in twin.param_groups for param in group["params"]]
     with warnings.catch_warnings():
@@ -47,7 +55,7 @@ def newton_starts(optimizer):
 
 
 def truth_of(optimizer, k, rule, position=0, **options):
-    """The oracle of one of an optimizer's parameters."""
+    """Return the oracle of the parameter at ``position`` in an optimizer. ``options`` are those of the oracle."""
     starts = newton_starts(optimizer)[position] if rule == "newton" else (None, None)
     if isinstance(optimizer, LoRAPreAdamW):
         return oracle.Adam(rule, k, starts=starts, **options)
@@ -55,9 +63,10 @@ def truth_of(optimizer, k, rule, position=0, **options):
 
 
 def products(state):
-    """B A of each moment of a parameter's state: the signs of its factors' columns are free."""
+    """Return B A of each moment of a parameter's state, as the signs of the factors' columns are not unique."""
     return [state[f"{moment}_B"] @ state[f"{moment}_A"] for moment in ("m", "v") if f"{moment}_B" in state]
 
 
 def flat(grads):
+    """Return gradients as numpy matrices, with all dimensions but the first flattened."""
     return [g.reshape(len(g), -1).numpy() for g in grads]

@@ -1,4 +1,4 @@
-"""Suites, runs and records for the tests of the rerun, without training."""
+"""This module makes suites, runs and records for the tests of `eval.rerun`, without training."""
 
 import json
 import math
@@ -11,11 +11,15 @@ TRAINING = Training(steps=2, batch_size=2, micro_batch=1, bf16=False, adapter_dt
 
 
 def make_run(method="lora", lr=1e-3, seed=0, answers=0, **options) -> Run:
+    """Return a run of a method. ``options`` are the method's."""
     return Run("random", DATA, TRAINING, method, METHODS[method].merged(options), lr, seed, answers)
 
 
 def write_suite(folder, **changes):
-    """A suite of two methods and a grid of three rates; ``changes`` win."""
+    """Write a suite of two methods and a grid of three rates into a folder, and load it.
+
+    ``changes`` override fields of the suite.
+    """
     said = {
         "description": "a test",
         "models": ["random"],
@@ -27,12 +31,12 @@ def write_suite(folder, **changes):
         "methods": ["lora", "lorapre-adam"],
     }
     path = folder / "suite.yaml"
-    path.write_text(json.dumps(said | changes))  # JSON is YAML
+    path.write_text(json.dumps(said | changes))  # JSON is YAML too.
     return load_suite(str(path))
 
 
 def record(run, loss=1.0, **more):
-    """A record as `Runner` writes them, without training."""
+    """Return a record of a run with a given loss, as `Runner` writes it. ``more`` overrides its fields."""
     return {
         "run": run.declaration,
         "status": "finished" if math.isfinite(loss) else "diverged",
@@ -53,7 +57,10 @@ def record(run, loss=1.0, **more):
 
 
 def finish(cell, loss_at):
-    """Run a cell's plan to its end with given losses; all records, and the order of the runs."""
+    """Go through a cell's plan to its end, with the loss ``loss_at(lr)`` for each run.
+
+    Returns all records by name, and (lr, seed) of the runs in their order.
+    """
     records, order = {}, []
     while pending := cell.pending(records):
         run = pending[0]

@@ -1,4 +1,4 @@
-"""A Llama of a few thousand weights, whose vocabulary is that of a tokenizer of characters."""
+"""This module builds a Llama of a few thousand weights, whose vocabulary is that of a tokenizer of characters."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -8,7 +8,7 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
 def build_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> LlamaForCausalLM:
-    """Return a tiny random Llama; equal arguments give equal weights."""
+    """Return a tiny random Llama. Equal arguments give equal weights. ``config`` overrides its configuration."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

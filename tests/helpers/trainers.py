@@ -1,4 +1,4 @@
-"""What the tests of trainers share: arguments, trainers, and a callback that writes down what it sees."""
+"""This module holds what the tests of trainers share: arguments, trainers and a callback that records what it sees."""
 
 import copy
 from collections import Counter
@@ -16,6 +16,7 @@ ADAMW_LOGGED = ALWAYS_LOGGED | {"lorapre/captured_energy", "lorapre/largest_upda
 
 
 def arguments(tmp_path, config_class=TrainingArguments, **options) -> TrainingArguments:
+    """Return arguments for four steps on the CPU. ``options`` override the defaults here."""
     defaults = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
@@ -42,7 +43,13 @@ def lorapre_trainer(
     callback=None,
     **options,
 ):
-    """A trainer with LoRA-Pre's optimizer, its callback after ``callbacks``; ``options`` go to the optimizer."""
+    """Return a trainer with LoRA-Pre's optimizer, whose callback comes after ``callbacks``.
+
+    Args:
+        kind: ``"adamw"`` or ``"muon"``.
+        callback: LoRA-Pre's callback. None stands for `LoRAPreCallback()`.
+        options: options of the optimizer.
+    """
     return trainer_class(
         model,
         args,
@@ -54,20 +61,22 @@ def lorapre_trainer(
 
 
 def inner(optimizer) -> LoRAPreOptimizer:
-    """The optimizer inside accelerate's wrapper."""
+    """Return the optimizer inside accelerate's wrappers."""
     return optimizer if isinstance(optimizer, LoRAPreOptimizer) else inner(optimizer.optimizer)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
+    """Return copies of the trainable parameters by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def training_logs(trainer) -> list[dict]:
+    """Return the log entries that hold a training loss."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def assert_same_end(trainer, other) -> None:
-    """Two trainers have the same weights and optimizer state, in every bit."""
+    """Assert that two trainers have the same weights and optimizer states in every bit."""
     for ours, theirs in (
         (weights(trainer.model), weights(other.model)),
         *zip(*(inner(t.optimizer).state_dict()["state"].values() for t in (trainer, other))),
@@ -77,25 +86,37 @@ def assert_same_end(trainer, other) -> None:
 
 
 class Recorder(TrainerCallback):
-    """Sees each log as a reporter does, and the optimizer just before and after each step."""
+    """Records each log as a reporter sees it, and model and optimizer just before and after each step.
+
+    Attributes:
+        events: number of calls at the beginning of training and at logs.
+        logs: copies of all logs.
+        recorded: whether the optimizer recorded metrics, by step.
+        rates, gradient_norms: learning rate and norm of all gradients before each step.
+        weights: trainable parameters at the beginning of training and after each step.
+    """
 
     def __init__(self):
         self.events = Counter()
         self.logs, self.recorded, self.rates, self.gradient_norms, self.weights = [], [], [], [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Record the weights."""
         self.events["train_begin"] += 1
         self.weights.append(weights(model))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Record the learning rate and the norm of all gradients."""
         self.rates.append(optimizer.param_groups[0]["lr"])
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         self.gradient_norms.append(torch.cat(gradients).norm().item())
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Record the weights, and whether the optimizer recorded metrics."""
         self.recorded.append(inner(optimizer).record_metrics)
         self.weights.append(weights(model))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Record the log."""
         self.events["log"] += 1
         self.logs.append(copy.deepcopy(logs))

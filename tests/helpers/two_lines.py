@@ -1,6 +1,7 @@
-"""What `make test-wheel` runs where the wheel alone is installed: the README's two lines, on a tiny Llama.
+"""This module trains a tiny Llama with the README's two lines where only the wheel is installed.
 
-There is neither a compiler on the PATH nor a kernel in the cache: under Linux the wheel's own have to do.
+`make test-wheel` runs it. There is neither a compiler on the PATH nor a kernel in the cache, so under Linux the
+wheel's own kernels must suffice.
 """
 
 import importlib.metadata
@@ -18,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorapre_peft
 from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
 
-# Kernels that the wheel lacks would only be a warning and a slower step.
+# Without this, kernels that the wheel lacks would only give a warning and slower steps.
 warnings.filterwarnings("error", message=".* a slower one is used")
 
 assert Path(lorapre_peft.__file__).is_relative_to(sys.prefix), f"not the wheel's: {lorapre_peft.__file__}"

@@ -1,4 +1,4 @@
-"""What the oldest versions that the package allows (`make test-oldest`) do otherwise than later ones."""
+"""This module skips tests that the oldest allowed versions of other packages fail (`make test-oldest`)."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -7,8 +7,10 @@ from packaging.version import Version
 
 
 def skip_before(package: str, first: str, reason: str) -> pytest.MarkDecorator:
-    """Skip where ``package`` is installed in a version before ``first``, the one that does not do what ``reason``
-    says.
+    """Return a mark that skips a test if ``package`` is installed in a version before ``first``.
+
+    reason: what these versions do or lack, as a phrase that follows the package's name. If the package is not
+    installed, the test is not skipped.
     """
     try:
         found = Version(version(package))
