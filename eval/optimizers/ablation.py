@@ -110,7 +110,7 @@ class AblationAdam(MatrixOptimizer):
                 u = u.clamp(-bound, bound)
         if group["matched"]:
             exact = (state["m"] / (1 - beta1**t)) / ((state["v"] / (1 - beta2**t)).sqrt() + eps)
-            u = u * (exact.norm() / u.norm())
+            u = u * (exact.norm() / u.norm().clamp_min(torch.finfo(u.dtype).tiny))  # A zero stays a zero.
         return u.to(gradient.dtype)
 
     def _start(self, state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None:
