@@ -15,17 +15,19 @@ from peft import get_peft_model
 from examples.tiny import batches, build_model
 from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
 
+ACCUMULATE = 2  # These many micro-batches make one optimizer step.
 
-def main(steps: int = 60, accumulate: int = 2) -> list[float]:
+
+def main(steps: int = 60) -> list[float]:
     """Train, and return the loss of each micro-batch.
 
-    steps: number of micro-batches. accumulate: number of micro-batches of one optimizer step.
+    steps: number of micro-batches.
     """
-    accelerator = Accelerator(gradient_accumulation_steps=accumulate)
+    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)
     config = LoRAPreConfig(r=8, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])
     model = get_peft_model(build_model(), config)
     optimizer = create_lorapre_optimizer(model, "adamw", lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps // accumulate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps // ACCUMULATE)
     data = torch.utils.data.DataLoader(list(batches(steps, batch_size=8)), batch_size=None)
     model, optimizer, schedule, data = accelerator.prepare(model, optimizer, schedule, data)
 
@@ -40,7 +42,7 @@ def main(steps: int = 60, accumulate: int = 2) -> list[float]:
             schedule.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-    accelerator.print(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {steps // accumulate} steps")
+    accelerator.print(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {steps // ACCUMULATE} steps")
     return losses
 
 

@@ -84,7 +84,8 @@ def _flatlora(model: nn.Module, args: TrainingArguments, options: Options) -> Op
 
 def _sora(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     gated = gates(model)
-    rest = [param for param in trained(model) if not any(param is gate for gate in gated)]
+    numbers = set(map(id, gated))
+    rest = [param for param in trained(model) if id(param) not in numbers]
     groups = [{"params": rest}, {"params": gated, "weight_decay": 0.0, "threshold": options["threshold"]}]
     return ProximalAdamW(groups, fused=fused(model), **adam_options(args))
 

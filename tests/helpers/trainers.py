@@ -4,6 +4,7 @@ import copy
 from collections import Counter
 
 import torch
+from adapting import trainable
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorapre_peft import LoRAPreCallback, lorapre_optimizer
@@ -65,11 +66,6 @@ def inner(optimizer) -> LoRAPreOptimizer:
     return optimizer if isinstance(optimizer, LoRAPreOptimizer) else inner(optimizer.optimizer)
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    """Return copies of the trainable parameters by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def training_logs(trainer) -> list[dict]:
     """Return the log entries that hold a training loss."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -78,7 +74,7 @@ def training_logs(trainer) -> list[dict]:
 def assert_same_end(trainer, other) -> None:
     """Assert that two trainers have the same weights and optimizer states in every bit."""
     for ours, theirs in (
-        (weights(trainer.model), weights(other.model)),
+        (trainable(trainer.model), trainable(other.model)),
         *zip(*(inner(t.optimizer).state_dict()["state"].values() for t in (trainer, other))),
     ):
         assert ours.keys() == theirs.keys()
@@ -103,7 +99,7 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Record the weights."""
         self.events["train_begin"] += 1
-        self.weights.append(weights(model))
+        self.weights.append(trainable(model))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Record the learning rate and the norm of all gradients."""
@@ -114,7 +110,7 @@ class Recorder(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Record the weights, and whether the optimizer recorded metrics."""
         self.recorded.append(inner(optimizer).record_metrics)
-        self.weights.append(weights(model))
+        self.weights.append(trainable(model))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Record the log."""

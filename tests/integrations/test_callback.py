@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from adapting import trainable
 from peft import LoraConfig
-from trainers import ADAMW_LOGGED, ALWAYS_LOGGED, Recorder, arguments, inner, lorapre_trainer, training_logs, weights
+from trainers import ADAMW_LOGGED, ALWAYS_LOGGED, Recorder, arguments, inner, lorapre_trainer, training_logs
 from transformers import (
     AutoModelForCausalLM,
     Trainer,
@@ -210,7 +211,7 @@ def test_nonfinite_gradient_is_skipped_and_reported(tmp_path, peft_model, tokens
     assert [entry["lorapre/skipped_updates"] for entry in training_logs(trainer)] == [0, 1, 1, 1]
     moved = [not torch.equal(a[POISONED], b[POISONED]) for a, b in pairwise(recorder.weights)]
     assert moved == [True, False, True, True]
-    assert all(p.isfinite().all() for p in weights(trainer.model).values())
+    assert all(p.isfinite().all() for p in trainable(trainer.model).values())
 
 
 def test_nonfinite_gradient_through_clipping_skips_the_whole_step(tmp_path, peft_model, tokens):
@@ -226,7 +227,7 @@ def test_nonfinite_gradient_through_clipping_skips_the_whole_step(tmp_path, peft
     trainer = lorapre_trainer(model, arguments(tmp_path, max_grad_norm=1.0), tokens, [recorder])
     with pytest.warns(UserWarning, match="a gradient has the norm nan"):
         trainer.train()
-    matrices = len(weights(model))
+    matrices = len(trainable(model))
     assert [entry["lorapre/skipped_updates"] for entry in training_logs(trainer)] == [0, *[matrices] * 3]
     _, first, second, third, _ = recorder.weights
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainers import arguments, assert_same_end, lorapre_trainer, training_logs, weights
+from adapting import trainable
+from trainers import arguments, assert_same_end, lorapre_trainer, training_logs
 
 from lorapre_peft import LoRAPreCallback, last_complete_checkpoint
 
@@ -49,8 +50,8 @@ def test_a_nan_loss_stops_the_run_at_the_last_good_step(tmp_path, peft_model, to
     resumed = watched_trainer(tmp_path / "bad", peft_model(), tokens, **options)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert resumed.state.global_step == 5
-    assert all(p.isfinite().all() for p in weights(resumed.model).values())
-    assert not any(torch.equal(a, b) for a, b in zip(*(weights(t.model).values() for t in (resumed, good))))
+    assert all(p.isfinite().all() for p in trainable(resumed.model).values())
+    assert not any(torch.equal(a, b) for a, b in zip(*(trainable(t.model).values() for t in (resumed, good))))
 
 
 def test_a_nan_loss_stops_updates_in_the_backward_pass(tmp_path, peft_model, tokens):
@@ -90,7 +91,7 @@ def test_a_nan_loss_goes_on_unless_asked(tmp_path, peft_model, tokens):
     with pytest.warns(UserWarning, match="a gradient has the norm nan"):
         trainer.train()
     assert len(training_logs(trainer)) == 5
-    assert all(p.isfinite().all() for p in weights(model).values())
+    assert all(p.isfinite().all() for p in trainable(model).values())
 
 
 def test_stop_on_nan_loss_says_so_where_it_sees_no_loss(tmp_path):

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from adapting import trainable
 from peft import get_peft_model
 from roundoff import assert_same_steps, gamma, undisturbed
-from trainers import ADAMW_LOGGED, Recorder, arguments, inner, lorapre_trainer, training_logs, weights
+from trainers import ADAMW_LOGGED, Recorder, arguments, inner, lorapre_trainer, training_logs
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -253,7 +254,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, peft_model, tokens, 
     check_equal_runs(straight, resumed)
     assert [entry["step"] for entry in training_logs(resumed)] == [1, 2, 3, 4, 5]
     bf16 = not model_options.get("autocast_adapter_dtype", True)
-    assert {p.dtype for p in weights(resumed.model).values()} == {torch.bfloat16 if bf16 else torch.float32}
+    assert {p.dtype for p in trainable(resumed.model).values()} == {torch.bfloat16 if bf16 else torch.float32}
     assert {v.dtype for state in resumed.optimizer.state.values() for v in state.values()} == {torch.float32}
     checkpoint = LoRAPreConfig.from_pretrained(tmp_path / "checkpoint-3")
     assert checkpoint.update_rule == model_options.get("update_rule", "als")
@@ -268,9 +269,9 @@ def test_resumed_full_weight_run_equals_the_uninterrupted_one(tmp_path, make_lla
     straight.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     check_equal_runs(straight, resumed)
-    assert {p.dtype for p in weights(resumed.model).values()} == {dtype}
+    assert {p.dtype for p in trainable(resumed.model).values()} == {dtype}
     start = make_llama(dtype=dtype)
-    assert not any(torch.equal(p, start.get_parameter(name)) for name, p in weights(resumed.model).items())
+    assert not any(torch.equal(p, start.get_parameter(name)) for name, p in trainable(resumed.model).items())
 
 
 def test_resumed_sft_run_equals_the_uninterrupted_one(tmp_path, llama_path, texts):
@@ -290,7 +291,7 @@ def test_resumed_sft_run_equals_the_uninterrupted_one(tmp_path, llama_path, text
 
 
 def check_equal_runs(straight, resumed):
-    expected, found = weights(straight.model), weights(resumed.model)
+    expected, found = trainable(straight.model), trainable(resumed.model)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     expected, found = (inner(trainer.optimizer).state_dict() for trainer in (straight, resumed))

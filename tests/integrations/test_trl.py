@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from adapting import trainable
 from datasets import Dataset
 from peft import TaskType
-from trainers import ADAMW_LOGGED, arguments, inner, training_logs, weights
+from trainers import ADAMW_LOGGED, arguments, inner, training_logs
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -110,11 +111,11 @@ def seq2seq(folder, path):
 @pytest.mark.parametrize("build", [dpo, kto, grpo, reward, seq2seq])
 def test_trainer_trains_with_lorapre(tmp_path, llama_path, build):
     trainer = build(tmp_path, llama_path)
-    before = weights(trainer.model)
+    before = trainable(trainer.model)
     trainer.train()
     optimizer = inner(trainer.optimizer)
     assert type(optimizer) is LoRAPreAdamW
     assert any("m_A" in state for state in optimizer.state.values())
     assert training_logs(trainer)[1].keys() >= ADAMW_LOGGED
-    after = weights(trainer.model)
+    after = trainable(trainer.model)
     assert any(not torch.equal(after[name], value) for name, value in before.items() if name in after)
