@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner():
-    return PretrainingRunner({"command": "test", "versions": {}, "device": "cpu"})
+    return PretrainingRunner({"command": "test", "versions": {}, "machine": "test", "device": "cpu"})
 
 
 def test_a_run_trains_and_is_repeatable(runner, run):

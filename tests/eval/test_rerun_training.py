@@ -34,7 +34,7 @@ from recipes.training import held_bytes, sft_config
 @pytest.fixture(scope="module")
 def runner():
     disable_progress_bars()
-    return Runner({"command": "test", "versions": {}, "device": "cpu"})
+    return Runner({"command": "test", "versions": {}, "machine": "test", "device": "cpu"})
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, runne
         metrics=["test_loss", "accuracy"],
     )
     store = Store(tmp_path)
-    train(cells(suite), store, {"command": "test", "versions": {}, "device": "cpu"})
+    train(cells(suite), store, {"command": "test", "versions": {}, "machine": "test", "device": "cpu"})
     text = write_report(suite, cells(suite), store.load(), {}, tmp_path)
     assert "Exploding, paper, lr 0.001, seed 0: out of memory (OutOfMemoryError: no room)" in text
     (good,) = [r for r in store.load().values() if r["status"] == "finished"]
