@@ -72,8 +72,6 @@ class InBackwardOptimizer(StatefulOptimizer):
         self._metrics = Metrics()
         # These are the parameters that this backward pass has already updated.
         self._updated: set[Tensor] = set()
-        # Among them, these are the parameters whose gradients DDP will put back at the end of the backward pass.
-        self._averaged: set[Tensor] = set()
         # Hooks look every parameter up here. It stays empty until one does.
         self._places: dict[Tensor, Located] = {}
 
@@ -104,8 +102,15 @@ class InBackwardOptimizer(StatefulOptimizer):
                 "ddp_update_hook updates parameters in the backward pass: build the optimizer with "
                 "update_in_backward=True"
             )
-        self._update_one(param)
-        self._averaged.add(param)
+        # In a single process the parameter's own hook has updated it, and the bucket holds nothing more.
+        if self._is_own(param) and not (world_size() == 1 and param in self._updated):
+            self._update_one(param)
+
+    def _is_own(self, param: Tensor) -> bool:
+        """Return whether this optimizer has the parameter; other optimizers may train others of the same model."""
+        if not self._places:
+            self._places = {located[1]: located for located in self._located()}
+        return param in self._places
 
     @torch.no_grad()
     def _update_one(self, param: Tensor) -> None:
@@ -118,9 +123,7 @@ class InBackwardOptimizer(StatefulOptimizer):
             )
         if not self._updated:
             self._metrics = Metrics()
-        if not self._places:
-            self._places = {located[1]: located for located in self._located()}
-        if param in self._places and param.numel():
+        if self._is_own(param) and param.numel():
             self._step([self._places[param]])
         self._updated.add(param)
         param.grad = None
@@ -131,7 +134,7 @@ class InBackwardOptimizer(StatefulOptimizer):
         An engine may have replaced the parameters since their hooks were made. Then these are all of them, once, and
         the new ones get hooks.
         """
-        for param in self._averaged:
+        for param in self._updated:  # DDP may have put its emptied bucket in the place of a freed gradient.
             param.grad = None
         found = [(group, param, i) for group, param, i in located if param.grad is not None]
         if any(not has_hook(param) for _, param, _ in found):
@@ -143,7 +146,6 @@ class InBackwardOptimizer(StatefulOptimizer):
 
     def _forget_backward(self) -> None:
         self._updated.clear()
-        self._averaged.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as in `torch.optim.Optimizer`.

@@ -124,3 +124,23 @@ def test_without_the_hook_of_ddp_step_updates_and_says_so(tmp_path):
         torch.testing.assert_close(early[:2], ordinary[:2], rtol=0, atol=0)
         assert early[2] > 0
         assert ordinary[2] == 0
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_one_process_updates_once_in_a_backward_pass(tmp_path, hook):
+    """DDP puts its emptied bucket in the place of a gradient that the update has freed."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model, plain = build(False), build(False)
+        options = {"momentum_rank": 4, "lr": 1e-2, "verbose": False}
+        ours = create_lorapre_optimizer(model, update_in_backward=True, **options)
+        wrapped = DistributedDataParallel(model)
+        if hook:
+            wrapped.register_comm_hook(ours, ddp_update_hook)
+        rows = batches(3, 2)
+        train(wrapped, ours, rows)
+        train(plain, create_lorapre_optimizer(plain, **options), rows)
+        for (name, ours_after), expected in zip(model.named_parameters(), plain.parameters()):
+            assert torch.equal(ours_after, expected), name
+    finally:
+        dist.destroy_process_group()
