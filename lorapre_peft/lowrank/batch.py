@@ -185,7 +185,7 @@ class Batch:
         update = update.mul_(step[matrices, None, None])
         if decay is not None:
             theta = targets[0][None] if len(params) == 1 else torch.stack(targets)
-            update.addcmul_(theta.view(update.shape), decay[matrices, None, None].to(update.dtype))
+            update.addcmul_(theta.reshape(update.shape), decay[matrices, None, None].to(update.dtype))
         self.mask(matrices, update)
         update = update.view(len(params), *targets[0].shape)
         if self.rounds_stochastically:

@@ -94,3 +94,13 @@ def test_muon_without_scale_is_algorithm_2():
     rounding = gamma(2 * steps) * weights(*tall).abs().max().item()
     for name, scale in (("original", (40 / 6) ** 0.5), ("match_rms_adamw", 0.2 * 40**0.5)):
         torch.testing.assert_close(paths[name], paths[None] * scale, rtol=0, atol=(1 + scale) * rounding)
+
+
+def test_channels_last_parameters_decay():
+    """The decay reads the parameter, whose entries lie in another order than the matrix's."""
+    start = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    params = [torch.nn.Parameter(x) for x in (start.clone(), start.contiguous(memory_format=torch.channels_last))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+        LoRAPreMuon([param], lr=0.1, momentum_rank=2, weight_decay=0.5).step()
+    assert torch.equal(params[0], params[1])
