@@ -39,7 +39,7 @@ PACKAGES = (
 # Keys that say where a run is and whether it goes on, not what it is.
 PLACE = ("output_dir", "resume", "resume_from_checkpoint")
 # The hub's tokens: nothing that a folder made for sharing should hold.
-_SECRET = re.compile(r"(--\w*_token[ =])\S+")
+_SECRET = re.compile(r"(--\w*(?:hub|auth)_token[ =])\S+")
 # What a run's folder holds before anything is trained.
 WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json", "tokenizer"}
 
@@ -249,7 +249,8 @@ def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
 
 def _kept(config: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a config that say what a run is."""
-    return {name: value for name, value in config.items() if name not in PLACE and not name.endswith("_token")}
+    secrets = tuple(name for name in config if name.endswith(("hub_token", "auth_token")))
+    return {name: value for name, value in config.items() if name not in (*PLACE, *secrets)}
 
 
 def _changed(config: dict[str, Any], found: dict[str, Any]) -> list[str]:
