@@ -21,7 +21,11 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def with_bases(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config's keys and those of the configs that it builds on, of which its own win."""
+    seen: list[str] = []
     while "base" in config:
+        if config["base"] in seen:
+            raise ValueError(f"configs build on each other in a circle: {', '.join(seen)}. Take one 'base' out")
+        seen.append(config["base"])
         base = CONFIGS / config["base"]
         own = {name: value for name, value in config.items() if name != "base"}
         config = yaml.safe_load(base.read_text(encoding="utf-8")) | own
