@@ -221,12 +221,11 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
     record = folder / "config.yaml"
     config = _kept(config)
     if record.exists() and _in_use(folder):
-        found = yaml.safe_load(record.read_text())
         if not resume:
             raise SystemExit(
                 f"{folder} holds an earlier run: add --resume to go on with it, or give another --output_dir"
             )
-        changed = _changed(config, found)
+        changed = changed_options(folder, config)
         if changed:
             raise SystemExit(
                 f"{folder} was started with other options: {', '.join(changed)}. Use those, or another --output_dir"
@@ -244,21 +243,18 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
 
 def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
     """Return the options of a config that are not those of the run in this folder, each with both values."""
-    return _changed(_kept(config), yaml.safe_load((folder / "config.yaml").read_text()))
-
-
-def _kept(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a config that say what a run is."""
-    secrets = tuple(name for name in config if name.endswith(("hub_token", "auth_token")))
-    return {name: value for name, value in config.items() if name not in (*PLACE, *secrets)}
-
-
-def _changed(config: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    config, found = _kept(config), yaml.safe_load((folder / "config.yaml").read_text())
     return [
         f"{name}={config.get(name)!r} (was {found.get(name)!r})"
         for name in sorted(config.keys() | found.keys())
         if config.get(name) != found.get(name)
     ]
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config that say what a run is."""
+    secrets = ("hub_token", "auth_token")
+    return {name: value for name, value in config.items() if name not in PLACE and not name.endswith(secrets)}
 
 
 def started_with(folder: Path) -> Precision | None:
