@@ -68,7 +68,7 @@ class Store:
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
         """Claim the run for as long as the block lasts; yields whether it is this process's to do."""
-        path, own = self.claims / run.name, f"{_place()} {os.getpid()}"
+        path = self.claims / run.name
         if not (self._take(path) or (self._abandoned(path) and self._release(path) and self._take(path))):
             yield False
             return
@@ -82,7 +82,7 @@ class Store:
         finally:
             finished.set()
             with contextlib.suppress(OSError):
-                if path.read_text() == own:  # or it was taken over while this process stood still
+                if path.read_text() == _owner():  # or it was taken over while this process stood still
                     path.unlink()
 
     def _take(self, path: Path) -> bool:
@@ -91,7 +91,7 @@ class Store:
         except FileExistsError:
             return False
         with os.fdopen(handle, "w") as file:
-            file.write(f"{_place()} {os.getpid()}")
+            file.write(_owner())
         return True
 
     def _abandoned(self, path: Path) -> bool:
@@ -133,6 +133,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no whole record ({error}): copy it again, or delete it to repeat the run"
         ) from error
+
+
+def _owner() -> str:
+    """Return what a claim of this process says."""
+    return f"{_place()} {os.getpid()}"
 
 
 def _place() -> str:
