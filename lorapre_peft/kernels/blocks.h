@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "numbers.h"
 
@@ -30,9 +31,7 @@ double square_tile(const float* x, int64_t stride, int columns) {
     UNROLLED for (int half = 0; half < 2; ++half)
       total[half] += widened(lanes + half * LANES / 2);
   }
-  double sum = 0;
-  for (int lane = 0; lane < LANES / 2; ++lane) sum += total[0][lane] + total[1][lane];
-  return sum;
+  return sum_of(total[0] + total[1]);
 }
 
 // Rows of a matrix that will be read next, of entries of ``size`` bytes: they are asked for a register at a time while
@@ -176,22 +175,24 @@ void combine_block(const double* left, int64_t by_row, int64_t by_rank, const do
   for (; c < columns; c += LANES / 2) combine_tile<J, 1>(left, by_row, by_rank, x + c, stride, rows, out + c);
 }
 
+inline DoubleVec load_double(const float* x) { return widened(x); }
+inline DoubleVec load_double(const double* x) { return *reinterpret_cast<const DoubleVec*>(x); }
+
 // gram[i][j] += x[i] · y[j], of the first ``count`` numbers, a multiple of LANES, of rows of ``stride`` numbers.
-template <int I, int J>
-inline void gram_tile(const double* x, const double* y, int64_t stride, int64_t count, double* gram,
+template <int I, int J, class Number>
+inline void gram_tile(const Number* x, const Number* y, int64_t stride, int64_t count, double* gram,
                       int64_t gram_stride) {
   DoubleVec total[I][J] = {};
   for (int64_t c = 0; c < count; c += LANES / 2) {
     DoubleVec b[J];
-    UNROLLED for (int j = 0; j < J; ++j) b[j] = *reinterpret_cast<const DoubleVec*>(y + j * stride + c);
+    UNROLLED for (int j = 0; j < J; ++j) b[j] = load_double(y + j * stride + c);
     UNROLLED for (int i = 0; i < I; ++i) {
-      const DoubleVec a = *reinterpret_cast<const DoubleVec*>(x + i * stride + c);
+      const DoubleVec a = load_double(x + i * stride + c);
       UNROLLED for (int j = 0; j < J; ++j) total[i][j] += a * b[j];
     }
   }
   UNROLLED for (int i = 0; i < I; ++i)
-    UNROLLED for (int j = 0; j < J; ++j)
-      for (int lane = 0; lane < LANES / 2; ++lane) gram[i * gram_stride + j] += total[i][j][lane];
+    UNROLLED for (int j = 0; j < J; ++j) gram[i * gram_stride + j] += sum_of(total[i][j]);
 }
 
 #define BY_RANKS(k, call)                                                          \
@@ -218,14 +219,18 @@ void read_rows(const float* A, int64_t k, int64_t q, int64_t c0, int64_t stride,
   }
 }
 
-// x yᵀ of k and l rows of ``stride`` numbers, the first ``count`` of each, added to gram [k, l].
-void add_products(const double* x, int64_t k, const double* y, int64_t l, int64_t stride, int64_t count,
-                  double* gram) {
+// x yᵀ of k rows of ``stride`` numbers, the first ``count`` of each, added to gram [k, k] in rows of ``gram_stride``.
+void add_products(const float* x, const float* y, int64_t k, int64_t stride, int64_t count, double* gram,
+                  int64_t gram_stride) {
   int64_t i = 0;
-  for (; i + RANKS <= k; i += RANKS)
-    BY_RANKS(l, (gram_tile<RANKS, J>(x + i * stride, y + j0 * stride, stride, count, gram + i * l + j0, l)))
-  for (; i < k; ++i)
-    BY_RANKS(l, (gram_tile<1, J>(x + i * stride, y + j0 * stride, stride, count, gram + i * l + j0, l)))
+  auto add = [&](auto rows) {
+    for (; i + rows() <= k; i += rows())
+      BY_RANKS(k, (gram_tile<rows(), J>(x + i * stride, y + j0 * stride, stride, count, gram + i * gram_stride + j0,
+                                        gram_stride)))
+  };
+  add(std::integral_constant<int, RANKS>{});
+  add(std::integral_constant<int, 2>{});
+  add(std::integral_constant<int, 1>{});
 }
 
 // The lower triangle of x xᵀ, of k rows of ``stride`` numbers, added to gram, in blocks.
@@ -261,8 +266,7 @@ void add_small_gram(const float* x, int64_t q, double* gram) {
   }
   for (int i = 0; i < K; ++i)
     for (int j = 0; j <= i; ++j)
-      for (int s = 0; s < SUMS; ++s)
-        for (int lane = 0; lane < LANES / 2; ++lane) gram[i * K + j] += total[s][i][j][lane];
+      for (int s = 0; s < SUMS; ++s) gram[i * K + j] += sum_of(total[s][i][j]);
 }
 
 // The upper triangle from the lower one.

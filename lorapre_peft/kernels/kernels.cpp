@@ -9,6 +9,7 @@
 // are float64.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <deque>
@@ -62,6 +63,17 @@ class Task {
 
   int64_t splits() const { return parts; }
 
+  // Names what the step reads, of the weights only the first. A matrix that does not fit the cache has nothing named.
+  void tell(Soon& soon) const {
+    soon.clear();
+    if (shape.p * shape.q > CACHED_ENTRIES) return;
+    const int64_t size = sizeof(float);
+    soon.add(at.m_A, shape.q * shape.m_rank * size), soon.add(at.v_A, shape.q * shape.v_rank * size);
+    soon.add(at.grad, shape.p * shape.q * size_of(Type(shape.grad_type)));
+    soon.add(at.m_B, shape.p * shape.m_rank * size), soon.add(at.v_B, shape.p * shape.v_rank * size);
+    soon.add(at.param, std::min<int64_t>(shape.p * shape.q, CHUNK * LANES) * size_of(Type(shape.param_type)));
+  }
+
   // What `look` needs: the factors A, and which of their directions start anew.
   void begin(Scratch& scratch) {
     s.p = shape.p, s.q = shape.q, s.stride = row_stride(shape.q);
@@ -76,15 +88,7 @@ class Task {
     const int64_t begin = first_row(split), end = first_row(split + 1);
     const double square = s.q <= NARROW ? 0 : WideRows(s, scratch, sums).look(begin, end);
     if (square > SMALL_SQUARE && square <= FLT_MAX) return square;
-    // float32 may have lost something. Meanwhile memory that the rest of the step needs is asked for.
-    std::vector<Later> later;
-    if (s.p * s.q <= CACHED_ENTRIES) {
-      const int64_t size = sizeof(float);
-      later = {{s.param, std::min<int64_t>(CHUNK, s.p) * s.q * size_of(s.param_type)},
-               {at.m_B, s.p * shape.m_rank * size},
-               {at.v_B, s.p * shape.v_rank * size}};
-    }
-    return sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q, std::move(later));
+    return sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q);  // float32 may have lost something
   }
 
   // Everything else that the rows need, from ‖g‖². False if the gradient cannot be used: then nothing has changed.
@@ -325,18 +329,22 @@ void step_matrices(const Shape* shapes, const Options* options, void* const* poi
       }
     }
   }
+  std::atomic<int64_t> taken{first};
 #pragma omp parallel num_threads(threads)
   {
     Scratch scratch;
     Sums sums;
-    Step step;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = first; i < n; ++i) {
+    Step step, unused;
+    for (int64_t i = taken++, next; i < n; i = next) {
+      next = taken++;
+      if (next < n) task(order[next], unused).tell(scratch.soon);
       Task one = task(order[i], step);
       one.begin(scratch);
-      if (!one.prepare(one.look(0, scratch, sums), scratch)) continue;
-      one.rows(0, scratch, sums);
-      one.finish(sums, scratch);
+      if (one.prepare(one.look(0, scratch, sums), scratch)) {
+        one.rows(0, scratch, sums);
+        one.finish(sums, scratch);
+      }
+      scratch.soon.clear();
     }
   }
 }

@@ -17,31 +17,13 @@ constexpr double DAMPING = 1e-6, MIN_FACTOR_NORM = 1e-12;
 // What float32 loses of a sum of CHUNK squares that is larger is below 1e-10 of it.
 constexpr float LEAST_TRACE = 1e-25f;
 
-// Memory that will be read soon: its share of it is asked for whenever a share of other work is done.
-class Later {
- public:
-  Later(const void* from, int64_t bytes) : at(static_cast<const char*>(from)), end(at + bytes) {}
-
-  void split(int64_t parts) { share = ((end - at) / parts + 64) / 64 * 64; }
-  void fetch() {
-    const char* until = std::min(end, at + share);
-    for (; at < until; at += 64) __builtin_prefetch(at, 1, 2);
-  }
-
- private:
-  const char *at, *end;
-  int64_t share = 0;
-};
-
-// Σ x² of the entries from ``begin`` to ``end``. x is one stream from memory; ``later`` keeps some more of them busy.
-inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t end, std::vector<Later> later = {}) {
-  for (Later& other : later) other.split((end - begin + CHUNK - 1) / CHUNK);
+// Σ x² of the entries from ``begin`` to ``end``, in float64.
+inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t end) {
   constexpr int SUMS = 4;
   DoubleVec total[SUMS] = {};
   float part[CHUNK];
   for (int64_t i = begin; i < end; i += CHUNK) {
     const int count = int(std::min<int64_t>(CHUNK, end - i));
-    for (Later& other : later) other.fetch();
     const float* from = static_cast<const float*>(x) + i;
     if (type != FLOAT32 || count < CHUNK) {
       read(x, type, i, count, part);
@@ -55,8 +37,7 @@ inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t en
       }
   }
   double sum = 0;
-  for (int j = 0; j < SUMS; ++j)
-    for (int lane = 0; lane < LANES / 2; ++lane) sum += total[j][lane];
+  for (int j = 0; j < SUMS; ++j) sum += sum_of(total[j]);
   return sum;
 }
 
@@ -197,13 +178,17 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
 // B ← B Lᵀ of rows of K numbers, L lower triangular.
 template <int K>
 void turn_rows(float* B, int64_t p, const float* L) {
-  for (int64_t r = 0; r < p; ++r, B += K) {
-    float row[K];
-    for (int j = 0; j < K; ++j) {
-      row[j] = 0;
-      for (int l = 0; l <= j; ++l) row[j] += B[l] * L[j * K + l];
-    }
-    for (int j = 0; j < K; ++j) B[j] = row[j];
+  alignas(64) float rows[K][CHUNK], turned[K][CHUNK];
+  for (int64_t r0 = 0; r0 < p; r0 += CHUNK, B += K * CHUNK) {
+    const int here = int(std::min<int64_t>(CHUNK, p - r0));
+    split_columns<K>(B, here, *rows, CHUNK);
+    UNROLLED for (int j = 0; j < K; ++j)
+      for (int r = 0; r < here; r += LANES) {
+        Vec sum = {};
+        UNROLLED for (int l = 0; l <= j; ++l) sum += L[j * K + l] * load(rows[l] + r);
+        store(turned[j] + r, sum);
+      }
+    join_columns<K>(*turned, CHUNK, here, B);
   }
 }
 

@@ -17,10 +17,11 @@ class NarrowRows : public Rows {
 
   // As `WideRows::run` does, with the roles of rows and columns exchanged.
   void run(int64_t begin, int64_t end) {
-    alignas(64) float x[NARROW][CHUNK], u[NARROW][CHUNK], root[ROWS][CHUNK], flat[NARROW * CHUNK];
+    alignas(64) float x[NARROW][NARROW_CHUNK], u[NARROW][NARROW_CHUNK], root[ROWS][NARROW_CHUNK];
+    alignas(64) float flat[NARROW * NARROW_CHUNK];
     const int q = int(s.q), blocks = (q + ROWS - 1) / ROWS * ROWS;
     const int most = std::max(s.moment[0].k, s.moment[1].k);
-    std::fill(x[q], x[q] + (blocks - q) * CHUNK, 0.f);
+    std::fill(x[q], x[q] + (blocks - q) * NARROW_CHUNK, 0.f);
     // Aᵀ of both moments [blocks, k], with rows of zeros up to whole blocks, and P transposed likewise.
     scratch.columns.assign(4 * blocks * most, 0.f);
     float *A[2], *P[2];
@@ -30,16 +31,17 @@ class NarrowRows : public Rows {
       for (int j = 0; j < moment.k; ++j)
         for (int c = 0; c < q; ++c) A[i][c * moment.k + j] = moment.A[j * q + c];
     }
-    // [k, CHUNK] of both moments: x Aᵀ, then what the update's products take for B; old B; B'.
-    scratch.rows.resize(6 * most * CHUNK);
+    // [k, NARROW_CHUNK] of both moments: x Aᵀ, then what the update's products take for B; old B; B'.
+    scratch.rows.resize(6 * most * NARROW_CHUNK);
     float *C[2], *B[2], *B_new[2];
     for (int i = 0; i < 2; ++i) {
-      C[i] = scratch.rows.data() + 3 * i * most * CHUNK;
-      B[i] = C[i] + most * CHUNK, B_new[i] = B[i] + most * CHUNK;
+      C[i] = scratch.rows.data() + 3 * i * most * NARROW_CHUNK;
+      B[i] = C[i] + most * NARROW_CHUNK, B_new[i] = B[i] + most * NARROW_CHUNK;
     }
 
-    for (int64_t first = begin; first < end; first += CHUNK) {
-      const int count = int(std::min<int64_t>(CHUNK, end - first)), whole = int(padded(count));
+    scratch.soon.split((end - begin + NARROW_CHUNK - 1) / NARROW_CHUNK * q);
+    for (int64_t first = begin; first < end; first += NARROW_CHUNK) {
+      const int count = int(std::min<int64_t>(NARROW_CHUNK, end - first)), whole = int(padded(count));
       read_transposed(s.grad, s.grad_type, first * q, count, q, flat, x);
       for (int c = 0; c < q; ++c) {
         std::fill(x[c] + count, x[c] + whole, 0.f);
@@ -49,31 +51,32 @@ class NarrowRows : public Rows {
       for (int i = 0; i < 2; ++i) {
         const Moment& moment = s.moment[i];
         const int k = moment.k;
-        std::fill_n(C[i], k * CHUNK, 0.f);
-        i ? project<true>(A[i], k, k, x[0], CHUNK, blocks, whole, C[i], CHUNK)
-          : project<false>(A[i], k, k, x[0], CHUNK, blocks, whole, C[i], CHUNK);
+        std::fill_n(C[i], k * NARROW_CHUNK, 0.f);
+        i ? project<true>(A[i], k, k, x[0], NARROW_CHUNK, blocks, whole, C[i], NARROW_CHUNK)
+          : project<false>(A[i], k, k, x[0], NARROW_CHUNK, blocks, whole, C[i], NARROW_CHUNK);
         follow_transposed(moment, first, count, whole, C[i], B[i], B_new[i], i);
         const float* left = s.projects_new ? B_new[i] : B[i];
         for (int c0 = 0; c0 < q; c0 += ROWS) {
-          Ahead param = param_ahead(first + CHUNK, (c0 + i) * CHUNK);
+          Ahead param = param_ahead(first + NARROW_CHUNK, (c0 + i) * NARROW_CHUNK);
           param.rows = 1;
           float* to = P[i] + c0 * k;
           if (i)
-            BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, to + j0, k, param)))
+            BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], NARROW_CHUNK, left + j0 * NARROW_CHUNK, NARROW_CHUNK, whole, to + j0, k, param)))
           else
-            BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], CHUNK, left + j0 * CHUNK, CHUNK, whole, to + j0, k, param)))
+            BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], NARROW_CHUNK, left + j0 * NARROW_CHUNK, NARROW_CHUNK, whole, to + j0, k, param)))
         }
       }
       for (int c0 = 0; c0 < q; c0 += ROWS) {
-        outer(A[0] + c0 * s.moment[0].k, s.moment[0].k, C[0], CHUNK, whole, u[c0], CHUNK);
-        outer(A[1] + c0 * s.moment[1].k, s.moment[1].k, C[1], CHUNK, whole, *root, CHUNK);
+        outer(A[0] + c0 * s.moment[0].k, s.moment[0].k, C[0], NARROW_CHUNK, whole, u[c0], NARROW_CHUNK);
+        outer(A[1] + c0 * s.moment[1].k, s.moment[1].k, C[1], NARROW_CHUNK, whole, *root, NARROW_CHUNK);
         for (int c = c0; c < std::min(q, c0 + ROWS); ++c) {
-          Ahead param = param_ahead(first + CHUNK, c * CHUNK);
+          Ahead param = param_ahead(first + NARROW_CHUNK, c * NARROW_CHUNK);
           param.rows = c - c0 >= 2;
+          scratch.soon.fetch();
           normalise(u[c], root[c - c0], x[c], count, param);
         }
       }
-      transpose(*u, CHUNK, q, count, flat, q);
+      transpose(*u, NARROW_CHUNK, q, count, flat, q);
       move(flat, first * q, count * q);
     }
     for (int i = 0; i < 2; ++i)
@@ -94,50 +97,46 @@ class NarrowRows : public Rows {
     look_at(m, count);
   }
 
-  // `WideRows::follow` of rows that lie along registers. C: x Aᵀ [k, CHUNK], and then what the update multiplies A by.
+  // `WideRows::follow` of rows that lie along registers. C: x Aᵀ [k, NARROW_CHUNK], and then what the update multiplies A by.
   void follow_transposed(const Moment& moment, int64_t first, int count, int whole, float* C, float* B, float* B_new,
                          int i) {
     const int k = moment.k;
     switch (k) {
       case 1: std::copy_n(moment.B + first, count, B); break;
-      case 2: split_columns<2>(moment.B + first * k, count, B, CHUNK); break;
-      case 4: split_columns<4>(moment.B + first * k, count, B, CHUNK); break;
-      default: transpose(moment.B + first * k, k, count, k, B, CHUNK);
+      case 2: split_columns<2>(moment.B + first * k, count, B, NARROW_CHUNK); break;
+      case 4: split_columns<4>(moment.B + first * k, count, B, NARROW_CHUNK); break;
+      default: transpose(moment.B + first * k, k, count, k, B, NARROW_CHUNK);
     }
     for (int j = 0; j < k; ++j) {
-      std::fill_n(B + j * CHUNK + count, whole - count, 0.f);
+      std::fill_n(B + j * NARROW_CHUNK + count, whole - count, 0.f);
       for (int r = 0; r < whole; r += LANES) {
         Vec fit = {};
-        for (int l = 0; l < k; ++l) fit += moment.R[l * padded(k) + j] * load(C + l * CHUNK + r);
-        store(B_new + j * CHUNK + r, fit);
+        for (int l = 0; l < k; ++l) fit += moment.R[l * padded(k) + j] * load(C + l * NARROW_CHUNK + r);
+        store(B_new + j * NARROW_CHUNK + r, fit);
       }
     }
     if (s.metrics && i == 0)
       for (int j = 0; j < k; ++j)
         for (int l = 0; l < k; ++l)
           for (int r = 0; r < count; ++r)
-            sums.captured += moment.gram[j * k + l] * B_new[j * CHUNK + r] * B_new[l * CHUNK + r];
+            sums.captured += moment.gram[j * k + l] * B_new[j * NARROW_CHUNK + r] * B_new[l * NARROW_CHUNK + r];
     for (int j = 0; j < k; ++j)
-      for (int at = j * CHUNK; at < j * CHUNK + whole; at += LANES) {
+      for (int at = j * NARROW_CHUNK; at < j * NARROW_CHUNK + whole; at += LANES) {
         const Vec fit = load(B_new + at), old = load(B + at);
         store(B_new + at, moment.keep * old + moment.gain * fit);
         store(C + at, moment.by_B * old + moment.by_X * fit);
       }
     switch (k) {
       case 1: std::copy_n(B_new, count, moment.B + first); break;
-      case 2: join_columns<2>(B_new, CHUNK, count, moment.B + first * k); break;
-      case 4: join_columns<4>(B_new, CHUNK, count, moment.B + first * k); break;
-      default: transpose(B_new, CHUNK, k, count, moment.B + first * k, k);
+      case 2: join_columns<2>(B_new, NARROW_CHUNK, count, moment.B + first * k); break;
+      case 4: join_columns<4>(B_new, NARROW_CHUNK, count, moment.B + first * k); break;
+      default: transpose(B_new, NARROW_CHUNK, k, count, moment.B + first * k, k);
     }
-    // The rows of Bᵀ side by side in float64: B' and B, or B alone.
-    const int width = moment.gram_columns;
-    scratch.held.resize(2 * k * CHUNK);
-    double* held = scratch.held.data();
-    for (int j = 0; j < width; ++j) {
-      const float* from = s.projects_new && j < k ? B_new + j * CHUNK : B + (j % k) * CHUNK;
-      std::copy_n(from, whole, held + j * CHUNK);
-    }
-    add_products(held, k, held, width, CHUNK, whole, sums.grams[i].data());
+    const float* left = s.projects_new ? B_new : B;
+    double* gram = sums.grams[i].data();
+    const int stride = moment.gram_columns;
+    add_products(left, left, k, NARROW_CHUNK, whole, gram, stride);
+    if (s.projects_new) add_products(left, B, k, NARROW_CHUNK, whole, gram + k, stride);
   }
 };
 

@@ -21,11 +21,15 @@ constexpr int DOT_ROWS = LANES == 16 ? 8 : 4, DOT_RANKS = 2;  // that `dot_tile`
 constexpr int STEP_WIDTH = LANES == 16 ? 2 : 1;  // registers of ROWS rows that an update is computed of at once
 constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
 constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
+constexpr int NARROW_CHUNK = 128;  // rows whose buffers then stay in the first-level cache; a multiple of LANES
 constexpr int RANKS = LANES == 16 ? 4 : 2;  // of a factor that are in registers at once, with sums for ROWS rows
 constexpr int WIDTH = LANES == 16 ? 4 : 2;  // registers along a row that are held at once, likewise
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef double DoubleVec __attribute__((vector_size(4 * LANES), aligned(8), may_alias));  // half as many
 typedef float HalfVec __attribute__((vector_size(2 * LANES), aligned(4), may_alias));       // as many as those
+
+// Before loops whose arrays of registers would else lie in memory.
+#define UNROLLED _Pragma("GCC unroll 16")
 
 // float32 numbers as float64.
 inline DoubleVec widened(const float* x) {
@@ -38,6 +42,17 @@ inline DoubleVec widened(const float* x) {
 #endif
 }
 
+// The sum of the lanes.
+inline double sum_of(DoubleVec v) {
+#if LANES == 16
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  double sum = 0;
+  UNROLLED for (int lane = 0; lane < LANES / 2; ++lane) sum += v[lane];
+  return sum;
+#endif
+}
+
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Index8 __attribute__((vector_size(32)));
 #ifdef __clang__
@@ -45,9 +60,6 @@ typedef int32_t Index8 __attribute__((vector_size(32)));
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index8){__VA_ARGS__})
 #endif
-
-// Before loops whose arrays of registers would else lie in memory.
-#define UNROLLED _Pragma("GCC unroll 16")
 
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -243,10 +255,11 @@ void transpose(const float* from, int64_t from_stride, int rows, int columns, fl
 }
 
 // Some rows of x from `at` on, as columns × rows. flat: room for them.
-void read_transposed(const void* x, Type type, int64_t at, int rows, int columns, float* flat, float (*out)[CHUNK]) {
+void read_transposed(const void* x, Type type, int64_t at, int rows, int columns, float* flat,
+                     float (*out)[NARROW_CHUNK]) {
   const float* from = type == FLOAT32 ? static_cast<const float*>(x) + at : flat;
   if (type != FLOAT32) read(x, type, at, rows * columns, flat);
-  transpose(from, columns, rows, columns, *out, CHUNK);
+  transpose(from, columns, rows, columns, *out, NARROW_CHUNK);
 }
 
 }  // namespace

@@ -64,8 +64,39 @@ struct Sums {
   }
 };
 
+// Memory that a thread's next matrix reads. It is asked for piece by piece while the thread computes this one.
+class Soon {
+ public:
+  void clear() { spans.clear(), now = 0; }
+  void add(const void* from, int64_t bytes) {
+    spans.push_back({static_cast<const char*>(from), static_cast<const char*>(from) + bytes});
+  }
+  // Says how many times `fetch` will be called.
+  void split(int64_t calls) {
+    int64_t lines = 0;
+    for (const Span& span : spans) lines += (span.end - span.at + LINE - 1) / LINE;
+    share = (lines + calls - 1) / calls;
+  }
+  void fetch() {
+    for (int64_t left = share; left && now < spans.size(); --left) {
+      Span& span = spans[now];
+      __builtin_prefetch(span.at, 0, 2);
+      span.at += LINE;
+      if (span.at >= span.end) ++now;
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;
+  struct Span { const char *at, *end; };
+  std::vector<Span> spans;
+  size_t now = 0;
+  int64_t share = 0;
+};
+
 // Room that a thread keeps from matrix to matrix.
 struct Scratch {
+  Soon soon;
   std::vector<float> rows, columns, cross;
   std::vector<double> held, sums, work, small;
 };

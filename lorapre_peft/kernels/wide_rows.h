@@ -65,6 +65,7 @@ class WideRows : public Rows {
     start_block(end - begin);
     const bool packed = ranks > PACKED_RANKS;
     if (packed) scratch.columns.resize(2 * ranks * chunk);
+    scratch.soon.split((end - begin + ROWS - 1) / ROWS * ((q + SIZE - 1) / SIZE));
     for (int64_t first = begin; first < end; first += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, end - first));
       for (int i = 0; i < 2; ++i) follow(i, first, count, sums.dots[i].data() + (first - begin) * s.moment[i].k);
@@ -78,8 +79,10 @@ class WideRows : public Rows {
           const Ahead grad = grad_ahead(next_row, next_column), param = param_ahead(next_row, next_column);
           read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x, STEP_CHUNK);
           int c = 0;
-          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES)
+          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES) {
+            scratch.soon.fetch();
             step_tile<STEP_WIDTH>(r0, c, x + c, u + c, grad, param);
+          }
           for (; c < columns; c += LANES) step_tile<1>(r0, c, x + c, u + c, grad, param);
           for (int r = 0; r < rows; ++r) {
             look_at(u + r * STEP_CHUNK, here);
