@@ -84,7 +84,8 @@ class Cpp(WholeStep):
             return torch.empty(0, dtype=torch.float64)
         grads = table.gradients()
         with table.weights() as written:
-            pointers = array("Q", list(table.pointers([*grads, *written, *table.local_state])))
+            pointers = array("Q", list(table.pointers([*grads, *written])))
+            pointers.extend(table.state_addresses)
             seen = self._call(table.shapes, table.groups, options, False, pointers, table.order, metrics is not None)
         norms = seen[:, 0]
         if metrics is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -65,7 +66,7 @@ class Table:
         self.matrices = list(itertools.chain.from_iterable(by_member))
         self.of_group = [number[id(matrix.group)] for matrix in self.matrices]
         self.names = tuple(members[0].state_shapes)
-        self.state: list[Tensor] = []
+        self.state: list[Tensor] = []  # `take_state` sets this and what belongs to it.
 
     def stacks(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return views of this process's parameters or gradients: [p, q], or [experts, p, q] for a stack."""
@@ -79,7 +80,7 @@ class Table:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients as contiguous tensors, viewed as by `stacks`."""
-        return contiguous(self.stacks([cast(Tensor, param.grad) for param in self.params]))
+        return contiguous(self.stacks([param.grad for param in self.params if param.grad is not None]))
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[Tensor]]:
@@ -106,17 +107,28 @@ class Table:
         )
 
     def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
-        """Return whether the state's tensors are the ones that the table holds from the last step."""
-        found = [state.get(name) for name in self.names for state in states]
-        return len(found) == len(self.state) and all(map(operator.is_, found, self.state))
+        """Return whether the state's tensors are the ones that the table holds from the last step.
+
+        What gives a tensor other memory does so to all tensors of a parameter, of which one is looked at.
+        """
+        found = [state.get(name) for state in states for name in self.names]
+        same = len(found) == len(self.state) and all(map(operator.is_, found, self.state))
+        return same and self._first_addresses() == self.first_addresses
 
     def take_state(self, states: list[dict[str, Tensor]]) -> None:
         """Hold the state's tensors, after making all of them float32 and contiguous on the parameters' device."""
         for state, param in zip(states, self.params):
             for name in self.names:
                 state[name] = state[name].to(param.device, torch.float32).contiguous()
-        self.state = [state[name] for name in self.names for state in states]
-        self.local_state = list(map(local, self.state))
+        self.state = [state[name] for state in states for name in self.names]
+        by_name = [local(state[name]) for name in self.names for state in states]
+        self.storages = list(map(Tensor.untyped_storage, by_name))  # The addresses stay valid with them.
+        self.state_addresses = array("Q", list(self.pointers(by_name)))
+        self.first_of_state = by_name[: len(states)]
+        self.first_addresses = self._first_addresses()
+
+    def _first_addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.first_of_state))
 
 
 def contiguous(tensors: list[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -126,6 +127,24 @@ class Part:
     def split_states(self, states: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Return each matrix's state."""
         return [part for member, state in zip(self.members, states) for part in member.split_state(state)]
+
+
+class Layout:
+    """Holds which parameters are stepped together, and of which parameters and options that is so.
+
+    objects: the groups and the parameters. options: what of the groups' options decides. kinds: the shapes and types
+    of the parameters and of their gradients.
+    """
+
+    def __init__(self, objects: list[Any], options: dict[int, tuple], kinds: list[Any], parts: list[Part]):
+        self.objects, self.options, self.parts = objects, options, parts
+        equal: dict[Any, Any] = {}
+        self.kinds = [equal.setdefault(kind, kind) for kind in kinds]  # A few objects, which stay in the cache.
+
+    def describes(self, objects: list[Any], options: dict[int, tuple], kinds: list[Any]) -> bool:
+        """Return whether these are the same parameters and groups, of the same options and kinds."""
+        same = len(objects) == len(self.objects) and all(map(operator.is_, objects, self.objects))
+        return same and options == self.options and kinds == self.kinds
 
 
 def parts_of(members: Iterable[Member]) -> list[Part]:

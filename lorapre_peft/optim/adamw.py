@@ -192,7 +192,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             table.take_state([self._state_of(member) for member in table.members])
         options = [self._kernel_options(group) for group in table.groups]
         metrics = self._metrics if self.record_metrics else None
-        self._usable(cast(WholeStep, self._backend(table.device)).step(table, options, metrics))
+        self._count_skips(cast(WholeStep, self._backend(table.device)).step(table, options, metrics))
 
     def _kernel_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2 = group["betas"]

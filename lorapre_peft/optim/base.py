@@ -7,6 +7,7 @@ is in ``lowrank/rules.py``, and which matrices are stepped together is in ``lowr
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,16 +20,19 @@ from ..kernels import choose
 from ..kernels.eager import Eager
 from ..lowrank.batch import Batch, constants, usable
 from ..lowrank.float64 import reads_are_free
-from ..lowrank.layout import Member, Part, lay_out, parts_of
+from ..lowrank.layout import Layout, Member, Part, lay_out, parts_of
 from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
 from ..lowrank.sharding import WHOLE, local
 from .adamw_path import AdamWOptions, Item, adamw_path
 from .bare import describe_choice, is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
-from .in_backward import InBackwardOptimizer, Located
+from .in_backward import InBackwardOptimizer, Located, groups_of
 from .options import check_flattened_shards, check_gradient, check_options, check_parameter, check_stack
 from .state import RANK_OPTIONS
+
+
+_kind = operator.attrgetter("shape", "dtype", "device")
 
 
 class LoRAPreOptimizer(InBackwardOptimizer):
@@ -104,7 +108,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         self.record_metrics = False
         self._reset_backward()
         # The key is the position of a step's first parameter.
-        self._layouts: dict[int, tuple[tuple, list[Part]]] = {}
+        self._layouts: dict[int, Layout] = {}
         self._skips = Skips()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,7 +189,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         if not self.defaults["update_in_backward"]:
             self._metrics = Metrics()
         check_flattened_shards(self.param_groups)
-        located = [located for located in self._located() if takes_part(located[1])]
+        located = self._located()
         if self.defaults["update_in_backward"]:
             located = self._left_over(located)
         self._step(located)
@@ -194,39 +198,37 @@ class LoRAPreOptimizer(InBackwardOptimizer):
 
     def _step(self, located: list[Located]) -> None:
         """Update these parameters, separately for each device and for each set of processes that shares them."""
-        for group in {id(group): group for group, _, _ in located}.values():
+        for group in groups_of(located).values():
             self._check_betas(group)
         for part in self._layout(located):
             self._step_part(part)
 
     def _layout(self, located: list[Located]) -> list[Part]:
-        """Return which of these parameters are stepped together.
+        """Return which of these parameters, among those that take part, are stepped together.
 
         The answer of the last step is kept as long as nothing about the parameters has changed.
         """
         if not located:
             return []
+        groups, params, positions = zip(*located)
         names = (*RANK_OPTIONS, *self.shared_options)
-        groups = {id(group): group for group, _, _ in located}
-        options = {key: tuple(map(group.get, names)) for key, group in groups.items()}
-        kinds = [
-            (id(group), id(param), param.shape, param.dtype, param.device, kind_of_gradient(param))
-            for group, param, _ in located
-        ]
-        key, first = (options, kinds), located[0][2]
-        if first not in self._layouts or self._layouts[first][0] != key:
-            for _, param, _ in located:
+        options = {key: tuple(map(group.get, names)) for key, group in groups_of(located).items()}
+        kinds = [*map(_kind, params), *map(kind_of_gradient, params)]
+        kept = self._layouts.get(positions[0])
+        if kept is None or not kept.describes([*groups, *params], options, kinds):
+            taking_part = [(group, param, i) for group, param, i in located if takes_part(param)]
+            for _, param, _ in taking_part:
                 if param.grad is not None:
                     check_gradient(param)
             members = [
                 Member(group, param, i, self.ranks(param, group), self.state_shapes(param, group))
-                for group, param, i in located
+                for group, param, i in taking_part
             ]
             parts = parts_of(members)
             for part in parts:
                 self._divide(part)
-            self._layouts[first] = key, parts
-        return self._layouts[first][1]
+            kept = self._layouts[positions[0]] = Layout([*groups, *params], options, kinds, parts)
+        return kept.parts
 
     def _divide(self, part: Part) -> None:
         """Fill in which members of a part are stepped together."""
@@ -304,14 +306,19 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         The second is [N] bool, or None for all. On a CPU the host reads the norms. Elsewhere it reads nothing, and
         what is not usable is masked on the device.
         """
+        update = self._count_skips(norms)
+        return (update.tolist(), None) if reads_are_free(norms.device) else ([True] * len(norms), update)
+
+    def _count_skips(self, norms: Tensor) -> Tensor:
+        """Return which gradients of these norms [N] can be used: [N] bool. Count those that exist and cannot be."""
         update = usable(norms)
         if not reads_are_free(norms.device):
             self._skips.add_unread(update, norms)
-            return [True] * len(norms), update
-        for norm in norms[~update].tolist():
-            if not norm < 0:  # A norm of −1 stands for no gradient at all.
-                self._skips.add(norm)
-        return update.tolist(), None
+        elif not update.all():
+            for norm in norms[~update].tolist():
+                if not norm < 0:  # A norm of −1 stands for no gradient at all.
+                    self._skips.add(norm)
+        return update
 
     def _update(self, batch: Batch) -> Iterator[None]:
         """Take one step with a batch of compressed matrices, in place: their parameters and their factors.

@@ -24,10 +24,10 @@ def takes_part(param: Tensor) -> bool:
     return taken and param.numel() > 0
 
 
-def kind_of_gradient(param: Tensor) -> tuple | None:
-    """Return a gradient's dtype and layout, or None if there is no gradient."""
+def kind_of_gradient(param: Tensor) -> tuple | bool:
+    """Return a gradient's dtype and layout, or, if there is no gradient, whether the parameter requires one."""
     grad = param.grad
-    return None if grad is None else (grad.dtype, grad.layout)
+    return param.requires_grad if grad is None else (grad.dtype, grad.layout)
 
 
 def local_gradient(param: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ averaged, so `ddp_update_hook` does it instead.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping
@@ -34,6 +35,12 @@ UPDATED_BY_STEP = (
 )
 # This maps each parameter to its hook, which belongs to the latest optimizer alone.
 _HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
+
+
+def groups_of(located: list[Located]) -> dict[int, dict[str, Any]]:
+    """Return the groups of these parameters by their ids, in the order in which they come."""
+    groups = [group for group, _, _ in located]
+    return dict(zip(map(id, groups), groups))
 
 
 def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, params: Iterable[Tensor]) -> None:
@@ -81,8 +88,9 @@ class InBackwardOptimizer(StatefulOptimizer):
 
     def _located(self) -> list[Located]:
         """Return every parameter with its group and position, from the groups as they are now."""
-        pairs = [(group, param) for group in self.param_groups for param in group["params"]]
-        return [(group, param, position) for position, (group, param) in enumerate(pairs)]
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        return list(zip(groups, params, itertools.count()))
 
     def _register_hooks(self, group: dict[str, Any]) -> None:
         """Make the backward pass update the group's parameters, if that is this optimizer's way."""

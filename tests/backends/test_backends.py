@@ -150,7 +150,8 @@ def test_stochastic_rounding_of_real_updates(backend):
 
 def batches(optimizer):
     """The indices of the matrices that the last step took together."""
-    ((_, (part,)),) = optimizer._layouts.values()
+    (layout,) = optimizer._layouts.values()
+    (part,) = layout.parts
     return part.batches
 
 

@@ -221,6 +221,31 @@ def test_one_call_steps_all_and_company_does_not_show(monkeypatch, rule):
 
 
 @cpp_
+@both_rules
+@pytest.mark.parametrize("moved", ["one tensor replaced", "all tensors of a parameter replaced", "other memory"])
+def test_state_may_move_between_steps(rule, moved):
+    """The kernels read and write the state where it lies now, not where it lay in the last step."""
+
+    def trained(move):
+        params = [weights(20, 12, seed=i) for i in range(3)]
+        optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=3, update_rule=rule, backend="cpp")
+        for step in range(4):
+            take_steps(optimizer, params, *(stream((20, 12), 4, seed=i)[step : step + 1] for i in range(3)))
+            if step == 1:
+                move(optimizer.state[params[1]])
+        return [*params, *(value for param in params for value in optimizer.state[param].values())]
+
+    def move(state):
+        for name in ["m_A"] if moved == "one tensor replaced" else list(state):
+            if moved == "other memory":
+                state[name].data = state[name].clone()
+            else:
+                state[name] = state[name].clone()
+
+    assert all(map(torch.equal, trained(move), trained(lambda state: None)))
+
+
+@cpp_
 @both_optimizers
 def test_freed_memory_is_an_error(cls):
     """A tool that frees a gradient's storage and leaves the tensor would have the kernels read address 0."""

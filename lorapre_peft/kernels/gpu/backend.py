@@ -72,15 +72,14 @@ class DeviceTable(Table):
         positions = [self.matrices[i].position & 0xFFFFFFFF for i in self.places]
         self.group_numbers = on_device([self.of_group[i] for i in self.places], self.device, torch.int32)
         self.positions = on_device(positions, self.device, torch.int64)
-        self._kept: dict[str, tuple[list[int], Tensor, bool]] = {}
+        self._kept: dict[str, tuple[Sequence[int], Tensor, bool]] = {}
 
-    def addresses(self, name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    def addresses(self, name: str, found: Sequence[int]) -> tuple[Tensor, bool]:
         """Return the addresses of all matrices, [kinds of tensors, N] int64 on the device.
 
-        The second result says whether all of them are multiples of 16. Addresses that have not changed since the last
-        step are not copied again.
+        found: what `pointers` returns. The second result says whether all of them are multiples of 16. Addresses that
+        have not changed since the last step are not copied again.
         """
-        found = list(self.pointers(tensors))
         if name not in self._kept or self._kept[name][0] != found:
             n = len(self.places)
             ordered = [found[kind * n + i] for kind in range(len(found) // n) for i in self.places]
@@ -115,9 +114,9 @@ class Triton(RowKernels, WholeStep):
         found = torch.empty(len(table.places), 2, dtype=torch.float64, device=table.device)
         on_gpu = torch.cuda.device(table.device) if table.device.type == "cuda" else contextlib.nullcontext()
         with table.weights() as written, on_gpu:
-            g_table, g_aligned = table.addresses("grads", grads)
-            p_table, p_aligned = table.addresses("params", written)
-            s_table, _ = table.addresses("state", table.local_state)
+            g_table, g_aligned = table.addresses("grads", list(table.pointers(grads)))
+            p_table, p_aligned = table.addresses("params", list(table.pointers(written)))
+            s_table, _ = table.addresses("state", table.state_addresses)
             for kind, all_of_kind in table.classes:
                 for part in slices(all_of_kind.stop - all_of_kind.start, _matrices_at_once(kind)):
                     at = slice(all_of_kind.start + part.start, all_of_kind.start + part.stop)
