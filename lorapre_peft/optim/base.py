@@ -31,7 +31,6 @@ from .in_backward import InBackwardOptimizer, Located, groups_of
 from .options import check_flattened_shards, check_gradient, check_options, check_parameter, check_stack
 from .state import RANK_OPTIONS
 
-
 _kind = operator.attrgetter("shape", "dtype", "device")
 
 
