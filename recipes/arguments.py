@@ -28,7 +28,7 @@ def with_bases(config: dict[str, Any]) -> dict[str, Any]:
         seen.append(config["base"])
         base = CONFIGS / config["base"]
         own = {name: value for name, value in config.items() if name != "base"}
-        config = yaml.safe_load(base.read_text(encoding="utf-8")) | own
+        config = (yaml.safe_load(base.read_text(encoding="utf-8")) or {}) | own
     return config
 
 
@@ -64,7 +64,14 @@ class RecipeParser(TrlParser):
         return super().parse_args_into_dataclasses([*args, *self.precision.options], **options)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        return super().set_defaults_with_config(**with_bases(config))
+        config = with_bases(config)
+        for action in self._actions:  # argparse checks the choices of the command line alone.
+            value = config.get(action.dest)
+            if action.choices is not None and value is not None and value not in action.choices:
+                self.error(
+                    f"{action.dest}: {value!r} in the config, expected one of {', '.join(map(repr, action.choices))}"
+                )
+        return super().set_defaults_with_config(**config)
 
 
 def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipeParser, tuple[Any, ...], dict[str, Any]]:

@@ -71,12 +71,13 @@ class LoRAPreConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.momentum_rank_pattern = self.momentum_rank_pattern or {}  # Configs may say null.
         if self.update_rule not in RULES:
             raise ValueError(f"update_rule={self.update_rule!r}: expected one of {', '.join(map(repr, RULES))}")
         check_rule_options({name: getattr(self, name) for name in RULE_OPTIONS})
         largest = max([self.r, *(self.rank_pattern or {}).values()])
         named = {"momentum_rank": self.momentum_rank} | {
-            f"momentum_rank_pattern[{key!r}]": k for key, k in (self.momentum_rank_pattern or {}).items()
+            f"momentum_rank_pattern[{key!r}]": k for key, k in self.momentum_rank_pattern.items()
         }
         for name, k in named.items():
             if k is None and name == "momentum_rank":

@@ -260,11 +260,16 @@ def freeze_others(
     everything: set[Tensor] = set(model.parameters())
     rest = everything - targets.keys() - embedded
     frozen: dict[str, set[Tensor]] = {}
-    for label, choice, params in (
-        ("embeddings and head, frozen", embeddings or "frozen", embedded),
-        ("others, frozen", others or "adamw", rest),
+    for option, label, given, default, params in (
+        ("embeddings", "embeddings and head, frozen", embeddings, "frozen", embedded),
+        ("others", "others, frozen", others, "adamw", rest),
     ):
-        if choice == "frozen" and params:
+        if given == "adamw" and params and not any(param.requires_grad for param in params):
+            raise ValueError(
+                f"{option}='adamw': found {len(params)} parameters that are all frozen, perhaps by an earlier "
+                f"optimizer with {option}='frozen'. Thaw those that are to be trained: model.requires_grad_(True)"
+            )
+        if (given or default) == "frozen" and params:
             if isinstance(model, DistributedDataParallel) and any(param.requires_grad for param in params):
                 raise ValueError(
                     f"{label}: found a model that DistributedDataParallel has wrapped already, which waits for their "

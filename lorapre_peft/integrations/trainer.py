@@ -91,6 +91,12 @@ def _check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
             f"fsdp_config version {plugin['fsdp_version']}: LoRA-Pre needs rows and columns, and FSDP1 hands the "
             "optimizer flattened shards. Use FSDP2 (fsdp_config={'version': 2}), DDP or one process"
         )
+    if args.optim_args:
+        warnings.warn(
+            f"optim_args={args.optim_args!r} is not read, as Trainer does not pass it on: give the options to "
+            "lorapre_optimizer",
+            stacklevel=3,
+        )
     if not update_in_backward:
         return
     if args.gradient_accumulation_steps != 1:

@@ -49,7 +49,13 @@ def file_name(capability: str) -> str:
 def find(capability: str) -> Path | None:
     """Return the library from the wheel, or one that was compiled before, or None if there is neither."""
     name = file_name(capability)
-    return next((path for path in (FOLDER / name, cache() / name) if path.exists()), None)
+    if (FOLDER / name).exists():
+        return FOLDER / name
+    try:
+        made = cache() / name
+        return made if made.exists() else None
+    except (OSError, RuntimeError):  # The cache cannot be read, or there is no home.
+        return None
 
 
 def compile_library(capability: str, folder: Path) -> Path:

@@ -98,7 +98,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         ranks = {
             rank for param, group in given if group["momentum_rank"] is None for rank in self.ranks(param, group)[:1]
         }
-        spared = [tuple(group["params"][i].shape) for group in self.param_groups for i in group["uncompressed"]]
+        compressing = [group for group in self.param_groups if group["momentum_rank"] != 0]
+        spared = [tuple(group["params"][i].shape) for group in compressing for i in group["uncompressed"]]
         if ranks or spared:
             warnings.warn(describe_choice(ranks, spared), stacklevel=4)
 

@@ -112,6 +112,11 @@ def check_parameter(param: Tensor) -> None:
         raise TypeError(f"{where} and dtype {param.dtype}; LoRA-Pre trains real parameters: use torch.view_as_real")
     if not param.is_floating_point():
         raise TypeError(f"{where} and dtype {param.dtype}; expected a floating-point parameter")
+    if param.dtype.itemsize == 1:
+        raise TypeError(
+            f"{where} and dtype {param.dtype}, which torch does not add or multiply; expected float16, bfloat16, "
+            "float32 or float64: train a copy in one of these, or an adapter"
+        )
     if hasattr(param, "_fsdp_flattened") or hasattr(param, "ds_id"):
         engine = "DeepSpeed ZeRO-3" if hasattr(param, "ds_id") else "FSDP1"
         raise NotImplementedError(

@@ -101,6 +101,14 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
         )
     for group, saved in zip(optimizer.param_groups, saved_groups):
         check_saved_group(optimizer, group, saved)
+        names, found = group.get("param_names"), saved.get("param_names")
+        if names and found and names != found and sorted(names) == sorted(found):
+            first = next(i for i, (name, other) in enumerate(zip(names, found)) if name != other)
+            raise ValueError(
+                f"the saved state has the same parameters in another order: {found[first]!r} is where this {name} has "
+                f"{names[first]!r}, and a state is matched by its place. Build the optimizer with the parameters in "
+                "the order of the saved run"
+            )
     group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
     for index, (param, saved) in enumerate(matched_states(optimizer, state_dict)):
         group = group_of[param]

@@ -42,6 +42,18 @@ def test_without_a_compiler_the_kernels_must_be_there(monkeypatch, fresh_backend
         backends.choose("cpp", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("error", [PermissionError("denied"), RuntimeError("Could not determine home directory.")])
+def test_a_cache_out_of_reach_is_as_an_empty_one(monkeypatch, tmp_path, error):
+    def unreadable():
+        raise error
+
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "cache", unreadable)
+    assert build.find("DEFAULT") is None
+    (tmp_path / build.file_name("DEFAULT")).touch()
+    assert build.find("DEFAULT") == tmp_path / build.file_name("DEFAULT")
+
+
 @cpp_
 @pytest.mark.parametrize("place", ["package", "cache"])
 def test_kernels_are_known_by_sources_and_flags(monkeypatch, tmp_path, place):

@@ -55,6 +55,10 @@ def test_config_rejects(options, message):
         LoRAPreConfig(**({"r": 8} | options))
 
 
+def test_a_pattern_of_null_is_none():
+    assert LoRAPreConfig(r=8, momentum_rank_pattern=None).module_momentum_rank("q_proj", 8) == 2
+
+
 def test_largest_rank_of_the_pattern_bounds_the_momentum_rank():
     wide = {"r": 4, "rank_pattern": {"q_proj": 16}}
     assert LoRAPreConfig(**wide, momentum_rank_pattern={"q_proj": 15}).momentum_rank_pattern == {"q_proj": 15}

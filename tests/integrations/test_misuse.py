@@ -93,6 +93,17 @@ def test_frozen_targets(make_llama):
     assert names == {"model.layers.0.self_attn.q_proj.weight"}
 
 
+@pytest.mark.parametrize("option", ["embeddings", "others"])
+def test_what_is_to_be_trained_is_frozen(make_llama, option):
+    """As an earlier call leaves a model whose defaults freeze embeddings and head."""
+    model = make_llama()
+    create_lorapre_optimizer(model, others="frozen")
+    with pytest.raises(ValueError, match=rf"^{option}='adamw': found \d+ parameters that are all frozen"):
+        create_lorapre_optimizer(model, **{option: "adamw"})
+    model.requires_grad_(True)
+    assert create_lorapre_optimizer(model, **{option: "adamw"})
+
+
 def test_nothing_is_trainable(make_llama):
     with pytest.raises(
         ValueError, match=r"no trainable parameter: .*or thaw the weights with model.requires_grad_\(True\)"

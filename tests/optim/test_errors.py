@@ -188,6 +188,7 @@ def marked(**attributes):
 PARAMETERS = [
     (nn.Parameter(torch.ones(4, 3, dtype=torch.complex64)), TypeError, r"shape \(4, 3\) .*complex64; .* real"),
     (nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False), TypeError, r"int8; expected a float"),
+    (nn.Parameter(torch.ones(4, 3).to(torch.float8_e4m3fn)), TypeError, r"float8_e4m3fn, which torch .* float16"),
     (marked(_fsdp_flattened=True), NotImplementedError, r"shape \(20, 12\) that FSDP1 has "
                                                         r"flattened: .* Use FSDP2, DDP"),
     (marked(ds_id=3), NotImplementedError, r"shape \(20, 12\) that DeepSpeed ZeRO-3 has flattened: .* FSDP2"),
@@ -195,7 +196,7 @@ PARAMETERS = [
 
 
 @both_optimizers
-@pytest.mark.parametrize(("param", "error", "message"), PARAMETERS, ids=["complex", "int8", "fsdp1", "zero3"])
+@pytest.mark.parametrize(("param", "error", "message"), PARAMETERS, ids=["complex", "int8", "float8", "fsdp1", "zero3"])
 def test_parameters_that_no_step_could_update(cls, param, error, message):
     with pytest.raises(error, match=message):
         cls([param])

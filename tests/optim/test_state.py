@@ -181,6 +181,19 @@ def test_loads_more_than_once(cls):
 
 
 @both_optimizers
+def test_a_state_of_the_same_parameters_in_another_order_is_refused(cls):
+    """torch matches states by their places, which for matrices of equal shapes would exchange them in silence."""
+
+    def built(names):
+        return cls([(name, nn.Parameter(torch.ones(12, 8))) for name in names], lr=LR, momentum_rank=2)
+
+    saved = built(["a", "b", "c"]).state_dict()
+    with pytest.raises(ValueError, match=r"in another order: 'b' is where this LoRAPre.* has 'c', .* by its place"):
+        built(["a", "c", "b"]).load_state_dict(saved)
+    built(["x", "y", "z"]).load_state_dict(saved)  # Wrappers rename parameters.
+
+
+@both_optimizers
 def test_loaded_state_is_a_copy(cls):
     """Training on must not write into the state_dict that was loaded: it may be loaded again."""
     model = small_model()

@@ -1,6 +1,7 @@
 """The SFT entry point on a tiny model: which rows it takes, what it trains on, and what a run leaves behind."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -224,6 +225,16 @@ def test_an_unknown_key_is_named(tmp_path):
     (tmp_path / "wrong.yaml").write_text("base: smollm2.yaml\nmomentum_rnk: 2\n")
     with pytest.raises(ValueError, match="momentum_rnk"):
         recipe(tmp_path / "wrong.yaml")
+
+
+@pytest.mark.parametrize("line", ["optimizer: adam", "save_strategy: no"])
+def test_a_value_out_of_a_configs_choices_is_named(tmp_path, capsys, line):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"base: smollm2.yaml\n{line}\n")
+    with pytest.raises(SystemExit):
+        recipe(path)
+    key = line.partition(":")[0]
+    assert re.search(rf"{key}: .* in the config, expected one of '", capsys.readouterr().err)
 
 
 def test_a_command_without_a_model_says_what_to_give(capsys):
