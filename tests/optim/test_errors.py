@@ -196,7 +196,9 @@ PARAMETERS = [
 
 
 @both_optimizers
-@pytest.mark.parametrize(("param", "error", "message"), PARAMETERS, ids=["complex", "int8", "float8", "fsdp1", "zero3"])
+@pytest.mark.parametrize(
+    ("param", "error", "message"), PARAMETERS, ids=["complex", "int8", "float8", "fsdp1", "zero3"]
+)
 def test_parameters_that_no_step_could_update(cls, param, error, message):
     with pytest.raises(error, match=message):
         cls([param])
