@@ -2,7 +2,7 @@
 
 It computes AdamW's whole step, for all matrices in one call, and all of Muon's step but the orthogonalization. `build`
 finds or compiles its library. State and weights are read and written where they lie. Each thread holds about
-(k + k_v)(p + 2q) float32 numbers and 200 kB of its own, which do not count towards ``temporary_bytes``.
+(k + k_v)(p + 2q) float32 numbers and up to 400 kB of its own, which do not count towards ``temporary_bytes``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ FOUND = 4
 MOMENTUM_STATE = POINTERS[:3]
 # The rows of a matrix with more entries than this are split among threads.
 SPLIT_ENTRIES = 1 << 20
+# Muon steps as many matrices in one call as `temporary_bytes` has room for momenta: few, which threads have to share.
+MOMENTA_SPLIT_ENTRIES = 1 << 17
 
 
 @functools.cache
@@ -86,7 +88,8 @@ class Cpp(WholeStep):
         with table.weights() as written:
             pointers = array("Q", list(table.pointers([*grads, *written])))
             pointers.extend(table.state_addresses)
-            seen = self._call(table.shapes, table.groups, options, False, pointers, table.order, metrics is not None)
+            arrays = table.shapes, pointers, table.order
+            seen = self._call(*arrays, table.groups, options, False, SPLIT_ENTRIES, metrics is not None)
         norms = seen[:, 0]
         if metrics is not None:
             kept = usable(norms)
@@ -129,7 +132,8 @@ class Cpp(WholeStep):
         tensors = [*grads, *momenta.unbind()]
         tensors += [state[name] for name in MOMENTUM_STATE for state in batch.states[matrices]]
         pointers, order = array("Q", map(Tensor.data_ptr, tensors)), array("q", range(len(members)))
-        seen = self._call(shapes, batch.groups, options, nesterov, pointers, order, metrics is not None)
+        arrays = shapes, pointers, order
+        seen = self._call(*arrays, batch.groups, options, nesterov, MOMENTA_SPLIT_ENTRIES, metrics is not None)
         if metrics is not None:
             metrics.add_energy(seen[:, 0])
             metrics.add_captured(seen[:, 3].sum())
@@ -138,16 +142,18 @@ class Cpp(WholeStep):
     def _call(
         self,
         shapes: array,
+        pointers: array,
+        order: array,
         groups: list[dict[str, Any]],
         options: list[tuple],
         nesterov: bool,
-        pointers: array,
-        order: array,
+        split_entries: int,
         record: bool,
     ) -> Tensor:
         """Call the kernel ``step_matrices``, and return what it found of each matrix: [n, FOUND] float64.
 
         pointers: the addresses of all tensors. Null pointers are appended for those left out at the end.
+        split_entries: the rows of a matrix with more entries are split among threads.
         """
         n = len(order)
         _check_addresses(pointers)
@@ -157,7 +163,7 @@ class Cpp(WholeStep):
         arrays: tuple[array, ...] = (shapes, numbers, pointers, found, order)
         # Half of the temporaries is for the sums of split matrices.
         sum_bytes = min(int(group["temporary_bytes"]) for group in groups) // 2
-        self._step(*map(_at, arrays), n, SPLIT_ENTRIES, sum_bytes, record, torch.get_num_threads())
+        self._step(*map(_at, arrays), n, split_entries, sum_bytes, record, torch.get_num_threads())
         return torch.frombuffer(found, dtype=torch.float64).view(n, FOUND)
 
     def norms(self, grads: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,8 @@
 namespace {
 
 constexpr int PACKED_RANKS = 10;  // of both moments, up to which A and Bᵀx are used where they are
-constexpr int BLOCK = 64;         // rows whose factors are followed together; a multiple of ROWS
-constexpr int FOLLOWED = 3072;    // columns times ranks whose parts of A and Bᵀx fill half of the first-level cache
+constexpr int BLOCK = 128;         // rows whose factors are followed together; a multiple of ROWS
+constexpr int FOLLOWED = 6144;    // columns times ranks of which A and Bᵀx are packed together, 48 kB
 constexpr int STEP_CHUNK = 512;   // the most columns of a tile of `run`
 constexpr int LOOK_CHUNK = 512;   // columns that `look` takes at once; DOT_ROWS rows of them fit the first-level cache
 

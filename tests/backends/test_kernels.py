@@ -277,7 +277,7 @@ def test_muons_kernel_equals_eager(rule, shape, k):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_muons_rows_split_among_threads(monkeypatch, threads):
     """The factors, which nothing but the kernel makes, are the same in every bit."""
-    monkeypatch.setattr(cpp_backend, "SPLIT_ENTRIES", 500)
+    monkeypatch.setattr(cpp_backend, "MOMENTA_SPLIT_ENTRIES", 500)
     options = {"n": 3, "cls": LoRAPreMuon}
     (params, one), (others, other) = (run_in(count, (70, 40), 3, **options) for count in (1, threads))
     for a, b in zip(params, others):
