@@ -33,7 +33,7 @@ MOMENTUM_STATE = POINTERS[:3]
 # The rows of a matrix with more entries than this are split among threads.
 SPLIT_ENTRIES = 1 << 20
 # Muon steps as many matrices in one call as `temporary_bytes` has room for momenta: few, which threads have to share.
-MOMENTA_SPLIT_ENTRIES = 1 << 17
+MOMENTA_SPLIT_ENTRIES = 1 << 19
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .float64 import narrow, wide
-from .layout import Member, slices, tile_entries
+from .layout import TEMPORARIES, Member, slices, tile_entries
 from .rounding import random_keys, write_stochastic
 from .rules import RULES
 from .sharding import Placement, local
@@ -144,11 +144,13 @@ class Batch:
         return slice(0, self.rows.stop - self.rows.start)
 
     def chunks(self) -> Iterator[slice]:
-        """Yield slices of matrices with at most `tile_entries` p×q entries together, or of one matrix.
+        """Yield slices of `matrices_at_once`, which are the same on every process."""
+        return slices(len(self), self.matrices_at_once())
 
-        They are the same on every process.
-        """
-        return slices(len(self), self._tile_entries // (self.shape[0] * self.shape[1]))
+    def matrices_at_once(self, temporaries: int = TEMPORARIES) -> int:
+        """Return for how many matrices there is room for so many temporaries of their size, and at least 1."""
+        entries = min(tile_entries(group, temporaries) for group in self.groups)
+        return max(1, entries // (self.shape[0] * self.shape[1]))
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Yield (matrices, rows) of at most `tile_entries` entries: some whole matrices, or some rows of one."""

@@ -13,6 +13,7 @@ from ..kernels.cpp import Cpp
 from ..kernels.table import named_options
 from ..lowrank.batch import Batch
 from ..lowrank.float64 import narrow, wide
+from ..lowrank.layout import slices
 from ..lowrank.moments import Moment, move_on
 from ..lowrank.rules import MIN_FACTOR_NORM, Average
 from .adamw_path import AdamWOptions
@@ -201,9 +202,12 @@ class LoRAPreMuon(LoRAPreOptimizer):
     def _update_by_kernel(self, backend: Cpp, batch: Batch) -> None:
         options = [named_options(group, beta1=group["momentum"]) for group in batch.groups]
         metrics, steps = self._metrics if self.record_metrics else None, self._steps(batch)
-        for matrices in batch.chunks():
-            momentum = backend.momenta(batch, matrices, options, batch.groups[0]["nesterov"], metrics)
-            self._move(batch, matrices, momentum, *steps)
+        # The kernels have the momenta as their only temporary, and threads share the matrices of a call.
+        for matrices in slices(len(batch), batch.matrices_at_once(temporaries=1)):
+            momenta = backend.momenta(batch, matrices, options, batch.groups[0]["nesterov"], metrics)
+            for part in slices(len(momenta), batch.matrices_at_once()):
+                at = slice(matrices.start + part.start, matrices.start + part.stop)
+                self._move(batch, at, momenta[part], *steps)
 
     @staticmethod
     def _steps(batch: Batch) -> tuple[Tensor, Tensor | None]:
