@@ -37,6 +37,9 @@ def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> boo
         points = [(float(rate), loss) for rate, loss in row["rates"].items() if loss is not None]
         axis.plot(*zip(*points), label=row["label"], **style)
         axis.set_xscale("log")
+        rates = sorted({float(rate) for line in axis.lines for rate in line.get_xdata()})
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
         losses = [loss for line in axis.lines for loss in line.get_ydata()]
         axis.set_ylim(0.97 * min(losses), min(1.03 * max(losses), 2 * min(losses)))
 
