@@ -17,11 +17,11 @@ class NarrowRows : public Rows {
 
   // As `WideRows::run` does, with the roles of rows and columns exchanged.
   void run(int64_t begin, int64_t end) {
-    alignas(64) float x[NARROW][NARROW_CHUNK], u[NARROW][NARROW_CHUNK], root[ROWS][NARROW_CHUNK];
-    alignas(64) float flat[NARROW * NARROW_CHUNK];
+    alignas(64) float x[NARROW][HEIGHT], u[NARROW][HEIGHT], root[ROWS][HEIGHT];
+    alignas(64) float flat[NARROW * HEIGHT];
     const int q = int(s.q), blocks = (q + ROWS - 1) / ROWS * ROWS;
     const int most = std::max(s.moment[0].k, s.moment[1].k);
-    std::fill(x[q], x[q] + (blocks - q) * NARROW_CHUNK, 0.f);
+    std::fill(x[q], x[q] + (blocks - q) * HEIGHT, 0.f);
     // Aᵀ of both moments [blocks, k], with rows of zeros up to whole blocks, and P transposed likewise.
     scratch.columns.assign(4 * blocks * most, 0.f);
     float *A[2], *P[2];
@@ -31,17 +31,17 @@ class NarrowRows : public Rows {
       for (int j = 0; j < moment.k; ++j)
         for (int c = 0; c < q; ++c) A[i][c * moment.k + j] = moment.A[j * q + c];
     }
-    // [k, NARROW_CHUNK] of both moments: x Aᵀ, then what the update's products take for B; old B; B'.
-    scratch.rows.resize(6 * most * NARROW_CHUNK);
+    // [k, HEIGHT] of both moments: x Aᵀ, then what the update's products take for B; old B; B'.
+    scratch.rows.resize(6 * most * HEIGHT);
     float *C[2], *B[2], *B_new[2];
     for (int i = 0; i < 2; ++i) {
-      C[i] = scratch.rows.data() + 3 * i * most * NARROW_CHUNK;
-      B[i] = C[i] + most * NARROW_CHUNK, B_new[i] = B[i] + most * NARROW_CHUNK;
+      C[i] = scratch.rows.data() + 3 * i * most * HEIGHT;
+      B[i] = C[i] + most * HEIGHT, B_new[i] = B[i] + most * HEIGHT;
     }
 
-    scratch.soon.split((end - begin + NARROW_CHUNK - 1) / NARROW_CHUNK * q);
-    for (int64_t first = begin; first < end; first += NARROW_CHUNK) {
-      const int count = int(std::min<int64_t>(NARROW_CHUNK, end - first)), whole = int(padded(count));
+    scratch.soon.split((end - begin + HEIGHT - 1) / HEIGHT * q);
+    for (int64_t first = begin; first < end; first += HEIGHT) {
+      const int count = int(std::min<int64_t>(HEIGHT, end - first)), whole = int(padded(count));
       read_transposed(s.grad, s.grad_type, first * q, count, q, flat, x);
       for (int c = 0; c < q; ++c) {
         std::fill(x[c] + count, x[c] + whole, 0.f);
@@ -51,32 +51,33 @@ class NarrowRows : public Rows {
       for (int i = 0; i < 2; ++i) {
         const Moment& moment = s.moment[i];
         const int k = moment.k;
-        std::fill_n(C[i], k * NARROW_CHUNK, 0.f);
-        i ? project<true>(A[i], k, k, x[0], NARROW_CHUNK, blocks, whole, C[i], NARROW_CHUNK)
-          : project<false>(A[i], k, k, x[0], NARROW_CHUNK, blocks, whole, C[i], NARROW_CHUNK);
+        std::fill_n(C[i], k * HEIGHT, 0.f);
+        i ? project<true>(A[i], k, k, x[0], HEIGHT, blocks, whole, C[i], HEIGHT)
+          : project<false>(A[i], k, k, x[0], HEIGHT, blocks, whole, C[i], HEIGHT);
         follow_transposed(moment, first, count, whole, C[i], B[i], B_new[i], i);
         const float* left = s.projects_new ? B_new[i] : B[i];
         for (int c0 = 0; c0 < q; c0 += ROWS) {
-          Ahead param = param_ahead(first + NARROW_CHUNK, (c0 + i) * NARROW_CHUNK);
+          Ahead param = param_ahead(first + HEIGHT, (c0 + i) * HEIGHT);
           param.rows = 1;
+          const float* from = x[c0];
           float* to = P[i] + c0 * k;
           if (i)
-            BY_RANKS(k, (dot_tile<ROWS, J, true>(x[c0], NARROW_CHUNK, left + j0 * NARROW_CHUNK, NARROW_CHUNK, whole, to + j0, k, param)))
+            BY_RANKS(k, (dot_tile<ROWS, J, true>(from, HEIGHT, left + j0 * HEIGHT, HEIGHT, whole, to + j0, k, param)))
           else
-            BY_RANKS(k, (dot_tile<ROWS, J, false>(x[c0], NARROW_CHUNK, left + j0 * NARROW_CHUNK, NARROW_CHUNK, whole, to + j0, k, param)))
+            BY_RANKS(k, (dot_tile<ROWS, J, false>(from, HEIGHT, left + j0 * HEIGHT, HEIGHT, whole, to + j0, k, param)))
         }
       }
       for (int c0 = 0; c0 < q; c0 += ROWS) {
-        outer(A[0] + c0 * s.moment[0].k, s.moment[0].k, C[0], NARROW_CHUNK, whole, u[c0], NARROW_CHUNK);
-        outer(A[1] + c0 * s.moment[1].k, s.moment[1].k, C[1], NARROW_CHUNK, whole, *root, NARROW_CHUNK);
+        outer(A[0] + c0 * s.moment[0].k, s.moment[0].k, C[0], HEIGHT, whole, u[c0], HEIGHT);
+        outer(A[1] + c0 * s.moment[1].k, s.moment[1].k, C[1], HEIGHT, whole, *root, HEIGHT);
         for (int c = c0; c < std::min(q, c0 + ROWS); ++c) {
-          Ahead param = param_ahead(first + NARROW_CHUNK, c * NARROW_CHUNK);
+          Ahead param = param_ahead(first + HEIGHT, c * HEIGHT);
           param.rows = c - c0 >= 2;
           scratch.soon.fetch();
           normalise(u[c], root[c - c0], x[c], count, param);
         }
       }
-      transpose(*u, NARROW_CHUNK, q, count, flat, q);
+      transpose(*u, HEIGHT, q, count, flat, q);
       move(flat, first * q, count * q);
     }
     for (int i = 0; i < 2; ++i)
@@ -97,46 +98,46 @@ class NarrowRows : public Rows {
     look_at(m, count);
   }
 
-  // `WideRows::follow` of rows that lie along registers. C: x Aᵀ [k, NARROW_CHUNK], and then what the update multiplies A by.
+  // `WideRows::follow` of rows along registers. C: x Aᵀ [k, HEIGHT], and then what the update multiplies A by.
   void follow_transposed(const Moment& moment, int64_t first, int count, int whole, float* C, float* B, float* B_new,
                          int i) {
     const int k = moment.k;
     switch (k) {
       case 1: std::copy_n(moment.B + first, count, B); break;
-      case 2: split_columns<2>(moment.B + first * k, count, B, NARROW_CHUNK); break;
-      case 4: split_columns<4>(moment.B + first * k, count, B, NARROW_CHUNK); break;
-      default: transpose(moment.B + first * k, k, count, k, B, NARROW_CHUNK);
+      case 2: split_columns<2>(moment.B + first * k, count, B, HEIGHT); break;
+      case 4: split_columns<4>(moment.B + first * k, count, B, HEIGHT); break;
+      default: transpose(moment.B + first * k, k, count, k, B, HEIGHT);
     }
     for (int j = 0; j < k; ++j) {
-      std::fill_n(B + j * NARROW_CHUNK + count, whole - count, 0.f);
+      std::fill_n(B + j * HEIGHT + count, whole - count, 0.f);
       for (int r = 0; r < whole; r += LANES) {
         Vec fit = {};
-        for (int l = 0; l < k; ++l) fit += moment.R[l * padded(k) + j] * load(C + l * NARROW_CHUNK + r);
-        store(B_new + j * NARROW_CHUNK + r, fit);
+        for (int l = 0; l < k; ++l) fit += moment.R[l * padded(k) + j] * load(C + l * HEIGHT + r);
+        store(B_new + j * HEIGHT + r, fit);
       }
     }
     if (s.metrics && i == 0)
       for (int j = 0; j < k; ++j)
         for (int l = 0; l < k; ++l)
           for (int r = 0; r < count; ++r)
-            sums.captured += moment.gram[j * k + l] * B_new[j * NARROW_CHUNK + r] * B_new[l * NARROW_CHUNK + r];
+            sums.captured += moment.gram[j * k + l] * B_new[j * HEIGHT + r] * B_new[l * HEIGHT + r];
     for (int j = 0; j < k; ++j)
-      for (int at = j * NARROW_CHUNK; at < j * NARROW_CHUNK + whole; at += LANES) {
+      for (int at = j * HEIGHT; at < j * HEIGHT + whole; at += LANES) {
         const Vec fit = load(B_new + at), old = load(B + at);
         store(B_new + at, moment.keep * old + moment.gain * fit);
         store(C + at, moment.by_B * old + moment.by_X * fit);
       }
     switch (k) {
       case 1: std::copy_n(B_new, count, moment.B + first); break;
-      case 2: join_columns<2>(B_new, NARROW_CHUNK, count, moment.B + first * k); break;
-      case 4: join_columns<4>(B_new, NARROW_CHUNK, count, moment.B + first * k); break;
-      default: transpose(B_new, NARROW_CHUNK, k, count, moment.B + first * k, k);
+      case 2: join_columns<2>(B_new, HEIGHT, count, moment.B + first * k); break;
+      case 4: join_columns<4>(B_new, HEIGHT, count, moment.B + first * k); break;
+      default: transpose(B_new, HEIGHT, k, count, moment.B + first * k, k);
     }
     const float* left = s.projects_new ? B_new : B;
     double* gram = sums.grams[i].data();
     const int stride = moment.gram_columns;
-    add_products(left, left, k, NARROW_CHUNK, whole, gram, stride);
-    if (s.projects_new) add_products(left, B, k, NARROW_CHUNK, whole, gram + k, stride);
+    add_products(left, left, k, HEIGHT, whole, gram, stride);
+    if (s.projects_new) add_products(left, B, k, HEIGHT, whole, gram + k, stride);
   }
 };
 

@@ -21,7 +21,7 @@ constexpr int DOT_ROWS = LANES == 16 ? 8 : 4, DOT_RANKS = 2;  // that `dot_tile`
 constexpr int STEP_WIDTH = LANES == 16 ? 2 : 1;  // registers of ROWS rows that an update is computed of at once
 constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
 constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
-constexpr int NARROW_CHUNK = 128;  // rows whose buffers then stay in the first-level cache; a multiple of LANES
+constexpr int HEIGHT = 128;  // rows whose buffers then stay in the first-level cache; a multiple of LANES
 constexpr int RANKS = LANES == 16 ? 4 : 2;  // of a factor that are in registers at once, with sums for ROWS rows
 constexpr int WIDTH = LANES == 16 ? 4 : 2;  // registers along a row that are held at once, likewise
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -256,10 +256,10 @@ void transpose(const float* from, int64_t from_stride, int rows, int columns, fl
 
 // Some rows of x from `at` on, as columns × rows. flat: room for them.
 void read_transposed(const void* x, Type type, int64_t at, int rows, int columns, float* flat,
-                     float (*out)[NARROW_CHUNK]) {
+                     float (*out)[HEIGHT]) {
   const float* from = type == FLOAT32 ? static_cast<const float*>(x) + at : flat;
   if (type != FLOAT32) read(x, type, at, rows * columns, flat);
-  transpose(from, columns, rows, columns, *out, NARROW_CHUNK);
+  transpose(from, columns, rows, columns, *out, HEIGHT);
 }
 
 }  // namespace
