@@ -23,6 +23,11 @@ def test_training_arguments_in_place_of_the_name(tmp_path):
         lorapre_optimizer(arguments(tmp_path))
 
 
+def test_options_where_trainer_does_not_pass_them_on(tmp_path):
+    with pytest.warns(UserWarning, match=r"optim_args='momentum_rank=2' is not read, .*: give the options to"):
+        lorapre_optimizer("adamw", arguments(tmp_path, optim_args="momentum_rank=2"))
+
+
 @pytest.mark.parametrize("given", [1e-3, {"lr": 1e-3}, torch.tensor(1e-3)], ids=["number", "dict", "tensor"])
 def test_no_name_of_an_optimizer(make_llama, given):
     message = rf"found a {type(given).__name__} where the optimizer's name is expected: "

@@ -132,3 +132,10 @@ def test_what_is_spared_stays_so_through_a_checkpoint(cls):
     take_steps(third, again, *(own[2:] for own in grads))
     assert all(map(torch.equal, again, params))
     assert set(third.state[again[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@both_optimizers
+def test_no_rank_at_all_is_no_choice_to_warn_about(cls):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls([("embed_tokens.weight", nn.Parameter(torch.ones(40, 8)))], lr=LR, momentum_rank=0)

@@ -15,6 +15,7 @@ from lorapre_peft import LoRAPreConfig
 from lorapre_peft.integrations.create import OPTIMIZERS
 from recipes import sft
 from recipes.arguments import CONFIGS as CONFIG_FOLDER
+from recipes.arguments import with_bases
 from recipes.data import ALPACA_PROMPT, load_data, write_manifest
 from recipes.models import load_model
 from recipes.precision import Precision
@@ -225,6 +226,11 @@ def test_an_unknown_key_is_named(tmp_path):
     (tmp_path / "wrong.yaml").write_text("base: smollm2.yaml\nmomentum_rnk: 2\n")
     with pytest.raises(ValueError, match="momentum_rnk"):
         recipe(tmp_path / "wrong.yaml")
+
+
+def test_an_empty_config_is_a_base_as_well(tmp_path):
+    (tmp_path / "empty.yaml").touch()
+    assert with_bases({"base": str(tmp_path / "empty.yaml"), "seed": 3}) == {"seed": 3}
 
 
 @pytest.mark.parametrize("line", ["optimizer: adam", "save_strategy: no"])
