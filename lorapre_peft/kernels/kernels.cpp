@@ -65,7 +65,6 @@ class Task {
 
   // Names what the step reads, of the weights only the first. A matrix that does not fit the cache has nothing named.
   void tell(Soon& soon) const {
-    soon.clear();
     if (shape.p * shape.q > CACHED_ENTRIES) return;
     const int64_t size = sizeof(float);
     soon.add(at.m_A, shape.q * shape.m_rank * size), soon.add(at.v_A, shape.q * shape.v_rank * size);

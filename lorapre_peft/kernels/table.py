@@ -80,7 +80,8 @@ class Table:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients as contiguous tensors, viewed as by `stacks`."""
-        return contiguous(self.stacks([param.grad for param in self.params if param.grad is not None]))
+        grads: list[Any] = [param.grad for param in self.params]  # None of them is None: `takes` has asked.
+        return contiguous(self.stacks(grads))
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[Tensor]]:
