@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from backend_runs import assert_like_eager, assert_like_rounded, cpp_, parameters, peak_of_a_step, run, triton_
+from backend_runs import (
+    assert_like_eager,
+    assert_like_rounded,
+    cpp_,
+    parameters,
+    peak_of_a_step,
+    run,
+    tensors,
+    triton_,
+)
 from roundoff import assert_same_steps, gamma
 from stepping import LR, both_optimizers, both_rules, stream, take_steps, weights
 from torch import nn
@@ -76,13 +85,20 @@ def test_norms_of_any_size(size):
     torch.testing.assert_close(a["v_energy"], b["v_energy"], rtol=2 * gamma(19 * 17), atol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter multiplies no bfloat16 numbers")
-@pytest.mark.parametrize("rule", ["als", "newton"])
-def test_bfloat16_gradients_on_tensor_cores(rule):
+@pytest.mark.parametrize(
+    ("rule", "k_v", "options"),
+    [("als", 1, {}), ("als", 3, {"maximize": True, "max_param_grad_norm": 0.5}), ("newton", None, {})],
+    ids=["als", "als, clipped and maximized", "newton"],
+)
+@triton_
+def test_bfloat16_on_tensor_cores(bfloat16_products, rule, k_v, options):
     shape, k = (200, 150), 8
-    found, expected = (run(name, shape, k, dtype=torch.bfloat16, update_rule=rule) for name in ("triton", "eager"))
+    options = options | dict(dtype=torch.bfloat16, update_rule=rule, second_momentum_rank=k_v)
+    found, expected = (run(name, shape, k, **options) for name in ("triton", "eager"))
     assert_like_rounded(found[0], expected[0])
+    assert_same_steps(
+        tensors([], found[1]), lambda prepare: tensors([], run("eager", shape, k, prepare=prepare, **options)[1])
+    )
 
 
 @triton_

@@ -66,7 +66,7 @@ def tensors(params, optimizer):
 
     These are the parameters and, of their states, the counts of steps and the products of factors.
     """
-    states = [optimizer.state[param] for param in params]
+    states = list(optimizer.state.values())
     return [*params, *(value for state in states for value in (state["step"], *products(state)))]
 
 

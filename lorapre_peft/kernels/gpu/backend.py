@@ -34,6 +34,8 @@ PROGRAMS = 1056
 MAX_SPLITS = 32
 # The loads of STAGES blocks are under way at once. A block of `_fit_bfloat16` has FIT_ROWS rows.
 STAGES, FIT_ROWS = 3, 128
+# A block of `_update_bfloat16`, its warps, and the blocks whose loads are under way.
+UPDATE_ROWS, UPDATE_COLUMNS, UPDATE_WARPS, UPDATE_STAGES = 16, 128, 4, 3
 # A program of the smaller kernels works through this many columns or rows of a factor.
 PART = 512
 
@@ -208,19 +210,31 @@ def _launch(
         states, m_X, v_X, m_R, v_R, m_lengths, v_lengths, m_B, v_B, C, m_grams, v_grams, held, stride, n, p, k_m,
         k_v, **parts, TRACKED=tracked,
     )  # fmt: skip
-    column_blocks, row_blocks = triton.cdiv(q, tile.columns), triton.cdiv(p, tile.rows)
+    on_tensor_cores = on_tensor_cores and kind.param == torch.bfloat16
+    block_rows, block_columns = (UPDATE_ROWS, UPDATE_COLUMNS) if on_tensor_cores else (tile.rows, tile.columns)
+    column_blocks, row_blocks = triton.cdiv(q, block_columns), triton.cdiv(p, block_rows)
     splits = min(row_blocks, MAX_SPLITS, max(1, PROGRAMS // (n * column_blocks)))
-    rows_per_split = triton.cdiv(row_blocks, splits) * tile.rows
+    rows_per_split = triton.cdiv(row_blocks, splits) * block_rows
     splits = triton.cdiv(p, rows_per_split)
     m_P, v_P = (new(splits, n, k, q) for k in kind.ranks)
     programs = splits * n * column_blocks if metrics is not None else 1
     largest, clamped = new(programs), new(programs, dtype=torch.int32)
-    passes._update[(column_blocks, splits, n)](
+    updated = (
         grads, params, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, held, keys, largest, clamped,
-        stride, n, p, q, k_m, k_v, rows_per_split, **ranks, **types, PARAM=TYPES[kind.param],
-        ROWS=tile.rows, COLUMNS=tile.columns, SUMS=1 if q > WIDE else tile.rows, STAGES=tile.stages,
-        TRACKED=tracked, STOCHASTIC=kind.stochastic, METRICS=metrics is not None, num_warps=tile.warps,
+        stride, n, p, q, k_m, k_v, rows_per_split,
     )  # fmt: skip
+    how = dict(ROWS=block_rows, COLUMNS=block_columns, ALIGNED=aligned, TRACKED=tracked, STOCHASTIC=kind.stochastic)
+    how |= dict(METRICS=metrics is not None)
+    if on_tensor_cores:
+        passes._update_bfloat16[(column_blocks, splits, n)](
+            *updated, **how, K_M=max(16, K_M), K_V=1 if K_V == 1 else max(16, K_V), STAGES=UPDATE_STAGES,
+            num_warps=UPDATE_WARPS,
+        )  # fmt: skip
+    else:
+        passes._update[(column_blocks, splits, n)](
+            *updated, **how, **ranks, GRAD=types["GRAD"], PARAM=TYPES[kind.param],
+            SUMS=1 if q > WIDE else tile.rows, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
     if metrics is not None:
         metrics.add_sizes(largest.amax(), clamped.sum(), n * p * q)
         scale = held[blocks.NUMBERS.index("g_scale"), :, None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from ...lowrank import rounding
 from ...lowrank.rules import MIN_FACTOR_NORM
@@ -29,6 +30,7 @@ STEP, M_B, M_A, V_B, V_A, ENERGY, SCALE = map(tl.constexpr, range(len(POINTERS))
 # `_numbers` writes two norms of each matrix: ‖g‖ after clipping, which is −1 for an expert whose gradient is zero, and
 # ‖g‖ as the step uses it, which is 0 where the gradient is not usable.
 FOUND: tl.constexpr = tl.constexpr(2)
+INTERPRETED: tl.constexpr = tl.constexpr(knobs.runtime.interpret)
 SALT: tl.constexpr = tl.constexpr(rounding.SALT)
 SALTED: tl.constexpr = tl.constexpr(rounding.mix(rounding.SALT))  # This is the second round's key of key 0.
 LARGEST_SQUARE: tl.constexpr = tl.constexpr(3.4028234663852886e38)
@@ -89,6 +91,19 @@ def hash_round(bits, key):
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
     return bits ^ (bits >> 16)
+
+
+@triton.jit
+def quotient(a, square, eps):
+    """Return a / (√square + eps) for eps ≥ 2⁻⁶³, to two units in the last place.
+
+    Compiled kernels take a root and a reciprocal that count subnormal numbers, which are nothing beside eps, as zero:
+    the code for those numbers would take a tenth of `_update`.
+    """
+    if INTERPRETED:
+        return a / (tl.sqrt(square) + eps)
+    root = tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [square], tl.float32, True, 1)
+    return a * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [root + eps], tl.float32, True, 1)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from .blocks import (
     hash_round,
     number,
     own,
+    quotient,
     state_of,
 )
 
@@ -179,7 +180,7 @@ def _update(
         c = tl.load(C + m_at, mask=m_inside, other=0)
         m = tl.sum(c * m_columns, 0, keep_dims=True) + residual * g
         root = tl.sum(tl.load(v_old + v_at, mask=v_inside, other=0) * v_columns, 0, keep_dims=True)
-        u = m / (tl.sqrt(root * root + g * g) + eps)
+        u = quotient(m, root * root + g * g, eps)
         if METRICS:
             size = tl.where(inside, tl.abs(u), 0.0)
             most = tl.maximum(most, size)
@@ -208,3 +209,102 @@ def _update(
         program = at * tl.num_programs(0) + block
         tl.store(largest + program, tl.max(tl.max(tl.max(most, 2), 1), 0))
         tl.store(clamped + program, tl.sum(tl.sum(tl.sum(count, 2), 1), 0))
+
+
+@triton.jit
+def _update_bfloat16(
+    grads, thetas, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, table, keys, largest, clamped,
+    stride, n, p, q, k_m, k_v, rows_per_split,
+    K_M: tl.constexpr, K_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, TRACKED: tl.constexpr, STOCHASTIC: tl.constexpr, METRICS: tl.constexpr,
+):  # fmt: skip
+    """Do what `_update` does on tensor cores, for bfloat16 gradients and weights.
+
+    C m_A is a product of three TF32 parts of each factor, which differs from float32's in its last places. Those of
+    bfloat16 gradients with B's bfloat16 parts are exact. K_M and, where it is not 1, K_V are at least 16.
+    """
+    block, split, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    g_ptr = own(grads, matrix, tl.bfloat16, ALIGNED)
+    theta_ptr = own(thetas, matrix, tl.bfloat16, ALIGNED)
+    g_scale, residual = number(table, G_SCALE, n, matrix), number(table, RESIDUAL, n, matrix)
+    v_scale, eps = number(table, V_SCALE, n, matrix), number(table, ROOT_EPS, n, matrix)
+    step, decay = number(table, LENGTH, n, matrix), number(table, DECAY, n, matrix)
+    limit = number(table, LIMIT, n, matrix)
+    here = tl.where(number(table, UPDATES, n, matrix) > 0, p, 0)  # Rows up to here are read and written.
+    key, salted = tl.load(keys + matrix).to(tl.uint32), tl.load(keys + n + matrix).to(tl.uint32)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    m_ranks, v_ranks = tl.arange(0, K_M), tl.arange(0, K_V)
+    m_columns = tl.load(
+        m_A + matrix * k_m * q + m_ranks[:, None] * q + columns[None, :],
+        mask=(m_ranks[:, None] < k_m) & (columns[None, :] < q), other=0,
+    )  # fmt: skip
+    v_columns = tl.load(
+        v_A + matrix * k_v * q + v_ranks[:, None] * q + columns[None, :],
+        mask=(v_ranks[:, None] < k_v) & (columns[None, :] < q), other=0,
+    )  # fmt: skip
+    if TRACKED:  # B of dead directions counts as zero.
+        alive = tl.load(v_lengths + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) > 0
+        v_columns = tl.where(alive[:, None], v_columns, 0)
+    v_columns = v_columns * v_scale
+    C += matrix * p * k_m
+    v_old = state_of(states, V_B, stride, matrix)
+    if TRACKED:
+        m_rows, v_rows = m_B + matrix * p * k_m, v_B + matrix * p * k_v
+    else:
+        m_rows, v_rows = state_of(states, M_B, stride, matrix), v_old
+    m_sum = tl.zeros((COLUMNS, K_M), tl.float32)
+    v_sum = tl.zeros((COLUMNS, K_V), tl.float32) if K_V > 1 else tl.zeros((ROWS, COLUMNS), tl.float32)
+    most = tl.zeros((ROWS, COLUMNS), tl.float32)
+    count = tl.zeros((ROWS, COLUMNS), tl.int32)
+    first = split * rows_per_split
+    for start in tl.range(first, min(first + rows_per_split, p), ROWS, num_stages=STAGES):
+        rows = start + tl.arange(0, ROWS)
+        at = rows[:, None].to(tl.int64) * q + columns[None, :]
+        inside = (rows[:, None] < here) & (columns[None, :] < q)
+        raw = tl.load(g_ptr + at, mask=inside, other=0)
+        theta = tl.load(theta_ptr + at, mask=inside, other=0).to(tl.float32)
+        m_at, m_inside = rows[:, None] * k_m + m_ranks[None, :], (rows[:, None] < p) & (m_ranks[None, :] < k_m)
+        v_at, v_inside = rows[:, None] * k_v + v_ranks[None, :], (rows[:, None] < p) & (v_ranks[None, :] < k_v)
+        g = raw.to(tl.float32) * g_scale
+        m = tl.dot(tl.load(C + m_at, mask=m_inside, other=0), m_columns, input_precision="tf32x3") + residual * g
+        v = tl.load(v_old + v_at, mask=v_inside, other=0)
+        root = tl.dot(v, v_columns, input_precision="tf32x3") if K_V > 1 else v * v_columns
+        u = quotient(m, root * root + g * g, eps)
+        if METRICS:
+            size = tl.where(inside, tl.abs(u), 0.0)
+            most = tl.maximum(most, size)
+            count += (size > limit).to(tl.int32)
+        if TRACKED:
+            u = tl.minimum(tl.maximum(u, -limit), limit)
+        new = theta - (step * u + decay * theta)
+        if STOCHASTIC:
+            bits = hash_round(hash_round(at.to(tl.uint32), key), salted) & 0xFFFF
+            rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            new = tl.where(tl.abs(new) < float("inf"), rounded, new)
+        tl.store(theta_ptr + at, new.to(tl.bfloat16), mask=inside)
+        turned = tl.trans(raw)
+        high, middle, low = _three(tl.load(m_rows + m_at, mask=m_inside, other=0))
+        m_sum = tl.dot(turned, high, tl.dot(turned, middle, tl.dot(turned, low, m_sum)))
+        v = tl.load(v_rows + v_at, mask=v_inside, other=0)
+        if K_V > 1:
+            high, middle, low = _three(v)
+            turned = tl.abs(turned)
+            v_sum = tl.dot(turned, high, tl.dot(turned, middle, tl.dot(turned, low, v_sum)))
+        else:
+            v_sum += v * tl.abs(raw.to(tl.float32))
+    at = split * n + matrix
+    tl.store(
+        m_P + (at * k_m + m_ranks[None, :]) * q + columns[:, None], m_sum * g_scale,
+        mask=(m_ranks[None, :] < k_m) & (columns[:, None] < q),
+    )  # fmt: skip
+    if K_V > 1:
+        tl.store(
+            v_P + (at * k_v + v_ranks[None, :]) * q + columns[:, None], v_sum * tl.abs(g_scale),
+            mask=(v_ranks[None, :] < k_v) & (columns[:, None] < q),
+        )  # fmt: skip
+    else:
+        tl.store(v_P + at * q + columns, tl.sum(v_sum, 0) * tl.abs(g_scale), mask=columns < q)
+    if METRICS:
+        program = at * tl.num_programs(0) + block
+        tl.store(largest + program, tl.max(tl.max(most, 1), 0))
+        tl.store(clamped + program, tl.sum(tl.sum(count, 1), 0))
