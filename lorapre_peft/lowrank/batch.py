@@ -149,7 +149,7 @@ class Batch:
 
     def matrices_at_once(self, temporaries: int = TEMPORARIES) -> int:
         """Return for how many matrices there is room for so many temporaries of their size, and at least 1."""
-        entries = min(tile_entries(group, temporaries) for group in self.groups)
+        entries = min(tile_entries(group, self.device, temporaries) for group in self.groups)
         return max(1, entries // (self.shape[0] * self.shape[1]))
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
@@ -161,7 +161,7 @@ class Batch:
 
     @property
     def _tile_entries(self) -> int:
-        return min(map(tile_entries, self.groups))
+        return min(tile_entries(group, self.device) for group in self.groups)
 
     def gradients(self, matrices: slice, rows: slice) -> Tensor:
         """Return a tile of the clipped gradients, negated to maximize: [n, rows, q] float32. Do not write to it."""

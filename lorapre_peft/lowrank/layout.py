@@ -18,6 +18,8 @@ from .sharding import WHOLE, Placement, local, placement_of
 # The eager backend holds at most this many temporaries of the size of a tile, or of a batch's factors, at once. A test
 # counts them.
 TEMPORARIES = 8
+# These are the defaults of ``temporary_bytes``. A batch of any size takes a GPU some 450 launches.
+TEMPORARY_BYTES, GPU_BATCH_BYTES = 64_000_000, 512_000_000
 # This is the paper's momentum rank for fine-tuning the weights of 7B and 8B models (Table 2).
 MOMENTUM_RANK = 8
 # The position of expert e of a stack is the parameter's own plus e times this. No model has as many parameters.
@@ -178,16 +180,17 @@ def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: i
     part.plain, part.batches = list(plain.values()), []
     for indices in equal.values():
         first = part.matrices[indices[0]]
-        limit = min(tile_entries(part.matrices[i].group, temporaries) for i in indices)
+        limit = min(tile_entries(part.matrices[i].group, part.device, temporaries) for i in indices)
         part.batches += map(indices.__getitem__, slices(len(indices), limit // (sum(first.ranks) * sum(first.shape))))
 
 
-def tile_entries(group: dict[str, Any], temporaries: int = TEMPORARIES) -> int:
+def tile_entries(group: dict[str, Any], device: torch.device, temporaries: int = TEMPORARIES) -> int:
     """Return how many entries a float32 temporary of a group's step may have.
 
     This many ``temporaries`` of that size fit into half of the group's ``temporary_bytes``.
     """
-    return max(1, int(group["temporary_bytes"]) // (2 * 4 * temporaries))
+    default = GPU_BATCH_BYTES if device.type == "cuda" else TEMPORARY_BYTES
+    return max(1, int(group["temporary_bytes"] or default) // (2 * 4 * temporaries))
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

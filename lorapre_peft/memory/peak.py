@@ -138,9 +138,9 @@ def estimate(
     """Return the peak memory of training with LoRA-Pre, by a dry run of its optimizer on the meta device.
 
     Nothing of the model's size is allocated. Weights, gradients, state and temporaries are what the eager backend
-    makes on a CPU. Kernels make less. On CUDA, torch's AdamW for many tensors at once may take up to
-    ``temporary_bytes``/8 more on the AdamW path. Workspaces of kernels, CUDA's context and the fragmentation of its
-    allocator are not counted.
+    makes on a CPU. Kernels make less. On CUDA, batches may take 512 MB where a CPU's take 64 (``temporary_bytes``),
+    and torch's AdamW for many tensors at once up to an eighth of that more on the AdamW path. Workspaces of kernels,
+    CUDA's context and the fragmentation of its allocator are not counted.
 
     Activations are those of text without padding, with logits at every position, as transformers' own loss makes them.
     For a model of images or sound, inputs have the size in its config. A model of text and images gets only text.
@@ -227,7 +227,7 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
         if in_backward:
             most = 1
         elif ranks:
-            most = max(1, tile_entries(group) // (sum(ranks) * sum(shape)))
+            most = max(1, tile_entries(group, param.device) // (sum(ranks) * sum(shape)))
         else:
             most = sys.maxsize  # The AdamW path packs parameters of all shapes together.
         if param.numel() and counts[key] < most:

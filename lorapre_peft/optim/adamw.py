@@ -88,7 +88,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         max_param_grad_norm: float | None = None,
         bf16_rounding: str = "stochastic",
         update_in_backward: bool = False,
-        temporary_bytes: int = 64_000_000,
+        temporary_bytes: int | None = None,
         maximize: bool = False,
         seed: int = 0,
         backend: str = "auto",

@@ -61,7 +61,7 @@ def adamw_dtype(param: Tensor) -> torch.dtype:
 
 def adamw_path(group: dict[str, Any], options: AdamWOptions, items: list[Item]) -> None:
     """Take one AdamW step with these parameters of one group, in place, through torch's functional AdamW."""
-    limit = tile_entries(group)
+    limit = tile_entries(group, items[0].param.device)
     pieces: list[tuple[Item, Any]] = []
     size = 0
     for piece in _pieces(items, limit):

@@ -58,7 +58,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
                 made the gradient. `step` then only closes the step. This excludes gradient accumulation, global-norm
                 clipping and GradScaler. In several processes it works under FSDP2, and under DDP with
                 `ddp_update_hook`.
-            temporary_bytes: bound on all temporaries of a compressed matrix's step together. Muon's orthogonalization,
+            temporary_bytes: bound on all temporaries of a compressed matrix's step together. None means 64 MB, and
+                512 MB for what a GPU steps in batches (Muon, and momentum ranks above 16). Muon's orthogonalization,
                 which needs the whole matrix, and what each thread of ``backend="cpp"`` holds (`kernels.cpp`) do not
                 count towards it.
             maximize: whether the objective is maximized.

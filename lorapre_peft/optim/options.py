@@ -81,7 +81,8 @@ def check_options(group: dict[str, Any]) -> None:
         above_zero("max_param_grad_norm", group["max_param_grad_norm"], ", or None for no clipping")
     if group["bf16_rounding"] not in ("nearest", "stochastic"):
         raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
-    in_range("temporary_bytes", group["temporary_bytes"], 1)
+    if group["temporary_bytes"] is not None:
+        in_range("temporary_bytes", group["temporary_bytes"], 1)
 
 
 # These options belong to an update rule.
