@@ -110,7 +110,10 @@ def _bars(axis: plt.Axes, case: dict[str, Any]) -> None:
         axis.plot([low, high], [row, row], color="black", linewidth=1.2)
         axis.text(max(high, 1) * 1.05, row, f"{result['ratio']:.2f}", va="center", fontsize=7)
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log")
+    axis.set_xscale("log", subs=(2, 5))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params("x", which="both", labelsize=8)
     smallest = min(result["ratio"] or 1 for result in results)
     axis.set_xlim(min(0.5, 0.8 * smallest), 2 * max(widest, 1.5) ** 1.15)  # room for the number beside the longest bar
     axis.set_yticks(range(len(results)), [result["name"] for result in results], fontsize=8)
