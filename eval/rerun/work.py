@@ -51,9 +51,10 @@ def train(part: list[Cell], store: Store, surroundings: dict[str, Any], shares_g
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. CUDA stops at a −1."""
+    count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
 
 
 def train_in_processes(part: list[Cell], store: Store, jobs: int, surroundings: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ from ..optim.adamw import LoRAPreAdamW
 from ..optim.base import LoRAPreOptimizer
 from ..optim.muon import LoRAPreMuon
 from .summary import state_table
-from .targets import Targets, adapter_targets, freeze_others, has_adapter, weight_targets
+from .targets import Targets, adapter_targets, freeze_others, has_adapter, thawed_after_an_error, weight_targets
 
 OPTIMIZERS: dict[str, type[LoRAPreAdamW] | type[LoRAPreMuon]] = {"adamw": LoRAPreAdamW, "muon": LoRAPreMuon}
 # This is Trainer's own list of names without weight decay (transformers.Trainer.get_decay_parameter_names).
@@ -102,38 +102,43 @@ def create_lorapre_optimizer(
             f"second_momentum_rank={second_momentum_rank} is for optimizer='adamw': Muon has no second moment"
         )
     frozen_rows: dict[str, set[Tensor]] = {}
-    if has_adapter(model):
+    adapted = has_adapter(model)
+    if adapted:
         for name, given in (("target_modules", target_modules), ("others", others), ("embeddings", embeddings)):
             if given is not None:
                 raise ValueError(
                     f"{name}={given!r} is for full weights; with an adapter in the model, its LoraConfig says what "
                     "is trained"
                 )
-        if lr is None:
+    if lr is None:
+        if adapted:
             raise ValueError("no learning rate: give lr=… (LoRA is usually tuned to 1e-4 or above)")
-        targets = adapter_targets(model, momentum_rank, overrides)
-    else:
-        targets = weight_targets(model, target_modules or "all-linear", momentum_rank, overrides)
-        lr = WEIGHT_LR if lr is None else lr
-        frozen_rows = freeze_others(model, targets, others, embeddings)
-
-    groups = _param_groups(model, targets, weight_decay)
-    for name in ("second_momentum_rank", "residual_weight"):
-        if overrides[name] is not None and all(
-            group["update_rule"] != "als" for group in groups if group["momentum_rank"]
-        ):
-            raise ValueError(f"{name}={overrides[name]} is an option of update_rule='als', and no parameter uses it")
-    if optimizer == "muon":
-        for group in groups:
-            del group["second_momentum_rank"]
-    built = OPTIMIZERS[optimizer](groups, lr=lr, **kwargs)
-    if not any(built.ranks(p, g) for g in built.param_groups for p in g["params"]):
-        shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
-        raise ValueError(
-            f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs matrices whose "
-            "smaller side (the rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or "
-            "target_modules='all-linear', a smaller momentum_rank, or torch.optim.AdamW for this model"
-        )
+        lr = WEIGHT_LR
+    with thawed_after_an_error(model):
+        if adapted:
+            targets = adapter_targets(model, momentum_rank, overrides)
+        else:
+            targets = weight_targets(model, target_modules or "all-linear", momentum_rank, overrides)
+            frozen_rows = freeze_others(model, targets, others, embeddings)
+        groups = _param_groups(model, targets, weight_decay)
+        for name in ("second_momentum_rank", "residual_weight"):
+            if overrides[name] is not None and all(
+                group["update_rule"] != "als" for group in groups if group["momentum_rank"]
+            ):
+                raise ValueError(
+                    f"{name}={overrides[name]} is an option of update_rule='als', and no parameter uses it"
+                )
+        if optimizer == "muon":
+            for group in groups:
+                del group["second_momentum_rank"]
+        built = OPTIMIZERS[optimizer](groups, lr=lr, **kwargs)
+        if not any(built.ranks(p, g) for g in built.param_groups for p in g["params"]):
+            shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
+            raise ValueError(
+                f"nothing to compress among trainable parameters of shapes {shapes}…: LoRA-Pre needs matrices whose "
+                "smaller side (the rank r, for an adapter) is at least 2 and above momentum_rank. Use a larger r or "
+                "target_modules='all-linear', a smaller momentum_rank, or torch.optim.AdamW for this model"
+            )
     if verbose and rank() == 0:
         frozen: set[Tensor] = {param for param in model.parameters() if not param.requires_grad}
         frozen_rows["frozen"] = frozen - set().union(*frozen_rows.values())

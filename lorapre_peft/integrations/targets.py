@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
@@ -279,6 +280,18 @@ def freeze_others(
             for param in params:
                 param.requires_grad_(False)
     return frozen
+
+
+@contextlib.contextmanager
+def thawed_after_an_error(model: nn.Module) -> Iterator[None]:
+    """Thaw what a block has frozen if it raises, so that the call can be mended and made again."""
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    try:
+        yield
+    except BaseException:
+        for param in trainable:
+            param.requires_grad_(True)
+        raise
 
 
 def embedding_parameters(model: nn.Module) -> set[Tensor]:

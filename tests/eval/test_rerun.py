@@ -24,7 +24,7 @@ from eval.rerun.report import summary
 from eval.rerun.store import Store, _place
 from eval.rerun.suite import SUITES, load_suite, shifted
 from eval.rerun.training import Runner
-from eval.rerun.work import train
+from eval.rerun.work import train, visible_gpus
 from lorapre_peft.integrations.summary import format_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -333,3 +333,15 @@ def test_a_package_that_does_not_import_is_named(monkeypatch):
     monkeypatch.setattr("eval.methods.method.version", lambda package: "9.9")
     assert "mlorc-optim 9.9 does not import" in method.unavailable()
     assert METHODS["lora"].unavailable() is None
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "expected"),
+    [(None, 2, ["0", "1"]), ("3,5", 2, ["3", "5"]), ("-1", 0, []), ("1,-1", 1, ["1"])],
+)
+def test_gpus_are_those_that_cuda_sees(monkeypatch, named, count, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == expected

@@ -98,6 +98,15 @@ def test_frozen_targets(make_llama):
     assert names == {"model.layers.0.self_attn.q_proj.weight"}
 
 
+@pytest.mark.parametrize("mistake", [{"lr": -1.0}, {"momentum_rank": 64}, {"residual_weight": 2.0}], ids=str)
+def test_a_call_that_is_refused_freezes_nothing(make_llama, mistake):
+    model = make_llama()
+    with pytest.raises(ValueError, match=next(iter(mistake))):
+        create_lorapre_optimizer(model, **mistake)
+    assert all(param.requires_grad for param in model.parameters())
+    create_lorapre_optimizer(model, embeddings="adamw", verbose=False)
+
+
 @pytest.mark.parametrize("option", ["embeddings", "others"])
 def test_what_is_to_be_trained_is_frozen(make_llama, option):
     """As an earlier call leaves a model whose defaults freeze embeddings and head."""
