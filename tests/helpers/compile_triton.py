@@ -38,10 +38,12 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def launches_of_a_step(shape: tuple[int, int], ranks: tuple[int, int], dtype: torch.dtype) -> list[tuple]:
+def launches_of_a_step(
+    shape: tuple[int, int], ranks: tuple[int, int], dtype: torch.dtype, capability: int
+) -> list[tuple]:
     """Return (kernel, arguments, options) of all launches of one step, without launching any.
 
-    shape: p and q of the matrix. ranks: ranks of its first and second moment.
+    shape: p and q of the matrix. ranks: ranks of its first and second moment. capability: as in `compiled`.
     """
     launches: list[tuple] = []
     param = nn.Parameter(torch.zeros(shape, dtype=dtype))
@@ -49,6 +51,7 @@ def launches_of_a_step(shape: tuple[int, int], ranks: tuple[int, int], dtype: to
     backend = triton_backend.Triton()
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(LoRAPreAdamW, "_backend", return_value=backend))
+        patches.enter_context(mock.patch.object(triton_backend, "_capability", return_value=divmod(capability, 10)))
         for module in (factors, numbers, passes, rows):
             for name, kernel in vars(module).items():
                 if isinstance(kernel, triton.JITFunction):
@@ -94,10 +97,10 @@ def main() -> None:
     """Print the usage of each kernel. Arguments are shape, ranks and dtype, such as 4096x4096:8,1:bfloat16."""
     found = {}
     for text in sys.argv[1:]:
-        shape, ranks, dtype = text.split(":")
-        sizes = (tuple(map(int, part.split(by))) for part, by in ((shape, "x"), (ranks, ",")))
-        for kernel, args, options in launches_of_a_step(*sizes, getattr(torch, dtype)):
-            for capability in (80, 89, 90):
+        sizes, counts, dtype = text.split(":")
+        shape, ranks = (tuple(map(int, part.split(by))) for part, by in ((sizes, "x"), (counts, ",")))
+        for capability in (80, 89, 90):
+            for kernel, args, options in launches_of_a_step(shape, ranks, getattr(torch, dtype), capability):
                 usage = compiled(kernel, args, options, capability)
                 found[f"{text} {capability} {kernel.fn.__name__}"] = usage
     print(json.dumps(found))

@@ -34,8 +34,9 @@ PROGRAMS = 1056
 MAX_SPLITS = 32
 # The loads of STAGES blocks are under way at once. A block of `_fit_bfloat16` has FIT_ROWS rows.
 STAGES, FIT_ROWS = 3, 128
-# A block of `_update_bfloat16`, its warps, and the blocks whose loads are under way.
-UPDATE_ROWS, UPDATE_COLUMNS, UPDATE_WARPS, UPDATE_STAGES = 16, 128, 4, 3
+# This is a block of `_update_bfloat16`. Before compute capability 9.0, where a thread needs more registers for a
+# product, it has half of the columns.
+UPDATE_ROWS, UPDATE_COLUMNS = 16, 128
 # A program of the smaller kernels works through this many columns or rows of a factor.
 PART = 512
 
@@ -211,7 +212,10 @@ def _launch(
         k_v, **parts, TRACKED=tracked,
     )  # fmt: skip
     on_tensor_cores = on_tensor_cores and kind.param == torch.bfloat16
-    block_rows, block_columns = (UPDATE_ROWS, UPDATE_COLUMNS) if on_tensor_cores else (tile.rows, tile.columns)
+    block_rows, block_columns = tile.rows, tile.columns
+    if on_tensor_cores:
+        halves = 1 if _capability(grads.device) >= (9, 0) else 2
+        block_rows, block_columns = UPDATE_ROWS, UPDATE_COLUMNS // halves
     column_blocks, row_blocks = triton.cdiv(q, block_columns), triton.cdiv(p, block_rows)
     splits = min(row_blocks, MAX_SPLITS, max(1, PROGRAMS // (n * column_blocks)))
     rows_per_split = triton.cdiv(row_blocks, splits) * block_rows
@@ -227,8 +231,7 @@ def _launch(
     how |= dict(METRICS=metrics is not None)
     if on_tensor_cores:
         passes._update_bfloat16[(column_blocks, splits, n)](
-            *updated, **how, K_M=max(16, K_M), K_V=1 if K_V == 1 else max(16, K_V), STAGES=UPDATE_STAGES,
-            num_warps=UPDATE_WARPS,
+            *updated, **how, K_M=max(16, K_M), K_V=1 if K_V == 1 else max(16, K_V), STAGES=STAGES, num_warps=4,
         )  # fmt: skip
     else:
         passes._update[(column_blocks, splits, n)](
@@ -253,6 +256,12 @@ def _launch(
         states, *turns, m_B, v_B, m_A_new, v_A_new, m_grams, v_grams, held, found, settings, groups,
         stride, n, n_groups, p, q, k_m, k_v, column_parts, **parts, TRACKED=tracked,
     )  # fmt: skip
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Return a GPU's compute capability, and (0, 0) for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @dataclass(frozen=True)
