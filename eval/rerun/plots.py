@@ -62,7 +62,7 @@ def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     """Plot the primary metric over the bytes of the optimizer's state, zero included, with a line through the rows of
     a method, which differ in its options.
     """
-    shown = [row for row in rows if suite.primary in row["metrics"]]
+    shown = sorted((row for row in rows if suite.primary in row["metrics"]), key=lambda row: _megabytes(row) or 0)
     sizes = list(filter(None, map(_megabytes, shown)))
     if not sizes:
         return False
