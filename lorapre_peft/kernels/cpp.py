@@ -93,7 +93,7 @@ class Cpp(WholeStep):
         norms = seen[:, 0]
         if metrics is not None:
             kept = usable(norms)
-            sizes = torch.tensor(table.sizes)[kept]
+            sizes = torch.tensor(table.sizes, device="cpu")[kept]
             metrics.add_steps(seen[kept], int(sizes.sum()))
         return norms
 
@@ -125,7 +125,7 @@ class Cpp(WholeStep):
         """
         members, grads = batch.members[matrices], contiguous(batch.grads[matrices])
         number = {id(group): i for i, group in enumerate(batch.groups)}
-        momenta = torch.empty(len(members), *batch.shape, dtype=torch.float32)
+        momenta = torch.empty(len(members), *batch.shape, dtype=torch.float32, device="cpu")
         shapes = array("q")
         for member, grad in zip(members, grads):
             shapes.extend(_known(member, number[id(member.group)], grad.dtype, momenta.dtype))

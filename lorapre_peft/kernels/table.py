@@ -110,11 +110,11 @@ class Table:
     def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
         """Return whether the state's tensors are the ones that the table holds from the last step.
 
-        What gives a tensor other memory does so to all tensors of a parameter, of which one is looked at.
+        What gives a tensor other memory does so to all factors of a parameter, of which one is looked at.
         """
         found = [state.get(name) for state in states for name in self.names]
         same = len(found) == len(self.state) and all(map(operator.is_, found, self.state))
-        return same and self._first_addresses() == self.first_addresses
+        return same and self._factor_addresses() == self.factor_addresses
 
     def take_state(self, states: list[dict[str, Tensor]]) -> None:
         """Hold the state's tensors, after making all of them float32 and contiguous on the parameters' device."""
@@ -125,11 +125,12 @@ class Table:
         by_name = [local(state[name]) for name in self.names for state in states]
         self.storages = list(map(Tensor.untyped_storage, by_name))  # The addresses stay valid with them.
         self.state_addresses = array("Q", list(self.pointers(by_name)))
-        self.first_of_state = by_name[: len(states)]
-        self.first_addresses = self._first_addresses()
+        factor = self.names.index("m_B")
+        self.factors = by_name[factor * len(states) : (factor + 1) * len(states)]
+        self.factor_addresses = self._factor_addresses()
 
-    def _first_addresses(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.first_of_state))
+    def _factor_addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.factors))
 
 
 def contiguous(tensors: list[Tensor]) -> list[Tensor]:
@@ -144,9 +145,13 @@ class WholeStep(Eager):
 
     @staticmethod
     def takes(member: Member) -> bool:
-        """Return whether `step` takes a compressed parameter, which depends on its own and its gradient's types."""
-        grad = member.param.grad
-        return grad is not None and member.param.dtype in TYPES and grad.dtype in TYPES
+        """Return whether `step` takes a compressed parameter, which depends on its own and its gradient's types.
+
+        A parameter that is not contiguous may be the transpose of another one, as in PEFT's tied adapters. A step with
+        both would lose one's update, since it writes back a copy.
+        """
+        param, grad = member.param, member.param.grad
+        return grad is not None and param.is_contiguous() and param.dtype in TYPES and grad.dtype in TYPES
 
     def step(self, table: Any, options: list[tuple], metrics: Metrics | None) -> Tensor:
         """Take one AdamW step with all matrices of a table: change their weights, factors and counts in place.

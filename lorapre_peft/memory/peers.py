@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -79,26 +80,29 @@ def memory_table(rows: dict[str, MemoryEstimate]) -> str:
     return "\n".join(lines)
 
 
-def adapter_table(model: nn.Module, ranks: Sequence[int]) -> str:
-    """Return a table of the state of adapters on all linear layers, for AdamW and for LoRA-Pre at r/2, r/4 and r/8."""
+def adapter_table(model: nn.Module, ranks: Sequence[int], optimizer: str = "adamw", **options: Any) -> str:
+    """Return a table of the state of adapters on all linear layers, for AdamW and for LoRA-Pre at r/2, r/4 and r/8.
+
+    optimizer, options: as in `create_lorapre_optimizer`.
+    """
     lines = [f"{'adapter':>8}{'parameters':>14}{'AdamW':>12}{'k = r/2':>12}{'k = r/4':>12}{'k = r/8':>12}"]
     for r in ranks:
         adapted = get_peft_model(model, LoRAPreConfig(r=r, target_modules="all-linear"))
         params = [param for param in adapted.parameters() if param.requires_grad]
         sizes = [format_bytes(sum(map(adamw_state_bytes, params)))]
         for k in (r // 2, r // 4, r // 8):
-            sizes.append("–" if k == 0 else format_bytes(_state_bytes(adapted, k)))
+            fits = k >= (options.get("second_momentum_rank") or 1)
+            sizes.append(format_bytes(_state_bytes(adapted, optimizer, k, **options)) if fits else "–")
         row = "".join(f"{size:>12}" for size in sizes)
         lines.append(f"{f'r = {r}':>8}{sum(param.numel() for param in params):>14,}{row}")
         model = adapted.unload()
     return "\n".join(lines)
 
 
-def _state_bytes(model: nn.Module, momentum_rank: int) -> int:
-    optimizer = create_lorapre_optimizer(model, lr=1e-4, momentum_rank=momentum_rank, verbose=False)
-    return sum(
-        optimizer.param_state_bytes(param, group) for group in optimizer.param_groups for param in group["params"]
-    )
+def _state_bytes(model: nn.Module, optimizer: str, momentum_rank: int, **options: Any) -> int:
+    options |= dict(lr=1e-4, momentum_rank=momentum_rank, verbose=False)
+    built = create_lorapre_optimizer(model, optimizer, **options)
+    return sum(built.param_state_bytes(param, group) for group in built.param_groups for param in group["params"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("model", help="folder of a saved model, config.json, built-in name, or name on the hub")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
-    parser.add_argument("--momentum-rank", type=int, default=8, help="k, also the rank of one GaLore row (default 8)")
+    parser.add_argument(
+        "--momentum-rank", type=int, default=8, help="k of weights, also the rank of one GaLore row (default 8)"
+    )
     parser.add_argument(
         "--second-momentum-rank", type=int, help="rank of the second moment (default: 1 with als, else k)"
     )
@@ -134,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = meta_model(config, getattr(torch, args.dtype))
         if args.lora_r:
             print(f"{args.model}: {origin}; optimizer state of an adapter on all linear layers, float32")
-            print(adapter_table(model, args.lora_r))
+            chosen = dict(update_rule=args.update_rule, second_momentum_rank=args.second_momentum_rank)
+            print(adapter_table(model, args.lora_r, args.optimizer, **chosen))
             return
         if args.embeddings == "frozen":
             for param in embedding_parameters(model):

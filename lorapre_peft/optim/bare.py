@@ -30,7 +30,7 @@ def is_embedding(name: str | None, shape: torch.Size) -> bool:
     if len(shape) != 2:
         return False
     if name is not None and ".lora_" in name:
-        return False
+        return ".lora_embedding_A" in name
     if name is not None and _NAMES.search(name):
         return True
     short, long = sorted(shape)

@@ -33,8 +33,8 @@ UPDATED_BY_STEP = (
     "gradients are averaged after the backward pass has made them. Under DDP register the hook that updates them "
     "earlier: ddp_model.register_comm_hook(optimizer, lorapre_peft.ddp_update_hook)"
 )
-# This maps each parameter to its hook, which belongs to the latest optimizer alone.
-_HOOKS: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
+# This maps each parameter to its hook, and to the latest optimizer, to which alone the hook belongs.
+_HOOKS: MutableMapping[Tensor, tuple[RemovableHandle, weakref.ref]] = WeakTensorKeyDictionary()
 
 
 def groups_of(located: list[Located]) -> dict[int, dict[str, Any]]:
@@ -50,15 +50,15 @@ def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, par
     """
     for param in params:
         if param in _HOOKS:
-            _HOOKS.pop(param).remove()
+            _HOOKS.pop(param)[0].remove()
         if method is not None and param.requires_grad:
             hook = functools.partial(_call, method, weakref.ref(owner))
-            _HOOKS[param] = param.register_post_accumulate_grad_hook(hook)
+            _HOOKS[param] = param.register_post_accumulate_grad_hook(hook), weakref.ref(owner)
 
 
 def has_hook(param: Tensor) -> bool:
-    """Return whether the backward pass calls an optimizer for this parameter."""
-    return param in _HOOKS
+    """Return whether the backward pass calls an optimizer, which still exists, for this parameter."""
+    return param in _HOOKS and _HOOKS[param][1]() is not None
 
 
 def _call(method: Callable[[Any, Tensor], None], owner: weakref.ref, param: Tensor) -> None:
@@ -139,8 +139,8 @@ class InBackwardOptimizer(StatefulOptimizer):
     def _left_over(self, located: list[Located]) -> list[Located]:
         """Return the parameters with a gradient, such as one set by hand, that the backward pass has not updated.
 
-        An engine may have replaced the parameters since their hooks were made. Then these are all of them, once, and
-        the new ones get hooks.
+        An engine may have replaced the parameters since their hooks were made, or a later optimizer that had their
+        hooks is gone. Then these are all of them, once, and they get hooks.
         """
         for param in self._updated:  # DDP may have put its emptied bucket in the place of a freed gradient.
             param.grad = None
@@ -154,6 +154,7 @@ class InBackwardOptimizer(StatefulOptimizer):
 
     def _forget_backward(self) -> None:
         self._updated.clear()
+        self._places.clear()  # Somebody may change the groups before the next backward pass.
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as in `torch.optim.Optimizer`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -46,7 +46,7 @@ def _number(value: Any) -> float:
 
 def check_betas(name: str, betas: Any) -> None:
     """Raise ValueError unless ``betas`` is a pair of numbers in [0, 1)."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+    if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"{name}={betas!r}: expected a pair of numbers in [0, 1), such as (0.9, 0.95)")
     for i, beta in enumerate(betas):
         in_range(f"{name}[{i}]", beta, 0, 1)

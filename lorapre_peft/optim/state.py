@@ -99,6 +99,14 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
             f"the saved groups have no {', '.join(sorted(missing))}: they are another optimizer's, expected {name}'s. "
             "Load a checkpoint of the same optimizer, or start without its state"
         )
+    counts, saved_counts = (
+        [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved_groups)
+    )
+    if counts != saved_counts:
+        raise ValueError(
+            f"the saved state has groups of {saved_counts} parameters; this {name} has groups of {counts}. Build the "
+            "optimizer with the parameters and groups of the saved run, or start without its state"
+        )
     for group, saved in zip(optimizer.param_groups, saved_groups):
         check_saved_group(optimizer, group, saved)
         names, found = group.get("param_names"), saved.get("param_names")
