@@ -279,12 +279,19 @@ def write_corpus_manifest(
 ) -> None:
     """Write what it takes to compare data: source, and SHA-256 of tokenizer, held-out rows and first training rows.
 
-    Where the file is there already, of a run that goes on, it is compared: raises ValueError if anything differs.
+    Where the file is there already, of a run that goes on, it is compared. Raises ValueError if anything differs, or
+    if there is nothing to train on.
     """
+    first = list(islice(train, COMPARED))
+    if not first:
+        raise ValueError(
+            f"{corpus.dataset_name} leaves no document to train on: expected text beside the held-out share of it, "
+            f"eval_share={corpus.eval_share}"
+        )
     manifest = {
         "dataset_name": corpus.dataset_name,
         "tokenizer": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
-        "train": {"first_rows": COMPARED, "sha256": _checksum(islice(train, COMPARED))},
+        "train": {"first_rows": COMPARED, "sha256": _checksum(first)},
         "eval": {
             "rows": len(held_out),
             "tokens": sum(trained_tokens(row) for row in held_out),

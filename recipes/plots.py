@@ -32,7 +32,8 @@ def plot_training(log: list[dict[str, Any]], title: str, path: Path) -> None:
         label = f"held out, at the end {held_out[1][-1]:.3f} (perplexity {numpy.exp(held_out[1][-1]):.2f})"
         losses.plot(*held_out, color="C1", marker="o", markersize=4, label=label)
     losses.set(ylabel="loss (nats per token)", title=title)
-    perplexity = losses.secondary_yaxis("right", functions=(numpy.exp, numpy.log))
+    # Of the loss of a run that has diverged there may be no perplexity in float64.
+    perplexity = losses.secondary_yaxis("right", functions=(lambda x: numpy.exp(numpy.minimum(x, 700)), numpy.log))
     perplexity.set_ylabel("perplexity")
     perplexity.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     perplexity.yaxis.set_major_formatter(ScalarFormatter())

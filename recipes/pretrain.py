@@ -225,7 +225,7 @@ def _optimizer(model: LlamaForCausalLM, method: Method, **options: Any) -> Optim
 
 def forecast(seconds: float, steps: int) -> str:
     end = time.localtime(time.time() + seconds * steps)
-    return f"{seconds:.2f} s a step: training ends about {time.strftime('%A %H:%M', end)}"
+    return f"{seconds:.2f} s a step: training ends about {time.strftime('%A, %d %B, %H:%M', end)}"
 
 
 def measure_optimizer(trainer: StreamTrainer, timer: OptimizerTimer) -> dict[str, float]:

@@ -113,6 +113,9 @@ def train(trainer: Trainer, *, resume: bool) -> dict[str, float]:
         checkpoint = last_complete_checkpoint(trainer.args.output_dir)
         trainer.accelerator.print(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
     before = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step if checkpoint else 0
+    if 0 < trainer.args.max_steps <= before:
+        # Trainer asks for max_steps after a step alone: in the middle of an epoch it would take one more.
+        trainer._run_epoch = lambda *args, **kwargs: None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     if trainer.state.global_step > before:  # of no step Trainer's loss and time are 0

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from lorapre_peft.integrations.summary import format_bytes
 from lorapre_peft.memory.models import meta_model
 from lorapre_peft.memory.peak import AllocationTracker, MemoryEstimate, activation_bytes, estimate
+from recipes.corpus import CorpusArguments
 from recipes.training import describe, held_bytes, sft_config
 
 from .models import base_config
@@ -38,7 +39,7 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
         if cell.model not in configs:
             configs[cell.model] = base_config(cell.model)
             if cell.suite.pretrains:
-                configs[cell.model].vocab_size = cell.suite.data["vocab_size"]
+                configs[cell.model].vocab_size = cell.suite.data.get("vocab_size", CorpusArguments.vocab_size)
         expected = cell.expected_runs(records)
         done = cell.done(records)
         seconds = seconds_per_run(cell, records)

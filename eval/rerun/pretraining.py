@@ -37,6 +37,7 @@ class PretrainingRunner(Runner):
 
     def _ready(self, run: Run) -> None:
         self._text(run)
+        base_config(run.model)
 
     def _text(self, run: Run) -> tuple[CorpusArguments, PreTrainedTokenizerBase, dict[str, list[Any]]]:
         """Return the corpus, its tokenizer, and the held-out rows: every second one for validation, the others to

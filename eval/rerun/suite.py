@@ -18,6 +18,8 @@ from recipes.precision import AUTO, Precision, accelerator, choose
 SUITES = Path(__file__).parents[1] / "suites"
 RESULTS = SUITES.parent / "results"  # a folder for each suite
 _STEPS = (1, 2, 5)
+LOSSES = ("validation_loss", "test_loss")
+JUDGED = ("accuracy", "gsm8k", "gsm8k_paper", "math500")  # of answers to problems (`eval.rerun.data`)
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,10 @@ def load_suite(name: str) -> Suite:
         for option in (option for factor in suite.factors for option in factor):
             if not any(option in entry.options for entry in suite.entries):
                 raise ValueError(f"factor {option!r}: none of the methods has that option")
+        for key in ("models", "metrics"):
+            if not isinstance(getattr(suite, key), list):
+                raise ValueError(f"{key}: found {getattr(suite, key)!r}, expected a list")
+        _check_metrics(suite)
         if suite.primary not in suite.metrics:
             raise ValueError(f"primary {suite.primary!r}: expected one of the metrics, {', '.join(suite.metrics)}")
         for other in suite.records_of:
@@ -265,6 +271,15 @@ def load_suite(name: str) -> Suite:
     if twice:
         raise ValueError(f"{path}: two rows are called {', '.join(twice)}: give one of them a label")
     return suite
+
+
+def _check_metrics(suite: Suite) -> None:
+    """Raise ValueError for a metric that no run would have."""
+    for metric in suite.metrics:
+        if metric not in (*LOSSES, *JUDGED):
+            raise ValueError(f"metric {metric!r}: expected one of {', '.join((*LOSSES, *JUDGED))}")
+        if metric in JUDGED and (suite.pretrains or not suite.answers):
+            raise ValueError(f"metric {metric!r}: found no answers to judge, expected answers above 0 in fine-tuning")
 
 
 def _read(name: str) -> tuple[Path, dict[str, Any]]:

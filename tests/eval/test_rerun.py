@@ -82,6 +82,9 @@ def test_issue_methods_are_in_the_table_suites():
         ({"speed": 1}, "unexpected keyword argument 'speed'"),
         ({"methods": ["adamw"]}, "AdamW trains weights: expected rates for that"),
         ({"primary": "accuracy"}, "primary 'accuracy': expected one of the metrics, test_loss"),
+        ({"models": "random"}, "models: found 'random', expected a list"),
+        ({"metrics": ["test_loss", "acuracy"]}, "metric 'acuracy': expected one of validation_loss, test_loss, acc"),
+        ({"metrics": ["test_loss", "accuracy"], "answers": 0}, "metric 'accuracy': found no answers to judge"),
         ({"records_of": ["pretrain-tiny"]}, "no suite 'pretrain-tiny'"),
         ({"published": {"random": {"LORA": {"test_loss": 1.0}}}}, "published 'LORA': none of the rows is called so"),
         (

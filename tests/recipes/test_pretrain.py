@@ -235,6 +235,11 @@ def test_a_finished_run_is_not_trained_further(run):
     assert files == {name: (folder / name).read_bytes() for name in files}
 
 
+def test_a_text_that_is_all_held_out(run):
+    with pytest.raises(ValueError, match=r"leaves no document to train on: .*eval_share=1"):
+        run(eval_share="1")
+
+
 def test_a_run_goes_on_with_its_own_data_and_number_of_processes_only(run, tmp_path, corpus_file):
     with pytest.raises(SystemExit, match="holds an earlier run: add --resume"):
         run(folder=run().name)

@@ -305,6 +305,17 @@ def test_a_stopped_run_goes_on_exactly(run, kind, saved):
     assert (folder / "train_results.json").read_text() == metrics
 
 
+def test_a_finished_run_is_not_trained_further(run):
+    """Nor where its last step is in the middle of an epoch."""
+    path, options = config("llama2_7b_lora_adamw"), ["--max_steps", "3", "--save_steps", "1"]
+    folder = run(path, *options)
+    finished = (folder / "adapter_model.safetensors").read_bytes()
+    run(path, *options, "--resume")
+    assert (folder / "adapter_model.safetensors").read_bytes() == finished
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
+    assert not (folder / "checkpoint-4").exists()
+
+
 def test_a_start_that_failed_is_not_a_run(run, tmp_path):
     """A wrong name is corrected and the same command given again, without --resume."""
     path = config("llama2_7b_lora_adamw")
