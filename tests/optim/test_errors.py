@@ -322,11 +322,11 @@ REFUSED = {
     "a number for a tensor": (lambda: edited(lambda s: s["state"][1].update(step=1)), r"parameter 1 .*'step': 'int'"),
     "more groups": (
         lambda: saved_by(lambda params: LoRAPreAdamW([{"params": [param]} for param in params], momentum_rank=2)),
-        r"different number of parameter groups",
+        r"groups of \[1, 1\] parameters; this LoRAPreAdamW has groups of \[2\]",
     ),
     "fewer parameters": (
         lambda: edited(lambda s: (s["param_groups"][0]["params"].pop(), s["state"].pop(1))),
-        r"doesn't match the size of optimizer's group",
+        r"groups of \[1\] parameters; this LoRAPreAdamW has groups of \[2\]",
     ),
 }  # fmt: skip
 
