@@ -94,6 +94,17 @@ def hash_round(bits, key):
 
 
 @triton.jit
+def rounded_stochastically(x, at, key, salted):
+    """Return float32 numbers rounded to bfloat16's, up or down at random: a number's bits depend on its place and key.
+
+    at: places in the whole parameter, [...] uint32. key, salted: what `lowrank.rounding.round_keys` returns.
+    """
+    bits = hash_round(hash_round(at, key), salted) & 0xFFFF
+    rounded = ((x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@triton.jit
 def quotient(a, square, eps):
     """Return a / (√square + eps) for eps ≥ 2⁻⁶³, to two units in the last place.
 

@@ -21,10 +21,10 @@ from .blocks import (
     UPDATES,
     V_B,
     V_SCALE,
-    hash_round,
     number,
     own,
     quotient,
+    rounded_stochastically,
     state_of,
 )
 
@@ -189,9 +189,7 @@ def _update(
             u = tl.minimum(tl.maximum(u, -limit), limit)
         new = theta - (step * u + decay * theta)
         if STOCHASTIC:
-            bits = hash_round(hash_round(at.to(tl.uint32), key), salted) & 0xFFFF
-            rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
-            new = tl.where(tl.abs(new) < float("inf"), rounded, new)
+            new = rounded_stochastically(new, at.to(tl.uint32), key, salted)
         tl.store(theta_ptr + at, new.to(PARAM), mask=inside)
         m_part = tl.load(m_rows + m_at, mask=m_inside, other=0) * g
         v_part = tl.load(v_rows + v_at, mask=v_inside, other=0) * tl.abs(g)
@@ -278,9 +276,7 @@ def _update_bfloat16(
             u = tl.minimum(tl.maximum(u, -limit), limit)
         new = theta - (step * u + decay * theta)
         if STOCHASTIC:
-            bits = hash_round(hash_round(at.to(tl.uint32), key), salted) & 0xFFFF
-            rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
-            new = tl.where(tl.abs(new) < float("inf"), rounded, new)
+            new = rounded_stochastically(new, at.to(tl.uint32), key, salted)
         tl.store(theta_ptr + at, new.to(tl.bfloat16), mask=inside)
         turned = tl.trans(raw)
         high, middle, low = _three(tl.load(m_rows + m_at, mask=m_inside, other=0))

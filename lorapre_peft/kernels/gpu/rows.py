@@ -22,7 +22,7 @@ from ...lowrank.metrics import Metrics
 from ...lowrank.moments import Moment
 from ...lowrank.rounding import round_keys
 from ..eager import TABLE, Eager
-from .blocks import hash_round, own
+from .blocks import own, rounded_stochastically
 
 # Above this rank a block of a factor does not fit into the registers of a program.
 MAX_RANK = 128
@@ -147,11 +147,9 @@ def _update_block(
         else:
             new = theta.to(tl.float32) - (step * u + decay * theta.to(tl.float32))
         if STOCHASTIC:
-            bits = ((first_row + rows[:, None]) * q + columns[None, :]).to(tl.uint32)
-            bits = hash_round(bits, tl.load(keys + matrix).to(tl.uint32))
-            bits = hash_round(bits, tl.load(keys + n + matrix).to(tl.uint32)) & 0xFFFF
-            rounded = ((new.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
-            new = tl.where(tl.abs(new) < float("inf"), rounded, new)
+            place = ((first_row + rows[:, None]) * q + columns[None, :]).to(tl.uint32)
+            key, salted = tl.load(keys + matrix).to(tl.uint32), tl.load(keys + n + matrix).to(tl.uint32)
+            new = rounded_stochastically(new, place, key, salted)
         tl.store(theta_ptr + at, new.to(theta.dtype), mask=inside & updates)
         m_rows = _stacked(m_P_B, matrix, rows, m_ranks, p, k_m)
         v_rows = _stacked(v_P_B, matrix, rows, v_ranks, p, k_v)
