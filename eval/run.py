@@ -47,7 +47,7 @@ def evaluate(
         adapter: folder or hub id of a PEFT adapter. If a tokenizer lies beside it, that is the one used.
         tasks: of `eval/tasks`, or any of lm-eval's own.
         output_dir: gets ``results.json`` and one ``samples_TASK.jsonl`` per task, with every prompt, completion and
-            verdict.
+            verdict; other tasks' results of this model there stay.
         data: by task, what to read instead of the hub: a JSONL file of test rows, or a folder with one file per split.
         limit: problems per task, the first ones; None: all.
         batch_size: problems at a time, or ``"auto"``.
@@ -71,7 +71,7 @@ def evaluate(
     if dtype == AUTO:
         dtype, reason = fast_dtype(device.partition(":")[0])
         print(f"dtype {dtype}: {reason}")
-    options = dict(model=model, adapter=adapter, tasks=tasks, data=data or {}, limit=limit, dtype=dtype)
+    options = dict(model=model, adapter=adapter, dtype=dtype)
     prompting = dict(apply_chat_template=apply_chat_template, system_instruction=system_instruction)
     options |= {name: value for name, value in prompting.items() if value}
     check_folder(folder, options)
@@ -93,12 +93,11 @@ def evaluate(
             "save the tokenizer of the training, with its template, beside the adapter"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    completions = folder / f"completions_{fingerprint(source, folder)}"
-    results = simple_evaluate(
-        lm, tasks=loaded, limit=limit, use_cache=str(completions), task_manager=manager, **prompting
-    )
+    weights = fingerprint(source, folder)
+    completions = str(folder / f"completions_{weights}")
+    results = simple_evaluate(lm, tasks=loaded, limit=limit, use_cache=completions, task_manager=manager, **prompting)
     if results is not None:
-        write(results, folder, options)
+        write(results, folder, {"options": options, "fingerprint": weights}, data or {}, limit)
     return results
 
 
@@ -179,17 +178,25 @@ def fingerprint(source: dict[str, str], output: Path) -> str:
     return hashlib.sha256(json.dumps([source, files]).encode()).hexdigest()[:12]
 
 
-def write(results: dict[str, Any], folder: Path, options: dict[str, Any]) -> None:
-    """Write ``results.json``: options, surroundings, and per task the problems and metrics with standard errors."""
+def write(
+    results: dict[str, Any], folder: Path, model: dict[str, Any], data: dict[str, str], limit: int | None
+) -> None:
+    """Write ``results.json``: model, surroundings, and by task its data, problems and metrics with standard errors.
+
+    Tasks that an earlier call has written there stay, if they are of the same weights.
+    """
     from recipes.training import environment
 
     surroundings = environment()
     surroundings["versions"] |= {name: version(name) for name in ("lm-eval", "math-verify")}
-    tasks = {}
+    path = folder / "results.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    tasks = found["tasks"] if found.get("fingerprint") == model["fingerprint"] else {}
     for name, samples in results["samples"].items():
         found = {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
         stderr = {key: key.replace(",", "_stderr,") if "," in key else f"{key}_stderr" for key in found}
-        tasks[name] = {"problems": results["n-samples"][name]["effective"]} | {
+        asked = {"data": data.get(name), "limit": limit, "problems": results["n-samples"][name]["effective"]}
+        tasks[name] = asked | {
             key: {"value": found[key], "stderr": found[stderr[key]]} for key in found if stderr[key] in found
         }
         with (folder / f"samples_{name}.jsonl").open("w") as file:
@@ -205,8 +212,8 @@ def write(results: dict[str, Any], folder: Path, options: dict[str, Any]) -> Non
                     name: float(sample[name]) for name in sample["metrics"] if not isinstance(sample[name], tuple)
                 }
                 file.write(json.dumps(record | verdicts) + "\n")
-    record = {"options": options, "environment": surroundings, "tasks": tasks}
-    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = model | {"environment": surroundings, "tasks": tasks}
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main() -> None:

@@ -31,14 +31,14 @@ def generated(size: int, seed: int, train_size: int, train_seed: int, **metadata
 
 def judge_gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
     """Judge by the number's value, and as earlier work's extractor would have it."""
-    return judge_generated(doc, results) | {"exact_match_paper": judge_paper(results[0], doc["answer"]).correct}
+    return judge_generated(doc, results) | {"exact_match_paper": judge_paper(results[0], str(doc["answer"])).correct}
 
 
 def judge_generated(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
-    correct, answered = judge_number(results[0], doc["answer"])
+    correct, answered = judge_number(results[0], str(doc["answer"]))
     return {"exact_match": correct, "answered": answered}
 
 
 def judge_math(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
-    correct, answered = judge_expression(results[0], doc["answer"])
+    correct, answered = judge_expression(results[0], str(doc["answer"]))
     return {"exact_match": correct, "answered": answered}

@@ -150,6 +150,21 @@ def test_started_again_it_repeats_no_completion_unless_the_model_changed(command
     assert len(asked) == 4
 
 
+def test_another_task_into_the_same_folder_adds_to_its_results(command, model, monkeypatch, jsonl):
+    say(monkeypatch, COMPLETIONS)
+    numbers = [{"question": "What is 500 + 500?", "answer": 1000}]  # JSON's own number, not a text of one
+    gsm8k = [model, "--tasks", "gsm8k_metamath", "--data", f"gsm8k_metamath={jsonl(numbers)}", "--limit", "1"]
+    first = command(*gsm8k)["tasks"]
+    assert first["gsm8k_metamath"]["exact_match"]["value"] == 1
+    assert first["gsm8k_metamath"]["limit"] == 1
+    maths = [model, "--tasks", "math500_metamath", "--data", f"math500_metamath={jsonl(MATH500, 'math.jsonl')}"]
+    both = command(*maths)["tasks"]
+    assert both["gsm8k_metamath"] == first["gsm8k_metamath"]
+    assert both["math500_metamath"]["exact_match"]["value"] == 1
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(model)
+    assert command(*maths)["tasks"].keys() == {"math500_metamath"}
+
+
 def test_results_in_the_models_own_folder_are_no_change_of_the_model(command, model, monkeypatch, jsonl):
     asked = say(monkeypatch, COMPLETIONS)
     arguments = [model, "--tasks", "gsm8k_metamath", "--data", f"gsm8k_metamath={jsonl(GSM8K)}"]
