@@ -171,8 +171,7 @@ def extract_lora(
     if stored not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16, float16, or None for the checkpoint's own")
     before, after, folder = Checkpoint(base), Checkpoint(tuned), Path(output_dir)
-    if folder.resolve() in (before.folder.resolve(), after.folder.resolve()):
-        raise ValueError(f"output_dir={str(folder)!r} is one of the checkpoints: give the adapter a folder of its own")
+    _check_place(folder, (before, after), device)
     model = before.skeleton()
     names = common_names(before, after, model)
     linear = _selected_linears(model, target_modules)
@@ -355,6 +354,18 @@ def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
     if isinstance(module, (nn.Linear, Conv1D)) and attribute == "weight":
         return "output head" if module is model.get_output_embeddings() else "not in target_modules"
     return "bias" if attribute == "bias" else type(module).__name__
+
+
+def _check_place(folder: Path, checkpoints: Sequence[Checkpoint], device: str | torch.device) -> None:
+    """Raise ValueError if the adapter cannot be written to the folder, or nothing computed on the device."""
+    if folder.resolve() in {checkpoint.folder.resolve() for checkpoint in checkpoints}:
+        raise ValueError(f"output_dir={str(folder)!r} is one of the checkpoints: give the adapter a folder of its own")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={str(folder)!r} is a file: give the adapter a folder of its own")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for CUDA.
+        raise ValueError(f"device={str(device)!r} cannot be used here: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

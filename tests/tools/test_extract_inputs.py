@@ -79,6 +79,8 @@ def test_unsuitable_checkpoints(tmp_path, checkpoint_pair):
         target_modules=["lm_head"],
     )
     fails("is one of the checkpoints: give the adapter a folder of its own", output_dir=base)
+    fails("is a file: give the adapter a folder of its own", output_dir=f"{base}/config.json")
+    fails("device='warp' cannot be used here", device="warp")
     fails("nowhere/at-all is neither a folder nor a model in the local hub cache", base="nowhere/at-all")
     fails("neither a folder nor a model in the local hub cache", base=tmp_path / "no" / "such" / "folder")
     fails("has neither model.safetensors nor model.safetensors.index.json", base=tmp_path)
