@@ -117,7 +117,7 @@ class Cell:
 
     def expected_runs(self, records: Records) -> int:
         """Return how many runs the cell will have, as far as can be said now."""
-        if isinstance(self._rules, Paper) or self.best_rate(records) is not None:
+        if isinstance(self._rules, Paper) or not self.pending(records) or self.best_rate(records) is not None:
             return len(self._names(records))
         # A grid of one or two rates has its best one at an edge, whichever that is.
         rates = max(len(self.suite.grid(self.entry, self._rules)), 3 if self._rules.extend else 0)

@@ -128,6 +128,13 @@ def test_best_rate_inside_the_grid_then_its_other_seeds(tmp_path):
     assert cell.expected_runs(records) == cell.done(records) == cell.expected_runs({}) == 5
 
 
+def test_a_method_that_no_rate_trains_is_complete_with_its_tuning_runs(tmp_path):
+    cell = cells(write_suite(tmp_path))[0]
+    records, order = finish(cell, lambda lr: math.inf)
+    assert cell.best_rate(records) is None
+    assert cell.expected_runs(records) == cell.done(records) == len(order) == 3
+
+
 def test_grid_is_extended_while_the_best_rate_is_at_its_edge(tmp_path):
     cell = cells(write_suite(tmp_path))[0]
     records, _ = finish(cell, lambda lr: abs(lr - 1e-2))
