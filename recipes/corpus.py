@@ -86,6 +86,10 @@ class CorpusArguments:
         default=32_000, metadata={"help": "Rows of the model's embedding, and pieces of a tokenizer that is trained."}
     )
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_share <= 1:
+            raise ValueError(f"eval_share={self.eval_share}: expected a share of the documents, from 0 to 1")
+
     def documents(self, seed: int, *, held_out: bool = False) -> IterableDataset:
         """Return the documents to train on or those held out, files in an order by ``seed``.
 
@@ -154,8 +158,15 @@ class _Side:
     share: float
     held_out: bool
 
-    def __call__(self, text: str) -> bool:
-        return (zlib.crc32(text.encode()) < self.share * 2**32) == self.held_out
+    def __call__(self, text: str | None) -> bool:
+        return (zlib.crc32(_text(text).encode()) < self.share * 2**32) == self.held_out
+
+
+def _text(value: str | None) -> str:
+    """Return a document's text; a document without any is an empty one. Raises ValueError for what is no text."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"found {value!r} for a document; expected text: name the column that holds it, text_column")
+    return value or ""
 
 
 @dataclass(frozen=True)
@@ -170,8 +181,8 @@ class RowMaker:
     corpus: CorpusArguments
     seed: int
 
-    def __call__(self, texts: list[str], indices: list[int]) -> Rows:
-        texts = [text for text in texts if text.strip()]
+    def __call__(self, documents: list[str | None], indices: list[int]) -> Rows:
+        texts = [text for text in map(_text, documents) if text.strip()]
         rows = self._packed(texts) if self.corpus.packing else self._padded(texts)
         if len(indices) == self.corpus.shuffle_documents and not len(rows["input_ids"]):
             raise ValueError(
@@ -259,8 +270,10 @@ def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerB
         raise ValueError(f"the tokenizer {corpus.tokenizer_name} has no end token: documents could not be told apart")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # T5's extra tokens lie above its 32,000 pieces; no text turns into special tokens that it does not spell out.
-    pieces = 1 + max(i for i in tokenizer.get_vocab().values() if i not in tokenizer.all_special_ids)
+    # T5's extra tokens lie above its 32,000 pieces: no text turns into them, unless it spells them out.
+    written = [i for i in tokenizer.get_vocab().values() if i not in tokenizer.all_special_ids]
+    added = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep", "unk", "pad")]
+    pieces = 1 + max(i for i in written + added if i is not None)
     if pieces > corpus.vocab_size:
         raise ValueError(
             f"the tokenizer {corpus.tokenizer_name} has {pieces} pieces and vocab_size is {corpus.vocab_size}: raise "

