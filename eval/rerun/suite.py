@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -246,31 +247,40 @@ def load_suite(name: str) -> Suite:
         kinds = {"paper": Paper, "tuned": Tuned}
         said["protocols"] = {kind: kinds[kind](**options) for kind, options in said["protocols"].items()}
         suite = Suite(name=path.stem, entries=[_entry(item) for item in methods], **said)
+        for part in (suite, suite.training, *suite.protocols.values(), *suite.entries):
+            _check_types(part)
         for tuned in suite.protocols.values():
             for entry in suite.entries if isinstance(tuned, Tuned) else []:
                 suite.grid(entry, tuned)
         for option in (option for factor in suite.factors for option in factor):
             if not any(option in entry.options for entry in suite.entries):
                 raise ValueError(f"factor {option!r}: none of the methods has that option")
-        for key in ("models", "metrics"):
-            if not isinstance(getattr(suite, key), list):
-                raise ValueError(f"{key}: found {getattr(suite, key)!r}, expected a list")
         _check_metrics(suite)
         if suite.primary not in suite.metrics:
             raise ValueError(f"primary {suite.primary!r}: expected one of the metrics, {', '.join(suite.metrics)}")
         for other in suite.records_of:
             _file(other)
-        labels = {entry.label for entry in suite.entries}
+        labels = [entry.label for entry in suite.entries]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two rows are called {', '.join(twice)}: give one of them a label")
         for label in (label for rows in suite.published.values() for label in rows):
             if label not in labels:
                 raise ValueError(f"published {label!r}: none of the rows is called so")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    labels = [entry.label for entry in suite.entries]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ValueError(f"{path}: two rows are called {', '.join(twice)}: give one of them a label")
     return suite
+
+
+def _check_types(part: Any) -> None:
+    """Raise ValueError for a field whose value is of another type than it declares."""
+    for name, declared in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        alternatives = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+        kinds = {get_origin(kind) or kind for kind in alternatives}
+        fits = type(value) in kinds or (float in kinds and type(value) is int) or isinstance(value, Training)
+        if not fits:
+            expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in alternatives)
+            raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 
 def _check_metrics(suite: Suite) -> None:
