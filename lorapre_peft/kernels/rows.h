@@ -71,11 +71,11 @@ class Soon {
   void add(const void* from, int64_t bytes) {
     spans.push_back({static_cast<const char*>(from), static_cast<const char*>(from) + bytes});
   }
-  // Says how many times `fetch` will be called.
+  // Says how many times `fetch` will be called. A part of a split matrix may have no rows, and calls it never.
   void split(int64_t calls) {
     int64_t lines = 0;
     for (const Span& span : spans) lines += (span.end - span.at + LINE - 1) / LINE;
-    share = (lines + calls - 1) / calls;
+    share = calls ? (lines + calls - 1) / calls : 0;
   }
   void fetch() {
     for (int64_t left = share; left && now < spans.size(); --left) {
