@@ -93,6 +93,7 @@ class Table:
             for param, value in zip(params, written):
                 if value is not param:
                     param.copy_(value)
+        torch.autograd.graph.increment_version(self.params)  # Autograd does not see what kernels write.
 
     def pointers(self, tensors: Sequence[Tensor]) -> Iterable[int]:
         """Return the addresses of all matrices in contiguous tensors.

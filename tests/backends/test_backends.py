@@ -18,7 +18,7 @@ from backend_runs import (
     run,
 )
 from roundoff import assert_same_steps, oracle_room, undisturbed
-from stepping import LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of
+from stepping import LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of, weights
 from torch import nn
 from versions import skip_before
 
@@ -106,6 +106,21 @@ def test_float64_weights_keep_their_digits(backend):
         run(backend, (19, 17), 5, 2, dtype=torch.float64, **decaying)[0], parameters((19, 17), dtype=torch.float64)
     ):
         torch.testing.assert_close(a, start * (1 - 2.0**-10) ** 2, rtol=0, atol=1e-9)
+
+
+@both_optimizers
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_notices_the_step(cls, backend):
+    """A second backward pass through the weights of before would be wrong, and is an error as with torch's own."""
+    if cls is LoRAPreMuon and backend == "triton":
+        pytest.skip("Muon has no kernels")
+    ours, other = (nn.Parameter(weights(20, 12).detach().to(DEVICE)) for _ in range(2))
+    optimizer = cls([ours], lr=LR, momentum_rank=2, backend=backend)
+    loss = (other @ ours.mT).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("n", [1, 2])

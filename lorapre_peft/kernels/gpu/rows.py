@@ -228,6 +228,7 @@ class RowKernels(Eager):
         for param, theta in zip(batch.params, thetas):
             if theta is not param and theta.data_ptr() != param.data_ptr():
                 param.copy_(theta)
+        torch.autograd.graph.increment_version(batch.params)  # Autograd does not see what kernels write.
 
 
 def block_sizes(p: int, q: int, k_m: int, k_v: int) -> tuple[int, int, int, int]:
