@@ -163,7 +163,6 @@ class LoRAPreCallback(TrainerCallback):
     def __init__(self, stop_on_nan_loss: bool = False) -> None:
         self.stop_on_nan_loss = stop_on_nan_loss
         self._trainer: weakref.ref[Any] | None = None  # the trainer to which it is attached
-        self._optimizer: LoRAPreOptimizer | None = None
         self._losses: list[Tensor] = []  # the losses of this step's micro-batches
         self._nan_loss = False
 
@@ -179,6 +178,15 @@ class LoRAPreCallback(TrainerCallback):
         trainer.add_callback(callback)
         return callback
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trainer": None}  # A copy is attached to no trainer, and finds the one that calls.
+
+    def _attached_to(self, model: nn.Module) -> Any:
+        """Return the trainer to which the callback is attached, or None if it is another one that trains the model."""
+        trainer = None if self._trainer is None else self._trainer()
+        handler = getattr(trainer, "callback_handler", None)
+        return trainer if handler is not None and handler.model is model and self in handler.callbacks else None
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -188,18 +196,18 @@ class LoRAPreCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._optimizer = _checked_optimizer(model, optimizer)
-        _check_arguments(args, self._optimizer.defaults["update_in_backward"])
+        found = _checked_optimizer(model, optimizer)
+        _check_arguments(args, found.defaults["update_in_backward"])
         # An earlier run may have broken off in a backward pass, as the attempts of auto_find_batch_size do.
-        self._optimizer.zero_grad()
-        if state.global_step and not self._optimizer.state:
+        found.zero_grad()
+        if state.global_step and not found.state:
             warnings.warn(
                 f"the run resumes at step {state.global_step} without optimizer state: the momenta start anew, and "
                 "so does the schedule. Trainer says nothing when optimizer.pt or scheduler.pt is missing from a "
                 "checkpoint (save_only_model=True writes neither)",
                 stacklevel=2,
             )
-        trainer = self._trainer() if self._trainer is not None else None
+        trainer = self._attached_to(model)
         _log_before_reporters(self, _caller(CallbackHandler) if trainer is None else trainer.callback_handler)
         if self.stop_on_nan_loss:
             self._losses = _watched_losses(trainer)
@@ -218,10 +226,10 @@ class LoRAPreCallback(TrainerCallback):
         step = state.global_step + 1
         by_steps = args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
         by_epoch = args.logging_strategy == IntervalStrategy.EPOCH  # Any step may be the last of the epoch.
-        assert self._optimizer is not None  # on_train_begin has found it.
-        self._optimizer.record_metrics = by_steps or by_epoch or (step == 1 and args.logging_first_step)
-        if by_steps or by_epoch:
-            _checked_optimizer(model, optimizer)
+        logs = by_steps or by_epoch or (step == 1 and args.logging_first_step)
+        found = _checked_optimizer(model, optimizer) if by_steps or by_epoch else _lorapre(optimizer)
+        if found is not None:
+            found.record_metrics = logs
 
     def on_pre_optimizer_step(
         self,
@@ -269,25 +277,24 @@ class LoRAPreCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        found = _lorapre(optimizer)
         # Logs without a loss are those of an evaluation, or the closing summary.
-        if self._optimizer is None or logs is None or "loss" not in logs:
+        if found is None or logs is None or "loss" not in logs:
             return
-        held = [(param, group) for group in self._optimizer.param_groups for param in group["params"]]
+        held = [(param, group) for group in found.param_groups for param in group["params"]]
         values = {
-            "state_bytes": sum(self._optimizer.param_state_bytes(param, group) for param, group in held),
+            "state_bytes": sum(found.param_state_bytes(param, group) for param, group in held),
             "adamw_state_bytes": sum(adamw_state_bytes(param) for param, _ in held),
-            **self._optimizer.metrics(),
-            "skipped_updates": self._optimizer.skipped_updates,
+            **found.metrics(),
+            "skipped_updates": found.skipped_updates,
         }
         values = {f"lorapre/{name}": value for name, value in values.items()}
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)  # Trainer has already copied the logs there.
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._optimizer = None
 
 
 def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
@@ -296,7 +303,7 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
     Raises RuntimeError if there is none, or if the optimizers together do not hold all trainable parameters.
     """
     parts = list(_parts(optimizer))
-    found = next((part for part in parts if isinstance(part, LoRAPreOptimizer)), None)
+    found = _lorapre(optimizer)
     if found is None:
         raise RuntimeError(
             f"LoRAPreCallback found the optimizer {type(parts[-1]).__name__}, expected LoRAPreAdamW or LoRAPreMuon: "
@@ -313,6 +320,11 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
             "them as they are. Let the trainer build it: optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args)"
         )
     return found
+
+
+def _lorapre(optimizer: Any) -> LoRAPreOptimizer | None:
+    """Return the LoRA-Pre optimizer inside the wrappers of others, or None if there is none."""
+    return next((part for part in _parts(optimizer) if isinstance(part, LoRAPreOptimizer)), None)
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:

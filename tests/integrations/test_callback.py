@@ -1,5 +1,7 @@
 """LoRAPreCallback: what it refuses and what it logs."""
 
+import copy
+import pickle
 from collections import Counter
 from itertools import pairwise
 
@@ -120,6 +122,32 @@ def test_an_attached_callback_does_not_look_for_its_trainer(tmp_path, monkeypatc
     trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * float("nan")
     with pytest.warns(UserWarning, match="the loss of step 1 is NaN or infinite"):
         trainer.train()
+
+
+def test_an_attached_callback_may_be_used_elsewhere(tmp_path, peft_model, tokens):
+    """A second trainer, a copy, and a run inside another one's callback find their own trainer and optimizer."""
+
+    def trainer(name, *callbacks):
+        args = arguments(tmp_path / name)
+        built = {"optimizer_cls_and_kwargs": lorapre_optimizer("adamw", args)}
+        return Trainer(peft_model(), args, train_dataset=tokens, callbacks=list(callbacks), **built)
+
+    first = trainer("first")
+    callback = LoRAPreCallback.attach(first, stop_on_nan_loss=True)
+    first.train()
+    for number, other in enumerate([callback, copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))]):
+        recorder = Recorder()
+        trainer(f"other{number}", recorder, other).train()
+        assert recorder.logs[0].keys() >= ADAMW_LOGGED
+
+    class Nested(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                trainer("inner", plain).train()
+
+    plain, recorder = LoRAPreCallback(), Recorder()
+    trainer("outer", recorder, plain, Nested()).train()
+    assert recorder.logs[-2].keys() >= ADAMW_LOGGED
 
 
 def test_the_callback_is_called_once_though_it_moves_to_the_front(tmp_path, peft_model, tokens):
