@@ -33,8 +33,10 @@ class LoRAPreConfig(LoraConfig):
     ``adapter_config.json`` in ``lorapre_config.json``, so that an adapter saved here opens in plain PEFT.
     `LoRAPreConfig.from_pretrained` reads both files.
 
-    Raises ValueError for a momentum rank that is not a whole number ≥ 1 or not below the adapter's rank, for an
-    unknown rule, and for an option that the rule does not have.
+    Raises ValueError for a momentum rank that is not a whole number ≥ 1, for an unknown rule, and for an option that
+    the rule does not have or that is out of its range. Warns of a momentum rank that is not below the adapter's rank,
+    with which `create_lorapre_optimizer` raises ValueError: PEFT makes such configs for adapters that are only merged
+    (``add_weighted_adapter`` to a lower rank).
     """
 
     momentum_rank: int | None = field(
@@ -74,7 +76,6 @@ class LoRAPreConfig(LoraConfig):
         self.momentum_rank_pattern = self.momentum_rank_pattern or {}  # Configs may say null.
         if self.update_rule not in RULES:
             raise ValueError(f"update_rule={self.update_rule!r}: expected one of {', '.join(map(repr, RULES))}")
-        check_rule_options({name: getattr(self, name) for name in RULE_OPTIONS})
         largest = max([self.r, *(self.rank_pattern or {}).values()])
         named = {"momentum_rank": self.momentum_rank} | {
             f"momentum_rank_pattern[{key!r}]": k for key, k in self.momentum_rank_pattern.items()
@@ -85,10 +86,12 @@ class LoRAPreConfig(LoraConfig):
             if isinstance(k, bool) or not isinstance(k, int) or k < 1:
                 raise ValueError(f"{name}={k!r}: expected a whole number of at least 1")
             if k >= largest:
-                raise ValueError(
-                    f"{name}={k} is not below the adapter's rank {largest}: nothing would be compressed; "
-                    + (f"use 1..{largest - 1}, or a larger r" if largest > 1 else "use r=2 or more")
+                advice = f"1..{largest - 1}, or a larger r" if largest > 1 else "r=2 or more"
+                warnings.warn(
+                    f"{name}={k} is not below the adapter's rank {largest}, as training needs it: use {advice}",
+                    stacklevel=4,
                 )
+        check_rule_options({name: getattr(self, name) for name in ("momentum_rank", *RULE_OPTIONS)})
 
     def pattern_key(self, module_name: str) -> str | None:
         """Return the first key of ``momentum_rank_pattern`` that matches a name in the base model, or None."""

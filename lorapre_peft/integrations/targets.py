@@ -119,14 +119,17 @@ def rule_options(config: LoraConfig | None, given: dict[str, Any] | None) -> dic
 def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str, Any] | None) -> Targets:
     """Return the LoRA matrices of every adapter with their options, from the adapters' configs and the overrides.
 
-    Warns of patterns that match no module.
+    Warns of patterns that match no module, and of adapters whose configs are not in the model.
     """
-    configs: dict[str, LoraConfig] = {}
+    holders: list[tuple[str, dict[str, LoraConfig]]] = []  # the models around a module, by the beginning of its name
     targets: Targets = {}
     unused: dict[str, set[str]] = {}
+    bare = ""  # the first layer without a config
     for module_name, module in model.named_modules():
+        while holders and not f"{module_name}.".startswith(holders[-1][0]):
+            holders.pop()
         if isinstance(getattr(module, "peft_config", None), dict):
-            configs = module.peft_config  # Modules come after the model that holds them.
+            holders.append((f"{module_name}." if module_name else "", module.peft_config))
         if not isinstance(module, LoraLayer):
             continue
         own_name = module_name.rpartition("base_model.model.")[2]  # It omits PEFT's wrapper.
@@ -137,7 +140,7 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
             matrices = [param for name in COMPRESSIBLE for param in _held(getattr(module, name), adapter)]
             if not any(param.requires_grad for param in matrices):
                 continue  # What is not trained has no momenta.
-            config = configs.get(adapter)
+            config = next((configs[adapter] for _, configs in reversed(holders) if adapter in configs), None)
             k = default_momentum_rank(r) if momentum_rank is None else momentum_rank
             if momentum_rank is None and isinstance(config, LoRAPreConfig):
                 k = config.module_momentum_rank(own_name, r)
@@ -147,7 +150,9 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                     f"momentum_rank={k} is not below r={r} of {module_name}: nothing would be compressed there; use "
                     f"1..{r - 1}, or a smaller one for this module in momentum_rank_pattern"
                 )
-            options = {"momentum_rank": k, **rule_options(config, given)}
+            if config is None and not bare:
+                bare = module_name
+            options = _ranked(k, momentum_rank, rule_options(config, given), given)
             targets |= {param: options for param in matrices if param.ndim >= 2}
             # In lora_A [E · r, in] the experts' rows lie one after the other. In lora_B [out, r · E] their columns are
             # interleaved.
@@ -155,6 +160,12 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                 for held, dim in ((module.lora_A, 0), (module.lora_B, -1)):
                     (weight,) = _held(held, adapter)
                     targets[weight] = options | {"experts": module.num_experts, "experts_dim": dim}
+    if bare:
+        warnings.warn(
+            f"found no config for the adapter of {bare}, a layer of a part of a PEFT model: the options of LoRA-Pre "
+            "that are not given take their defaults. Give the whole model",
+            stacklevel=3,
+        )
     for adapter, keys in unused.items():
         if keys:
             warnings.warn(
@@ -163,6 +174,18 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                 stacklevel=3,
             )
     return targets
+
+
+def _ranked(
+    k: int, momentum_rank: int | None, options: dict[str, Any], given: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return a rule's options with the momentum rank k.
+
+    The second moment's rank is then no larger, unless a caller gave both, which the optimizer checks.
+    """
+    second, both = options.get("second_momentum_rank"), momentum_rank and (given or {}).get("second_momentum_rank")
+    smaller = {} if second is None or both else {"second_momentum_rank": min(k, second)}
+    return {"momentum_rank": k, **options, **smaller}
 
 
 def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
@@ -186,6 +209,7 @@ def weight_targets(
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=names)
     heads = {*output_heads(model), *_classifiers(model)}
+    options = _ranked(k, momentum_rank, rule_options(None, given), given)
     targets: Targets = {}
     frozen: list[str] = []
     for module_name, module in model.named_modules():
@@ -197,15 +221,14 @@ def weight_targets(
         else:
             matched = bool(check_target_module_exists(config, module_name))
         if matched and weight.requires_grad:
-            targets[weight] = {"momentum_rank": k, **rule_options(None, given)}
+            targets[weight] = options
         elif matched:
             frozen.append(module_name)
     for name, param in expert_parameters(model).items():
         named = (name, name.rpartition(".")[0])  # the names of the parameter and of its module
         matched = names == "all-linear" or any(check_target_module_exists(config, n) for n in named)
         if matched and param.requires_grad:
-            stack = {"experts": len(param), "experts_dim": 0}
-            targets[param] = {"momentum_rank": k, **rule_options(None, given), **stack}
+            targets[param] = options | {"experts": len(param), "experts_dim": 0}
         elif matched:
             frozen.append(name)
     if not targets:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..lowrank.experts import stack_of
 from ..lowrank.rules import RULES
@@ -102,6 +103,11 @@ def check_rule_options(options: dict[str, Any]) -> None:
         raise ValueError(
             f"second_momentum_rank={second!r}: expected a whole number of at least 1, or None for the rule's default"
         )
+    if second is not None and 0 < (options.get("momentum_rank") or 0) < second:
+        raise ValueError(
+            f"second_momentum_rank={second} is above momentum_rank={options['momentum_rank']}: expected at most that, "
+            "or None for the rule's default"
+        )
     if rho is not None:
         in_range("residual_weight", rho, 0, 1, closed=True)
 
@@ -117,6 +123,11 @@ def check_parameter(param: Tensor) -> None:
         raise TypeError(
             f"{where} and dtype {param.dtype}, which torch does not add or multiply; expected float16, bfloat16, "
             "float32 or float64: train a copy in one of these, or an adapter"
+        )
+    if is_traceable_wrapper_subclass(local(param)):
+        raise TypeError(
+            f"{where} and type {type(local(param)).__name__}, which holds other tensors and no memory of its own: "
+            "LoRA-Pre cannot step it. Give it to an optimizer of torch, or train a plain tensor"
         )
     if hasattr(param, "_fsdp_flattened") or hasattr(param, "ds_id"):
         engine = "DeepSpeed ZeRO-3" if hasattr(param, "ds_id") else "FSDP1"

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from adapting import ConvNet, adapted, ranks_by_name, train, trainable
-from peft import IA3Config, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, PromptEncoderConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import Trainer
 
@@ -101,6 +101,38 @@ def test_two_peft_models_keep_their_own_configs(make_llama):
     optimizer = create_lorapre_optimizer(model, lr=1e-2)
     found = {(name.split(".")[0], g["momentum_rank"]) for g in optimizer.param_groups for name in g["param_names"]}
     assert found == {("policy", 3), ("value", 1)}
+
+
+def test_an_adapter_inside_an_adapted_model_keeps_its_own_config():
+    """A vision tower with an adapter of its own comes first; the outer config is that of the layers after it."""
+    model = nn.ModuleDict({"vision": nn.Sequential(nn.Linear(64, 64)), "text": nn.Sequential(nn.Linear(64, 64))})
+    tower = LoRAPreConfig(r=16, target_modules=["0"], momentum_rank=1, update_rule="newton")
+    inject_adapter_in_model(tower, model["vision"])
+    model = get_peft_model(model, LoRAPreConfig(r=16, target_modules=["text.0"], momentum_rank=7))
+    for name, param in model.named_parameters():
+        param.requires_grad_("lora_" in name)
+    optimizer = create_lorapre_optimizer(model, lr=1e-2)
+    found = {
+        (name.split(".")[2], group["momentum_rank"], group["update_rule"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    assert found == {("vision", 1, "newton"), ("text", 7, "als")}
+
+
+def test_a_part_of_a_peft_model_without_its_config_is_named(make_llama):
+    model = adapted(make_llama(), momentum_rank=3)
+    with pytest.warns(UserWarning, match=r"found no config for the adapter of layers\.0\.self_attn\.q_proj"):
+        create_lorapre_optimizer(model.get_base_model().model, lr=1e-2)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, {(2, 2), (4, 3)}), ({"momentum_rank": 5}, {(5, 3)})])
+def test_the_second_rank_is_no_larger_than_a_modules_first(make_llama, given, expected):
+    model = adapted(make_llama(), momentum_rank=4, second_momentum_rank=3, momentum_rank_pattern={"q_proj": 2})
+    optimizer = create_lorapre_optimizer(model, lr=1e-2, **given)
+    assert {(g["momentum_rank"], g["second_momentum_rank"]) for g in optimizer.param_groups} == expected
+    with pytest.raises(ValueError, match="second_momentum_rank=3 is above momentum_rank=2"):
+        create_lorapre_optimizer(model, lr=1e-2, momentum_rank=2, second_momentum_rank=3)
 
 
 @pytest.mark.parametrize(

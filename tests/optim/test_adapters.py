@@ -187,6 +187,21 @@ def test_combined_adapter_trains_on(two_adapters, batch, how):
     assert set(ranks_by_name(optimizer).values()) == {5}
 
 
+def test_combined_adapter_of_a_lower_rank_than_the_momentums(two_adapters, batch):
+    """PEFT can make and use it, as with `LoraConfig`; training it asks for another momentum rank."""
+    with pytest.warns(UserWarning, match="momentum_rank=5 is not below the adapter's rank 3"):
+        two_adapters.add_weighted_adapter(
+            ["second", "default"], [1.0, 1.0], "small", combination_type="svd", svd_rank=3
+        )
+    two_adapters.set_adapter("small")
+    assert two_adapters(**batch).loss.isfinite()
+    with pytest.raises(ValueError, match="momentum_rank=5 is not below r=3"):
+        create_lorapre_optimizer(two_adapters, lr=1e-2)
+    optimizer = create_lorapre_optimizer(two_adapters, lr=1e-2, momentum_rank=2)
+    train(optimizer, lambda: two_adapters(**batch).loss, steps=1)
+    assert set(ranks_by_name(optimizer).values()) == {2}
+
+
 def test_adapter_added_by_transformers(make_llama, batch, tmp_path):
     """PreTrainedModel.add_adapter holds the config on the model itself, without a PeftModel around it."""
     model = make_llama()

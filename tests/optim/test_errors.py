@@ -7,6 +7,7 @@ import pytest
 import torch
 from stepping import both_optimizers
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.optim.options import check_gradient
@@ -189,6 +190,7 @@ PARAMETERS = [
     (nn.Parameter(torch.ones(4, 3, dtype=torch.complex64)), TypeError, r"shape \(4, 3\) .*complex64; .* real"),
     (nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False), TypeError, r"int8; expected a float"),
     (nn.Parameter(torch.ones(4, 3).to(torch.float8_e4m3fn)), TypeError, r"float8_e4m3fn, which torch .* float16"),
+    (nn.Parameter(TwoTensor(torch.ones(4, 3), torch.ones(4, 3))), TypeError, r"TwoTensor, which holds .* of torch"),
     (marked(_fsdp_flattened=True), NotImplementedError, r"shape \(20, 12\) that FSDP1 has "
                                                         r"flattened: .* Use FSDP2, DDP"),
     (marked(ds_id=3), NotImplementedError, r"shape \(20, 12\) that DeepSpeed ZeRO-3 has flattened: .* FSDP2"),
@@ -197,7 +199,7 @@ PARAMETERS = [
 
 @both_optimizers
 @pytest.mark.parametrize(
-    ("param", "error", "message"), PARAMETERS, ids=["complex", "int8", "float8", "fsdp1", "zero3"]
+    ("param", "error", "message"), PARAMETERS, ids=["complex", "int8", "float8", "wrapper", "fsdp1", "zero3"]
 )
 def test_parameters_that_no_step_could_update(cls, param, error, message):
     with pytest.raises(error, match=message):

@@ -30,17 +30,17 @@ def test_equals_oracle(cls, rule, shape, k):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("k", "second", "held"), [(5, 2, 2), (5, 5, 5), (5, 9, 5)])
-def test_second_moments_of_other_ranks(backend, k, second, held):
+@pytest.mark.parametrize(("k", "second"), [(5, 2), (5, 5)])
+def test_second_moments_of_other_ranks(backend, k, second):
     """v has a rank of its own, at most that of m."""
     param, grads = nn.Parameter(weights(20, 12).detach().to(DEVICE)), stream((20, 12), 30)
     optimizer = LoRAPreAdamW([param], lr=LR, momentum_rank=k, second_momentum_rank=second, backend=backend)
-    truth, start = truth_of(optimizer, k, "als", second=held), param.detach().cpu().double().numpy()
+    truth, start = truth_of(optimizer, k, "als", second=second), param.detach().cpu().double().numpy()
     room, _ = oracle_room(truth, start, flat(grads), LR)
     path = oracle.train(truth, start, flat(grads), LR)
     take_steps(optimizer, [param], grads)
     np.testing.assert_allclose(param.detach().cpu(), path[-1], rtol=0, atol=room[-1])
-    assert optimizer.state[param]["v_A"].shape == (held, 12)
+    assert optimizer.state[param]["v_A"].shape == (second, 12)
 
 
 @both_optimizers
