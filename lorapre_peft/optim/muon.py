@@ -82,7 +82,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         ns_dtype: ``"float32"``, or ``"bfloat16"`` as in torch.optim.Muon, which is several times as fast where a
             processor multiplies bfloat16 matrices and several times as slow where it does not.
         adamw_lr: learning rate ≥ 0 of the AdamW path. None stands for ``lr``. It follows the schedule of ``lr`` in
-            proportion; the group keeps the ratio as ``adamw_lr_ratio``.
+            proportion: it holds where ``lr`` is what it was at first, which the group keeps as ``adamw_base_lr``.
         adamw_betas, adamw_eps: decay rates and ε of the AdamW path.
         update_scale, max_param_grad_norm, bf16_rounding, update_in_backward, temporary_bytes, maximize, seed, backend:
             as `LoRAPreOptimizer` documents them. There is no ``backend="triton"``: a step multiplies whole matrices.
@@ -165,17 +165,20 @@ class LoRAPreMuon(LoRAPreOptimizer):
             raise ValueError(f"ns_dtype={group['ns_dtype']!r}: expected 'float32' or 'bfloat16'")
         if group["adamw_lr"] is not None:
             in_range("adamw_lr", group["adamw_lr"], 0)
-            # Schedulers only write `lr`, so the AdamW path keeps its ratio to it. A saved group already has one.
-            if "adamw_lr_ratio" not in group:
-                if not float(group["lr"]):
-                    raise ValueError(
-                        "adamw_lr follows the schedule of lr in proportion and cannot follow lr=0: give an lr above 0"
-                    )
-                group["adamw_lr_ratio"] = group["adamw_lr"] / float(group["lr"])
+            if "adamw_lr_ratio" in group:
+                raise ValueError(
+                    "adamw_lr_ratio: found a group that an earlier version of this package has saved, expected "
+                    "adamw_base_lr: set group['adamw_base_lr'] = group['adamw_lr'] / group.pop('adamw_lr_ratio')"
+                )
+            # Schedulers only write `lr`. A saved group has been at another `lr` than its first one since.
+            if not group.setdefault("adamw_base_lr", float(group["lr"])):
+                raise ValueError(
+                    "adamw_lr follows the schedule of lr in proportion and cannot follow lr=0: give an lr above 0"
+                )
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
-        lr = group["lr"] * group.get("adamw_lr_ratio", 1.0)
-        return AdamWOptions(lr, group["adamw_betas"], group["adamw_eps"])
+        ratio = 1.0 if group["adamw_lr"] is None else group["adamw_lr"] / group["adamw_base_lr"]
+        return AdamWOptions(group["lr"] * ratio, group["adamw_betas"], group["adamw_eps"])
 
     def _update(self, batch: Batch) -> Iterator[None]:
         backend = self._backend(batch.device)

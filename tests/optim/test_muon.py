@@ -6,6 +6,7 @@ import pytest
 import torch
 from roundoff import chain, disturbed, gamma
 from stepping import LR, stream, take_steps, weights
+from torch import nn
 
 from lorapre_peft import LoRAPreMuon
 from lorapre_peft.optim.muon import NEWTON_SCHULZ, orthogonalize
@@ -94,6 +95,20 @@ def test_muon_without_scale_is_algorithm_2():
     rounding = gamma(2 * steps) * weights(*tall).abs().max().item()
     for name, scale in (("original", (40 / 6) ** 0.5), ("match_rms_adamw", 0.2 * 40**0.5)):
         torch.testing.assert_close(paths[name], paths[None] * scale, rtol=0, atol=(1 + scale) * rounding)
+
+
+def test_the_adamw_rate_of_a_group_can_be_edited():
+    """It holds where ``lr`` is what it was at first, and follows it from there."""
+    bias = nn.Parameter(torch.zeros(4))
+    optimizer = LoRAPreMuon([nn.Parameter(torch.zeros(8, 8)), bias], lr=1e-2, adamw_lr=1e-3, momentum_rank=2)
+    optimizer.param_groups[0] |= {"adamw_lr": 0.5, "lr": 5e-3}
+    bias.grad = torch.ones(4)
+    optimizer.step()
+    torch.testing.assert_close(bias.detach(), torch.full((4,), -0.25), rtol=1e-5, atol=0)
+    loaded = optimizer.state_dict()
+    loaded["param_groups"][0]["adamw_lr_ratio"] = 0.1
+    with pytest.raises(ValueError, match=r"adamw_lr_ratio: found a group that an earlier version .* saved"):
+        optimizer.load_state_dict(loaded)
 
 
 def test_channels_last_parameters_decay():
