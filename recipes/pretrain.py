@@ -1,7 +1,7 @@
 """Pre-training of Llamas: ``python -m recipes.pretrain --config recipes/configs/pretrain/NAME.yaml``.
 
 Under ``accelerate launch`` too. transformers' argument classes and trainer, any method of `eval.methods` that trains
-weights; every key of a config can be given on the command line as well, where it wins.
+weights, but Sophia; every key of a config can be given on the command line as well, where it wins.
 """
 
 from __future__ import annotations

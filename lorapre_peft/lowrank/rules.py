@@ -145,7 +145,7 @@ class Als:
     gradients scales the factors and changes nothing else.
 
     Without the orthonormal columns the product B A would be the same, but the directions would become more alike with
-    every step. The condition number of B then reached 1e3 to 1e5, at which the round-off of float32 and the damping
+    every step. The condition number of B then reached 1e3 and more, at which the round-off of float32 and the damping
     had an effect (`docs/rules.md`).
     """
 

@@ -1,4 +1,4 @@
-"""Every rival that trains an adapter takes the steps that its paper's equations say.
+"""The rivals on adapters whose steps are their own (of this project, PEFT, LoRA-RITE) follow their papers' equations.
 
 The oracles hold moments of the product B A as dense p×q and q×q matrices, where the optimizers hold them in the
 coordinates of a factor.
