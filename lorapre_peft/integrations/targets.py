@@ -132,7 +132,7 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
             holders.append((f"{module_name}." if module_name else "", module.peft_config))
         if not isinstance(module, LoraLayer):
             continue
-        own_name = module_name.rpartition("base_model.model.")[2]  # It omits PEFT's wrapper.
+        own_name = _unwrapped(model, module_name).rpartition("base_model.model.")[2]  # It omits PEFT's wrapper.
         stacked = isinstance(module, ParamWrapper) and module.num_experts > 1
         if isinstance(module, ParamWrapper):  # The wrappers of one module's parameters are nested.
             own_name = f"{own_name.replace('.base_layer', '')}.{module.parameter_name}"
@@ -176,6 +176,12 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
     return targets
 
 
+def _unwrapped(model: nn.Module, name: str) -> str:
+    """Return the name that a module has without the wrappers of `torch.compile` and DistributedDataParallel."""
+    own = name.removeprefix("module.") if isinstance(model, DistributedDataParallel) else name
+    return own.replace("_orig_mod.", "")
+
+
 def _ranked(
     k: int, momentum_rank: int | None, options: dict[str, Any], given: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -201,9 +207,10 @@ def weight_targets(
 ) -> Targets:
     """Return the weights of the modules that ``target_modules`` selects: names, a regular expression or "all-linear".
 
-    The stacked weights of a mixture's experts are among "all-linear". Otherwise their own name
-    ("experts.gate_up_proj") or that of their module ("experts") selects them. Raises ValueError if no module with a
-    matrix is selected, or only modules that are frozen or quantised.
+    The stacked weights of a mixture's experts are among "all-linear". Otherwise they, and matrices that are not called
+    ``weight``, are selected by their own names ("experts.gate_up_proj", "in_proj_weight") or by that of their module
+    ("experts"). Raises ValueError if no module with a matrix is selected, or only modules that are frozen or
+    quantised.
     """
     k = MOMENTUM_RANK if momentum_rank is None else momentum_rank
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -212,25 +219,22 @@ def weight_targets(
     options = _ranked(k, momentum_rank, rule_options(None, given), given)
     targets: Targets = {}
     frozen: list[str] = []
+    experts = expert_parameters(model)
     for module_name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
-            continue
-        if names == "all-linear":
-            matched = isinstance(module, LINEAR) and module not in heads
-        else:
-            matched = bool(check_target_module_exists(config, module_name))
-        if matched and weight.requires_grad:
-            targets[weight] = options
-        elif matched:
-            frozen.append(module_name)
-    for name, param in expert_parameters(model).items():
-        named = (name, name.rpartition(".")[0])  # the names of the parameter and of its module
-        matched = names == "all-linear" or any(check_target_module_exists(config, n) for n in named)
-        if matched and param.requires_grad:
-            targets[param] = options | {"experts": len(param), "experts_dim": 0}
-        elif matched:
-            frozen.append(name)
+        for name, param in module.named_parameters(module_name, recurse=False):
+            stacked, plain = name in experts, name == f"{module_name}.weight".removeprefix(".")
+            if param.ndim < 2:
+                continue
+            if names == "all-linear":
+                matched = stacked or (plain and isinstance(module, LINEAR) and module not in heads)
+            else:
+                selecting = (module_name,) if plain else (name, module_name)
+                matched = any(check_target_module_exists(config, _unwrapped(model, n)) for n in selecting)
+            if matched and param.requires_grad:
+                stack = {"experts": len(param), "experts_dim": 0} if stacked else {}
+                targets[param] = options | stack
+            elif matched:
+                frozen.append(name if stacked else module_name)
     if not targets:
         raise ValueError(_no_target(model, target_modules, frozen))
     return targets

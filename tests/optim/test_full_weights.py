@@ -51,6 +51,23 @@ def test_target_modules_as_in_peft(make_llama, target_modules, expected):
     assert all(any(part in name for name in ranks) for part in expected)
 
 
+def test_matrices_of_other_names_are_selected_by_them():
+    """PyTorch's own attention and recurrent layers hold matrices that are not called weight."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64)
+    by_name = create_lorapre_optimizer(layer, lr=0.1, target_modules=["in_proj_weight", "linear1"])
+    assert {name for name, k in named(layer, by_name).items() if k} == {"self_attn.in_proj_weight", "linear1.weight"}
+    lstm = nn.ModuleDict({"lstm": nn.LSTM(32, 16)})
+    by_module = create_lorapre_optimizer(lstm, lr=0.1, target_modules=["lstm"])
+    assert {name for name, k in named(lstm, by_module).items() if k} == {"lstm.weight_ih_l0", "lstm.weight_hh_l0"}
+
+
+def test_names_are_those_of_the_model_inside_a_compiled_one(make_llama):
+    pattern = r"model\.layers\.0\.self_attn\.q_proj"
+    model = torch.compile(make_llama())
+    ranks = named(model, create_lorapre_optimizer(model, lr=0.1, target_modules=pattern))
+    assert [name for name, k in ranks.items() if k] == ["_orig_mod.model.layers.0.self_attn.q_proj.weight"]
+
+
 def test_others_and_embeddings_as_chosen(make_llama):
     model = make_llama()
     ranks = named(model, create_lorapre_optimizer(model, others="frozen", embeddings="adamw"))
