@@ -16,6 +16,21 @@ from .suite import Suite, higher_is_better
 
 KINDS = {"adapter": "adapters", "weights": "weights"}
 _MARKERS = "os^Dvp*X"
+_BAR = {"linestyle": "none", "capsize": 2, "elinewidth": 0.8}
+
+
+def order(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Plot the primary metric by method, the best on top."""
+    higher = higher_is_better(suite.primary)
+    shown = [row for row in rows if suite.primary in row["metrics"]]
+    shown = sorted(shown, key=lambda row: row["metrics"][suite.primary]["mean"], reverse=not higher)
+
+    def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
+        bar = _half_width(row)
+        axis.errorbar(row["metrics"][suite.primary]["mean"], row["label"], xerr=bar, **(style | _BAR))
+        axis.margins(y=0.1)
+
+    return _panels(shown, path, draw, xlabel=_primary(suite), ylabel="", legend=False)
 
 
 def losses(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
@@ -30,7 +45,7 @@ def losses(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     """Plot the validation loss over the learning rate, up to twice the panel's best; rates at which a run failed are
-    left out.
+    left out. There is nothing to plot where every row has one rate.
     """
 
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
@@ -44,6 +59,8 @@ def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> boo
         axis.set_ylim(0.97 * min(losses), min(1.03 * max(losses), 2 * min(losses)))
 
     shown = [row for row in rows if any(loss is not None for loss in row["rates"].values())]
+    if all(len(row["rates"]) == 1 for row in shown):
+        return False
     return _panels(shown, path, draw, xlabel="learning rate", ylabel="validation loss")
 
 
@@ -94,32 +111,46 @@ def _tradeoff(
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
         if beside:
             beside(axis, row, style)
-        # Not the row's own interval, most of which is what the seeds' rows do to all methods alike.
-        bar = row["difference"]["half_width"] if row.get("difference") else None
-        style = style | {"linestyle": "none", "capsize": 2, "elinewidth": 0.8}
-        axis.errorbar(x(row), row["metrics"][suite.primary]["mean"], yerr=bar, label=row["label"], **style)
+        y, bar = row["metrics"][suite.primary]["mean"], _half_width(row)
+        axis.errorbar(x(row), y, yerr=bar, label=row["label"], **(style | _BAR))
 
+    return _panels(rows, path, draw, xlabel=xlabel, ylabel=_primary(suite))
+
+
+def _half_width(row: dict[str, Any]) -> float | None:
+    """Return half of the interval of a row's difference, seed by seed, to the first row that trains the same.
+
+    It is not the row's own interval, most of which is what the seeds' rows do to all methods alike.
+    """
+    return row["difference"]["half_width"] if row.get("difference") else None
+
+
+def _primary(suite: Suite) -> str:
+    """Return the label of the axis of the primary metric."""
     better = "higher" if higher_is_better(suite.primary) else "lower"
     metric = suite.primary.replace("_", " ")
-    ylabel = f"{metric} ({better} is better)\nbars: 95 % of the difference to the first, seed by seed"
-    return _panels(rows, path, draw, xlabel=xlabel, ylabel=ylabel)
+    return f"{metric} ({better} is better)\nbars: 95 % of the difference to the first, seed by seed"
 
 
-def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: str, ylabel: str) -> bool:
+def _panels(
+    rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: str, ylabel: str, legend: bool = True
+) -> bool:
     """Make the panels: a column for adapters and one for weights, a line for each model and protocol.
 
-    Rows of a method have one color, and markers of their own.
+    Rows that differ in their ranks alone have one color. Markers are a row's own. Without a legend rows are named on
+    the axis, and the panels are as high as they need.
     """
     if not rows:
         return False
     groups = list(dict.fromkeys((row["model"], row["protocol"]) for row in rows))
     kinds = [kind for kind in KINDS if any(row["trains"] == kind for row in rows)]
+    height = 4.8 if legend else 1.2 + 0.2 * max(map(len, _by_panel(rows).values()))
     figure, axes = plt.subplots(
-        len(groups), len(kinds), figsize=(7.5 * len(kinds), 4.8 * len(groups)), layout="constrained", squeeze=False
+        len(groups), len(kinds), figsize=(7.5 * len(kinds), height * len(groups)), layout="constrained", squeeze=False
     )
     for line, (model, protocol) in zip(axes, groups):
         for axis, kind in zip(line, kinds):
-            shown = [r for r in rows if (r["model"], r["protocol"], r["trains"]) == (model, protocol, kind)]
+            shown = _by_panel(rows).get((model, protocol, kind), [])
             families = list(dict.fromkeys(_family(row) for row in shown))
             for i, row in enumerate(shown):
                 color = families.index(_family(row))
@@ -131,11 +162,18 @@ def _panels(rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: st
                 draw(axis, row, style | {"markersize": 5})
             axis.set(xlabel=xlabel, ylabel=ylabel, title=f"{model}, {protocol}: {KINDS[kind]}")
             axis.grid(alpha=0.3)
-            if shown:
+            if shown and legend:
                 axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def _by_panel(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["protocol"], row["trains"]), []).append(row)
+    return found
 
 
 def machines(rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -148,12 +186,13 @@ def _megabytes(row: dict[str, Any]) -> float:
     return row["state_bytes"] / 1e6
 
 
-def _family(row: dict[str, Any]) -> tuple[str, str | None]:
-    """Return what rows share that differ only in ranks and the like: the method and its update rule."""
-    return row["method"], row["options"].get("update_rule")
+def _family(row: dict[str, Any]) -> tuple[str, str]:
+    """Return what rows share that differ only in their ranks: the method and its other options."""
+    return row["method"], str({name: value for name, value in row["options"].items() if "rank" not in name})
 
 
 PLOTS = {
+    "order.png": order,
     "losses.png": losses,
     "sensitivity.png": sensitivity,
     "state.png": state,

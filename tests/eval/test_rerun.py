@@ -317,7 +317,7 @@ def test_killed_and_started_again(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "Methods that do not run today" in text
     assert "`python -m eval.rerun smoke --out" in text
-    for plot in ("losses", "sensitivity", "memory", "time"):
+    for plot in ("order", "losses", "sensitivity", "memory", "time"):
         assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -165,6 +165,7 @@ def test_times_and_peaks_of_several_machines_are_not_compared(tmp_path):
         line.endswith("| – | – | – |") for line in text.splitlines() if line.startswith(("| LoRA ", "| rsLoRA "))
     )
     assert "time.png" not in text
+    assert "sensitivity.png" not in text  # of one learning rate
     assert "state.png" in text
 
 
