@@ -1,4 +1,4 @@
-"""LoRA-Pro and SOAP, which come from packages, follow their papers. The oracles are in numpy and float64."""
+"""LoRA-FA, LoRA-Pro and SOAP, which come from packages, follow their papers. The oracles are in numpy and float64."""
 
 import numpy as np
 import pytest
@@ -19,13 +19,33 @@ def built(name, tmp_path, r, rows, columns):
         pytest.skip(reason)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(columns, rows, bias=False, dtype=torch.float64))
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], init_lora_weights=name == "lora-pro")
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], init_lora_weights=name != "soap")
     model = get_peft_model(model, config, autocast_adapter_dtype=False).double()
     args = TrainingArguments(
         output_dir=str(tmp_path), learning_rate=LR, adam_beta2=BETAS[1], weight_decay=0.0, use_cpu=True
     )
     layer = model.get_submodule("base_model.model.0")
     return layer, method.build(model, args, dict(method.options))
+
+
+def test_lora_fa_follows_the_nearest_gradient_that_b_alone_can_have(tmp_path):
+    """arXiv 2308.03303 as PEFT has it: the X of least ‖s X A − G‖ is G Aᵀ(A Aᵀ)⁻¹/s; Adam follows it."""
+    layer, optimizer = built("lora-fa", tmp_path, 3, 9, 14)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    start, theta, s = A.detach().clone(), B.detach().numpy().copy(), 2.0
+    m, v, rng = np.zeros((9, 3)), np.zeros((9, 3)), np.random.default_rng(0)
+    for t in range(1, STEPS + 1):
+        G = rng.standard_normal((9, 14))
+        B.grad = torch.tensor(s * G @ start.numpy().T)
+        optimizer.step()
+        g = G @ np.linalg.pinv(start.numpy()) / s
+        m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g**2
+        m_hat, v_hat = m / (1 - BETAS[0] ** t), v / (1 - BETAS[1] ** t)
+        # The bias corrections multiply the step, so that ε counts before them.
+        theta -= LR * m_hat / (np.sqrt(v_hat) + EPS / np.sqrt(1 - BETAS[1] ** t))
+        # The package adds 1e-8 to the diagonal of A Aᵀ, whose eigenvalues are above 0.1 here.
+        np.testing.assert_allclose(B.detach().numpy(), theta, rtol=0, atol=1e-7 * LR * t)
+    assert torch.equal(A, start)
 
 
 def test_lora_pro_moves_the_product_as_full_fine_tuning_would(tmp_path):
