@@ -20,7 +20,7 @@ BACKENDS = [
         name,
         marks=[
             pytest.mark.skipif(name not in backends.available(DEVICE), reason=f"{name} cannot run here"),
-            *([pytest.mark.slow] if name == "compiled" else []),  # test_kernels.py runs its graphs without compiling.
+            *([pytest.mark.slow] if name == "compiled" else []),  # test_graphs.py runs its graphs without compiling.
         ],
     )
     for name in ("eager", "compiled", "triton", "cpp")
