@@ -22,8 +22,7 @@ _BAR = {"linestyle": "none", "capsize": 2, "elinewidth": 0.8}
 def order(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     """Plot the primary metric by method, the best on top."""
     higher = higher_is_better(suite.primary)
-    shown = [row for row in rows if suite.primary in row["metrics"]]
-    shown = sorted(shown, key=lambda row: row["metrics"][suite.primary]["mean"], reverse=not higher)
+    shown = sorted(_measured(suite, rows), key=lambda row: row["metrics"][suite.primary]["mean"], reverse=not higher)
 
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
         bar = _half_width(row)
@@ -68,7 +67,7 @@ def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     """Plot the primary metric over memory: the peak if all runs are from one kind of GPU, else weights + gradients +
     state.
     """
-    shown = [row for row in rows if suite.primary in row["metrics"]]
+    shown = _measured(suite, rows)
     measured = len(machines(shown)) == 1 and all(row["peak_of"].startswith("tensors on") for row in shown)
     size = "peak_bytes" if measured else "held_bytes"
     label = "peak memory (GB)" if measured else "weights + gradients + optimizer state (GB)"
@@ -79,7 +78,7 @@ def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     """Plot the primary metric over the bytes of the optimizer's state, zero included, with a line through the rows of
     a method, which differ in its options.
     """
-    shown = sorted((row for row in rows if suite.primary in row["metrics"]), key=lambda row: _megabytes(row) or 0)
+    shown = sorted(_measured(suite, rows), key=lambda row: _megabytes(row) or 0)
     sizes = list(filter(None, map(_megabytes, shown)))
     if not sizes:
         return False
@@ -97,7 +96,7 @@ def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     """Plot the primary metric over the time of training, where all runs are from one kind of machine."""
-    shown = [row for row in rows if suite.primary in row["metrics"]]
+    shown = _measured(suite, rows)
     if len(machines(shown)) > 1:
         return False
     return _tradeoff(suite, shown, path, lambda row: row["train_seconds"], "training time (s)")
@@ -142,15 +141,18 @@ def _panels(
     """
     if not rows:
         return False
-    groups = list(dict.fromkeys((row["model"], row["protocol"]) for row in rows))
-    kinds = [kind for kind in KINDS if any(row["trains"] == kind for row in rows)]
-    height = 4.8 if legend else 1.2 + 0.2 * max(map(len, _by_panel(rows).values()))
+    panels: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault((row["model"], row["protocol"], row["trains"]), []).append(row)
+    groups = list(dict.fromkeys((model, protocol) for model, protocol, _ in panels))
+    kinds = [kind for kind in KINDS if any(kind == trains for *_, trains in panels)]
+    height = 4.8 if legend else 1.2 + 0.2 * max(map(len, panels.values()))
     figure, axes = plt.subplots(
         len(groups), len(kinds), figsize=(7.5 * len(kinds), height * len(groups)), layout="constrained", squeeze=False
     )
     for line, (model, protocol) in zip(axes, groups):
         for axis, kind in zip(line, kinds):
-            shown = _by_panel(rows).get((model, protocol, kind), [])
+            shown = panels.get((model, protocol, kind), [])
             families = list(dict.fromkeys(_family(row) for row in shown))
             for i, row in enumerate(shown):
                 color = families.index(_family(row))
@@ -169,11 +171,9 @@ def _panels(
     return True
 
 
-def _by_panel(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault((row["model"], row["protocol"], row["trains"]), []).append(row)
-    return found
+def _measured(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows that have the primary metric."""
+    return [row for row in rows if suite.primary in row["metrics"]]
 
 
 def machines(rows: Sequence[dict[str, Any]]) -> set[str]:
