@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import rivals
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -33,16 +34,14 @@ def test_lora_fa_follows_the_nearest_gradient_that_b_alone_can_have(tmp_path):
     layer, optimizer = built("lora-fa", tmp_path, 3, 9, 14)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     start, theta, s = A.detach().clone(), B.detach().numpy().copy(), 2.0
-    m, v, rng = np.zeros((9, 3)), np.zeros((9, 3)), np.random.default_rng(0)
+    adam, rng = rivals.Rule(LR, betas=BETAS, eps=EPS), np.random.default_rng(0)
     for t in range(1, STEPS + 1):
         G = rng.standard_normal((9, 14))
         B.grad = torch.tensor(s * G @ start.numpy().T)
         optimizer.step()
-        g = G @ np.linalg.pinv(start.numpy()) / s
-        m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g**2
-        m_hat, v_hat = m / (1 - BETAS[0] ** t), v / (1 - BETAS[1] ** t)
-        # The bias corrections multiply the step, so that ε counts before them.
-        theta -= LR * m_hat / (np.sqrt(v_hat) + EPS / np.sqrt(1 - BETAS[1] ** t))
+        adam.t = t
+        m, v = rivals.moments(adam, G @ np.linalg.pinv(start.numpy()) / s)
+        theta -= LR * rivals.late(adam) * m / (np.sqrt(v) + EPS)
         # The package adds 1e-8 to the diagonal of A Aᵀ, whose eigenvalues are above 0.1 here.
         np.testing.assert_allclose(B.detach().numpy(), theta, rtol=0, atol=1e-7 * LR * t)
     assert torch.equal(A, start)
@@ -57,8 +56,7 @@ def test_lora_pro_moves_the_product_as_full_fine_tuning_would(tmp_path):
     """
     layer, optimizer = built("lora-pro", tmp_path, 3, 9, 14)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    s, m, v = 2.0, np.zeros((9, 14)), np.zeros((9, 14))
-    rng = np.random.default_rng(0)
+    s, adam, rng = 2.0, rivals.Rule(LR, betas=BETAS, eps=EPS), np.random.default_rng(0)
     for t in range(1, STEPS + 1):
         G, old_A, old_B = rng.standard_normal((9, 14)), A.detach().numpy().copy(), B.detach().numpy().copy()
         A.grad, B.grad = torch.tensor(s * old_B.T @ G), torch.tensor(s * G @ old_A.T)
@@ -69,9 +67,8 @@ def test_lora_pro_moves_the_product_as_full_fine_tuning_would(tmp_path):
             outside_B, outside_A = np.eye(9) - B @ np.linalg.pinv(B), np.eye(14) - np.linalg.pinv(A) @ A
             return X - outside_B @ X @ outside_A
 
-        E = tangent(G)
-        m, v = BETAS[0] * m + (1 - BETAS[0]) * E, BETAS[1] * v + (1 - BETAS[1]) * E**2
-        wanted = tangent(m / (1 - BETAS[0] ** t) / (np.sqrt(v / (1 - BETAS[1] ** t)) + EPS))
+        adam.t = t
+        wanted = tangent(rivals.corrected(adam, *rivals.moments(adam, tangent(G))))
         # The package, like the authors' code, rounds the gradient to bfloat16 (8 bits) where it is squared: v is off
         # by 2⁻⁸ at most, its root by half of that, and the projection lengthens no error.
         room = 2.0**-9 * np.linalg.norm(wanted)
@@ -88,7 +85,7 @@ def test_soap_is_adam_in_shampoos_eigenbasis(tmp_path):
     layer, optimizer = built("soap", tmp_path, 6, 6, 6)
     param = layer.lora_A["default"].weight
     other = layer.lora_B["default"].weight
-    rng, beta = np.random.default_rng(0), BETAS[1]
+    rng, beta, adam = np.random.default_rng(0), BETAS[1], rivals.Rule(LR, betas=BETAS)
     theta, m, v = param.detach().numpy().copy(), np.zeros((6, 6)), np.zeros((6, 6))
     L, R, Q_L, Q_R = (np.zeros((6, 6)) for _ in range(4))
     for t in range(13):
@@ -97,10 +94,8 @@ def test_soap_is_adam_in_shampoos_eigenbasis(tmp_path):
         optimizer.step()
         if t:
             m, v = BETAS[0] * m + (1 - BETAS[0]) * G, beta * v + (1 - beta) * (Q_L.T @ G @ Q_R) ** 2
-            m_hat, v_hat = m / (1 - BETAS[0] ** t), v / (1 - beta**t)
-            # The bias corrections multiply the step, so that ε counts before them.
-            direction = (Q_L.T @ m_hat @ Q_R) / (np.sqrt(v_hat) + EPS / np.sqrt(1 - beta**t))
-            theta -= LR * Q_L @ direction @ Q_R.T
+            adam.t = t
+            theta -= LR * rivals.late(adam) * Q_L @ ((Q_L.T @ m @ Q_R) / (np.sqrt(v) + EPS)) @ Q_R.T
         L, R = beta * L + (1 - beta) * G @ G.T, beta * R + (1 - beta) * G.T @ G
         if t == 0:
             Q_L, Q_R = (np.linalg.eigh(X)[1][:, ::-1] for X in (L, R))
