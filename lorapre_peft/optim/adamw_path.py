@@ -88,12 +88,14 @@ def _pieces(items: list[Item], limit: int) -> Iterator[tuple[Item, Any]]:
 def _step(group: dict[str, Any], options: AdamWOptions, pieces: list[tuple[Item, Any]]) -> None:
     # Torch's fused AdamW skips either all tensors of a call or none. A parameter that is not contiguous may be the
     # transpose of another one, as in PEFT's tied adapters, and copies of both would lose one's update.
-    together = [piece for piece in pieces if piece[0].update is None and piece[0].param.is_contiguous()]
+    together: list[tuple[Item, Any]] = []
+    alone: list[tuple[Item, Any]] = []
+    for piece in pieces:
+        (together if piece[0].update is None and piece[0].param.is_contiguous() else alone).append(piece)
     if together:
         _adamw(group, options, together, None)
-    for piece in pieces:
-        if piece[0].update is not None or not piece[0].param.is_contiguous():
-            _adamw(group, options, [piece], piece[0].update)
+    for piece in alone:
+        _adamw(group, options, [piece], piece[0].update)
 
 
 def _adamw(
