@@ -190,8 +190,8 @@ def write(
     surroundings = environment()
     surroundings["versions"] |= {name: version(name) for name in ("lm-eval", "math-verify")}
     path = folder / "results.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    tasks = found["tasks"] if found.get("fingerprint") == model["fingerprint"] else {}
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    tasks = earlier["tasks"] if earlier.get("fingerprint") == model["fingerprint"] else {}
     for name, samples in results["samples"].items():
         found = {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
         stderr = {key: key.replace(",", "_stderr,") if "," in key else f"{key}_stderr" for key in found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from datasets import DatasetDict
 
-from eval.answers import judge_expression, judge_number, judge_paper
+from eval.answers import Verdict, judge_expression, judge_number, judge_paper
 from recipes.data import ALPACA_PROMPT
 from recipes.problems import problems
 
@@ -29,16 +30,21 @@ def generated(size: int, seed: int, train_size: int, train_seed: int, **metadata
     return DatasetDict(test=problems(size, seed=seed, exclude=problems(train_size, seed=train_seed)))
 
 
+def _verdict(judge: Callable[[str, str], Verdict], doc: dict[str, Any], results: list[str]) -> Verdict:
+    """Return what a judge says of the completion. The answer of a JSON row may be a number."""
+    return judge(results[0], str(doc["answer"]))
+
+
 def judge_gsm8k(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
     """Judge by the number's value, and as earlier work's extractor would have it."""
-    return judge_generated(doc, results) | {"exact_match_paper": judge_paper(results[0], str(doc["answer"])).correct}
+    return judge_generated(doc, results) | {"exact_match_paper": _verdict(judge_paper, doc, results).correct}
 
 
 def judge_generated(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
-    correct, answered = judge_number(results[0], str(doc["answer"]))
+    correct, answered = _verdict(judge_number, doc, results)
     return {"exact_match": correct, "answered": answered}
 
 
 def judge_math(doc: dict[str, Any], results: list[str]) -> dict[str, bool]:
-    correct, answered = judge_expression(results[0], str(doc["answer"]))
+    correct, answered = _verdict(judge_expression, doc, results)
     return {"exact_match": correct, "answered": answered}
