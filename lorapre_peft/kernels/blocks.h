@@ -52,11 +52,11 @@ void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, 
               const Ahead& ahead = {}) {
   Vec total[R][J] = {};
   for (int c = 0; c < columns; c += LANES) {
-    ahead.fetch(c);
+    if (c % LINE == 0) ahead.fetch(c);
     Vec a[J];
     UNROLLED for (int j = 0; j < J; ++j) a[j] = load(A + j * stride + c);
     UNROLLED for (int r = 0; r < R; ++r) {
-      const Vec value = load_as<ABSOLUTE>(x + r * x_stride + c);
+      const Vec value = held(load_as<ABSOLUTE>(x + r * x_stride + c));
       UNROLLED for (int j = 0; j < J; ++j) total[r][j] += value * a[j];
     }
   }
@@ -68,37 +68,25 @@ void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, 
     }
 }
 
-// total[r] += Σ_j C[r][j] A[j] and P[j] += Σ_r B[r][j] x[r], for ROWS rows and W registers of columns.
+// total[r] += Σ_j B[r][j] A[j] for ROWS rows and W registers of columns.
 template <int W>
-inline void follow_tile(const float* B, const float* C, int64_t b_stride, int k, const float* A, int64_t a_stride,
-                        float* P, int64_t p_stride, const Vec (&x)[ROWS][W], Vec (&total)[ROWS][W]) {
+inline void add_outer(const float* B, int64_t b_stride, int k, const float* A, int64_t stride, Vec (&total)[ROWS][W]) {
   for (int j = 0; j < k; ++j) {
-    Vec a[W], p[W];
-    UNROLLED for (int w = 0; w < W; ++w) {
-      a[w] = load(A + j * a_stride + w * LANES);
-      p[w] = load(P + j * p_stride + w * LANES);
-    }
-    UNROLLED for (int r = 0; r < ROWS; ++r) {
-      const float c = C[r * b_stride + j], b = B[r * b_stride + j];
-      UNROLLED for (int w = 0; w < W; ++w) total[r][w] += c * a[w], p[w] += b * x[r][w];
-    }
-    UNROLLED for (int w = 0; w < W; ++w) store(P + j * p_stride + w * LANES, p[w]);
+    Vec a[W];
+    UNROLLED for (int w = 0; w < W; ++w) a[w] = load(A + j * stride + w * LANES);
+    UNROLLED for (int r = 0; r < ROWS; ++r)
+      UNROLLED for (int w = 0; w < W; ++w) total[r][w] += B[r * b_stride + j] * a[w];
   }
 }
 
-// out[r] = Σ_j B[r][j] A[j], or added to what is there, for ROWS rows and W registers of columns.
+// out[r] = Σ_j B[r][j] A[j], or added to what is there, likewise.
 template <int W, bool ADD>
 inline void outer_tile(const float* B, int k, const float* A, int64_t stride, float* out, int64_t out_stride) {
   Vec total[ROWS][W] = {};
   if (ADD)
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) total[r][w] = load(out + r * out_stride + w * LANES);
-  for (int j = 0; j < k; ++j) {
-    Vec a[W];
-    UNROLLED for (int w = 0; w < W; ++w) a[w] = load(A + j * stride + w * LANES);
-    UNROLLED for (int r = 0; r < ROWS; ++r)
-      UNROLLED for (int w = 0; w < W; ++w) total[r][w] += B[r * k + j] * a[w];
-  }
+  add_outer<W>(B, k, k, A, stride, total);
   UNROLLED for (int r = 0; r < ROWS; ++r)
     UNROLLED for (int w = 0; w < W; ++w) store(out + r * out_stride + w * LANES, total[r][w]);
 }
@@ -235,10 +223,11 @@ void add_products(const float* x, const float* y, int64_t k, int64_t stride, int
 
 // The lower triangle of x xᵀ, of k rows of ``stride`` numbers, added to gram, in blocks.
 void add_gram(const double* x, int64_t k, int64_t stride, double* gram) {
+  constexpr int J = 4;  // with RANKS rows enough sums for the latency of one
   int64_t i = 0;
-  for (; i + RANKS <= k; i += RANKS)
-    for (int64_t j = 0; j <= i; j += RANKS)
-      gram_tile<RANKS, RANKS>(x + i * stride, x + j * stride, stride, stride, gram + i * k + j, k);
+  for (; i + RANKS <= k / J * J; i += RANKS)
+    for (int64_t j = 0; j <= i; j += J)
+      gram_tile<RANKS, J>(x + i * stride, x + j * stride, stride, stride, gram + i * k + j, k);
   for (; i < k; ++i)
     BY_RANKS(i + 1, (gram_tile<1, J>(x + i * stride, x + j0 * stride, stride, stride, gram + i * k + j0, k)))
 }

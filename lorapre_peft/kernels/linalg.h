@@ -161,8 +161,9 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
     for (int64_t j = 0; j < k; ++j) std::copy_n(made + j * stride, here, out + j * q + c0);
     std::fill_n(products, rows * k, 0.f);
     for (int64_t r0 = 0; r0 < k; r0 += ROWS)
-      BY_RANKS(k, (dot_tile<ROWS, J, false>(made + r0 * stride, stride, made + j0 * stride, stride, columns,
-                                            products + r0 * k + j0, int(k))))
+      BY_RANKS(std::min<int64_t>(k, r0 + ROWS),  // the lower triangle
+               (dot_tile<ROWS, J, false>(made + r0 * stride, stride, made + j0 * stride, stride, columns,
+                                         products + r0 * k + j0, int(k))))
     float trace = 0;
     for (int64_t j = 0; j < k; ++j) trace += products[j * k + j];
     if (trace > LEAST_TRACE && trace < 1 / LEAST_TRACE) {
@@ -173,6 +174,7 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
           for (int c = 0; c < here; ++c) gram[i * k + j] += double(made[i * stride + c]) * made[j * stride + c];
     }
   }
+  mirror(gram, k);
 }
 
 // B ← B Lᵀ of rows of K numbers, L lower triangular.

@@ -18,7 +18,8 @@ namespace {
 #endif
 constexpr int ROWS = 4;      // that share each load of A
 constexpr int DOT_ROWS = LANES == 16 ? 8 : 4, DOT_RANKS = 2;  // that `dot_tile` multiplies with each other
-constexpr int STEP_WIDTH = LANES == 16 ? 2 : 1;  // registers of ROWS rows that an update is computed of at once
+constexpr int STEP_WIDTH = 2;  // registers of ROWS rows that an update is computed of at once
+constexpr int LINE = 16;     // float32 numbers of a line of the cache
 constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
 constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
 constexpr int HEIGHT = 128;  // rows whose buffers then stay in the first-level cache; a multiple of LANES
@@ -65,6 +66,14 @@ enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
+
+// The same, in a register: compilers else load what two products need twice, and loads are what limits these.
+inline Vec held(Vec x) {
+#if LANES == 8 && defined(__AVX2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 
 // NaN becomes the bound, as with a CPU's instruction.
 inline Vec at_least(Vec x, float low) {

@@ -11,10 +11,11 @@
 
 namespace {
 
-constexpr int PACKED_RANKS = 10;  // of both moments, up to which A and Bᵀx are used where they are
+// Caches of the first level have 48 kB where registers have 16 lanes, and 32 kB elsewhere.
+constexpr int PACKED_RANKS = LANES == 16 ? 10 : 8;  // of both moments, up to which A and Bᵀx are used where they are
 constexpr int BLOCK = 128;         // rows whose factors are followed together; a multiple of ROWS
 constexpr int FOLLOWED = 6144;    // columns times ranks of which A and Bᵀx are packed together, 48 kB
-constexpr int STEP_CHUNK = 512;   // the most columns of a tile of `run`
+constexpr int STEP_CHUNK = LANES == 16 ? 512 : 256;  // the most columns of a tile of `run`
 constexpr int LOOK_CHUNK = 512;   // columns that `look` takes at once; DOT_ROWS rows of them fit the first-level cache
 
 
@@ -78,12 +79,16 @@ class WideRows : public Rows {
           const int64_t next_row = first + (more ? r0 + ROWS : 0), next_column = more ? c0 : c0 + chunk;
           const Ahead grad = grad_ahead(next_row, next_column), param = param_ahead(next_row, next_column);
           read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x, STEP_CHUNK);
+          project_tile(0, r0, x, columns);
+          project_tile(1, r0, x, columns);
           int c = 0;
-          for (; c + STEP_WIDTH * LANES <= columns; c += STEP_WIDTH * LANES) {
+          for (; c + SIZE <= columns; c += SIZE) {
             scratch.soon.fetch();
-            step_tile<STEP_WIDTH>(r0, c, x + c, u + c, grad, param);
+            momentum_tile<STEP_WIDTH>(r0, c, x + c, u + c, grad, param);
           }
-          for (; c < columns; c += LANES) step_tile<1>(r0, c, x + c, u + c, grad, param);
+          for (; c < columns; c += LANES) momentum_tile<1>(r0, c, x + c, u + c, grad, param);
+          for (c = 0; c + SIZE <= columns; c += SIZE) normalise_tile<STEP_WIDTH>(r0, c, x + c, u + c);
+          for (; c < columns; c += LANES) normalise_tile<1>(r0, c, x + c, u + c);
           for (int r = 0; r < rows; ++r) {
             look_at(u + r * STEP_CHUNK, here);
             move(u + r * STEP_CHUNK, (first + r0 + r) * q + c0, here);
@@ -174,32 +179,42 @@ class WideRows : public Rows {
       }
   }
 
-  // ROWS rows and W registers of columns: their part of B'ᵀx, and their normalised update.
+  // The part of ROWS rows in a moment's B'ᵀx. In line, for a call costs as much as two registers of each row.
+  inline __attribute__((always_inline)) void project_tile(int i, int r0, const float* x, int columns) {
+    const int k = s.moment[i].k;
+    const int64_t stride = block[i].stride;
+    const float* left = block[i].left + r0 * stride;
+    if (i)
+      project_rows<ROWS, STEP_WIDTH, true>(left, stride, k, x, STEP_CHUNK, columns, tile[i].P, tile[i].P_stride);
+    else
+      project_rows<ROWS, STEP_WIDTH, false>(left, stride, k, x, STEP_CHUNK, columns, tile[i].P, tile[i].P_stride);
+  }
+
+  // m + residual · g of ROWS rows and W registers of columns.
   template <int W>
-  void step_tile(int r0, int c, const float* x, float* u, const Ahead& grad, const Ahead& param) {
-    UNROLLED for (int w = 0; w < W; ++w) grad.fetch(c + w * LANES), param.fetch(c + w * LANES);
-    Vec value[ROWS][W], total[ROWS][W];
-    const Block &m = block[0], &v = block[1];
+  void momentum_tile(int r0, int c, const float* x, float* u, const Ahead& grad, const Ahead& param) {
+    for (int at = 0; at < W * LANES; at += LINE) grad.fetch(c + at), param.fetch(c + at);
+    Vec total[ROWS][W];
     UNROLLED for (int r = 0; r < ROWS; ++r)
-      UNROLLED for (int w = 0; w < W; ++w) {
-        value[r][w] = load(x + r * STEP_CHUNK + w * LANES);
-        total[r][w] = s.residual * value[r][w];
-      }
-    follow_tile<W>(m.left + r0 * m.stride, m.C + r0 * m.stride, m.stride, s.moment[0].k, tile[0].A + c,
-                   tile[0].A_stride, tile[0].P + c, tile[0].P_stride, value, total);
+      UNROLLED for (int w = 0; w < W; ++w) total[r][w] = s.residual * load(x + r * STEP_CHUNK + w * LANES);
+    add_outer<W>(block[0].C + r0 * block[0].stride, block[0].stride, s.moment[0].k, tile[0].A + c, tile[0].A_stride,
+                 total);
     UNROLLED for (int r = 0; r < ROWS; ++r)
-      UNROLLED for (int w = 0; w < W; ++w) {
-        store(u + r * STEP_CHUNK + w * LANES, total[r][w]);
-        value[r][w] = absolute(value[r][w]);
-        total[r][w] = Vec{};
-      }
+      UNROLLED for (int w = 0; w < W; ++w) store(u + r * STEP_CHUNK + w * LANES, total[r][w]);
+  }
+
+  // The normalised update of the same, in place of u = m + residual · g.
+  template <int W>
+  void normalise_tile(int r0, int c, const float* x, float* u) {
     if (!s.moment[1].k) return;
-    follow_tile<W>(v.left + r0 * v.stride, v.C + r0 * v.stride, v.stride, s.moment[1].k, tile[1].A + c,
-                   tile[1].A_stride, tile[1].P + c, tile[1].P_stride, value, total);
+    Vec root[ROWS][W] = {};
+    add_outer<W>(block[1].C + r0 * block[1].stride, block[1].stride, s.moment[1].k, tile[1].A + c, tile[1].A_stride,
+                 root);
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) {
+        const Vec v = root[r][w], g = load(x + r * STEP_CHUNK + w * LANES);
         float* to = u + r * STEP_CHUNK + w * LANES;
-        store(to, over_root(load(to), total[r][w] * total[r][w] + value[r][w] * value[r][w], s.eps));
+        store(to, over_root(load(to), v * v + g * g, s.eps));
       }
   }
 
