@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.batch import Batch, usable
-from ..lowrank.layout import TEMPORARY_BYTES, Member
+from ..lowrank.layout import Member, temporary_bytes
 from ..lowrank.metrics import Metrics
 from ..lowrank.sharding import WHOLE
 from . import build
@@ -162,7 +162,7 @@ class Cpp(WholeStep):
         found = array("d", bytes(8 * n * FOUND))
         arrays: tuple[array, ...] = (shapes, numbers, pointers, found, order)
         # Half of the temporaries is for the sums of split matrices.
-        sum_bytes = min(int(group["temporary_bytes"] or TEMPORARY_BYTES) for group in groups) // 2
+        sum_bytes = min(map(temporary_bytes, groups)) // 2
         self._step(*map(_at, arrays), n, split_entries, sum_bytes, record, torch.get_num_threads())
         return torch.frombuffer(found, dtype=torch.float64).view(n, FOUND)
 

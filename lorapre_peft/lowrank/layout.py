@@ -190,7 +190,12 @@ def tile_entries(group: dict[str, Any], device: torch.device, temporaries: int =
     This many ``temporaries`` of that size fit into half of the group's ``temporary_bytes``.
     """
     default = GPU_BATCH_BYTES if device.type == "cuda" else TEMPORARY_BYTES
-    return max(1, int(group["temporary_bytes"] or default) // (2 * 4 * temporaries))
+    return max(1, temporary_bytes(group, default) // (2 * 4 * temporaries))
+
+
+def temporary_bytes(group: dict[str, Any], default: int = TEMPORARY_BYTES) -> int:
+    """Return the bound on the temporaries of a group's step in bytes."""
+    return int(group["temporary_bytes"] or default)
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

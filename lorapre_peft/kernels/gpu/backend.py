@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ...lowrank.batch import constants, rounds_stochastically
-from ...lowrank.layout import TEMPORARY_BYTES, Member, slices
+from ...lowrank.layout import Member, slices, temporary_bytes
 from ...lowrank.linalg import gram_rows
 from ...lowrank.metrics import Metrics
 from ..table import OPTIONS, Table, WholeStep
@@ -67,7 +67,7 @@ class DeviceTable(Table):
         for i, matrix in enumerate(self.matrices):
             param, ranks = matrix.param, cast(tuple[int, int], matrix.ranks)
             types = cast(Tensor, param.grad).dtype, param.dtype, rounds_stochastically(param, matrix.group)
-            kind = Kind(matrix.shape, ranks, *types, int(matrix.group["temporary_bytes"] or TEMPORARY_BYTES))
+            kind = Kind(matrix.shape, ranks, *types, temporary_bytes(matrix.group))
             kinds.setdefault(kind, []).append(i)
         ends = list(itertools.accumulate(map(len, kinds.values())))
         self.classes = [(kind, slice(end - len(kinds[kind]), end)) for kind, end in zip(kinds, ends)]
