@@ -104,16 +104,24 @@ def has_adapter(model: nn.Module) -> bool:
     return False
 
 
-def rule_options(config: LoraConfig | None, given: dict[str, Any] | None) -> dict[str, Any]:
-    """Return `RULE_OPTIONS` as given, or as an adapter's config says, with None for options the rule does not have."""
+def rule_options(
+    k: int, config: LoraConfig | None, momentum_rank: int | None, given: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the options of matrices of momentum rank k: that, and `RULE_OPTIONS` as given or as the config says.
+
+    Options that the rule does not have are None. The second moment's rank is at most k, unless a caller gave both
+    ranks, which the optimizer checks.
+    """
     given = {name: value for name, value in (given or {}).items() if value is not None}
     found = {name: given.get(name, getattr(config, name, None)) for name in RULE_OPTIONS}
+    second = found["second_momentum_rank"]
+    if second is not None and not (momentum_rank and "second_momentum_rank" in given):
+        found["second_momentum_rank"] = min(k, second)
     rule = RULES.get(found["update_rule"] or "als")
-    if rule is None:  # The optimizer raises an error that lists the rules.
-        return found
-    return {"update_rule": rule.name} | {
-        name: found[name] if getattr(rule, name) is not None else None for name in RULE_OPTIONS[1:]
-    }
+    if rule is not None:  # For another one the optimizer raises an error that lists the rules.
+        found |= {"update_rule": rule.name}
+        found |= {name: None for name in RULE_OPTIONS[1:] if getattr(rule, name) is None}
+    return {"momentum_rank": k, **found}
 
 
 def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str, Any] | None) -> Targets:
@@ -152,7 +160,7 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                 )
             if config is None and not bare:
                 bare = module_name
-            options = _ranked(k, momentum_rank, rule_options(config, given), given)
+            options = rule_options(k, config, momentum_rank, given)
             targets |= {param: options for param in matrices if param.ndim >= 2}
             # In lora_A [E · r, in] the experts' rows lie one after the other. In lora_B [out, r · E] their columns are
             # interleaved.
@@ -182,18 +190,6 @@ def _unwrapped(model: nn.Module, name: str) -> str:
     return own.replace("_orig_mod.", "")
 
 
-def _ranked(
-    k: int, momentum_rank: int | None, options: dict[str, Any], given: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Return a rule's options with the momentum rank k.
-
-    The second moment's rank is then no larger, unless a caller gave both, which the optimizer checks.
-    """
-    second, both = options.get("second_momentum_rank"), momentum_rank and (given or {}).get("second_momentum_rank")
-    smaller = {} if second is None or both else {"second_momentum_rank": min(k, second)}
-    return {"momentum_rank": k, **options, **smaller}
-
-
 def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
     """Return the parameters of one adapter among those of a LoRA layer."""
     if adapter not in held:
@@ -216,7 +212,7 @@ def weight_targets(
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(target_modules=names)
     heads = {*output_heads(model), *_classifiers(model)}
-    options = _ranked(k, momentum_rank, rule_options(None, given), given)
+    options = rule_options(k, None, momentum_rank, given)
     targets: Targets = {}
     frozen: list[str] = []
     experts = expert_parameters(model)
