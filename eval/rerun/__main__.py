@@ -10,7 +10,7 @@ from eval.methods import METHODS
 from recipes.training import environment
 
 from .dry_run import plan_table
-from .models import make_base
+from .models import check_same_base, make_base
 from .peft_format import write_peft_results
 from .plan import cells
 from .report import write_report
@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = store.load()
         for model in dict.fromkeys(cell.model for cell in part if cell.pending(records)):
             try:
-                surroundings["versions"] |= make_base(model)
+                base = make_base(model)
+                check_same_base(base, records)
+                surroundings["versions"] |= base
             except ValueError as error:
                 parser.exit(2, f"{parser.prog}: error: {error}\n")
     lost = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -71,6 +72,21 @@ def make_base(name: str) -> dict[str, str]:
         elif changed := changed_options(folder, pretrain.parse(argv).config):
             raise ValueError(f"{folder} was made with other options: {', '.join(changed)}. Delete it to make it anew")
     return {name: hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]}
+
+
+def check_same_base(made: dict[str, str], records: dict[str, dict[str, Any]]) -> None:
+    """Raise ValueError if a finished run started from another making of a model than ``made``, which `make_base` gave.
+
+    Differences between rows would else be differences between their models too.
+    """
+    for name, digest in made.items():
+        used = {record["environment"]["versions"].get(name, digest) for record in records.values()}
+        if others := sorted(used - {digest}):
+            raise ValueError(
+                f"found {name} {digest} in {_folder(name)}, expected {', '.join(others)}, from which runs of this "
+                "suite started: rows of two models cannot be compared. Copy that model there, or make all rows anew "
+                "from this one with --out FOLDER"
+            )
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

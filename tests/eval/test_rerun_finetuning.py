@@ -99,7 +99,7 @@ def test_the_model_is_made_once_and_its_tokenizer_leaves_prompts_open(small):
     assert len(small) == 1
 
 
-def test_a_fine_tuning_suite_runs_from_pre_training_to_report(small, tmp_path):
+def test_a_fine_tuning_suite_runs_from_pre_training_to_report(small, tmp_path, capsys):
     suite = {
         "base": "finetune-arithmetic",
         "training": {"steps": 2, "batch_size": 4, "micro_batch": 4},
@@ -118,6 +118,16 @@ def test_a_fine_tuning_suite_runs_from_pre_training_to_report(small, tmp_path):
     assert "## llama-4m, protocol `tuned`" in text
     assert "Runs that failed" not in text
     assert f"llama-4m {models.make_base('llama-4m')['llama-4m']}" in text  # which of its makings
+
+    first, second, *_ = sorted((tmp_path / "out" / "records").iterdir())
+    record = json.loads(first.read_text())
+    record["environment"]["versions"]["llama-4m"] = "0123456789ab"  # as another machine makes it
+    first.write_text(json.dumps(record))
+    second.unlink()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")])
+    assert "expected 0123456789ab, from which runs of this suite started" in capsys.readouterr().err
+    assert not second.exists()
 
 
 def test_suites_of_the_study_have_the_same_methods():
