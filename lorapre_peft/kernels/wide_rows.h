@@ -13,11 +13,10 @@ namespace {
 
 // The best of a few, measured on a CPU of 16 lanes with a first-level cache of 48 kB, and on one of 8 with 32 kB.
 constexpr int PACKED_RANKS = LANES == 16 ? 10 : 8;  // of both moments, up to which A and Bᵀx are used where they are
-constexpr int BLOCK = 128;         // rows whose factors are followed together; a multiple of ROWS
-constexpr int FOLLOWED = 6144;    // columns times ranks of which A and Bᵀx are packed together, 48 kB
 constexpr int STEP_CHUNK = LANES == 16 ? 512 : 256;  // the most columns of a tile of `run`
-constexpr int LOOK_CHUNK = 512;   // columns that `look` takes at once; DOT_ROWS rows of them fit the first-level cache
-
+constexpr int LOOK_CHUNK = 512;  // columns that `look` takes at once; DOT_ROWS rows of them fit the first-level cache
+constexpr int BLOCK = 128;       // rows whose factors are followed together; a multiple of ROWS
+constexpr int FOLLOWED = 6144;   // columns times ranks of which A and Bᵀx are packed together, 48 kB
 
 class WideRows : public Rows {
  public:
