@@ -68,8 +68,8 @@ class Task {
     if (shape.p * shape.q > CACHED_ENTRIES) return;
     const int64_t size = sizeof(float);
     soon.add(at.m_A, shape.q * shape.m_rank * size), soon.add(at.v_A, shape.q * shape.v_rank * size);
-    // `look` asks for the gradient of a wide matrix by itself. To have it earlier made steps faster on a CPU of 16 lanes
-    // with a second-level cache of 2 MB, and a tenth slower on one of 8 with 512 kB.
+    // `look` asks for the gradient of a wide matrix by itself. To have it earlier made steps faster on a CPU of 16
+    // lanes with a second-level cache of 2 MB, and a tenth slower on one of 8 with 512 kB.
     if (LANES == 16 || shape.q <= NARROW) soon.add(at.grad, shape.p * shape.q * size_of(Type(shape.grad_type)));
     soon.add(at.m_B, shape.p * shape.m_rank * size), soon.add(at.v_B, shape.p * shape.v_rank * size);
     soon.add(at.param, std::min<int64_t>(shape.p * shape.q, CHUNK * LANES) * size_of(Type(shape.param_type)));
