@@ -41,7 +41,9 @@ struct Ahead {
   int64_t stride = 0;
   int size = 0, rows = 0;
 
+  // Asks for the lines that begin at this column.
   void fetch(int column) const {
+    if (column * size % LINE) return;
     for (int r = 0; r < rows; ++r) __builtin_prefetch(at + r * stride + column * size, 0, 3);
   }
 };
@@ -52,7 +54,7 @@ void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, 
               const Ahead& ahead = {}) {
   Vec total[R][J] = {};
   for (int c = 0; c < columns; c += LANES) {
-    if (c % LINE == 0) ahead.fetch(c);
+    ahead.fetch(c);
     Vec a[J];
     UNROLLED for (int j = 0; j < J; ++j) a[j] = load(A + j * stride + c);
     UNROLLED for (int r = 0; r < R; ++r) {

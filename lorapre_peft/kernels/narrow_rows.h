@@ -90,7 +90,7 @@ class NarrowRows : public Rows {
   // root = s v_B v_A. All three have room for whole registers.
   void normalise(float* m, const float* root, const float* g, int count, const Ahead& ahead) {
     for (int c = 0; c < count; c += LANES) {
-      if (c % LINE == 0) ahead.fetch(c);
+      ahead.fetch(c);
       const Vec v = load(root + c), x = load(g + c);
       const Vec momentum = load(m + c) + s.residual * x;
       store(m + c, s.moment[1].k ? over_root(momentum, v * v + x * x, s.eps) : momentum);

@@ -19,7 +19,7 @@ namespace {
 constexpr int ROWS = 4;      // that share each load of A
 constexpr int DOT_ROWS = LANES == 16 ? 8 : 4, DOT_RANKS = 2;  // that `dot_tile` multiplies with each other
 constexpr int STEP_WIDTH = 2;  // registers of ROWS rows that an update is computed of at once
-constexpr int LINE = 16;     // float32 numbers of a line of the cache
+constexpr int LINE = 64;     // bytes of a line of the cache
 constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
 constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
 constexpr int HEIGHT = 128;  // rows whose buffers then stay in the first-level cache; a multiple of LANES

@@ -87,7 +87,6 @@ class Soon {
   }
 
  private:
-  static constexpr int64_t LINE = 64;
   struct Span { const char *at, *end; };
   std::vector<Span> spans;
   size_t now = 0;

@@ -78,16 +78,18 @@ class WideRows : public Rows {
           const int64_t next_row = first + (more ? r0 + ROWS : 0), next_column = more ? c0 : c0 + chunk;
           const Ahead grad = grad_ahead(next_row, next_column), param = param_ahead(next_row, next_column);
           read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x, STEP_CHUNK);
-          project_tile(0, r0, x, columns);
-          project_tile(1, r0, x, columns);
+          project_moment(0, r0, x, columns);
+          project_moment(1, r0, x, columns);
           int c = 0;
           for (; c + SIZE <= columns; c += SIZE) {
             scratch.soon.fetch();
             momentum_tile<STEP_WIDTH>(r0, c, x + c, u + c, grad, param);
           }
           for (; c < columns; c += LANES) momentum_tile<1>(r0, c, x + c, u + c, grad, param);
-          for (c = 0; c + SIZE <= columns; c += SIZE) normalise_tile<STEP_WIDTH>(r0, c, x + c, u + c);
-          for (; c < columns; c += LANES) normalise_tile<1>(r0, c, x + c, u + c);
+          if (s.moment[1].k) {
+            for (c = 0; c + SIZE <= columns; c += SIZE) normalise_tile<STEP_WIDTH>(r0, c, x + c, u + c);
+            for (; c < columns; c += LANES) normalise_tile<1>(r0, c, x + c, u + c);
+          }
           for (int r = 0; r < rows; ++r) {
             look_at(u + r * STEP_CHUNK, here);
             move(u + r * STEP_CHUNK, (first + r0 + r) * q + c0, here);
@@ -179,7 +181,7 @@ class WideRows : public Rows {
   }
 
   // The part of ROWS rows in a moment's B'ᵀx. In line, for a call costs as much as two registers of each row.
-  inline __attribute__((always_inline)) void project_tile(int i, int r0, const float* x, int columns) {
+  inline __attribute__((always_inline)) void project_moment(int i, int r0, const float* x, int columns) {
     const int k = s.moment[i].k;
     const int64_t stride = block[i].stride;
     const float* left = block[i].left + r0 * stride;
@@ -192,7 +194,7 @@ class WideRows : public Rows {
   // m + residual · g of ROWS rows and W registers of columns.
   template <int W>
   void momentum_tile(int r0, int c, const float* x, float* u, const Ahead& grad, const Ahead& param) {
-    for (int at = 0; at < W * LANES; at += LINE) grad.fetch(c + at), param.fetch(c + at);
+    UNROLLED for (int w = 0; w < W; ++w) grad.fetch(c + w * LANES), param.fetch(c + w * LANES);
     Vec total[ROWS][W];
     UNROLLED for (int r = 0; r < ROWS; ++r)
       UNROLLED for (int w = 0; w < W; ++w) total[r][w] = s.residual * load(x + r * STEP_CHUNK + w * LANES);
@@ -205,7 +207,6 @@ class WideRows : public Rows {
   // The normalised update of the same, in place of u = m + residual · g.
   template <int W>
   void normalise_tile(int r0, int c, const float* x, float* u) {
-    if (!s.moment[1].k) return;
     Vec root[ROWS][W] = {};
     add_outer<W>(block[1].C + r0 * block[1].stride, block[1].stride, s.moment[1].k, tile[1].A + c, tile[1].A_stride,
                  root);
