@@ -199,7 +199,7 @@ WEIGHTS: dict[str, Method] = {
         "weights",
         build_sophia,
         **PYTORCH_OPTIMIZER,
-        rate_shift=6,
+        rate_shift=3,
         second_order=True,
         paper="Liu et al., arXiv 2305.14342",
         state="12*p*q",
@@ -338,8 +338,9 @@ WEIGHTS: dict[str, Method] = {
         rate_shift=4,
         paper="Gong et al., arXiv 2502.07752",
         state="4*(rank*(min(p, q) + rank + 2*max(p, q)) + max(p, q) + 1)",
-        note="the share of leading directions is that of the paper's 60M run, 40 of 128. pytorch-optimizer's Alice "
-        "takes the rows for the smaller side, and starts from the axes instead of the gradient's directions",
+        note="3 of 8 directions are the leading ones, as 40 of 128 are in the paper's 60M run; another rank needs "
+        "another number of them (option leading). pytorch-optimizer's Alice takes the rows for the smaller side, and "
+        "starts from the axes instead of the gradient's directions",
     ),
     "mofasgd": Method(
         "MoFaSGD",
