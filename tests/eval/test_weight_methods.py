@@ -186,6 +186,28 @@ def test_mlorc_is_adam_where_both_moments_have_rank_one(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=0, atol=allowed)
 
 
+def test_mlorc_compresses_both_moments_by_randomised_svd(tmp_path):
+    """Gradients of full rank, so that the compression loses a part, and v has negative entries to repair."""
+    theta, grads = problem((12, 20))
+    rng = np.random.default_rng(1)
+    grads = [g + 0.1 * rng.standard_normal(g.shape) for g in grads]
+    matrix = nn.Parameter(torch.tensor(theta, dtype=torch.float32))
+    optimizer = built("mlorc", matrix, tmp_path, {"rank": RANK})
+    torch.manual_seed(0)
+    found = steps(optimizer, matrix, grads)
+    torch.manual_seed(0)
+    sketches = [torch.randn(20, RANK).double().numpy() for _ in range(2 * len(grads))]
+    rule, expected = rivals.MLorc(lr=LR, sketches=sketches, **ADAM), theta
+    allowed = rivals.room(rule, theta, grads, torch.float32)
+    repaired = 0
+    for g in grads:
+        expected = rule.step(g, expected)
+        repaired += (rule.compressed(rule.v, 2 * rule.t - 1) < 0).any()
+    assert repaired == len(grads)
+    assert allowed < 1e-2 * np.abs(expected - theta).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=allowed)
+
+
 def test_eight_bit_adamw_is_adamw_on_moments_of_256_values(tmp_path):
     """Each stored moment is within half a gap of its table, times the block's largest entry, of the exact one.
 

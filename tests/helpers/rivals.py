@@ -235,6 +235,29 @@ class Alice(Rule):
         return 0.3 * (self.basis @ (self.m / np.sqrt(self.v)) + 0.4 * limit(self, outside))
 
 
+class MLorc(Rule):
+    """Implements MLorc's AdamW (arXiv 2506.01897, Algorithms 1 and 3) with Adam's bias correction.
+
+    sketches: Gaussian matrices [q, rank], of which each step takes two, for m and for v.
+    """
+
+    def u(self, g, theta):
+        """Return m̂/(√v̂ + ε) of moments that are compressed after each step.
+
+        Entries of v that the compression has made negative are replaced by the size of their mean.
+        """
+        if self.t > 1:
+            self.m, self.v = (self.compressed(x, 2 * self.t - 4 + i) for i, x in enumerate((self.m, self.v)))
+            negative = self.v < 0
+            self.v = np.where(negative, -self.v[negative].mean(), self.v) if negative.any() else self.v
+        return corrected(self, *moments(self, g))
+
+    def compressed(self, x, number):
+        """Return the projection of x [p, q] on the range of x Ω, with Ω the sketch of that number."""
+        Q = np.linalg.qr(x @ self.sketches[number])[0]
+        return Q @ (Q.T @ x)
+
+
 class SinkGD(Rule):
     """Implements SinkGD (arXiv 2502.06742, Algorithm 3) by products with diagonal matrices."""
 
