@@ -12,15 +12,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lorapre_peft.optim.reference import restarted
+from lorapre_peft.optim.reference import damped, restarted
 
-BETA, STEPS, LAST = 0.9, 120, 30
+BETA, DAMPING, STEPS, LAST = 0.9, 1e-6, 120, 30
 SHAPES = [(8, 64, 7), (8, 64, 2), (64, 8, 2), (20, 12, 4), (64, 96, 8)]  # p, q, k
-
-
-def damped(gram: Tensor) -> Tensor:
-    """Return gram + δ'I as in `als`; [k, k] float64."""
-    return gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
 
 
 def norms(B: Tensor, A: Tensor) -> Tensor:
@@ -30,12 +25,12 @@ def norms(B: Tensor, A: Tensor) -> Tensor:
 
 def orthonormal(B: Tensor, A: Tensor) -> Tensor:
     """Return the turn by the Cholesky factor of BᵀB: B's columns become orthonormal, and A has all of the scale."""
-    return torch.linalg.inv(torch.linalg.cholesky(damped(B.mT @ B))).mT
+    return torch.linalg.inv(torch.linalg.cholesky(damped(B.mT @ B, DAMPING))).mT
 
 
 def singular(B: Tensor, A: Tensor) -> Tensor:
     """Return the turn that makes BᵀB and A Aᵀ the same diagonal matrix, of B A's singular values."""
-    root = torch.linalg.cholesky(damped(B.mT @ B))
+    root = torch.linalg.cholesky(damped(B.mT @ B, DAMPING))
     values, vectors = torch.linalg.eigh(root.mT @ (A @ A.mT) @ root)
     return torch.linalg.inv(root).mT @ vectors * values.clamp_min(1e-20 * values.max()) ** 0.25
 
@@ -43,10 +38,10 @@ def singular(B: Tensor, A: Tensor) -> Tensor:
 def sweep(B: Tensor, A: Tensor, x: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Take one step with float32 factors: products are float32 and k×k matrices float64, as in the package."""
     B, A = restarted(B, A)
-    X = x @ A.mT @ torch.linalg.inv(damped(A.double() @ A.double().mT)).float()
+    X = x @ A.mT @ torch.linalg.inv(damped(A.double() @ A.double().mT, DAMPING)).float()
     new = BETA * B + (1 - BETA) * X
     wide, P = new.double(), (new.mT @ x).double()
-    A = torch.linalg.inv(damped(wide.mT @ wide)) @ (BETA * wide.mT @ B.double() @ A.double() + (1 - BETA) * P)
+    A = torch.linalg.inv(damped(wide.mT @ wide, DAMPING)) @ (BETA * wide.mT @ B.double() @ A.double() + (1 - BETA) * P)
     T = turn(wide, A)
     B, A = new @ T.float(), torch.linalg.inv(T) @ A
     balance = (A.norm() / B.norm()).sqrt()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lorapre_peft.optim.adamw import update_bound
-from lorapre_peft.optim.reference import als_factors, newton_factors, restarted
+from lorapre_peft.optim.reference import als_factors, damped, newton_factors, restarted
 
 from .matrix import MatrixOptimizer
 
@@ -141,9 +141,7 @@ def _first_moment(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> Te
         state["m_B"], state["m_A"] = newton_factors(B, A, g, gamma, gamma, damping)
         return m_hat
     B, A = restarted(B, A)
-    gram = A @ A.mT
-    ridge = damping * gram.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
-    inside = torch.linalg.solve(gram + ridge, A @ g.mT).mT @ A
+    inside = torch.linalg.solve(damped(A @ A.mT, damping), A @ g.mT).mT @ A
     state["m_B"], state["m_A"] = als_factors(B, A, g, beta, 1 - beta, damping)
     return (beta * B @ A + (1 - beta) * inside) / (1 - beta**t) + g - inside  # Here ρ is 1.
 

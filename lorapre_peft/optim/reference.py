@@ -35,9 +35,9 @@ def als_factors(B: Tensor, A: Tensor, x: Tensor, decay: float, weight: float, da
     This is the sweep of the tracked rule (this project). It makes the new columns of B orthonormal,
     as in a QR decomposition. Afterwards it scales both factors to equal Frobenius norms.
     """
-    X = x @ A.T @ torch.linalg.inv(_damped(A @ A.T, damping))
+    X = x @ A.T @ torch.linalg.inv(damped(A @ A.T, damping))
     B_new = decay * B + weight * X
-    L = torch.linalg.cholesky(_damped(B_new.T @ B_new, damping))
+    L = torch.linalg.cholesky(damped(B_new.T @ B_new, damping))
     Q = B_new @ torch.linalg.inv(L).T
     B_new, A_new = Q, decay * Q.T @ B @ A + weight * Q.T @ x
     balance = (A_new.norm() / B_new.norm()).sqrt()
@@ -121,7 +121,7 @@ def als_adam(
     m_B, m_A = restarted(state["m_B"], state["m_A"])
     v_B, v_A = restarted(state["v_B"], state["v_A"])
     r = min(1, residual_weight / (1 - beta1**t))
-    X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
+    X = g @ m_A.T @ torch.linalg.inv(damped(m_A @ m_A.T, damping))
     m_hat = (beta1 * m_B + (1 - beta1) * X) @ m_A / (1 - beta1**t) + r * (g - X @ m_A)
     v = (1 - beta2) * g**2
     if (v_B @ v_A).any():  # Otherwise v starts here, or another tool has zeroed it.
@@ -180,13 +180,13 @@ def als_muon(
     m_B, m_A = restarted(state["m_B"], state["m_A"])
     # The heavy-ball sum is the EMA divided by 1−μ.
     r = min(1, residual_weight / (1 - mu**t)) * (1 - mu**t) / (1 - mu)
-    X = g @ m_A.T @ torch.linalg.inv(_damped(m_A @ m_A.T, damping))
+    X = g @ m_A.T @ torch.linalg.inv(damped(m_A @ m_A.T, damping))
     m = (mu * m_B + X) @ m_A + r * (g - X @ m_A)
     m_B, m_A = als_factors(m_B, m_A, g, mu, 1.0, damping)
     theta = theta - lr * (orthogonalize(m) + weight_decay * theta)
     return theta, {"m_B": m_B, "m_A": m_A, "t": t}
 
 
-def _damped(gram: Tensor, damping: float) -> Tensor:
+def damped(gram: Tensor, damping: float) -> Tensor:
     """Return gram + δ'I, where δ' is ``damping`` times the mean of gram's diagonal."""
     return gram + damping * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
