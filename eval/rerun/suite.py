@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from eval.methods import METHODS
+from recipes.corpus import CorpusArguments
 from recipes.precision import AUTO, Precision, accelerator, choose
+
+from .data import SOURCES
 
 SUITES = Path(__file__).parents[1] / "suites"
 RESULTS = SUITES.parent / "results"  # a folder for each suite
@@ -83,7 +87,7 @@ class Pretraining(Training):
 
 @dataclass(frozen=True)
 class Run:
-    """One training and what is measured after it: everything that its result depends on, and nothing else.
+    """One training and what is measured after it: all that a suite sets of it.
 
     answers: how many test problems are answered by greedy generation; 0 for none.
     """
@@ -255,6 +259,7 @@ def load_suite(name: str) -> Suite:
         for option in (option for factor in suite.factors for option in factor):
             if not any(option in entry.options for entry in suite.entries):
                 raise ValueError(f"factor {option!r}: none of the methods has that option")
+        _check_data(suite)
         _check_metrics(suite)
         if suite.primary not in suite.metrics:
             raise ValueError(f"primary {suite.primary!r}: expected one of the metrics, {', '.join(suite.metrics)}")
@@ -283,6 +288,22 @@ def _check_types(part: Any) -> None:
             raise ValueError(f"{name}: found {value!r}, expected {expected}")
 
 
+def _check_data(suite: Suite) -> None:
+    """Raise ValueError for data that no run could read."""
+    options = dict(suite.data)
+    source = options.pop("source", None)
+    if not source or not (suite.pretrains or source in SOURCES):
+        expected = "the name of a text" if suite.pretrains else f"one of {', '.join(SOURCES)}"
+        raise ValueError(f"data: found the source {source!r}, expected {expected}")
+    try:
+        if suite.pretrains:
+            inspect.signature(CorpusArguments).bind(**options)
+        else:
+            inspect.signature(SOURCES[source]).bind(rows=0, seed=0, **options)
+    except TypeError as error:
+        raise ValueError(f"data of the source {source}: {error}") from error
+
+
 def _check_metrics(suite: Suite) -> None:
     """Raise ValueError for a metric that no run would have."""
     for metric in suite.metrics:
@@ -292,16 +313,20 @@ def _check_metrics(suite: Suite) -> None:
             raise ValueError(f"metric {metric!r}: found no answers to judge, expected answers above 0 in fine-tuning")
 
 
-def _read(name: str) -> tuple[Path, dict[str, Any]]:
-    """Return a suite's file, and what it and its bases say."""
+def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]:
+    """Return a suite's file, and what it and its bases say. above: the suites that build on it."""
+    if name in above:
+        raise ValueError(f"suites build on each other in a circle: {', '.join((*above, name))}. Take one 'base' out")
     path = _file(name)
     said = _numbers(yaml.safe_load(path.read_text(encoding="utf-8")))
     if not isinstance(said, dict):
         raise ValueError(f"{path}: found {type(said).__name__}, expected a mapping with the keys of a suite")
     if "base" not in said:
         return path, said
-    base = _read(said.pop("base"))[1]
-    kind = "pretraining" if "pretraining" in base else "training"
+    base = _read(said.pop("base"), (*above, name))[1]
+    kind, other = ("pretraining", "training") if "pretraining" in base else ("training", "pretraining")
+    if other in said:
+        raise ValueError(f"{path}: found {other!r}, but the suite it builds on has {kind!r}: change that one's keys")
     return path, base | said | {kind: base[kind] | said.get(kind, {})}
 
 

@@ -141,11 +141,9 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path, monkeypatch, runne
 
 
 def test_data_that_cannot_be_read_stops_the_suite_instead_of_failing_every_run(runner):
-    run = dataclasses.replace(make_run(), data={"source": "elsewhere"})
-    with pytest.raises(
-        ValueError, match="data source 'elsewhere': expected one of generated, calculations, code, metamath"
-    ):
-        runner(run)
+    data = {"source": "code", "package": "no_such_package", "characters": 40, "validation": 1, "test": 1}
+    with pytest.raises(FileNotFoundError, match="no_such_package, which is not installed"):
+        runner(dataclasses.replace(make_run(), data=data))
 
 
 def test_divergence_is_recorded(runner):
