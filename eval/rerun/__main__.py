@@ -41,25 +41,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         suite = load_suite(args.suite)
         others = [] if args.out else [RESULTS / name for name in suite.records_of]
         store = Store(args.out or RESULTS / suite.name, others)
-        suite, precision = suite.settled(store.load())
+        records = store.load()
+        check_same_base(records)
+        suite, precision = suite.settled(records)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"adapters' base model, and products: {precision}")
     reasons = {entry.method: METHODS[entry.method].unavailable() for entry in suite.entries}
     skipped = {method: reason for method, reason in reasons.items() if reason}
     if args.dry_run:
-        print(plan_table(cells(suite, args.shard), store.load(), skipped))
+        print(plan_table(cells(suite, args.shard), records, skipped))
         return
     part = [cell for cell in cells(suite, args.shard) if cell.entry.method not in skipped]
     surroundings = environment(precision)
     if not suite.pretrains:
-        records = store.load()
         for model in dict.fromkeys(cell.model for cell in part if cell.pending(records)):
             try:
                 base = make_base(model)
-                check_same_base(base, records)
+                check_same_base(records, base)
                 surroundings["versions"] |= base
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
                 parser.exit(2, f"{parser.prog}: error: {error}\n")
     lost = 0
     if args.jobs > 1 or len(visible_gpus()) > 1:  # Trainer would split batches over all GPUs that a process sees

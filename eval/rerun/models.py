@@ -74,18 +74,26 @@ def make_base(name: str) -> dict[str, str]:
     return {name: hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]}
 
 
-def check_same_base(made: dict[str, str], records: dict[str, dict[str, Any]]) -> None:
-    """Raise ValueError if a finished run started from another making of a model than ``made``, which `make_base` gave.
+def check_same_base(records: dict[str, dict[str, Any]], made: dict[str, str] | None = None) -> None:
+    """Raise ValueError if finished runs started from different makings of a model of `CHECKPOINTS`.
 
     Differences between rows would else be differences between their models too.
+
+    made: the model from which runs are to start now, as `make_base` returns it.
     """
-    for name, digest in made.items():
-        used = {record["environment"]["versions"].get(name, digest) for record in records.values()}
-        if others := sorted(used - {digest}):
+    for name in CHECKPOINTS:
+        versions = [r["environment"]["versions"] for r in records.values() if r["run"]["model"] == name]
+        used = sorted({found.get(name, "unknown") for found in versions})
+        if len(used) > 1:
             raise ValueError(
-                f"found {name} {digest} in {_folder(name)}, expected {', '.join(others)}, from which runs of this "
-                "suite started: rows of two models cannot be compared. Copy that model there, or make all rows anew "
-                "from this one with --out FOLDER"
+                f"found runs that started from {' and from '.join(f'{name} {digest}' for digest in used)}, expected "
+                "one: rows of two models cannot be compared. Take the records of all but one out of the folder"
+            )
+        if made and name in made and used and used != [made[name]]:
+            raise ValueError(
+                f"found {name} {made[name]} in {_folder(name)}, expected {used[0]}, from which runs of this suite "
+                "started: rows of two models cannot be compared. Copy that model there, or make all rows anew from "
+                "this one with --out FOLDER"
             )
 
 

@@ -18,7 +18,7 @@ from suites import finish, make_run, record, write_suite
 from eval.methods import METHODS, Method
 from eval.methods.method import build_adamw
 from eval.rerun.dry_run import memory_estimate, plan_table
-from eval.rerun.models import base_config
+from eval.rerun.models import base_config, check_same_base
 from eval.rerun.plan import cells
 from eval.rerun.report import summary
 from eval.rerun.store import Store, _place
@@ -96,6 +96,10 @@ def test_issue_methods_are_in_the_table_suites():
             "batch_size=6 is no multiple of micro_batch=4",
         ),
         ({"training": None, "pretraining": {"steps": 2, "rank": 4}}, "rank=4: found in pretraining"),
+        ({"data": {"source": "elsewhere"}}, "source 'elsewhere', expected one of generated, calculations, code, meta"),
+        ({"data": {"sauce": "generated"}}, "found the source None"),
+        ({"data": {"source": "generated", "test": 2}}, "source generated: missing a required argument: 'validation'"),
+        ({"base": "pretrain-small"}, "found 'training', but the suite it builds on has 'pretraining'"),
     ],
 )
 def test_suite_mistakes_are_named(tmp_path, changes, message):
@@ -111,6 +115,25 @@ def test_a_suite_takes_over_the_keys_of_its_base(tmp_path):
     assert derived.training == dataclasses.replace(base.training, rank=64)
     assert [entry.method for entry in derived.entries] == ["lora"]
     assert (derived.name, derived.description, derived.data) == ("derived", "the base", base.data)
+
+
+def test_suites_that_build_on_each_other_are_named(tmp_path):
+    path = tmp_path / "circle.yaml"
+    path.write_text(json.dumps({"base": str(path)}))
+    with pytest.raises(ValueError, match=r"in a circle: .*circle\.yaml, .*circle\.yaml"):
+        load_suite(str(path))
+
+
+def test_runs_of_two_makings_of_a_base_are_refused():
+    def record(digest):
+        return {"run": {"model": "llama-4m"}, "environment": {"versions": {"llama-4m": digest}}}
+
+    check_same_base({"a": record("1"), "b": record("1")}, {"llama-4m": "1"})
+    check_same_base({"a": {"run": {"model": "llama-1m"}, "environment": {"versions": {}}}}, {"llama-4m": "1"})
+    with pytest.raises(ValueError, match="started from llama-4m 1 and from llama-4m 2, expected one"):
+        check_same_base({"a": record("1"), "b": record("2")})
+    with pytest.raises(ValueError, match="found llama-4m 2 in .*llama_4m_adamw, expected 1, from which"):
+        check_same_base({"a": record("1")}, {"llama-4m": "2"})
 
 
 def test_run_names_depend_on_the_whole_declaration():
