@@ -142,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         cases = [case for preset in args.preset for case in presets[preset]]
     args.output.mkdir(parents=True, exist_ok=True)
     around = surroundings(device)
+    # Cases of one folder are measured alike, or are not in one table.
     where = {name: around[name] for name in ("processor", "device", "threads")}
+    where |= {"torch": around["versions"]["torch"]}
+    where |= {name: getattr(args, name) for name in ("seconds", "patience", "methods")}
     summary = {"environment": around, "options": vars(args) | {"output": str(args.output)}, "cases": [], "layers": []}
     for case in tqdm(cases, desc="cases"):
         done = args.output / f"{case.name.replace(' ', '_').replace('/', '_')}.json"

@@ -31,7 +31,7 @@ SECONDS_TO_CLEAR_UP = 1.0  # of a block that `watchdog` has interrupted, before 
 
 @dataclass
 class Result:
-    """What a method's steps took. seconds: per timed step; ratio: median over the reference's in the same rounds.
+    """What a method's steps took. seconds: per timed step; ratio: median over the reference's in the same race.
 
     start_seconds: building and the first two steps. traffic_bytes: the least that the method must read and write in a
     step (`traffic`). reason: why there are no figures.

@@ -3,7 +3,8 @@
 ``recipes/configs/smollm2_full.yaml``, trained once per method, rate, rank and seed; every other key of `recipes.sft`
 can be given here too. The same matrices (attention and MLP) are trained by both; embeddings and head stay frozen.
 LoRA-Pre updates in the backward pass, as it would on a 7B model. One run is one JSON file in the output folder:
-started again, the script repeats nothing that is finished.
+started again, the script repeats nothing that is finished. The held-out loss that chooses a rate is also the one
+that is printed, which favours the best rates a little; `python -m eval.rerun` has a test set beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from recipes.training import environment, held_bytes, start_run, write_atomicall
 
 @dataclass
 class FullWeightArguments:
-    """The grid of the comparison; the defaults are what docs/quality.md reports."""
+    """The grid of the comparison; a part of docs/history.md was made with the defaults."""
 
     lrs: list[float] = field(
         default_factory=lambda: [1e-4, 2e-4, 5e-4, 1e-3], metadata={"help": "Learning rates of LoRA-Pre."}

@@ -210,6 +210,8 @@ ADAPTERS: dict[str, Method] = {
         {"max_precondition_dim": 1024},
         **PYTORCH_OPTIMIZER,
         paper="Vyas et al., arXiv 2409.11321",
+        note="sides of more than 1,024 entries are not preconditioned (the package's default is 10,000), because two "
+        "q×q matrices for each adapter of a 7B model would not fit in a GPU's memory",
     ),
     "sophia": Method(
         "Sophia-H",

@@ -30,7 +30,8 @@ def _without_momentum(model: nn.Module, args: TrainingArguments, options: Option
 
 def _ablation(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     adam = adam_options(args)
-    return AblationAdam(trained(model), **adam | dict(options, betas=options["betas"] or adam["betas"]))
+    options = dict(options, betas=options["betas"] or adam["betas"])
+    return AblationAdam(trained(model), seed=args.seed, **adam | options)
 
 
 def _shampoo(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:

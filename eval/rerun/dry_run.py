@@ -102,7 +102,8 @@ def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tupl
     optimizer = method.build(model, args, cell.entry.options)
     params = [param for param in model.parameters() if param.requires_grad]
     if hasattr(optimizer, "param_state_bytes"):  # LoRA-Pre reads norms, which meta tensors do not have
-        rule = {name: cell.entry.options[name] for name in ("momentum_rank", "update_rule", "optimizer")}
+        names = ("momentum_rank", "second_momentum_rank", "update_rule", "optimizer")
+        rule = {name: cell.entry.options[name] for name in names if name in cell.entry.options}
         found = estimate(model, batch=0, in_backward=False, **rule)
         state, temporaries = found.state, found.temporaries
     else:

@@ -76,8 +76,9 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
     if good:
         row |= {
             name: good[0][name]
-            for name in ("package", "optimizer", "weights_bytes", "gradient_bytes", "state_bytes", "peak_of")
+            for name in ("optimizer", "weights_bytes", "gradient_bytes", "state_bytes", "peak_of")
         }
+        row["package"] = ", ".join(sorted({r["package"] for r in good if r["package"]})) or None
         row |= {
             name: statistics.median(r[name] for r in good)
             for name in ("peak_bytes", "train_seconds", "optimizer_seconds_per_step")

@@ -35,6 +35,10 @@ from .data import Splits, load_splits
 from .models import load_base
 from .suite import Run
 
+# Starts that need the gradient of the base weights take it over a batch, and over 8 rows at least, as the authors of
+# LoRA-GA and LoRA-One do.
+START_ROWS = 8
+
 
 class Runner:
     """Trains runs one after another, keeping what they share: the base models and the data.
@@ -119,8 +123,8 @@ class Runner:
         model = copy.deepcopy(base).to("cuda" if on_gpu else "cpu")
         for param in model.parameters():  # not `model.to(dtype)`, which would round the frequencies of RoPE as well
             param.data = param.data.to(dtype)
-        first_batch = splits.train.select(range(training.batch_size))
-        accumulate_gradients = functools.partial(_accumulate_gradients, model, tokenizer, first_batch)
+        first_rows = splits.train.select(range(min(len(splits.train), max(START_ROWS, training.batch_size))))
+        accumulate_gradients = functools.partial(_accumulate_gradients, model, tokenizer, first_rows)
         start = time.perf_counter()
         with measure() as preparing:
             model = method.prepare(model, training.rank, run.options, accumulate_gradients)
