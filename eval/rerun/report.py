@@ -75,8 +75,7 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
             row["metrics"][metric] = interval(values).as_dict() | {"values": values, "seeds": seeds}
     if good:
         row |= {
-            name: good[0][name]
-            for name in ("optimizer", "weights_bytes", "gradient_bytes", "state_bytes", "peak_of")
+            name: good[0][name] for name in ("optimizer", "weights_bytes", "gradient_bytes", "state_bytes", "peak_of")
         }
         row["package"] = ", ".join(sorted({r["package"] for r in good if r["package"]})) or None
         row |= {

@@ -132,7 +132,7 @@ def test_runs_of_two_makings_of_a_base_are_refused():
     check_same_base({"a": {"run": {"model": "llama-1m"}, "environment": {"versions": {}}}}, {"llama-4m": "1"})
     with pytest.raises(ValueError, match="started from llama-4m 1 and from llama-4m 2, expected one"):
         check_same_base({"a": record("1"), "b": record("2")})
-    with pytest.raises(ValueError, match="found llama-4m 2 in .*llama_4m_adamw, expected 1, from which"):
+    with pytest.raises(ValueError, match=r"found llama-4m 2 in .*llama_4m_adamw, expected 1, from which"):
         check_same_base({"a": record("1")}, {"llama-4m": "2"})
 
 
