@@ -1,6 +1,6 @@
 """The optimizers that LoRA-Pre is compared with, and LoRA-Pre itself: one declaration each, all built from a model.
 
-A peer comes from its published package, with the package's own options unless its line says otherwise.
+A peer comes from its published package, as the suites build it (`eval.methods`) or with the package's own options.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from eval.methods import METHODS
+from eval.methods.method import trained
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.kernels.choose import available
 
@@ -23,7 +26,7 @@ LARGEST_VEC_RANK = 16
 
 
 @dataclass(frozen=True)
-class Method:
+class TimedMethod:
     """An optimizer under its name.
 
     build: (model, lr, rank) to an optimizer over the model's trainable parameters, which are the matrices of a PEFT
@@ -54,30 +57,20 @@ class Method:
             return None
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require a gradient."""
-    return [param for param in model.parameters() if param.requires_grad]
-
-
 def _adamw(**options: Any) -> Callable[[nn.Module, float, int], Optimizer]:
     return lambda model, lr, rank: torch.optim.AdamW(trained(model), lr=lr, betas=(0.9, 0.95), **options)
 
 
-def _muon(model: nn.Module, lr: float, rank: int) -> Optimizer:
-    return torch.optim.Muon(trained(model), lr=lr)
+def _as_in_suites(name: str) -> Callable[[nn.Module, float, int], Optimizer]:
+    """Return the builder of an entry of `METHODS`, with its own options but for the rank."""
+    method = METHODS[name]
 
+    def build(model: nn.Module, lr: float, rank: int) -> Optimizer:
+        adam = dict(adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.0)
+        options = method.merged({"rank": rank} if "rank" in method.options else {})
+        return method.build(model, cast(Any, SimpleNamespace(learning_rate=lr, **adam)), options)
 
-def _lora_fa(model: nn.Module, lr: float, rank: int) -> Optimizer:
-    from peft.optimizers import create_lorafa_optimizer
-
-    config = model.peft_config["default"]
-    return create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=lr)
-
-
-def _riemannian(model: nn.Module, lr: float, rank: int) -> Optimizer:
-    from peft.optimizers import create_riemannian_optimizer
-
-    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, fused=True)
+    return build
 
 
 def _lora_pro(mode: str) -> Callable[[nn.Module, float, int], Optimizer]:
@@ -110,20 +103,16 @@ def _project_galore(optimizer: Optimizer) -> None:
             optimizer.state[param] |= {"step": 1, "projector": projector}
 
 
-def _mlorc(model: nn.Module, lr: float, rank: int) -> Optimizer:
-    from eval.optimizers.mlorc import MLorcAdamW
-
-    return MLorcAdamW(trained(model), lr=lr, rank=rank)
-
-
-REFERENCE = Method("AdamW, fused", "torch", _adamw(fused=True), gradient_reads=1)
+REFERENCE = TimedMethod("AdamW, fused", "torch", _adamw(fused=True), gradient_reads=1)
 PEERS = (
-    Method("AdamW, foreach", "torch", _adamw(foreach=True), gradient_reads=1),
-    Method("LoRA-FA", "peft", _lora_fa, ("adapters",), note="trains B alone"),
-    Method("Riemannian AdamW", "peft", _riemannian, ("adapters",), overwrites_gradients=True),
-    Method("LoRA-Pro, efficient", "lora-pro-adamw", _lora_pro("efficient"), ("adapters",), overwrites_gradients=True),
-    Method("LoRA-Pro, full", "lora-pro-adamw", _lora_pro("full"), ("adapters",), overwrites_gradients=True),
-    Method(
+    TimedMethod("AdamW, foreach", "torch", _adamw(foreach=True), gradient_reads=1),
+    TimedMethod("LoRA-FA", "peft", _as_in_suites("lora-fa"), ("adapters",), note="trains B alone"),
+    TimedMethod("Riemannian AdamW", "peft", _as_in_suites("riemannian"), ("adapters",), overwrites_gradients=True),
+    TimedMethod(
+        "LoRA-Pro, efficient", "lora-pro-adamw", _lora_pro("efficient"), ("adapters",), overwrites_gradients=True
+    ),
+    TimedMethod("LoRA-Pro, full", "lora-pro-adamw", _lora_pro("full"), ("adapters",), overwrites_gradients=True),
+    TimedMethod(
         "GaLore",
         "galore-torch",
         _galore,
@@ -131,15 +120,20 @@ PEERS = (
         prime=_project_galore,
         note=f"without the full SVD of every matrix that is due each {GALORE_GAP} steps",
     ),
-    Method("MLorc", "mlorc-optim", _mlorc, note="the package's misspelt imports and its reshaping of matrices mended"),
-    Method("Muon", "torch", _muon, muon=True, gradient_reads=1),
+    TimedMethod(
+        "MLorc",
+        "mlorc-optim",
+        _as_in_suites("mlorc"),
+        note="the package's misspelt imports and its reshaping of matrices mended",
+    ),
+    TimedMethod("Muon", "torch", _as_in_suites("muon"), muon=True, gradient_reads=1),
 )
 
 
-def lorapre_methods(device: torch.device) -> list[Method]:
+def lorapre_methods(device: torch.device) -> list[TimedMethod]:
     """Return LoRA-Pre AdamW and Muon, once per backend that runs on this device."""
     return [
-        Method(
+        TimedMethod(
             f"LoRA-Pre {'Muon' if muon else 'AdamW'}, {backend}",
             "lorapre-peft",
             # Newton–Schulz in bfloat16, as torch.optim.Muon has it.

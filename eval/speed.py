@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from eval.peers import PEERS, REFERENCE, Method, lorapre_methods
+from eval.peers import PEERS, REFERENCE, TimedMethod, lorapre_methods
 from eval.speed_cases import PRESETS, QUICK, Case, build
 from eval.speed_layers import LAYERS, QUICK_LAYERS, LayerCase, layers_markdown, measure_layer
 from eval.speed_measure import copy_bandwidth, run
@@ -58,7 +58,7 @@ def measure_case(
 
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Return `environment`, the processor's name, the methods' packages, and the bandwidth of a copy on the device."""
-    methods: list[Method] = [REFERENCE, *lorapre_methods(device), *PEERS]
+    methods: list[TimedMethod] = [REFERENCE, *lorapre_methods(device), *PEERS]
     return environment() | {
         "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

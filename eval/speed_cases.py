@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from eval.peers import trained
+from eval.methods.method import trained
 from lorapre_peft.integrations.config import default_momentum_rank
 from lorapre_peft.integrations.targets import weight_targets
 from lorapre_peft.lowrank.layout import MOMENTUM_RANK

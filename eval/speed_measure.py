@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from eval.peers import Method
+from eval.peers import TimedMethod
 from eval.speed_cases import Problem
 from recipes.training import describe, free_memory, held_bytes
 
@@ -60,7 +60,7 @@ class Result:
 class Runner:
     """A method past its first steps on a problem, ready to be timed."""
 
-    method: Method
+    method: TimedMethod
     problem: Problem
     optimizer: Optimizer
     result: Result
@@ -113,7 +113,7 @@ def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def traffic(method: Method, problem: Problem, state: int) -> int | None:
+def traffic(method: TimedMethod, problem: Problem, state: int) -> int | None:
     """Return the bytes that a step must move at least: gradients per reading, weight and state in and out."""
     if method.gradient_reads is None:
         return None
@@ -171,7 +171,7 @@ def watchdog(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def prepare(method: Method, problem: Problem, patience: float) -> Runner:
+def prepare(method: TimedMethod, problem: Problem, patience: float) -> Runner:
     """Build a method's optimizer, take two steps, and measure memory in the third. Raises what they raise."""
     result = Result(method.name, method.package, method.package_version, method.muon, method.note)
     if method.overwrites_gradients:
@@ -248,7 +248,7 @@ def record(result: Result, seconds: list[float], reference: list[float]) -> None
 
 
 def run(
-    problem: Problem, reference: Method, methods: Sequence[Method], seconds: float, patience: float
+    problem: Problem, reference: TimedMethod, methods: Sequence[TimedMethod], seconds: float, patience: float
 ) -> list[Result]:
     """Return every method's result on a problem, the reference's first.
 
@@ -283,7 +283,7 @@ def run(
     return results
 
 
-def _try(method: Method, problem: Problem, patience: float) -> tuple[Runner | None, str, bool]:
+def _try(method: TimedMethod, problem: Problem, patience: float) -> tuple[Runner | None, str, bool]:
     """Return a runner, or None with the reason, and whether that was a lack of memory.
 
     No traceback is kept that would hold tensors.

@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from eval import speed, speed_measure
-from eval.peers import PEERS, REFERENCE, Method, lorapre_methods, trained
+from eval.methods.method import trained
+from eval.peers import PEERS, REFERENCE, TimedMethod, lorapre_methods
 from eval.speed_cases import GRADIENT_SCALE, PRESETS, Case, build, gradient
 from eval.speed_measure import prepare, run, temporary_bytes, timed, traffic, watchdog
 from eval.speed_report import markdown
@@ -61,8 +62,8 @@ class Sleeper(torch.optim.SGD):
         return self.seconds
 
 
-def sleeper(name: str, seconds: float, **options) -> Method:
-    return Method(name, "torch", lambda model, lr, rank: Sleeper(trained(model), seconds, 1000), **options)
+def sleeper(name: str, seconds: float, **options) -> TimedMethod:
+    return TimedMethod(name, "torch", lambda model, lr, rank: Sleeper(trained(model), seconds, 1000), **options)
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -170,8 +171,8 @@ def test_a_failing_method_is_named_and_the_others_are_timed(brief):
             if self.steps == 6:
                 raise ValueError("sixth step")
 
-    late = Method("late", "torch", lambda model, lr, rank: Late(trained(model), lr=lr))
-    methods = [Method("broken", "torch", broken), late, PEERS[0]]  # three steps to prepare, one before the rounds
+    late = TimedMethod("late", "torch", lambda model, lr, rank: Late(trained(model), lr=lr))
+    methods = [TimedMethod("broken", "torch", broken), late, PEERS[0]]  # three steps to prepare, one before the rounds
     _, failed, stopped, fine = run(build(MATRICES, CPU), REFERENCE, methods, 1, 60)
     assert failed.reason == "RuntimeError: first line"
     assert stopped.reason == "ValueError: sixth step"
@@ -193,7 +194,7 @@ def test_lack_of_memory_closes_the_sitting_and_tries_again(brief):
             raise MemoryError("no room beside the others")
         return Sleeper(trained(model), 0.001)
 
-    methods = [PEERS[0], Method("hungry", "torch", build_hungry)]
+    methods = [PEERS[0], TimedMethod("hungry", "torch", build_hungry)]
     results = run(build(MATRICES, CPU), REFERENCE, methods, 0, 60)
     assert [result.reason for result in results] == ["", "", ""]
     assert all(result.ratio > 0 for result in results)
@@ -295,4 +296,8 @@ def test_command_line_writes_json_tables_and_plots(tmp_path, monkeypatch, capsys
         elsewhere.setattr(torch, "get_num_threads", lambda: 99)
         with pytest.raises(SystemExit):
             speed.main([*arguments, "--resume"])
-    assert "'threads': 99}: give another --output" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'threads': 99" in said
+    assert "give another --output" in said
+    with pytest.raises(SystemExit):
+        speed.main([*arguments, "--seconds", "9", "--resume"])  # the table would mix cases of two lengths
