@@ -11,12 +11,12 @@ import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import GradBucket
+from torch.distributed import GradBucket, ProcessGroup
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -43,17 +43,18 @@ def groups_of(located: list[Located]) -> dict[int, dict[str, Any]]:
     return dict(zip(map(id, groups), groups))
 
 
-def register_hooks(method: Callable[[Any, Tensor], None] | None, owner: Any, params: Iterable[Tensor]) -> None:
-    """Make the backward pass call ``method(owner, param)`` after each parameter's gradient, while ``owner`` exists.
+def register_hooks(optimizer: InBackwardOptimizer, params: Iterable[Tensor]) -> None:
+    """Make the backward pass update each parameter after its gradient, if that is the optimizer's way.
 
-    The hooks of earlier owners are removed. If ``method`` is None, no new ones are made.
+    The hooks of earlier optimizers are removed.
     """
     for param in params:
         if param in _HOOKS:
             _HOOKS.pop(param)[0].remove()
-        if method is not None and param.requires_grad:
-            hook = functools.partial(_call, method, weakref.ref(owner))
-            _HOOKS[param] = param.register_post_accumulate_grad_hook(hook), weakref.ref(owner)
+        if optimizer.defaults["update_in_backward"] and param.requires_grad:
+            alive = weakref.ref(optimizer)
+            hook = functools.partial(_update, alive)
+            _HOOKS[param] = param.register_post_accumulate_grad_hook(hook), alive
 
 
 def has_hook(param: Tensor) -> bool:
@@ -61,10 +62,10 @@ def has_hook(param: Tensor) -> bool:
     return param in _HOOKS and _HOOKS[param][1]() is not None
 
 
-def _call(method: Callable[[Any, Tensor], None], owner: weakref.ref, param: Tensor) -> None:
-    alive = owner()
-    if alive is not None:  # Otherwise nobody can call its step any more.
-        method(alive, param)
+def _update(alive: weakref.ref, param: Tensor) -> None:
+    optimizer = alive()
+    if optimizer is not None:  # Otherwise nobody can call its step any more.
+        optimizer._update_in_backward(param)
 
 
 class InBackwardOptimizer(StatefulOptimizer):
@@ -94,8 +95,7 @@ class InBackwardOptimizer(StatefulOptimizer):
 
     def _register_hooks(self, group: dict[str, Any]) -> None:
         """Make the backward pass update the group's parameters, if that is this optimizer's way."""
-        method = type(self)._update_in_backward if self.defaults["update_in_backward"] else None
-        register_hooks(method, self, group["params"])
+        register_hooks(self, group["params"])
         self._places.clear()
 
     def _update_in_backward(self, param: Tensor) -> None:
@@ -165,14 +165,19 @@ class InBackwardOptimizer(StatefulOptimizer):
         self._forget_backward()
 
 
-def ddp_update_hook(optimizer: InBackwardOptimizer, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+def ddp_update_hook(
+    state: InBackwardOptimizer | tuple[ProcessGroup, InBackwardOptimizer], bucket: GradBucket
+) -> torch.futures.Future[Tensor]:
     """Average a bucket as a communication hook of DDP, and then update each parameter of the bucket.
 
     Register it with ``ddp_model.register_comm_hook(optimizer, ddp_update_hook)``, for an optimizer with
-    ``update_in_backward=True``. DDP keeps its buckets, which are as large as all gradients together. With
+    ``update_in_backward=True``. A DDP that was made with a ``process_group`` of its own needs
+    ``(ddp_model.process_group, optimizer)`` in the optimizer's place. DDP does not tell a hook its group, and without
+    it all processes average. DDP keeps its buckets, which are as large as all gradients together. With
     ``gradient_as_bucket_view=True`` the gradients take no memory beside them.
     """
-    averaged = allreduce_hook(cast(Any, None), bucket).wait()
+    process_group, optimizer = state if isinstance(state, tuple) else (None, state)
+    averaged = allreduce_hook(cast(Any, process_group), bucket).wait()
     for param, grad in zip(bucket.parameters(), bucket.gradients()):
         param.grad = grad
         optimizer.update_averaged(param)

@@ -43,8 +43,11 @@ def matched_states(
 def restore_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> None:
     """Put the optimizer's own saved tensors back as they were saved.
 
-    Before this, torch has cast its copies of them to the parameters' dtypes.
+    Before this, torch has cast its copies of them to the parameters' dtypes, and has taken over the saved options.
+    Updates in the backward pass are the way of this optimizer, whatever that of the saved one was.
     """
+    for group in optimizer.param_groups:
+        group["update_in_backward"] = optimizer.defaults["update_in_backward"]
     group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
     for param, saved in matched_states(optimizer, state_dict):
         for name in saved.keys() & optimizer.state_shapes(param, group_of[param]).keys():

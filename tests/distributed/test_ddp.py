@@ -126,6 +126,28 @@ def test_without_the_hook_of_ddp_step_updates_and_says_so(tmp_path):
         assert ordinary[2] == 0
 
 
+def in_groups_of_their_own():
+    """Each process is a DDP by itself: its parameters after updates by the hook, and by ordinary steps."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group = [dist.new_group([i]) for i in range(world)][rank]
+    results = []
+    for early in (True, False):
+        inner = build(False)
+        optimizer = create_lorapre_optimizer(inner, lr=1e-2, momentum_rank=4, update_in_backward=early)
+        model = DistributedDataParallel(inner, process_group=group)
+        if early:
+            model.register_comm_hook((model.process_group, optimizer), ddp_update_hook)
+        results.append(train(model, optimizer, batches(3, world)[:, rank : rank + 1])[0])
+    return results
+
+
+def test_the_hook_averages_in_the_group_that_it_is_given(tmp_path):
+    first, second = run(2, tmp_path / "run", in_groups_of_their_own)
+    for early, ordinary in (first, second):
+        torch.testing.assert_close(early, ordinary, rtol=0, atol=0)
+    assert not torch.equal(first[0][0], second[0][0])  # They have other rows.
+
+
 @pytest.mark.parametrize("hook", [False, True])
 def test_one_process_updates_once_in_a_backward_pass(tmp_path, hook):
     """DDP puts its emptied bucket in the place of a gradient that the update has freed."""

@@ -122,6 +122,22 @@ def test_in_backward_resumes_bit_for_bit(make_llama, batch, dtype, copied):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters()))
 
 
+def test_an_ordinary_runs_state_is_loaded_and_loaded_again(make_llama, batch):
+    """The saved option does not take the place of the optimizer's own, and everything that is saved can be loaded."""
+    model = make_llama()
+    ordinary = create_lorapre_optimizer(model, lr=1e-2)
+    train(model, ordinary, batch, 2)
+    other = copy.deepcopy(model)
+    optimizer = create_lorapre_optimizer(other, lr=1e-2, update_in_backward=True)
+    for _ in range(2):
+        optimizer.load_state_dict(copy.deepcopy(ordinary.state_dict()))
+        assert all(group["update_in_backward"] for group in optimizer.param_groups)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, ordinary, batch, 2)
+    train(other, optimizer, batch, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
 def test_in_backward_under_trainer_applies_the_scheduled_rate(tmp_path, make_llama, tokens):
     """With lr falling to zero linearly, the logged rates and the applied ones are the same numbers."""
     applied = []
