@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from ..kernels.eager import adam_scalars, adam_table
 from ..kernels.table import Table, WholeStep, named_options
 from ..lowrank.batch import Batch
-from ..lowrank.float64 import narrow, wide
+from ..lowrank.float64 import to_float32, to_float64
 from ..lowrank.layout import Part
 from ..lowrank.moments import Moment, move_on
 from ..lowrank.rounding import mix
@@ -37,7 +37,8 @@ class LoRAPreAdamW(LoRAPreOptimizer):
     The state of a matrix is then (p+q)(k+k_v) numbers instead of 2pq. With ``update_rule="newton"`` this is LoRA-Pre
     for Adam (Wang et al., "Taming Momentum", arXiv 2602.24283, Theorem 3.1 and Algorithm 1). With ``"als"``, the
     default, it is this project's tracked rule on the same state. Parameters that are not matrices, or are too small to
-    compress, take exactly the step of `torch.optim.AdamW`.
+    compress, take the step of `torch.optim.AdamW`, in float32 (float64 for float64 parameters) and written with
+    ``bf16_rounding``.
 
     Args:
         params: parameters, named parameters or groups, as in `torch.optim`, of any floating-point dtype. Tensors of
@@ -48,8 +49,9 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         eps: ε ≥ 0 in m̂/(√v̂ + ε).
         weight_decay: decoupled λ ≥ 0, as in `torch.optim.AdamW` but 0 by default.
         momentum_rank: rank k ≥ 1 of the first moment. With 0 all parameters take the AdamW path. None stands for 8, or
-            for a quarter of a matrix's smaller side if that is less, and at least 1. Matrices that are plainly
-            embeddings or heads then take the AdamW path, and a warning says what was chosen.
+            for a quarter of a matrix's smaller side if that is less, and at least 1. Unless its group gives a
+            ``momentum_rank``, a matrix that is plainly an embedding or a head takes the AdamW path. A warning says
+            what was chosen.
         update_rule: ``"als"`` or ``"newton"``.
         residual_weight: ρ in [0, 1] of ``als``. The part of the gradient outside the momentum's subspace has the
             weight min(1, ρ/(1−β1ᵗ)) in m̂. None stands for 1, the sum of the weights that Adam gives one gradient over
@@ -148,14 +150,14 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         beta1, beta2 = batch.numbers(lambda group: group["betas"][0]), batch.numbers(lambda group: group["betas"][1])
         m = Moment(backend, batch, "m", Average(beta1, 1 - beta1))
         v = Moment(backend, batch, "v", Average(beta2.sqrt(), 1 - beta2.sqrt()))
-        t = wide(batch.advance(batch.read("v_energy") > 0 if tracked else None))
-        c = wide(batch.read("v_scale")) if tracked else torch.ones_like(t)
+        t = to_float64(batch.advance(batch.read("v_energy") > 0 if tracked else None))
+        c = to_float64(batch.read("v_scale")) if tracked else torch.ones_like(t)
         mixture = batch.rule.mixture(m.average, batch.numbers("residual_weight"), t)
         eps = batch.numbers(lambda group: _positive(group["eps"]))
         table = adam_table(batch, m, v, backend.run(adam_scalars, mixture, t, c, beta1, beta2, eps))
         bound = None
         if tracked:
-            bound = narrow(batch.numbers(lambda group: update_bound(*group["betas"])), batch.device)
+            bound = to_float32(batch.numbers(lambda group: update_bound(*group["betas"])), batch.device)
         metrics = self._metrics if self.record_metrics else None
         backend.adam(batch, m, v, table, bound, metrics)
         if metrics is not None:
@@ -164,7 +166,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         squared_norm = (yield from move_on(backend, batch, [m, v]))[1]
         if tracked:
             # E ← β2 E + (1−β2)‖g‖² is exactly the sum of Adam's own v. The next step reads c = E/‖v_B v_A‖².
-            energy = beta2 * wide(batch.read("v_energy")) + (1 - beta2) * batch.norms.square()
+            energy = beta2 * to_float64(batch.read("v_energy")) + (1 - beta2) * batch.norms.square()
             scale = energy / squared_norm.clamp_min(torch.finfo(torch.float64).tiny)
             batch.save("v_energy", energy)
             batch.save("v_scale", scale.clamp_max(torch.finfo(torch.float32).max))

@@ -11,30 +11,35 @@ import re
 import torch
 
 # A vocabulary has at least about 30,000 tokens (BERT 30,522; T5 32,128; Llama 32,000), and the hidden size is at least
-# a few hundred and at most a fifth of it. Other matrices differ: an MLP of a 70B model, 28,672 × 8,192, is only 3.5
-# times as long as wide; that of Gemma-7B, 24,576 × 3,072, is 8 times as long as wide, but shorter than a vocabulary;
-# and the rank of an adapter's matrix is below these hidden sizes.
+# a few hundred and at most a fifth of it. Most other matrices differ: an MLP of a 70B model, 28,672 × 8,192, is only
+# 3.5 times as long as wide; that of Gemma-7B, 24,576 × 3,072, is 8 times as long as wide, but shorter than a
+# vocabulary; and the rank of most adapters is below these hidden sizes. Those that do not, such as the MLP of
+# Gemma-2-27B, 36,864 × 4,608, are in every layer, whereas a model has one embedding and one head.
 VOCABULARY = 30_000
 HIDDEN = 300
 RATIO = 5
-# Models of transformers, timm, torchtune, litgpt and nanoGPT name their embeddings and heads like this.
+MOST_ALIKE = 2
+# Models of transformers, timm, torchtune, litgpt and nanoGPT name their embeddings and heads like this. What has the
+# number of a layer before its name is neither, such as the output of an attention.
 _NAMES = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|embed_out|output_layer|output|shared)\.(weight|bias)$")
 
 
-def is_embedding(name: str | None, shape: torch.Size) -> bool:
+def is_embedding(name: str | None, shape: torch.Size, alike: int = 1) -> bool:
     """Return whether a parameter is plainly an embedding or an output head, by its name, if known, or by its shape.
 
-    By its shape it is one if its longer side is at least `VOCABULARY`, and its shorter side is at least `HIDDEN` and
-    at most a `RATIO`-th of the longer one.
+    By its shape it is one if its longer side is at least `VOCABULARY`, its shorter side is at least `HIDDEN` and at
+    most a `RATIO`-th of the longer one, and at most `MOST_ALIKE` parameters have that shape.
+
+    alike: number of parameters of this shape in the group.
     """
     if len(shape) != 2:
         return False
     if name is not None and ".lora_" in name:
         return ".lora_embedding_A" in name
-    if name is not None and _NAMES.search(name):
+    if name is not None and _NAMES.search(name) and not re.search(r"\.\d+\.", name):
         return True
     short, long = sorted(shape)
-    return long >= VOCABULARY and short >= HIDDEN and RATIO * short <= long
+    return long >= VOCABULARY and short >= HIDDEN and RATIO * short <= long and alike <= MOST_ALIKE
 
 
 def describe_choice(ranks: set[int], spared: list[tuple[int, ...]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,14 @@ from .adamw_path import AdamWOptions, Item, adamw_path
 from .bare import describe_choice, is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
 from .in_backward import InBackwardOptimizer, Located, groups_of
-from .options import check_flattened_shards, check_gradient, check_options, check_parameter, check_stack
+from .options import (
+    check_flattened_shards,
+    check_gradient,
+    check_options,
+    check_parameter,
+    check_stack,
+    check_uncompressed,
+)
 from .state import RANK_OPTIONS
 
 _kind = operator.attrgetter("shape", "dtype", "device")
@@ -42,9 +50,10 @@ class LoRAPreOptimizer(InBackwardOptimizer):
             optimizers have are:
 
             momentum_rank: rank k ≥ 1 of the momentum. With 0 all parameters take the AdamW path. None stands for 8,
-                or for a quarter of a matrix's smaller side if that is less, and at least 1. Matrices that are plainly
-                embeddings or heads (`is_embedding`) then take the AdamW path. A group that has a ``momentum_rank`` of
-                its own, as those of `create_lorapre_optimizer` have, is compressed as it says, embeddings included.
+                or for a quarter of a matrix's smaller side if that is less, and at least 1. A group that has a
+                ``momentum_rank`` of its own, as those of `create_lorapre_optimizer` have, is compressed as it says,
+                embeddings included. In other groups matrices that are plainly embeddings or heads (`is_embedding`)
+                take the AdamW path.
             update_rule: ``"als"`` or ``"newton"``.
             residual_weight: ρ of ``als``, in [0, 1]. None stands for 1.
             update_scale: factor > 0 on the update of compressed matrices. The paper's pre-training uses 0.25, as
@@ -133,7 +142,10 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         names = group.get("param_names") or [None] * len(group["params"])
-        found = [i for i, param in enumerate(group["params"]) if is_embedding(names[i], param.shape)]
+        alike = Counter(param.shape for param in group["params"])
+        found = [
+            i for i, param in enumerate(group["params"]) if is_embedding(names[i], param.shape, alike[param.shape])
+        ]
         group.setdefault("uncompressed", [] if told else found)
         self._resolve(group)
         try:
@@ -146,6 +158,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
             raise
         self._register_hooks(group)
         # `check_flattened_shards` reads this to notice an engine that has replaced the matrices by flattened shards.
+        group["num_params"] = len(group["params"])
         group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
 
     def _resolve(self, group: dict[str, Any]) -> None:
@@ -190,6 +203,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         if not self.defaults["update_in_backward"]:
             self._metrics = Metrics()
         check_flattened_shards(self.param_groups)
+        check_uncompressed(self.param_groups)
         located = self._located()
         if self.defaults["update_in_backward"]:
             located = self._left_over(located)
@@ -233,8 +247,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
 
     def _divide(self, part: Part) -> None:
         """Fill in which members of a part are stepped together."""
-        temporaries = self._backend(part.device).factor_temporaries
-        lay_out(part, lambda group: tuple(map(group.get, self.shared_options)), temporaries)
+        lay_out(part, lambda group: tuple(map(group.get, self.shared_options)))
 
     def _step_part(self, part: Part) -> None:
         """Update the parameters of one device that the same processes share, batch by batch."""
@@ -343,7 +356,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
     # ---- what a run can look at -----------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """Return what the last step with `record_metrics` saw over all compressed matrices, or an empty dict.
+        """Return what the last step saw over all compressed matrices: an empty dict without `record_metrics`.
 
         captured_energy: share of ‖g‖² inside the row space of m_A, 0 to 1, before that step's update of m_A.
         largest_update, clamped_share: largest |m̂/(√v̂+ε)| before any clamp, and the share of entries that ``als``

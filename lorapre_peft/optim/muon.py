@@ -12,13 +12,13 @@ from torch.optim.optimizer import ParamsT
 from ..kernels.cpp import Cpp
 from ..kernels.table import named_options
 from ..lowrank.batch import Batch
-from ..lowrank.float64 import narrow, wide
+from ..lowrank.float64 import to_float32, to_float64
 from ..lowrank.layout import slices
 from ..lowrank.moments import Moment, move_on
 from ..lowrank.rules import MIN_FACTOR_NORM, Average
 from .adamw_path import AdamWOptions
 from .base import LoRAPreOptimizer
-from .options import check_betas, in_range
+from .options import check_betas, in_range, is_whole
 
 # These are the coefficients of the quintic in torch.optim.Muon.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -159,10 +159,12 @@ class LoRAPreMuon(LoRAPreOptimizer):
         in_range("adamw_eps", group["adamw_eps"], 0)
         if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
             raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: expected None, 'original' or 'match_rms_adamw'")
-        if not isinstance(group["ns_steps"], int) or group["ns_steps"] < 1:
+        if not is_whole(group["ns_steps"], 1):
             raise ValueError(f"ns_steps={group['ns_steps']!r}: expected a whole number of at least 1")
         if group["ns_dtype"] not in ("float32", "bfloat16"):
             raise ValueError(f"ns_dtype={group['ns_dtype']!r}: expected 'float32' or 'bfloat16'")
+        # Schedulers only write `lr`. A saved group has been at another `lr` than its first one since.
+        base_lr = group.setdefault("adamw_base_lr", float(group["lr"]))
         if group["adamw_lr"] is not None:
             in_range("adamw_lr", group["adamw_lr"], 0)
             if "adamw_lr_ratio" in group:
@@ -170,8 +172,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
                     "adamw_lr_ratio: found a group that an earlier version of this package has saved, expected "
                     "adamw_base_lr: set group['adamw_base_lr'] = group['adamw_lr'] / group.pop('adamw_lr_ratio')"
                 )
-            # Schedulers only write `lr`. A saved group has been at another `lr` than its first one since.
-            if not group.setdefault("adamw_base_lr", float(group["lr"])):
+            if not base_lr:
                 raise ValueError(
                     "adamw_lr follows the schedule of lr in proportion and cannot follow lr=0: give an lr above 0"
                 )
@@ -187,14 +188,14 @@ class LoRAPreMuon(LoRAPreOptimizer):
             return
         mu = batch.numbers("momentum")
         m = Moment(backend, batch, "m", Average(mu, torch.ones_like(mu)))
-        t = wide(batch.advance(m.started if batch.rule.tracked else None))
+        t = to_float64(batch.advance(m.started if batch.rule.tracked else None))
         mixture = batch.rule.mixture(m.average, batch.numbers("residual_weight"), t)
         steps = self._steps(batch)
         for matrices in batch.chunks():
             g = batch.gradients(matrices, batch.all_rows)
             momentum = backend.momentum(m, matrices, g, mixture)
             if batch.groups[0]["nesterov"]:
-                momentum = torch.addcmul(g, momentum, narrow(mu[matrices], g.device)[:, None, None])
+                momentum = torch.addcmul(g, momentum, to_float32(mu[matrices], g.device)[:, None, None])
             self._move(batch, matrices, momentum, *steps)
         backend.finish_rows(m)
         if self.record_metrics:
@@ -217,7 +218,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         """Return step and decay as `Batch.steps` does, with the step scaled for the shape of the matrices."""
         step, decay = batch.steps()
         scale = batch.numbers(lambda group: shape_scale(batch.shape, group["adjust_lr_fn"]))
-        return step * narrow(scale, batch.device), decay
+        return step * to_float32(scale, batch.device), decay
 
     def _move(self, batch: Batch, matrices: slice, momentum: Tensor, step: Tensor, decay: Tensor | None) -> None:
         """Move some matrices by a step along their orthogonalized momenta.

@@ -30,7 +30,8 @@ def in_range(name: str, value: Any, low: float, high: float | None = None, *, cl
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
-def _is_whole(value: Any, low: int) -> bool:
+def is_whole(value: Any, low: int) -> bool:
+    """Return whether a value is a whole number of at least ``low``; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
@@ -63,19 +64,19 @@ def check_options(group: dict[str, Any]) -> None:
     if group["update_rule"] not in RULES:
         raise ValueError(f"update_rule={group['update_rule']!r}: expected one of {', '.join(map(repr, RULES))}")
     k = group["momentum_rank"]
-    if k is not None and not _is_whole(k, 0):
+    if k is not None and not is_whole(k, 0):
         raise ValueError(
             f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's smaller "
             "side if that is less), or 0 (the whole group takes the AdamW path)"
         )
     check_rule_options(group)
     experts, dim = group.get("experts"), group.get("experts_dim", 0)
-    if (experts is not None and not _is_whole(experts, 1)) or dim not in (0, -1):
+    if (experts is not None and not is_whole(experts, 1)) or dim not in (0, -1):
         raise ValueError(
             f"experts={experts!r}, experts_dim={dim!r}: expected the number of experts that each parameter of the "
             "group holds, or None, and 0 (one after the other) or -1 (interleaved along the last dimension)"
         )
-    if not _is_whole(group["seed"], 0):
+    if not is_whole(group["seed"], 0):
         raise ValueError(f"seed={group['seed']!r}: expected a whole number of at least 0")
     above_zero("update_scale", group["update_scale"])
     if group["max_param_grad_norm"] is not None:
@@ -99,7 +100,7 @@ def check_rule_options(options: dict[str, Any]) -> None:
                 f"{name}={value} is an option of update_rule='als', found update_rule={rule.name!r}: leave it out, "
                 "or use 'als'"
             )
-    if second is not None and not _is_whole(second, 1):
+    if second is not None and not is_whole(second, 1):
         raise ValueError(
             f"second_momentum_rank={second!r}: expected a whole number of at least 1, or None for the rule's default"
         )
@@ -174,6 +175,17 @@ def check_gradient(param: Tensor) -> None:
         )
     if grad.is_complex():
         raise RuntimeError(f"found a complex gradient of shape {tuple(grad.shape)}; LoRA-Pre needs real ones")
+
+
+def check_uncompressed(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise RuntimeError if the number of parameters has changed in a group that spares some by their places."""
+    for group in groups:
+        if group.get("uncompressed") and len(group["params"]) != group.get("num_params", len(group["params"])):
+            raise RuntimeError(
+                f"a parameter group was built with {group['num_params']} parameters, of which those at the places "
+                f"{group['uncompressed']} take the AdamW path, and now holds {len(group['params'])}: say which of "
+                "them do, by setting group['uncompressed'] and group['num_params'], or build a new optimizer"
+            )
 
 
 def check_flattened_shards(groups: Iterable[dict[str, Any]]) -> None:

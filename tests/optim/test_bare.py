@@ -7,7 +7,7 @@ import torch
 from stepping import LR, both_optimizers, stream, take_steps, weights
 from torch import nn
 
-from lorapre_peft import create_lorapre_optimizer
+from lorapre_peft import LoRAPreAdamW, create_lorapre_optimizer
 from lorapre_peft.optim.bare import is_embedding
 
 EMBEDDINGS = {
@@ -63,10 +63,35 @@ def test_embeddings_are_known_by_their_name(name):
     assert is_embedding(name, torch.Size((512, 64)))
 
 
+def test_what_every_layer_has_is_no_embedding():
+    """The MLP of Gemma-2-27B is as long and as narrow as an embedding."""
+    shape = torch.Size((36864, 4608))
+    assert is_embedding(None, shape, 2)  # an embedding and a head
+    assert not is_embedding(None, shape, 3)
+    model = nn.ModuleList(nn.Linear(300, 30_000, bias=False, device="meta") for _ in range(3))
+    with pytest.warns(UserWarning, match="are compressed at the momentum ranks"):
+        optimizer = LoRAPreAdamW(model.parameters(), lr=LR)
+    assert optimizer.param_groups[0]["uncompressed"] == []
+
+
+@pytest.mark.filterwarnings("ignore:matrices are compressed")
+def test_a_group_that_was_shortened_is_refused():
+    params = [weights(60, 40), weights(70, 40)]
+    optimizer = LoRAPreAdamW([("up.weight", params[0]), ("wte.weight", params[1])], lr=LR)
+    optimizer.param_groups[0]["params"] = params[1:]
+    params[1].grad = torch.ones_like(params[1])
+    with pytest.raises(RuntimeError, match=r"built with 2 parameters, of which those at the places \[1\] .* holds 1"):
+        optimizer.step()
+    optimizer.param_groups[0] |= {"uncompressed": [0], "num_params": 1}
+    optimizer.step()
+    assert set(optimizer.state[params[1]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "model.layers.0.mlp.up_proj.weight",
+        "blocks.3.attention.output.weight",
         "bert.encoder.layer.0.output.dense.weight",
         "embed_tokens.lora_A.default.weight",
     ],

@@ -97,10 +97,11 @@ def test_muon_without_scale_is_algorithm_2():
         torch.testing.assert_close(paths[name], paths[None] * scale, rtol=0, atol=(1 + scale) * rounding)
 
 
-def test_the_adamw_rate_of_a_group_can_be_edited():
+@pytest.mark.parametrize("adamw_lr", [None, 1e-3])
+def test_the_adamw_rate_of_a_group_can_be_edited(adamw_lr):
     """It holds where ``lr`` is what it was at first, and follows it from there."""
     bias = nn.Parameter(torch.zeros(4))
-    optimizer = LoRAPreMuon([nn.Parameter(torch.zeros(8, 8)), bias], lr=1e-2, adamw_lr=1e-3, momentum_rank=2)
+    optimizer = LoRAPreMuon([nn.Parameter(torch.zeros(8, 8)), bias], lr=1e-2, adamw_lr=adamw_lr, momentum_rank=2)
     optimizer.param_groups[0] |= {"adamw_lr": 0.5, "lr": 5e-3}
     bias.grad = torch.ones(4)
     optimizer.step()
