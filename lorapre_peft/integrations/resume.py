@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import warnings
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import FileSystemReader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -38,8 +40,8 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
 def _broken_file(checkpoint: Path) -> str | None:
     """Return the name of a file of the checkpoint that is missing or was not written to its end, or None.
 
-    Trainer writes its own state last. A folder that is written again still has the old state, so all other files are
-    checked as well.
+    Trainer writes its own state last. A folder that is written again still has the old state, so the files of JSON,
+    safetensors, `torch.save` and `torch.distributed.checkpoint` are checked as well.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return TRAINER_STATE_NAME
@@ -52,6 +54,24 @@ def _broken_file(checkpoint: Path) -> str | None:
                     pass
             elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
                 return path.name  # The zip files of torch.save end with their index.
+            elif path.suffix == ".distcp" and (broken := _broken_shards(path.parent)):
+                return broken
         except (ValueError, SafetensorError):
+            return path.name
+    return None
+
+
+def _broken_shards(folder: Path) -> str | None:
+    """Return the name of a file of `torch.distributed.checkpoint` that is missing or too short, or None.
+
+    The index, which is written last, says where in its file each part of the state lies.
+    """
+    try:
+        index = FileSystemReader(folder).read_metadata().storage_data
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return ".metadata"
+    for part in (index or {}).values():
+        path = folder / part.relative_path
+        if not path.is_file() or path.stat().st_size < part.offset + part.length:
             return path.name
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from killed_saves import FILES, killed_trainer
 from trainers import assert_same_end, inner
 from transformers.trainer_utils import get_last_checkpoint
@@ -60,6 +61,23 @@ def test_a_checkpoint_that_is_written_anew_may_be_broken_with_its_last_file_in_p
             UserWarning, match=rf"checkpoint-4 is not complete \({re.escape(name)}\): it is passed over"
         ):
             assert Path(last_complete_checkpoint(folder)).name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("broken", ["shard", "index", "both"])
+def test_shards_of_fsdp_are_checked_by_their_index(tmp_path, broken):
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        dcp.save({"x": torch.arange(100.0)}, checkpoint_id=folder / "optimizer_0", no_dist=True)
+        (folder / "trainer_state.json").write_text("{}")
+    assert Path(last_complete_checkpoint(tmp_path)).name == "checkpoint-2"
+    (shard,) = (folder / "optimizer_0").glob("*.distcp")
+    if broken != "index":
+        os.truncate(shard, 10)
+    if broken != "shard":
+        os.truncate(folder / "optimizer_0" / ".metadata", 0)
+    name = shard.name if broken == "shard" else ".metadata"
+    with pytest.warns(UserWarning, match=rf"checkpoint-2 is not complete \({re.escape(name)}\)"):
+        assert Path(last_complete_checkpoint(tmp_path)).name == "checkpoint-1"
 
 
 def test_checkpoints_are_ordered_by_number_and_others_are_no_checkpoints(tmp_path):
