@@ -25,10 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from ..integrations.targets import expert_parameters
-from ..lowrank.float64 import float64_device, wide
-from ..lowrank.linalg import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
+from ..lowrank.float64 import float64_device, to_float64
+from ..optim.options import is_whole
 from .adapter import adapter_config, addressable, write_checked
 from .checkpoint import Checkpoint, common_names
+from .svd import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
 
 REPORT_NAME = "extraction_report.json"
 # In a large matrix the search for the rank that keeps enough energy starts here, and doubles the rank from there.
@@ -128,7 +129,7 @@ def extract_lora(
     """Write the difference of two checkpoints as a plain LoRA adapter: B A ≈ Δ = tuned − base of each linear module.
 
     One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and truncated by an exact SVD, or by
-    subspace iteration if the matrix is large and the rank is not (`linalg.top_factors`). Each module's alpha is its
+    subspace iteration if the matrix is large and the rank is not (`svd.top_factors`). Each module's alpha is its
     rank, so that the scaling is 1. Each expert of a stack has factors of its own, in PEFT's ``target_parameters``. The
     report lists, with a warning, what changed and is not in the adapter: norms, biases, embeddings, the output head,
     unselected modules, and modules that PEFT refuses. Before the adapter is put into its folder, plain PEFT opens it
@@ -161,7 +162,7 @@ def extract_lora(
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank}, energy={energy}: give exactly one of the two")
     for name, value in (("rank", rank), ("max_rank", max_rank)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and not is_whole(value, 1):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy}: expected a share above 0 and up to 1, such as 0.9")
@@ -294,12 +295,12 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: in
         if exact:
             B, A = best_factors(delta, limit)
         else:
-            B, A = top_factors(delta.__matmul__, delta.mT.__matmul__, (delta.shape[0], delta.shape[1]), width, delta)
+            B, A = top_factors(delta, width)
         if energy is None:
             return B, A
         # A truncation to k = 1, 2, … misses the ‖Δ‖² that BA misses, and the S² of BA after k. The rows of A have the
         # length √S.
-        S2 = wide(A).square().sum(1).square()
+        S2 = to_float64(A).square().sum(1).square()
         missed = _norm(delta - B @ A) ** 2 + S2.flip(0).cumsum(0).flip(0) - S2
         r = int((missed > (1 - energy) * _norm(delta) ** 2).sum()) + 1
         if exact or r <= width or width == limit:

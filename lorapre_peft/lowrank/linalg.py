@@ -1,23 +1,15 @@
-"""This module inverts small Gram matrices and finds low-rank factors of large matrices."""
+"""This module makes and inverts small Gram matrices."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .float64 import float64_device, wide
+from .float64 import to_float64
 
 # Up to this rank Gram matrices are inverted by a few operations on all matrices at once. LAPACK takes 2 µs for each
 # matrix of a batch.
 ELIMINATED = 4
-# Up to this side length an exact SVD takes less time than subspace iteration (`top_factors`).
-EXACT_SVD_SIZE = 128
-# The subspace iteration uses this many extra directions and power steps (Halko, Martinsson and Tropp 2011, sections
-# 4.4 and 4.5).
-OVERSAMPLING = 8
-POWER_STEPS = 3
 
 
 def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
@@ -75,47 +67,11 @@ def inverse_root(gram: Tensor, ridge: Tensor) -> Tensor:
 
 def gram_rows(A: Tensor) -> Tensor:
     """Return A Aᵀ in float64. A: [..., k, q]."""
-    A = wide(A)
+    A = to_float64(A)
     return A @ A.mT
 
 
 def new_columns(W: Tensor, A: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     """Return A' = W [A; projected] and A' A'ᵀ, both float64. W: [..., k, 2k] float64."""
-    A_new = W @ wide(torch.cat([A, projected], -2))
+    A_new = W @ to_float64(torch.cat([A, projected], -2))
     return A_new, A_new @ A_new.mT
-
-
-def top_factors(
-    times: Callable[[Tensor], Tensor],
-    transposed_times: Callable[[Tensor], Tensor],
-    shape: tuple[int, int],
-    rank: int,
-    like: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return rank-k factors of a large matrix x by subspace iteration: B [..., p, k] and A [..., k, q].
-
-    times(Q) gives x Q and transposed_times(Y) gives xᵀ Y, so that x need not exist as a whole. The test matrix is
-    fixed, so that every process computes the same factors. like: a tensor of x's leading dimensions, dtype and device.
-    """
-    p, q = shape
-    width = min(rank + OVERSAMPLING, p, q)
-    generator = torch.Generator().manual_seed(0)
-    test = torch.randn(q, width, generator=generator, dtype=torch.float64, device="cpu").to(like.dtype).to(like.device)
-    basis = _orthonormal(times(test.expand(*like.shape[:-2], q, width)))
-    for _ in range(POWER_STEPS):
-        basis = _orthonormal(times(_orthonormal(transposed_times(basis))))
-    B, A = best_factors(transposed_times(basis).mT, rank)
-    return basis @ B, A
-
-
-def _orthonormal(x: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns of x [..., p, c]."""
-    return torch.linalg.qr(x.to(float64_device(x.device)))[0].to(x.device)
-
-
-def best_factors(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best rank-k approximation of x [..., p, q]: B [..., p, k] and A [..., k, q] of equal norms."""
-    parts = torch.linalg.svd(x.to(float64_device(x.device)), full_matrices=False)
-    U, S, Vh = (part.to(x.device) for part in parts)
-    root = S[..., :rank].sqrt()
-    return U[..., :rank] * root[..., None, :], root[..., :, None] * Vh[..., :rank, :]

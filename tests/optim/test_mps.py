@@ -13,9 +13,9 @@ from torch import nn
 
 from lorapre_peft import LoRAPreAdamW
 from lorapre_peft.extract.lora import _factors, _norm
+from lorapre_peft.extract.svd import EXACT_SVD_SIZE
 from lorapre_peft.kernels import choose as backends
 from lorapre_peft.lowrank import float64 as precision
-from lorapre_peft.lowrank.linalg import EXACT_SVD_SIZE
 
 # Factored by elimination and by Cholesky; a convolution, and a vector.
 PARAMETERS = [((20, 12), 3), ((20, 12), 3), ((12, 40), 7), ((8, 4, 3, 3), 3), ((140, 132), 5), ((12,), 0)]

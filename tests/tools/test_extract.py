@@ -102,7 +102,7 @@ def test_energy_search_doubles(monkeypatch):
     monkeypatch.setattr(extract, "FIRST_RANK", 4)
     monkeypatch.setattr(extract, "best_factors", None)
     top = extract.top_factors
-    monkeypatch.setattr(extract, "top_factors", lambda *args: widths.append(args[3]) or top(*args))
+    monkeypatch.setattr(extract, "top_factors", lambda *args: widths.append(args[1]) or top(*args))
     U, _ = torch.linalg.qr(torch.randn(400, 300))
     V, _ = torch.linalg.qr(torch.randn(500, 300))
     S = 0.9 ** torch.arange(300.0)
