@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 
 from ..lowrank.rules import RULES
-from ..optim.options import RULE_OPTIONS, check_rule_options
+from ..optim.options import RULE_OPTIONS, check_rule_options, is_whole
 
 # This file lies beside adapter_config.json, which stays that of a plain LoraConfig: PEFT warns about unknown keys.
 CONFIG_NAME = "lorapre_config.json"
@@ -83,7 +83,7 @@ class LoRAPreConfig(LoraConfig):
         for name, k in named.items():
             if k is None and name == "momentum_rank":
                 continue
-            if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            if not is_whole(k, 1):
                 raise ValueError(f"{name}={k!r}: expected a whole number of at least 1")
             if k >= largest:
                 advice = f"1..{largest - 1}, or a larger r" if largest > 1 else "r=2 or more"

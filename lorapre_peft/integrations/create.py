@@ -69,8 +69,8 @@ def create_lorapre_optimizer(
         kwargs: further options of the optimizer class.
 
     Raises:
-        ValueError: nothing trainable, nothing to compress, adapters other than LoRA, a momentum rank that is too large
-            for a module, an option of full weights with an adapter in the model, or an invalid option.
+        ValueError: nothing trainable, nothing to compress, adapters without LoRA's layers, a momentum rank that is too
+            large for a module, an option of full weights with an adapter in the model, or an invalid option.
         TypeError: no model, no name of an optimizer, or an option that the optimizer does not have.
     """
     if not isinstance(model, nn.Module):

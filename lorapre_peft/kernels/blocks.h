@@ -34,14 +34,14 @@ double square_tile(const float* x, int64_t stride, int columns) {
   return sum_of(total[0] + total[1]);
 }
 
-// Rows of a matrix that will be read next, of entries of ``size`` bytes: they are asked for a register at a time while
-// others are computed, for that keeps more reads in flight than waiting for them does.
-struct Ahead {
+// Prefetches rows of a matrix that will be read next, of entries of ``size`` bytes, a register at a time while others are
+// computed. That keeps more reads in flight than waiting for them does.
+struct RowsAhead {
   const char* at = nullptr;
   int64_t stride = 0;
   int size = 0, rows = 0;
 
-  // Asks for the lines that begin at this column.
+  // Prefetches the lines of the cache that begin at this column.
   void fetch(int column) const {
     if (column * size % LINE) return;
     for (int r = 0; r < rows; ++r) __builtin_prefetch(at + r * stride + column * size, 0, 3);
@@ -51,7 +51,7 @@ struct Ahead {
 // dots[r][j] += x[r] · A[j], or |x[r]| · A[j], over some columns, for R rows of x, a multiple of 4, and J of A.
 template <int R, int J, bool ABSOLUTE>
 void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k,
-              const Ahead& ahead = {}) {
+              const RowsAhead& ahead = {}) {
   Vec total[R][J] = {};
   for (int c = 0; c < columns; c += LANES) {
     ahead.fetch(c);

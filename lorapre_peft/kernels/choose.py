@@ -1,4 +1,4 @@
-"""This module chooses the backend that computes the row part of a step.
+"""This module chooses the backend that computes a step, or its row part.
 
 All backends have the interface of `eager.Eager`, and give the same results to float32 round-off.
 """

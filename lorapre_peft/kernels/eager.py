@@ -1,9 +1,10 @@
 """This module computes the row part of a step with tensor operations, eager or compiled.
 
-It defines the interface of all backends, and each of them falls back on it. A backend computes what is larger than
-k×k. It reads a batch's gradients and the old factors of its moments (`lowrank.moments.Moment`), writes the parameters,
-and fills in what the rule's column part needs: B_new, projected and grams. It knows neither the rule nor on which
-process rows are.
+It defines the interface of all backends, and each of them falls back on it. The row part is what is larger than k×k.
+It reads a batch's gradients and the old factors of its moments (`lowrank.moments.Moment`), writes the parameters, and
+fills in what the rule's column part needs: B_new, projected and grams. It knows neither the rule nor on which process
+rows are. The C++ and Triton backends take the whole step where they can (`table.WholeStep`), and have both rules in
+their own code.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.batch import Batch
-from ..lowrank.float64 import narrow, wide
-from ..lowrank.layout import TEMPORARIES
+from ..lowrank.float64 import to_float32, to_float64
 from ..lowrank.metrics import Metrics
 from ..lowrank.moments import Moment
 from ..lowrank.rules import Mixture
@@ -29,10 +29,11 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # merges into the pass that uses it.
 UNROLLED = 4
 
-# Adam's row part takes these numbers of each matrix, as the rows of a table [len(TABLE), n] float32. They include the
-# bias corrections and the energy of v. The update m/(√v + ε) is u = ((c_B m_B + c_X m_X) m_A + residual · g) /
-# (√((v_scale v_B v_A)² + g²) + eps), and the weight becomes θ ← θ − (step · u + decay · θ) where ``updates`` is 1.
-TABLE = (
+# Adam's row part takes these numbers of each matrix, as the rows of a table [len(COEFFICIENTS), n] float32. They
+# include the bias corrections and the energy of v. The update m/(√v + ε) is u = ((c_B m_B + c_X m_X) m_A +
+# residual · g) / (√((v_scale v_B v_A)² + g²) + eps), and the weight becomes θ ← θ − (step · u + decay · θ) where
+# ``updates`` is 1.
+COEFFICIENTS = (
     *("g_scale", "m_keep", "m_gain", "v_keep", "v_gain", "c_B", "c_X"),
     *("residual", "v_scale", "eps", "step", "decay", "updates"),
 )
@@ -59,12 +60,12 @@ def adam_table(batch: Batch, m: Moment, v: Moment, scalars: tuple[Tensor, ...]) 
     rows = dict(
         g_scale=one if batch.scale is None else batch.scale,
         **{"m_keep": m.keep, "m_gain": m.gain, "v_keep": v.keep, "v_gain": v.gain},
-        **dict(zip(("c_B", "c_X", "residual", "v_scale", "eps"), (narrow(x, batch.device) for x in scalars))),
+        **dict(zip(("c_B", "c_X", "residual", "v_scale", "eps"), (to_float32(x, batch.device) for x in scalars))),
         step=step,
         decay=0 * one if decay is None else decay,
         updates=one if batch.update is None else batch.update.float(),
     )
-    return torch.stack([rows[name].reshape(-1) for name in TABLE])
+    return torch.stack([rows[name].reshape(-1) for name in COEFFICIENTS])
 
 
 # ---- tiles, eager or compiled ---------------------------------------------------------------------------------------
@@ -139,18 +140,15 @@ def momentum_rows(
 
 def gram_columns(B: Tensor, B_new: Tensor, projects_new: bool) -> Tensor:
     """Return B'ᵀ[B' | B] or BᵀB in float64. B, B_new: [..., p, k]."""
-    B = wide(B)
+    B = to_float64(B)
     if not projects_new:
         return B.mT @ B
-    B_new = wide(B_new)
+    B_new = to_float64(B_new)
     return torch.cat([B_new.mT @ B_new, B_new.mT @ B], -1)
 
 
 class Eager:
     """Computes a step with batched tensor operations, tile by tile."""
-
-    # A step holds at most this many float32 temporaries of the size of a batch's factors at once.
-    factor_temporaries = TEMPORARIES
 
     def run(self, function: Callable, *args: Any) -> Any:
         """Call a function of tensors in this backend's way."""
@@ -158,18 +156,19 @@ class Eager:
 
     def norms(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Return ‖x‖_F of tensors of one dtype, accumulated in ``dtype``: [n] float64."""
-        return wide(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
+        return to_float64(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
 
     def adam(
         self, batch: Batch, m: Moment, v: Moment, table: Tensor, bound: Tensor | None, metrics: Metrics | None
     ) -> None:
         """Compute Adam's row part: write the parameters, and fill in what `move_on` needs of both moments.
 
-        table: [len(TABLE), n]. bound: the bound to which the normalised update is clamped, [n] float32, or None.
+        table: [len(COEFFICIENTS), n]. bound: the bound at which the normalised update is clamped, [n] float32, or
+        None.
         """
-        scalars = table[TABLE.index("c_B") : TABLE.index("eps") + 1]
-        step = table[TABLE.index("step")]
-        decay = table[TABLE.index("decay")] if batch.decays else None
+        scalars = table[COEFFICIENTS.index("c_B") : COEFFICIENTS.index("eps") + 1]
+        step = table[COEFFICIENTS.index("step")]
+        decay = table[COEFFICIENTS.index("decay")] if batch.decays else None
         for matrices, rows in batch.tiles():
             update, m_B, m_projected, v_B, v_projected = self.run(
                 adam_rows,
@@ -197,7 +196,7 @@ class Eager:
         g: the gradients of these matrices, [n, rows, q]. mixture: the mixture of all matrices of the batch.
         """
         rows = m.batch.all_rows
-        numbers = tuple(narrow(value[matrices], g.device)[:, None, None] for value in mixture)
+        numbers = tuple(to_float32(value[matrices], g.device)[:, None, None] for value in mixture)
         operands = _operands(m, matrices, rows)
         update, B_new, projected = self.run(momentum_rows, g, operands, numbers, m.batch.rule.projects_new)
         _fill(m, matrices, rows, B_new, projected)

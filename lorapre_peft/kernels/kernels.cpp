@@ -32,7 +32,7 @@ constexpr double SMALL_SQUARE = 1e-20;
 // The largest gradient norm whose square float32 holds.
 const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
 
-// The fields of cpp.Table.shapes, OPTIONS, POINTERS and FOUND, one for one.
+// The fields of cpp.HostTable.shapes, of table.OPTIONS (and Muon's nesterov), table.POINTERS and cpp.FOUND, one for one.
 struct Shape { int64_t p, q, m_rank, v_rank, group, position, grad_type, param_type; };
 struct Options {
   double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale;
@@ -63,16 +63,17 @@ class Task {
 
   int64_t splits() const { return parts; }
 
-  // Names what the step reads, of the weights only the first. A matrix that does not fit the cache has nothing named.
-  void tell(Soon& soon) const {
+  // Queues for prefetching what the step reads, of the weights only the first. A matrix that does not fit the cache
+  // queues nothing.
+  void prefetch(Prefetcher& next) const {
     if (shape.p * shape.q > CACHED_ENTRIES) return;
     const int64_t size = sizeof(float);
-    soon.add(at.m_A, shape.q * shape.m_rank * size), soon.add(at.v_A, shape.q * shape.v_rank * size);
-    // `look` asks for the gradient of a wide matrix by itself. To have it earlier made steps faster on a CPU of 16
+    next.add(at.m_A, shape.q * shape.m_rank * size), next.add(at.v_A, shape.q * shape.v_rank * size);
+    // `look` prefetches the gradient of a wide matrix itself. To have it earlier made steps faster on a CPU of 16
     // lanes with a second-level cache of 2 MB, and a tenth slower on one of 8 with 512 kB.
-    if (LANES == 16 || shape.q <= NARROW) soon.add(at.grad, shape.p * shape.q * size_of(Type(shape.grad_type)));
-    soon.add(at.m_B, shape.p * shape.m_rank * size), soon.add(at.v_B, shape.p * shape.v_rank * size);
-    soon.add(at.param, std::min<int64_t>(shape.p * shape.q, CHUNK * LANES) * size_of(Type(shape.param_type)));
+    if (LANES == 16 || shape.q <= NARROW) next.add(at.grad, shape.p * shape.q * size_of(Type(shape.grad_type)));
+    next.add(at.m_B, shape.p * shape.m_rank * size), next.add(at.v_B, shape.p * shape.v_rank * size);
+    next.add(at.param, std::min<int64_t>(shape.p * shape.q, CHUNK * LANES) * size_of(Type(shape.param_type)));
   }
 
   // What `look` needs: the factors A, and which of their directions start anew.
@@ -338,14 +339,14 @@ void step_matrices(const Shape* shapes, const Options* options, void* const* poi
     Step step, unused;
     for (int64_t i = taken++, next; i < n; i = next) {
       next = taken++;
-      if (next < n) task(order[next], unused).tell(scratch.soon);
+      if (next < n) task(order[next], unused).prefetch(scratch.next);
       Task one = task(order[i], step);
       one.begin(scratch);
       if (one.prepare(one.look(0, scratch, sums), scratch)) {
         one.rows(0, scratch, sums);
         one.finish(sums, scratch);
       }
-      scratch.soon.clear();
+      scratch.next.clear();
     }
   }
 }

@@ -13,7 +13,7 @@
 namespace {
 
 // As in rules.py.
-constexpr double DAMPING = 1e-6, MIN_FACTOR_NORM = 1e-12;
+constexpr double MIN_FACTOR_NORM = 1e-12;
 // What float32 loses of a sum of CHUNK squares that is larger is below 1e-10 of it.
 constexpr float LEAST_TRACE = 1e-25f;
 

@@ -39,7 +39,7 @@ class NarrowRows : public Rows {
       B[i] = C[i] + most * HEIGHT, B_new[i] = B[i] + most * HEIGHT;
     }
 
-    scratch.soon.split((end - begin + HEIGHT - 1) / HEIGHT * q);
+    scratch.next.split((end - begin + HEIGHT - 1) / HEIGHT * q);
     for (int64_t first = begin; first < end; first += HEIGHT) {
       const int count = int(std::min<int64_t>(HEIGHT, end - first)), whole = int(padded(count));
       read_transposed(s.grad, s.grad_type, first * q, count, q, flat, x);
@@ -57,7 +57,7 @@ class NarrowRows : public Rows {
         follow_transposed(moment, first, count, whole, C[i], B[i], B_new[i], i);
         const float* left = s.projects_new ? B_new[i] : B[i];
         for (int c0 = 0; c0 < q; c0 += ROWS) {
-          Ahead param = param_ahead(first + HEIGHT, (c0 + i) * HEIGHT);
+          RowsAhead param = param_ahead(first + HEIGHT, (c0 + i) * HEIGHT);
           param.rows = 1;
           const float* from = x[c0];
           float* to = P[i] + c0 * k;
@@ -71,9 +71,9 @@ class NarrowRows : public Rows {
         outer(A[0] + c0 * s.moment[0].k, s.moment[0].k, C[0], HEIGHT, whole, u[c0], HEIGHT);
         outer(A[1] + c0 * s.moment[1].k, s.moment[1].k, C[1], HEIGHT, whole, *root, HEIGHT);
         for (int c = c0; c < std::min(q, c0 + ROWS); ++c) {
-          Ahead param = param_ahead(first + HEIGHT, c * HEIGHT);
+          RowsAhead param = param_ahead(first + HEIGHT, c * HEIGHT);
           param.rows = c - c0 >= 2;
-          scratch.soon.fetch();
+          scratch.next.fetch();
           normalise(u[c], root[c - c0], x[c], count, param);
         }
       }
@@ -88,7 +88,7 @@ class NarrowRows : public Rows {
  private:
   // The normalised update (m + residual · g)/(√(root² + g²) + eps) of some entries, in place of m = C A_m;
   // root = s v_B v_A. All three have room for whole registers.
-  void normalise(float* m, const float* root, const float* g, int count, const Ahead& ahead) {
+  void normalise(float* m, const float* root, const float* g, int count, const RowsAhead& ahead) {
     for (int c = 0; c < count; c += LANES) {
       ahead.fetch(c);
       const Vec v = load(root + c), x = load(g + c);

@@ -64,8 +64,8 @@ struct Sums {
   }
 };
 
-// Memory that a thread's next matrix reads. It is asked for piece by piece while the thread computes this one.
-class Soon {
+// Prefetches the memory that a thread's next matrix reads, piece by piece while the thread computes this one.
+class Prefetcher {
  public:
   void clear() { spans.clear(), now = 0; }
   void add(const void* from, int64_t bytes) {
@@ -95,7 +95,7 @@ class Soon {
 
 // Room that a thread keeps from matrix to matrix.
 struct Scratch {
-  Soon soon;
+  Prefetcher next;
   std::vector<float> rows, columns, cross;
   std::vector<double> held, sums, work, small;
 };
@@ -148,7 +148,7 @@ class Rows {
     }
   }
 
-  Ahead param_ahead(int64_t row, int64_t column) const {
+  RowsAhead param_ahead(int64_t row, int64_t column) const {
     const int size = size_of(s.param_type);
     return {static_cast<const char*>(s.param) + (row * s.q + column) * size, s.q * size, size, ROWS};
   }

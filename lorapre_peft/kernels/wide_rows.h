@@ -39,7 +39,7 @@ class WideRows : public Rows {
           x = copy, stride = LOOK_CHUNK;
         }
         square += square_tile(x, stride, columns);
-        Ahead ahead = c0 + LOOK_CHUNK < s.q ? grad_ahead(first, c0 + LOOK_CHUNK) : grad_ahead(first + DOT_ROWS, 0);
+        RowsAhead ahead = c0 + LOOK_CHUNK < s.q ? grad_ahead(first, c0 + LOOK_CHUNK) : grad_ahead(first + DOT_ROWS, 0);
         ahead.rows = (DOT_ROWS + sweeps - 1) / sweeps;
         for (int i = 0; i < 2; ++i) {
           const int k = s.moment[i].k;
@@ -65,7 +65,7 @@ class WideRows : public Rows {
     start_block(end - begin);
     const bool packed = ranks > PACKED_RANKS;
     if (packed) scratch.columns.resize(2 * ranks * chunk);
-    scratch.soon.split((end - begin + ROWS - 1) / ROWS * ((q + SIZE - 1) / SIZE));
+    scratch.next.split((end - begin + ROWS - 1) / ROWS * ((q + SIZE - 1) / SIZE));
     for (int64_t first = begin; first < end; first += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, end - first));
       for (int i = 0; i < 2; ++i) follow(i, first, count, sums.dots[i].data() + (first - begin) * s.moment[i].k);
@@ -76,13 +76,13 @@ class WideRows : public Rows {
           const int rows = std::min(ROWS, count - r0);
           const bool more = r0 + ROWS < count;
           const int64_t next_row = first + (more ? r0 + ROWS : 0), next_column = more ? c0 : c0 + chunk;
-          const Ahead grad = grad_ahead(next_row, next_column), param = param_ahead(next_row, next_column);
+          const RowsAhead grad = grad_ahead(next_row, next_column), param = param_ahead(next_row, next_column);
           read_tile(first + r0, rows, ROWS, c0, columns, s.g_scale, x, STEP_CHUNK);
           project_moment(0, r0, x, columns);
           project_moment(1, r0, x, columns);
           int c = 0;
           for (; c + SIZE <= columns; c += SIZE) {
-            scratch.soon.fetch();
+            scratch.next.fetch();
             momentum_tile<STEP_WIDTH>(r0, c, x + c, u + c, grad, param);
           }
           for (; c < columns; c += LANES) momentum_tile<1>(r0, c, x + c, u + c, grad, param);
@@ -114,7 +114,7 @@ class WideRows : public Rows {
   // The products of DOT_ROWS rows of the gradient with J rows of A, from row j on, over some columns.
   template <int J>
   void look_tile(int i, const float* x, int64_t stride, int j, int64_t c0, int columns, float* dots,
-                 const Ahead& ahead) const {
+                 const RowsAhead& ahead) const {
     const int k = s.moment[i].k;
     const float* a = A(i) + j * A_stride(i) + c0;
     i ? dot_tile<DOT_ROWS, J, true>(x, stride, a, A_stride(i), columns, dots + j, k, ahead)
@@ -142,7 +142,7 @@ class WideRows : public Rows {
   const float* A(int i) const { return s.moment[i].own_A.empty() ? s.moment[i].A : s.moment[i].own_A.data(); }
   int64_t A_stride(int i) const { return s.moment[i].own_A.empty() ? s.q : s.stride; }
 
-  Ahead grad_ahead(int64_t row, int64_t column) const {
+  RowsAhead grad_ahead(int64_t row, int64_t column) const {
     const int size = size_of(s.grad_type);
     return {static_cast<const char*>(s.grad) + (row * s.q + column) * size, s.q * size, size, ROWS};
   }
@@ -193,7 +193,7 @@ class WideRows : public Rows {
 
   // m + residual · g of ROWS rows and W registers of columns.
   template <int W>
-  void momentum_tile(int r0, int c, const float* x, float* u, const Ahead& grad, const Ahead& param) {
+  void momentum_tile(int r0, int c, const float* x, float* u, const RowsAhead& grad, const RowsAhead& param) {
     UNROLLED for (int w = 0; w < W; ++w) grad.fetch(c + w * LANES), param.fetch(c + w * LANES);
     Vec total[ROWS][W];
     UNROLLED for (int r = 0; r < ROWS; ++r)

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .float64 import narrow, wide
+from .float64 import to_float32, to_float64
 from .layout import TEMPORARIES, Member, slices, tile_entries
 from .rounding import random_keys, write_stochastic
 from .rules import RULES
@@ -59,7 +59,7 @@ class Batch:
         self.scale = gradient_scale(self.norms, self.numbers("max_param_grad_norm"), self.numbers("maximize"))
         if self.scale is not None:
             self.norms = self.norms * self.scale.abs()
-            self.scale = narrow(self.scale, self.device)
+            self.scale = to_float32(self.scale, self.device)
         self.update = None if update is None else update.to(self.device)
 
     def __len__(self) -> int:
@@ -96,14 +96,14 @@ class Batch:
     def _number(self, value: float | Tensor) -> Tensor:
         """Return a hyperparameter as a tensor []. The host does not read a tensor that is on another device."""
         if isinstance(value, Tensor) and value.device.type != "cpu":
-            return wide(value.detach().reshape(()))
+            return to_float64(value.detach().reshape(()))
         return torch.full((), float(value), dtype=torch.float64, device=self.norms.device)
 
     def steps(self) -> tuple[Tensor, Tensor | None]:
         """Return step and decay of θ ← θ − (step · update + decay · θ): [n] float32 each, or None for no decay."""
         lr, decay = self.numbers("lr"), self.numbers("weight_decay")
-        step = narrow(lr * self.numbers("update_scale"), self.device)
-        return step, narrow(lr * decay, self.device) if self.decays else None
+        step = to_float32(lr * self.numbers("update_scale"), self.device)
+        return step, to_float32(lr * decay, self.device) if self.decays else None
 
     @property
     def decays(self) -> bool:
@@ -120,7 +120,7 @@ class Batch:
     def save(self, name: str, values: Tensor) -> None:
         """Write values [n, ...] of any dtype into the state. Matrices that are not updated keep theirs."""
         targets = [local(state[name]) for state in self.states]
-        values = narrow(values, self.device)
+        values = to_float32(values, self.device)
         if self.update is not None:
             values = torch.where(self.update.view(-1, *[1] * (values.ndim - 1)), values, self.read(name))
         torch._foreach_copy_(targets, list(values.unbind()))

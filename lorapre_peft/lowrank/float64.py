@@ -20,12 +20,12 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def wide(x: Tensor) -> Tensor:
+def to_float64(x: Tensor) -> Tensor:
     """Return x in float64 on its `float64_device`. The dtype changes there, as MPS cannot even copy to float64."""
     return x.to(float64_device(x.device)).double()
 
 
-def narrow(x: Tensor, device: torch.device) -> Tensor:
+def to_float32(x: Tensor, device: torch.device) -> Tensor:
     """Return x in float32 on ``device``."""
     return x.float().to(device)
 

@@ -159,11 +159,11 @@ def parts_of(members: Iterable[Member]) -> list[Part]:
     return list(found.values())
 
 
-def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: int) -> None:
+def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple]) -> None:
     """Fill in ``part.matrices``, ``part.plain`` and ``part.batches``.
 
     alike(group) gives the options that the matrices of a batch must have in common. The factors of a batch fit
-    ``temporaries`` times into half of its ``temporary_bytes``, unless the batch is a single matrix.
+    `TEMPORARIES` times into half of its ``temporary_bytes``, unless the batch is a single matrix.
     """
     plain: dict[int, list[int]] = {}
     equal: dict[tuple, list[int]] = {}
@@ -180,7 +180,7 @@ def lay_out(part: Part, alike: Callable[[dict[str, Any]], tuple], temporaries: i
     part.plain, part.batches = list(plain.values()), []
     for indices in equal.values():
         first = part.matrices[indices[0]]
-        limit = min(tile_entries(part.matrices[i].group, part.device, temporaries) for i in indices)
+        limit = min(tile_entries(part.matrices[i].group, part.device) for i in indices)
         part.batches += map(indices.__getitem__, slices(len(indices), limit // (sum(first.ranks) * sum(first.shape))))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .float64 import reads_are_free, wide
+from .float64 import reads_are_free, to_float64
 from .linalg import gram_rows, new_columns
 from .rules import Als, Average, Newton
 from .sharding import WHOLE
@@ -57,7 +57,7 @@ class Moment:
 
     def captured(self) -> Tensor:
         """Return ‖X A‖²_F, x's energy in the row space of the old A, over this process's rows and all matrices."""
-        X = (wide(self.B_new) - wide(self.keep * self.B)) / wide(self.gain)
+        X = (to_float64(self.B_new) - to_float64(self.keep * self.B)) / to_float64(self.gain)
         self.batch.mask(slice(None), X)
         return ((X.mT @ X) * self.gram).sum()
 

@@ -51,8 +51,8 @@ def test_rows(k: int, q: int, device: torch.device) -> Tensor:
     return ((bits >> 8) & 0xFFFFFF).float() * 2.0**-24
 
 
-# This is ρ of `als` if none is given. It is the best of those that `python -m eval.rerun rules` (AdamW) and
-# `table2-small` (Muon) train.
+# This is ρ of `als` if none is given. For AdamW it is the best of those that `python -m eval.rerun rules` trains, and
+# for Muon on adapters of those that `table2-small` trains, both with an earlier form of `als` (docs/history.md).
 RESIDUAL_WEIGHT = 1.0
 
 
@@ -95,13 +95,12 @@ class Newton:
     second_momentum_rank = None  # The second moment has the rank of the first, as published.
     residual_weight = None  # What lies outside the factors has Adam's own weight.
 
-    def __init__(self, damping: float = 1e-6, init_std: float = 0.02):
+    def __init__(self, damping: float = 1e-6):
         self.damping = damping
-        self.init_std = init_std
 
     def init_columns(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draw A ~ N(0, 0.02²) of shape (k, q), float32 on the CPU."""
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * 0.02
 
     def inverse(self, gram: Tensor) -> Tensor:
         """Return (gram + δI)⁻¹ in float64."""

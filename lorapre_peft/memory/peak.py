@@ -29,6 +29,7 @@ from ..integrations.create import create_lorapre_optimizer
 from ..lowrank.experts import stack_of
 from ..lowrank.layout import matrix_shape, tile_entries
 from ..optim.base import Located, LoRAPreOptimizer
+from ..optim.options import is_whole
 from .models import meta_model, training_batch
 
 
@@ -163,7 +164,7 @@ def estimate(
         RuntimeError: a model whose forward pass does not run on the meta device.
     """
     for name, value, least in (("batch", batch, 0), ("seq_len", seq_len, 1)):
-        if not isinstance(value, int) or value < least:
+        if not is_whole(value, least):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
     model = meta_model(model_or_config, dtype)
     options.setdefault("lr", 1e-4)  # Adapters have no default. Any number gives the same memory.

@@ -8,16 +8,12 @@ from triton import knobs
 
 from ...lowrank import rounding
 from ...lowrank.rules import MIN_FACTOR_NORM
+from ..eager import COEFFICIENTS
 from ..table import OPTIONS, POINTERS
 
 # `_numbers` writes these numbers of each matrix for the kernels after it, as the rows of a table [len(NUMBERS), n]
-# float32. They include the bias corrections and the energy of v. The update m/(√v + ε) is u = ((c_B m_B + c_X m_X) m_A
-# + residual · g) / (√((v_scale v_B v_A)² + g²) + eps), and the weight becomes θ ← θ − (step · clamped(u) + decay · θ)
-# where ``updates`` is 1.
-NUMBERS = (
-    *("g_scale", "m_keep", "m_gain", "v_keep", "v_gain", "c_B", "c_X"),
-    *("residual", "v_scale", "eps", "step", "decay", "updates", "limit"),
-)
+# float32: the coefficients of the eager row part, and the limit to which the update is clamped.
+NUMBERS = (*COEFFICIENTS, "limit")
 # These are the rows of the three tables by name, as the kernels read them.
 (
     BETA1, BETA2, LR, WEIGHT_DECAY, EPS, RESIDUAL_WEIGHT, UPDATE_SCALE, MAX_NORM, SIGN, BOUND, _, DAMPING, SEED, _,

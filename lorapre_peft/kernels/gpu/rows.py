@@ -21,7 +21,7 @@ from ...lowrank.batch import Batch, constants
 from ...lowrank.metrics import Metrics
 from ...lowrank.moments import Moment
 from ...lowrank.rounding import round_keys
-from ..eager import TABLE, Eager
+from ..eager import COEFFICIENTS, Eager
 from .blocks import own, rounded_stochastically
 
 # Above this rank a block of a factor does not fit into the registers of a program.
@@ -30,10 +30,10 @@ MAX_RANK = 128
 PROGRAMS = 528
 WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
-# These are the rows of the table of numbers, by their names in `TABLE`, as the kernels read them.
+# These are the rows of the table of numbers, by their names in `COEFFICIENTS`, as the kernels read them.
 (
     G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, EPS, STEP, DECAY, UPDATES,
-) = map(tl.constexpr, range(len(TABLE)))  # fmt: skip
+) = map(tl.constexpr, range(len(COEFFICIENTS)))  # fmt: skip
 
 
 @triton.jit
