@@ -70,6 +70,8 @@ def compile_library(capability: str, folder: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:  # It is renamed when whole: others may compile too.
             made = Path(temporary) / path.name
             subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
+            with made.open("rb") as library:
+                os.fsync(library.fileno())  # The name must not reach the disk before the content.
             made.replace(path)
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", "") or str(error)

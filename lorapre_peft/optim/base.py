@@ -26,7 +26,7 @@ from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
 from ..lowrank.sharding import WHOLE, local
 from .adamw_path import AdamWOptions, Item, adamw_path
-from .bare import describe_choice, is_embedding
+from .bare import describe_choice, describe_nothing, is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
 from .in_backward import InBackwardOptimizer, Located, groups_of
 from .options import (
@@ -103,7 +103,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         self._say_what_was_chosen()
 
     def _say_what_was_chosen(self) -> None:
-        """Warn if nobody said which matrices are compressed, and at which rank."""
+        """Warn if nobody said which matrices are compressed, and at which rank, or if none of them is."""
         given = [(param, group) for group in self.param_groups for param in group["params"]]
         ranks = {
             rank for param, group in given if group["momentum_rank"] is None for rank in self.ranks(param, group)[:1]
@@ -112,6 +112,10 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         spared = [tuple(group["params"][i].shape) for group in compressing for i in group["uncompressed"]]
         if ranks or spared:
             warnings.warn(describe_choice(ranks, spared), stacklevel=4)
+        asked = {group["momentum_rank"] for group in compressing} - {None}
+        matrices = [tuple(param.shape) for param, _ in given if param.ndim >= 2]
+        if asked and matrices and not spared and not any(self.ranks(param, group) for param, group in given):
+            warnings.warn(describe_nothing(min(asked), matrices), stacklevel=4)
 
     def _reset(self, backend: str) -> None:
         self.backend = backend
@@ -151,7 +155,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         try:
             self.check_group(group)
             for param in group["params"]:
-                check_parameter(param)
+                if param.requires_grad:  # Of frozen parameters any will do, such as a quantised model's bytes.
+                    check_parameter(param)
                 check_stack(param, group)
         except Exception:
             self.param_groups.pop()
@@ -214,6 +219,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
     def _step(self, located: list[Located]) -> None:
         """Update these parameters, separately for each device and for each set of processes that shares them."""
         for group in groups_of(located).values():
+            self._resolve(group)  # An option may have been edited.
             self._check_betas(group)
         for part in self._layout(located):
             self._step_part(part)
@@ -259,6 +265,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         own: list[Any] = [
             member.param.grad if whole and member.stack is None else local_gradient(member.param) for member in members
         ]
+        own = list(map(Tensor.resolve_neg, own))  # Kernels read the memory, where a negative view has another sign.
         grads = part.split(own)
         norms = gradient_norms(grads, [matrix.param.grad is None for matrix in matrices], placement, backend)
         stacked = tuple(matrix.stack is not None for matrix in matrices)
