@@ -10,7 +10,6 @@ The keys under ``lorapre`` are those of `lorapre_optimizer`. This module imports
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..optim.base import LoRAPreOptimizer
-from .create import OPTIMIZERS, create_lorapre_optimizer
+from .create import OPTIMIZERS, option_names
 from .trainer import LoRAPreCallback, lorapre_optimizer
 
 # These keys of axolotl's config choose another optimizer or its rates. A LoRA-Pre optimizer would not read them.
@@ -40,19 +39,11 @@ class LoRAPreArgs(BaseModel):
         optimizer = options.get("optimizer", "adamw")
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
-        known = option_names(OPTIMIZERS[optimizer])
+        known = option_names(optimizer) | {"optimizer"}
         unknown = sorted(options.keys() - known)
         if unknown:
             raise ValueError(f"unknown {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
         return options
-
-
-def option_names(optimizer: type[LoRAPreOptimizer]) -> set[str]:
-    """Return the names of the options that `create_lorapre_optimizer` takes for this optimizer class."""
-    named = (
-        inspect.signature(create_lorapre_optimizer).parameters.keys() | inspect.signature(optimizer).parameters.keys()
-    )
-    return named - {"model", "params", "kwargs"}
 
 
 class LoRAPrePlugin(BasePlugin):

@@ -74,6 +74,11 @@ class LoRAPreConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.momentum_rank_pattern = self.momentum_rank_pattern or {}  # Configs may say null.
+        if not isinstance(self.momentum_rank_pattern, dict):
+            raise ValueError(
+                f"momentum_rank_pattern={self.momentum_rank_pattern!r}: expected ranks by module, such as "
+                "{'q_proj': 4}"
+            )
         if self.update_rule not in RULES:
             raise ValueError(f"update_rule={self.update_rule!r}: expected one of {', '.join(map(repr, RULES))}")
         largest = max([self.r, *(self.rank_pattern or {}).values()])

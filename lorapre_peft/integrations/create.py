@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -158,3 +159,10 @@ def _param_groups(model: nn.Module, targets: Targets, weight_decay: float) -> li
             group = groups.setdefault(tuple(options.values()), {"params": [], **options})
             group["params"].append((name, param))
     return list(groups.values())
+
+
+def option_names(optimizer: str) -> set[str]:
+    """Return the names of the options that `create_lorapre_optimizer` takes for an optimizer of this name."""
+    builders: tuple[Any, ...] = (create_lorapre_optimizer, OPTIMIZERS[optimizer])
+    named = {name for builder in builders for name in inspect.signature(builder).parameters}
+    return named - {"model", "optimizer", "params", "kwargs"}

@@ -185,9 +185,9 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
 
 
 def _unwrapped(model: nn.Module, name: str) -> str:
-    """Return the name that a module has without the wrappers of `torch.compile` and DistributedDataParallel."""
-    own = name.removeprefix("module.") if isinstance(model, DistributedDataParallel) else name
-    return own.replace("_orig_mod.", "")
+    """Return the name that a module has without what torch's wrappers of modules put into it."""
+    own = name.removeprefix("module.") if isinstance(model, (DistributedDataParallel, nn.DataParallel)) else name
+    return own.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _held(held: nn.ModuleDict | nn.ParameterDict, adapter: str) -> list[Tensor]:
@@ -210,6 +210,7 @@ def weight_targets(
     """
     k = MOMENTUM_RANK if momentum_rank is None else momentum_rank
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
+    all_linear = isinstance(names, str) and names.lower() == "all-linear"  # In any case of letters, as in PEFT.
     config = LoraConfig(target_modules=names)
     heads = {*output_heads(model), *_classifiers(model)}
     options = rule_options(k, None, momentum_rank, given)
@@ -221,7 +222,7 @@ def weight_targets(
             stacked, plain = name in experts, name == f"{module_name}.weight".removeprefix(".")
             if param.ndim < 2:
                 continue
-            if names == "all-linear":
+            if all_linear:
                 matched = stacked or (plain and isinstance(module, LINEAR) and module not in heads)
             else:
                 selecting = (module_name,) if plain else (name, module_name)
@@ -251,9 +252,16 @@ def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: li
             "before the optimizer is built, or name others"
         )
     linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)})
+    found = f"target_modules={target_modules!r} matches no module with a trainable matrix"
+    if not linear:
+        return (
+            f"{found}, and this model has no linear layers: name modules of other kinds, or give its parameters to "
+            "LoRAPreAdamW or LoRAPreMuon, which compress every matrix"
+        )
+    example = [target_modules] if target_modules in linear else linear[:1]
     return (
-        f"target_modules={target_modules!r} matches no module with a trainable matrix; this model's linear layers are "
-        f"called {', '.join(linear) or '(none)'}. Name some of them, or use 'all-linear'"
+        f"{found}; this model's linear layers are called {', '.join(linear)}. Name some of them in a list, such as "
+        f"{example}, or use 'all-linear'. A string is a regular expression for the whole name of a module"
     )
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..lowrank.sharding import world_size
 from ..optim.base import LoRAPreOptimizer
-from .create import OPTIMIZERS, create_lorapre_optimizer
+from .create import OPTIMIZERS, create_lorapre_optimizer, option_names
 from .summary import adamw_state_bytes
 
 
@@ -40,7 +40,8 @@ def lorapre_optimizer(
         args: the trainer's own arguments (`TrainingArguments`, `SFTConfig`, …).
         overrides: options of `create_lorapre_optimizer`, which take precedence over ``args``.
 
-    Raises TypeError if the first argument is not a name. Raises ValueError if there is no learning rate in either, for
+    Raises TypeError if the first argument is not a name or the second has no learning rate, and for an unknown option.
+    Raises ValueError if there is no learning rate in either, for
     an unknown optimizer, and for arguments that cannot work with it: an engine that flattens parameters, or, with
     ``update_in_backward=True``, gradient accumulation, global-norm clipping (``max_grad_norm`` above 0) or fp16.
     """
@@ -51,6 +52,17 @@ def lorapre_optimizer(
         )
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+    if args is not None and not hasattr(args, "learning_rate"):
+        raise TypeError(
+            f"found a {type(args).__name__} where the trainer's arguments are expected: write "
+            "lorapre_optimizer('adamw', args), or lorapre_optimizer('adamw', lr=…)"
+        )
+    known = option_names(optimizer)
+    if unknown := sorted(overrides.keys() - known):
+        raise TypeError(
+            f"found {', '.join(unknown)} among the options of {optimizer!r}; expected some of "
+            f"{', '.join(sorted(known))}"
+        )
     if (_read(optimizer, args) | overrides).get("lr") is None:
         raise ValueError(
             "no learning rate: Trainer does not pass its own on, so call lorapre_optimizer('adamw', args) with the "

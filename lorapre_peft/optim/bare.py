@@ -57,3 +57,11 @@ def describe_choice(ranks: set[int], spared: list[tuple[int, ...]]) -> str:
         f"matrices {at}{but}. To choose, give momentum_rank (in a group: its matrices whatever they look like; 0: the "
         "AdamW path), or build the optimizer with create_lorapre_optimizer(model, …), which knows the modules"
     )
+
+
+def describe_nothing(momentum_rank: int, matrices: list[tuple[int, ...]]) -> str:
+    """Return a message that no matrix is compressed. momentum_rank: the one that was given. matrices: their shapes."""
+    return (
+        f"momentum_rank={momentum_rank} compresses none of {len(matrices)} matrices, such as {matrices[0]}: all take "
+        "the AdamW path, since factors of that rank are not smaller. Give a momentum_rank below their smaller sides"
+    )

@@ -120,14 +120,15 @@ class InBackwardOptimizer(StatefulOptimizer):
             self._places = {located[1]: located for located in self._located()}
         return param in self._places
 
+    @torch.compiler.disable  # As for a step, there is nothing in it to compile.
     @torch.no_grad()
     def _update_one(self, param: Tensor) -> None:
         if param in self._updated:
             raise RuntimeError(
                 f"a second backward pass reached a parameter of shape {tuple(param.shape)} before optimizer.step(): "
                 "gradients cannot be accumulated with update_in_backward=True, which has already used and freed the "
-                "first ones. Call step() after every backward pass (gradient_accumulation_steps=1), or use "
-                "update_in_backward=False"
+                "first ones. Call step() after every backward pass (gradient_accumulation_steps=1), checkpoint layers "
+                "that are used several times with use_reentrant=False, or use update_in_backward=False"
             )
         if not self._updated:
             self._metrics = Metrics()

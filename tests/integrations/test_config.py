@@ -42,6 +42,7 @@ def test_config_is_a_lora_config():
         ({"momentum_rank": True}, "momentum_rank=True: expected a whole number"),
         ({"momentum_rank": "2"}, "momentum_rank='2': expected a whole number"),
         ({"momentum_rank_pattern": {"q_proj": 0}}, r"momentum_rank_pattern\['q_proj'\]=0: expected a whole number"),
+        ({"momentum_rank_pattern": ["q_proj"]}, r"momentum_rank_pattern=\['q_proj'\]: expected ranks by module"),
         ({"momentum_rank_pattern": {"q_proj": None}}, r"momentum_rank_pattern\['q_proj'\]=None: expected a whole"),
         (
             {"momentum_rank": 2, "second_momentum_rank": 6},

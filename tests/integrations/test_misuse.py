@@ -23,6 +23,18 @@ def test_training_arguments_in_place_of_the_name(tmp_path):
         lorapre_optimizer(arguments(tmp_path))
 
 
+@pytest.mark.parametrize("given", [1e-3, {"learning_rate": 1e-3}], ids=["number", "dict"])
+def test_no_arguments_of_a_trainer(given):
+    with pytest.raises(TypeError, match=rf"found a {type(given).__name__} where the trainer's arguments are expected"):
+        lorapre_optimizer("adamw", given)
+
+
+@pytest.mark.parametrize(("kind", "option"), [("adamw", "momentum_rnk"), ("muon", "betas"), ("adamw", "fused")])
+def test_unknown_options_are_refused_before_training(tmp_path, kind, option):
+    with pytest.raises(TypeError, match=rf"found {option} among the options of '{kind}'; expected some of .*lr.*seed"):
+        lorapre_optimizer(kind, arguments(tmp_path), **{option: 2})
+
+
 def test_options_where_trainer_does_not_pass_them_on(tmp_path):
     with pytest.warns(UserWarning, match=r"optim_args='momentum_rank=2' is not read, .*: give the options to"):
         lorapre_optimizer("adamw", arguments(tmp_path, optim_args="momentum_rank=2"))

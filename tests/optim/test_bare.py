@@ -74,6 +74,21 @@ def test_what_every_layer_has_is_no_embedding():
     assert optimizer.param_groups[0]["uncompressed"] == []
 
 
+@both_optimizers
+def test_frozen_bytes_of_a_quantised_model_are_let_be(cls):
+    """As torch's optimizers do, for `model.parameters()` of a QLoRA model."""
+    codes = nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
+    optimizer = cls([codes, weights(20, 12)], lr=LR, momentum_rank=2)
+    take_steps(optimizer, optimizer.param_groups[0]["params"][1:], stream((20, 12), 2))
+    assert codes not in optimizer.state
+
+
+@both_optimizers
+def test_a_rank_that_compresses_nothing_is_said(cls):
+    with pytest.warns(UserWarning, match=r"momentum_rank=8 compresses none of 2 matrices, such as \(8, 40\)"):
+        cls([weights(8, 40), weights(40, 8)], lr=LR, momentum_rank=8)
+
+
 @pytest.mark.filterwarnings("ignore:matrices are compressed")
 def test_a_group_that_was_shortened_is_refused():
     params = [weights(60, 40), weights(70, 40)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lorapre_peft import create_lorapre_optimizer
@@ -61,11 +62,19 @@ def test_matrices_of_other_names_are_selected_by_them():
     assert {name for name, k in named(lstm, by_module).items() if k} == {"lstm.weight_ih_l0", "lstm.weight_hh_l0"}
 
 
-def test_names_are_those_of_the_model_inside_a_compiled_one(make_llama):
+def checkpointed(model):
+    layer = model.model.layers[0]
+    layer.self_attn = checkpoint_wrapper(layer.self_attn)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, checkpointed])
+def test_names_are_those_of_the_model_inside_its_wrappers(make_llama, wrap):
+    model = wrap(make_llama())
     pattern = r"model\.layers\.0\.self_attn\.q_proj"
-    model = torch.compile(make_llama())
     ranks = named(model, create_lorapre_optimizer(model, lr=0.1, target_modules=pattern))
-    assert [name for name, k in ranks.items() if k] == ["_orig_mod.model.layers.0.self_attn.q_proj.weight"]
+    (found,) = [name for name, k in ranks.items() if k]
+    assert found.endswith("q_proj.weight")
 
 
 def test_others_and_embeddings_as_chosen(make_llama):
@@ -112,6 +121,12 @@ def test_tied_weights_count_once(make_llama):
     assert id(model.lm_head.weight) in held
 
 
+def test_a_model_without_linear_layers_is_said_to_be_one():
+    with pytest.raises(ValueError, match="this model has no linear layers: name modules of other kinds, or give its"):
+        create_lorapre_optimizer(nn.LSTM(32, 16))
+    assert create_lorapre_optimizer(nn.Sequential(nn.Linear(32, 32)), target_modules="All-Linear")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -119,6 +134,7 @@ def test_tied_weights_count_once(make_llama):
             {"target_modules": ["nope"]},
             r"matches no module with a trainable matrix; this model's linear layers are called",
         ),
+        ({"target_modules": "q_proj"}, r"in a list, such as \['q_proj'\], .* A string is a regular expression"),
         ({"others": "sgd"}, r"others='sgd': expected 'adamw' or 'frozen'"),
         ({"embeddings": True}, r"embeddings=True: expected 'adamw' or 'frozen'"),
     ],
