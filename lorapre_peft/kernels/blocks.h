@@ -34,8 +34,8 @@ double square_tile(const float* x, int64_t stride, int columns) {
   return sum_of(total[0] + total[1]);
 }
 
-// Prefetches rows of a matrix that will be read next, of entries of ``size`` bytes, a register at a time while others are
-// computed. That keeps more reads in flight than waiting for them does.
+// Prefetches rows of a matrix that will be read next, of entries of ``size`` bytes, a register at a time while others
+// are computed. That keeps more reads in flight than waiting for them does.
 struct RowsAhead {
   const char* at = nullptr;
   int64_t stride = 0;

@@ -32,7 +32,7 @@ constexpr double SMALL_SQUARE = 1e-20;
 // The largest gradient norm whose square float32 holds.
 const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
 
-// The fields of cpp.HostTable.shapes, of table.OPTIONS (and Muon's nesterov), table.POINTERS and cpp.FOUND, one for one.
+// The fields of cpp.HostTable.shapes, table.OPTIONS (and Muon's nesterov), table.POINTERS and cpp.FOUND, one for one.
 struct Shape { int64_t p, q, m_rank, v_rank, group, position, grad_type, param_type; };
 struct Options {
   double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale;

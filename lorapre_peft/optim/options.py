@@ -114,12 +114,10 @@ def check_rule_options(options: dict[str, Any]) -> None:
 
 
 def check_parameter(param: Tensor) -> None:
-    """Raise TypeError or NotImplementedError for a parameter that no step could update."""
+    """Raise TypeError or NotImplementedError for a parameter that requires a gradient and that no step could update."""
     where = f"found a parameter of shape {tuple(param.shape)}"
     if param.is_complex():
         raise TypeError(f"{where} and dtype {param.dtype}; LoRA-Pre trains real parameters: use torch.view_as_real")
-    if not param.is_floating_point():
-        raise TypeError(f"{where} and dtype {param.dtype}; expected a floating-point parameter")
     if param.dtype.itemsize == 1:
         raise TypeError(
             f"{where} and dtype {param.dtype}, which torch does not add or multiply; expected float16, bfloat16, "
