@@ -114,7 +114,7 @@ def check_rule_options(options: dict[str, Any]) -> None:
 
 
 def check_parameter(param: Tensor) -> None:
-    """Raise TypeError or NotImplementedError for a parameter that requires a gradient and that no step could update."""
+    """Raise TypeError or NotImplementedError for a parameter that requires a gradient and cannot be stepped."""
     where = f"found a parameter of shape {tuple(param.shape)}"
     if param.is_complex():
         raise TypeError(f"{where} and dtype {param.dtype}; LoRA-Pre trains real parameters: use torch.view_as_real")
