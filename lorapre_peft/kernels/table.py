@@ -149,12 +149,10 @@ class WholeStep(Eager):
         """Return whether `step` takes a compressed parameter, which depends on its own and its gradient's types.
 
         A parameter that is not contiguous may be the transpose of another one, as in PEFT's tied adapters. A step with
-        both would lose one's update, since it writes back a copy. A negative view has another sign in memory.
+        both would lose one's update, since it writes back a copy.
         """
         param, grad = member.param, member.param.grad
-        if grad is None or grad.is_neg():
-            return False
-        return param.is_contiguous() and param.dtype in TYPES and grad.dtype in TYPES
+        return grad is not None and param.is_contiguous() and param.dtype in TYPES and grad.dtype in TYPES
 
     def step(self, table: Any, options: list[tuple], metrics: Metrics | None) -> Tensor:
         """Take one AdamW step with all matrices of a table: change their weights, factors and counts in place.

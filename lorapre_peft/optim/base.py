@@ -265,7 +265,6 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         own: list[Any] = [
             member.param.grad if whole and member.stack is None else local_gradient(member.param) for member in members
         ]
-        own = list(map(Tensor.resolve_neg, own))  # Kernels read the memory, where a negative view has another sign.
         grads = part.split(own)
         norms = gradient_norms(grads, [matrix.param.grad is None for matrix in matrices], placement, backend)
         stacked = tuple(matrix.stack is not None for matrix in matrices)

@@ -25,12 +25,9 @@ def takes_part(param: Tensor) -> bool:
 
 
 def kind_of_gradient(param: Tensor) -> tuple | bool:
-    """Return a gradient's dtype, layout and whether it is a negative view.
-
-    If there is no gradient, return whether the parameter requires one.
-    """
+    """Return a gradient's dtype and layout, or, if there is no gradient, whether the parameter requires one."""
     grad = param.grad
-    return param.requires_grad if grad is None else (grad.dtype, grad.layout, grad.is_neg())
+    return param.requires_grad if grad is None else (grad.dtype, grad.layout)
 
 
 def local_gradient(param: Tensor) -> Tensor:

@@ -141,18 +141,6 @@ def test_strides_do_not_show(backend, n):
         assert_like_eager((turned, optimizer), shape, 5, n=n, grads=grads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_negative_views_are_read_with_their_sign(backend):
-    """The imaginary part of a conjugate is one: its memory holds the other sign."""
-    shape, n = (19, 17), 2
-    grads = [stream(shape, 3, seed=i) for i in range(n)]
-    params = parameters(shape, n)
-    optimizer = LoRAPreAdamW(params, lr=LR, momentum_rank=5, backend=backend)
-    turned = [[grads[0][0], *(torch._neg_view(-g) for g in grads[0][1:])], grads[1]]
-    take_steps(optimizer, params, *turned)
-    assert_like_eager((params, optimizer), shape, 5, n=n, grads=grads)
-
-
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_stochastic_rounding_bit_for_bit(backend):
     """The same random bits fall on the same entries. θ(1 − 2⁻¹⁰) needs no rounding in float32, the update adds
