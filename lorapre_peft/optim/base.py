@@ -39,6 +39,10 @@ from .options import (
 )
 from .state import RANK_OPTIONS
 
+NO_GRADIENT = (
+    "step() found no gradient on any of its parameters: call it after loss.backward(), and make the optimizer from "
+    "the parameters that are trained, after fully_shard and whatever else puts new ones into the model"
+)
 _kind = operator.attrgetter("shape", "dtype", "device")
 
 
@@ -238,6 +242,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         kept = self._layouts.get(positions[0])
         if kept is None or not kept.describes([*groups, *params], options, kinds):
             taking_part = [(group, param, i) for group, param, i in located if takes_part(param)]
+            if not taking_part and any(param.requires_grad for param in params):
+                warnings.warn(NO_GRADIENT, stacklevel=7)
             for _, param, _ in taking_part:
                 if param.grad is not None:
                     check_gradient(param)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapting import adapted, train
 from roundoff import assert_same_steps, undisturbed
-from stepping import both_optimizers, both_rules
+from stepping import LR, both_optimizers, both_rules, weights
 from torch import nn
 from trainers import arguments, lorapre_trainer
 from transformers import TrainerCallback
@@ -58,6 +58,18 @@ def test_fp16_with_a_grad_scaler_that_settles(cls):
 class TorchAdamW(torch.optim.AdamW):
     def __init__(self, params, lr, momentum_rank):
         super().__init__(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+@both_optimizers
+def test_a_step_without_any_gradient_is_said_once(cls):
+    """So it is after fully_shard, which has put new parameters into the model."""
+    param = weights(20, 12)
+    optimizer = cls([param], momentum_rank=2, lr=LR)
+    with pytest.warns(UserWarning, match=r"found no gradient on any of its parameters: .* after fully_shard") as said:
+        optimizer.step()
+        optimizer.step()
+    assert len(said) == 1
+    assert torch.equal(param, weights(20, 12))
 
 
 def test_a_gradient_spike_of_a_million_costs_no_more_than_in_adamw():
