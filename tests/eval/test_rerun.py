@@ -365,6 +365,16 @@ def test_dry_run_prints_memory_time_and_what_does_not_run(tmp_path):
     assert unestimated.startswith("no estimate of memory for Sophia-H: RuntimeError: ")
 
 
+def test_the_plan_knows_the_rank_of_the_second_moment(tmp_path):
+    """For each rank it is p + q float32 numbers a matrix, here of seven in each of two layers (`_RANDOM_CONFIG`)."""
+    rows = [{"method": "lorapre-adam-weights", "second_momentum_rank": k, "label": f"k_v={k}"} for k in (1, 3)]
+    protocols = {"tuned": {"rates": {"weights": [1e-3]}, "tuning_seeds": [0], "seeds": [0]}}
+    one, three = cells(write_suite(tmp_path, methods=rows, protocols=protocols))
+    low, high = (memory_estimate(cell, base_config(cell.model), {}).state for cell in (one, three))
+    sides = 2 * (32 + 32) + 2 * (16 + 32) + 3 * (32 + 64)  # attention's four, of which two are narrower, and the MLP's
+    assert high - low == 2 * 4 * 2 * sides
+
+
 def test_a_package_that_does_not_import_is_named(monkeypatch):
     method = Method("Broken", "adapter", build_adamw, package="mlorc-optim", module="no_such_module")
     monkeypatch.setattr("eval.methods.method.version", lambda package: "9.9")
