@@ -54,14 +54,13 @@ def _broken_file(checkpoint: Path) -> str | None:
                     pass
             elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
                 return path.name  # The zip files of torch.save end with their index.
-            elif path.suffix == ".distcp" and (broken := _broken_shards(path.parent)):
-                return broken
         except (ValueError, SafetensorError):
             return path.name
-    return None
+    folders = sorted({path.parent for path in checkpoint.glob("**/*.distcp")})
+    return next(filter(None, map(_broken_shard, folders)), None)
 
 
-def _broken_shards(folder: Path) -> str | None:
+def _broken_shard(folder: Path) -> str | None:
     """Return the name of a file of `torch.distributed.checkpoint` that is missing or too short, or None.
 
     The index, which is written last, says where in its file each part of the state lies.
