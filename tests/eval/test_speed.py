@@ -301,3 +301,4 @@ def test_command_line_writes_json_tables_and_plots(tmp_path, monkeypatch, capsys
     assert "give another --output" in said
     with pytest.raises(SystemExit):
         speed.main([*arguments, "--seconds", "9", "--resume"])  # the table would mix cases of two lengths
+    assert "'seconds': 9.0" in capsys.readouterr().err
