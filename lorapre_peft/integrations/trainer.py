@@ -41,9 +41,9 @@ def lorapre_optimizer(
         overrides: options of `create_lorapre_optimizer`, which take precedence over ``args``.
 
     Raises TypeError if the first argument is not a name or the second has no learning rate, and for an unknown option.
-    Raises ValueError if there is no learning rate in either, for
-    an unknown optimizer, and for arguments that cannot work with it: an engine that flattens parameters, or, with
-    ``update_in_backward=True``, gradient accumulation, global-norm clipping (``max_grad_norm`` above 0) or fp16.
+    Raises ValueError if there is no learning rate in either, for an unknown optimizer, and for arguments that cannot
+    work with it: an engine that flattens parameters, or, with ``update_in_backward=True``, gradient accumulation,
+    global-norm clipping (``max_grad_norm`` above 0) or fp16.
     """
     if not isinstance(optimizer, str):
         raise TypeError(
