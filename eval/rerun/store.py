@@ -41,6 +41,9 @@ class Store:
         self.claims = folder / "claims"
         for path in (self.records, self.claims):
             path.mkdir(parents=True, exist_ok=True)
+        for path in self.claims.iterdir():
+            if self._finished(path.name.removeprefix(".").removesuffix(".begun")):
+                path.unlink(missing_ok=True)  # its process was killed after the record, before the end of the claim
 
     @property
     def _read_from(self) -> list[Path]:
@@ -52,7 +55,10 @@ class Store:
         return {path.stem: _read(path) for folder in self._read_from for path in sorted(folder.glob("*.json"))}
 
     def done(self, run: Run) -> bool:
-        return any((folder / f"{run.name}.json").exists() for folder in self._read_from)
+        return self._finished(run.name)
+
+    def _finished(self, name: str) -> bool:
+        return any((folder / f"{name}.json").exists() for folder in self._read_from)
 
     def save(self, run: Run, record: dict[str, Any]) -> None:
         write_atomically(self.records / f"{run.name}.json", json.dumps(record, indent=1, allow_nan=False))

@@ -218,6 +218,16 @@ def test_claims_exclude_each_other_and_end_with_the_block(tmp_path):
     assert list((tmp_path / "claims").iterdir()) == []
 
 
+def test_claims_of_finished_runs_go_at_the_next_start(tmp_path):
+    """A process that is killed between its record and the end of its claim leaves both of these."""
+    run = make_run()
+    Store(tmp_path).save(run, {"metrics": {}})
+    for name in (run.name, f".{run.name}.begun", "unfinished"):
+        (tmp_path / "claims" / name).touch()
+    Store(tmp_path)
+    assert [path.name for path in (tmp_path / "claims").iterdir()] == ["unfinished"]
+
+
 def test_records_of_other_suites_count_and_stay_where_they_are(tmp_path):
     run, other = make_run(), Store(tmp_path / "other")
     other.save(run, {"metrics": {}})
