@@ -333,11 +333,13 @@ def test_killed_and_started_again(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(broken.parent)}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     records = tmp_path / "records"
-    while len(list(records.glob("*.json"))) < 2:
-        assert first.poll() is None, "ended before it was killed"
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    try:
+        while len(list(records.glob("*.json"))) < 2:
+            assert first.poll() is None, "ended before it was killed"
+            time.sleep(0.05)
+    finally:
+        first.kill()
+    assert first.wait() == -signal.SIGKILL
     before = {path: path.read_bytes() for path in records.glob("*.json")}
     second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr[-2000:]

@@ -178,6 +178,8 @@ def test_metrics_leave_out_what_is_skipped(as_on_a_gpu, cls):
             warnings.simplefilter("ignore")
             take_steps(optimizer, params, *(g[3:4] for g in streams(BAD)))
         results.append(optimizer.metrics())
+    assert results[0]
+    assert results[0].keys() == results[1].keys()
     for found, expected in zip(*(metrics.items() for metrics in reversed(results))):
         if found[0] != "clamped_share":  # what is skipped counts among the entries, as no host knows of it
             assert found == (expected[0], pytest.approx(expected[1], rel=2 * gamma(len(SHAPES))))  # sums over matrices
