@@ -76,8 +76,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
         nesterov: whether the step follows g + μ m instead of m, as in torch.optim.Muon. The paper reports no such
             step, so the default is False.
         adjust_lr_fn: scale of the learning rate, as in torch.optim.Muon: ``"original"`` is √max(1, p/q), and
-            ``"match_rms_adamw"`` is 0.2 √max(p, q), with which a learning rate tuned for AdamW carries over. None is
-            no scale, as in Algorithm 2, whereas torch's None means ``"original"``.
+            ``"match_rms_adamw"`` is 0.2 √max(p, q), with which learning rates are of the size of AdamW's. None is no
+            scale, as in Algorithm 2, whereas torch's None means ``"original"``.
         ns_steps: number ≥ 1 of Newton–Schulz steps.
         ns_dtype: ``"float32"``, or ``"bfloat16"`` as in torch.optim.Muon, which is several times as fast where a
             processor multiplies bfloat16 matrices and several times as slow where it does not.
