@@ -45,7 +45,8 @@ def _broken_file(checkpoint: Path) -> str | None:
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return TRAINER_STATE_NAME
-    for path in sorted(checkpoint.glob("**/*")):
+    paths = sorted(checkpoint.glob("**/*"))
+    for path in paths:
         try:
             if path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +57,7 @@ def _broken_file(checkpoint: Path) -> str | None:
                 return path.name  # The zip files of torch.save end with their index.
         except (ValueError, SafetensorError):
             return path.name
-    folders = sorted({path.parent for path in checkpoint.glob("**/*.distcp")})
+    folders = sorted({path.parent for path in paths if path.suffix == ".distcp"})
     return next(filter(None, map(_broken_shard, folders)), None)
 
 
