@@ -1,5 +1,6 @@
 """How answers are read and judged. The expected verdicts of every pair below were written by hand."""
 
+import time
 from decimal import Decimal
 
 import pytest
@@ -155,16 +156,26 @@ def test_numbers(completion, reference, by_value, as_in_paper):
     assert judge_paper(completion, reference).correct is as_in_paper
 
 
+@pytest.fixture(scope="module")
+def started():
+    """Start the process that compares, which may take a minute, before a test looks at the time."""
+    assert judge_expression("The answer is: $5$", "5.0").correct
+
+
 @pytest.mark.parametrize(("completion", "reference", "right"), EXPRESSIONS)
-def test_expressions(completion, reference, right):
+def test_expressions(completion, reference, right, started):
+    start = time.perf_counter()
     assert judge_expression(completion, reference).correct is right
+    assert time.perf_counter() - start < 30
 
 
 @pytest.mark.parametrize("bomb", ["10^{10^{10}}", "3^{300000000}"])
-def test_a_comparison_without_end_is_stopped_counted_as_wrong_and_named(bomb, monkeypatch, caplog):
+def test_a_comparison_without_end_is_stopped_counted_as_wrong_and_named(bomb, monkeypatch, caplog, started):
     with monkeypatch.context() as impatient:
         impatient.setattr("eval.answers._SECONDS", 1)
+        start = time.perf_counter()
         assert not judge_expression(f"The answer is: {bomb}", "5").correct
+        assert time.perf_counter() - start < 30
     assert "counted as wrong, its comparison was stopped (TimeoutError): \\boxed{" + bomb in caplog.text
     assert judge_expression("The answer is: $5$", "5.0").correct  # the next one finds a new process
 
