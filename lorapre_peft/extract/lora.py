@@ -289,8 +289,8 @@ def _factors(delta: Tensor, rank: int | None, energy: float | None, max_rank: in
     limit = min(side, rank or max_rank or side)
     width = limit if energy is None else min(FIRST_RANK, limit)
     while True:
-        # Up to a quarter of the side, subspace iteration is at least three times as fast as the SVD. Even for pure
-        # noise, its worst case, it misses at most 2 % more (measured at 2048 × 2048 on one core).
+        # Up to a quarter of the side, subspace iteration is faster than the SVD. Its worst case is pure noise, whose
+        # singular values hardly differ.
         exact = side <= EXACT_SVD_SIZE or 4 * (width + OVERSAMPLING) > side
         if exact:
             B, A = best_factors(delta, limit)
