@@ -43,7 +43,7 @@ def test_blocks_equal_one_block(monkeypatch, shape, k):
     """Rows split among programs and walked through by one; factors in several parts and in one."""
     from lorapre_peft.kernels.gpu import backend as triton_backend
 
-    options = dict(second_momentum_rank=k)
+    options = dict(second_momentum_rank=k, n=1)
     for programs, part in ((triton_backend.PROGRAMS, 64), (1, 4096)):
         monkeypatch.setattr(triton_backend, "PROGRAMS", programs)
         monkeypatch.setattr(triton_backend, "PART", part)

@@ -15,17 +15,28 @@ from lorapre_peft.memory.peak import AllocationTracker
 from lorapre_peft.optim.adamw import update_bound
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MARKS = {
+    "compiled": [pytest.mark.slow],  # test_graphs.py runs its graphs without compiling.
+    "triton": [] if DEVICE.type == "cuda" else [pytest.mark.interpreted],
+}
 BACKENDS = [
     pytest.param(
         name,
         marks=[
             pytest.mark.skipif(name not in backends.available(DEVICE), reason=f"{name} cannot run here"),
-            *([pytest.mark.slow] if name == "compiled" else []),  # test_graphs.py runs its graphs without compiling.
+            *MARKS.get(name, []),
         ],
     )
     for name in ("eager", "compiled", "triton", "cpp")
 ]
-triton_, cpp_ = (b.marks[0] for b in BACKENDS[2:])
+cpp_ = BACKENDS[3].marks[0]
+
+
+def triton_(test):
+    """Mark a test that runs the Triton backend alone."""
+    for mark in BACKENDS[2].marks:
+        test = mark(test)
+    return test
 
 
 def parameters(shape, n=2, dtype=torch.float32):
@@ -37,7 +48,7 @@ def run(
     backend,
     shape,
     k,
-    steps=4,
+    steps=3,
     n=2,
     cls=LoRAPreAdamW,
     dtype=torch.float32,
@@ -70,7 +81,7 @@ def tensors(params, optimizer):
     return [*params, *(value for state in states for value in (state["step"], *products(state)))]
 
 
-def assert_like_eager(found, shape, k, steps=4, **options):
+def assert_like_eager(found, shape, k, steps=3, **options):
     """Assert that ``found``, the result of `run`, is the eager backend's result apart from the order of sums.
 
     The other arguments are those of `run`.
@@ -80,7 +91,7 @@ def assert_like_eager(found, shape, k, steps=4, **options):
     )
 
 
-def assert_like_rounded(found, expected, steps=4):
+def assert_like_rounded(found, expected, steps=3):
     """Assert that half-precision weights of two backends differ in the last places only, after steps of `LR`.
 
     An updated weight that lies within round-off, 1e-6 of it, of the middle between two numbers may be rounded to

@@ -131,7 +131,10 @@ class Adam:
         self.v.decay, self.v.weight = root2, 1 - root2
 
     def step(self, g):
-        """Return u = m̂/(√v̂ + ε) [p, q], which `als` clamps at `bound`, and move the moments on."""
+        """Return u = m̂/(√v̂ + ε) [p, q], which `als` clamps at `bound`, and move the moments on.
+
+        ``unclamped`` holds u as it was before the clamp.
+        """
         g = np.asarray(g, dtype=np.float64)
         beta1, beta2 = self.betas
         if self.rule == "als" and not self.energy:
@@ -154,8 +157,9 @@ class Adam:
         self.m.follow(g)
         self.v.follow(np.abs(g))
         self.energy = beta2 * self.energy + (1 - beta2) * np.sum(g**2)
-        u = m_hat / (np.sqrt(v / (1 - beta2**self.t)) + self.eps)
-        return u if self.rule == "newton" else np.clip(u, -bound(self.betas), bound(self.betas))
+        self.unclamped = m_hat / (np.sqrt(v / (1 - beta2**self.t)) + self.eps)
+        limit = np.inf if self.rule == "newton" else bound(self.betas)
+        return np.clip(self.unclamped, -limit, limit)
 
 
 def newton_schulz(m, steps=5):
