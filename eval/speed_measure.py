@@ -159,7 +159,7 @@ def watchdog(seconds: float) -> Iterator[None]:
         yield
         return
     previous = signal.signal(signal.SIGALRM, check)
-    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    others = signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # a timer that runs already, such as a test's
     try:
         yield
     except Exception as error:
@@ -169,6 +169,7 @@ def watchdog(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *others)
 
 
 def prepare(method: TimedMethod, problem: Problem, patience: float) -> Runner:

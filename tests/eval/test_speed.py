@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import statistics
 import time
 from dataclasses import replace
@@ -215,6 +216,18 @@ def test_the_watchdog_names_what_others_wrap():
 
     with pytest.raises(TimeoutError, match=r"took more than 0\.1 s"), watchdog(0.1):
         trace()
+
+
+def test_the_watchdog_gives_back_the_timer_of_others():
+    before = signal.setitimer(signal.ITIMER_REAL, 100, 7)
+    try:
+        with watchdog(60):
+            pass
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 90 < left <= 100
+        assert interval == 7
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)
 
 
 def test_the_watchdog_lets_a_block_clear_up():

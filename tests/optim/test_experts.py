@@ -7,7 +7,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from roundoff import oracle_room
+from backend_runs import cpp_
+from roundoff import assert_same_steps, oracle_room
 from stacking import LAYOUTS, group, stacked, unstacked
 from stepping import LR, both_optimizers, both_rules, flat, newton_starts, products, stream, take_steps, weights
 from torch import nn
@@ -22,7 +23,7 @@ IDLE = {0: (1, 3), 1: (1, 3), 5: (0, 3)} | dict.fromkeys((2, 3, 4, *range(6, STE
 OPTIONS = {"weight_decay": 0.1, "momentum_rank": RANK}
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-every_backend = pytest.mark.parametrize("backend", ["eager", "cpp"])
+every_backend = pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=cpp_)])
 
 
 def expert_weights(dtype=torch.float32):
@@ -154,25 +155,28 @@ def test_one_expert_with_a_gradient_that_is_not_finite(cls, backend, layout):
 
 
 @both_optimizers
-def test_figures_are_those_of_the_experts_with_tokens(cls):
-    """The same of both backends, and of the experts that were stepped as parameters of their own."""
-    figures = []
+@every_backend
+def test_figures_are_those_of_the_experts_with_tokens(cls, backend):
+    """The same as those of experts that were stepped as parameters of their own."""
     grads = expert_gradients()
-    for backend in ("eager", "cpp"):
-        param = one_parameter("3-D", expert_weights())
-        optimizer = cls([group("3-D", param, EXPERTS)], lr=LR, backend=backend, **OPTIONS)
-        take_steps(optimizer, [param], steps_of("3-D", grads)[:-1])
-        optimizer.record_metrics = True
-        take_steps(optimizer, [param], steps_of("3-D", grads)[-1:])
-        figures.append(optimizer.metrics())
-    alone = [nn.Parameter(m.clone()) for m in expert_weights()]
-    optimizer = cls(alone, lr=LR, backend="eager", **OPTIONS)
-    for t in range(STEPS):
-        optimizer.record_metrics = t == STEPS - 1
-        take_steps(optimizer, alone, *([of[t] if of[t].any() else None] for of in grads))
-    figures.append(optimizer.metrics())
-    for found in figures[:-1]:
-        assert found == pytest.approx(figures[-1], rel=1e-4)
+
+    def figures(optimizer):
+        return [torch.tensor(value) for _, value in sorted(optimizer.metrics().items())]
+
+    def alone(prepare):
+        params = [nn.Parameter(m.clone()) for m in expert_weights()]
+        optimizer = prepare(cls(params, lr=LR, backend="eager", **OPTIONS))
+        for t in range(STEPS):
+            optimizer.record_metrics = t == STEPS - 1
+            take_steps(optimizer, params, *([of[t] if of[t].any() else None] for of in grads))
+        return figures(optimizer)
+
+    param = one_parameter("3-D", expert_weights())
+    optimizer = cls([group("3-D", param, EXPERTS)], lr=LR, backend=backend, **OPTIONS)
+    take_steps(optimizer, [param], steps_of("3-D", grads)[:-1])
+    optimizer.record_metrics = True
+    take_steps(optimizer, [param], steps_of("3-D", grads)[-1:])
+    assert_same_steps(figures(optimizer), alone)
 
 
 def test_experts_have_random_bits_and_starts_of_their_own():
