@@ -136,6 +136,7 @@ def test_muon_has_no_kernels():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the compiler takes minutes of one core
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @skip_before("triton", "3.4", "cannot compile for a GPU that is not there where a number is a constant")
 def test_triton_kernels_compile_for_a_gpu(tmp_path):

@@ -95,8 +95,8 @@ def undisturbed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def disturb(optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> torch.optim.Optimizer:
     """Return the same optimizer, which now disturbs gradients, factors and weights before each of its steps.
 
-    Weights of half precision are left alone. They are rounded from the float32 update, and fall the other way if that
-    has changed.
+    Weights and gradients of half precision stay as they are, since changes so small are rounded away. A weight is
+    rounded from the float32 update, and falls the other way if the factors' changes have moved that.
     """
 
     def before_step(optimizer, args, kwargs):
