@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
 from ..integrations.create import create_lorapre_optimizer
+from ..lowrank.batch import Batch
 from ..lowrank.experts import stack_of
 from ..lowrank.layout import matrix_shape, tile_entries
 from ..optim.base import Located, LoRAPreOptimizer
@@ -205,7 +206,8 @@ def _temporaries(optimizer: LoRAPreOptimizer, in_backward: bool) -> int:
                     if step == 0 and not member.ranks:
                         state["step"] = torch.zeros(())  # Torch's AdamW reads it.
                 grads = part.split(member.param.grad for member in members if member.param.grad is not None)
-                optimizer._update_part(part, part.split_states(states), grads, norms, [True] * len(grads), None)
+                with patch.object(Batch, "tiles", _distinct_tiles):
+                    optimizer._update_part(part, part.split_states(states), grads, norms, [True] * len(grads), None)
             for _, param, _ in located:
                 for value in optimizer.state[param].values():
                     tracker.leave_out(value)
@@ -235,6 +237,18 @@ def _distinct_updates(optimizer: LoRAPreOptimizer, in_backward: bool) -> list[li
             counts[key] += 1 if stack is None else stack.experts
             kept.append((group, param, position))
     return [[located] for located in kept] if in_backward else [kept]
+
+
+_all_tiles = Batch.tiles
+
+
+def _distinct_tiles(batch: Batch) -> Iterator[tuple[slice, slice]]:
+    """Yield enough of a batch's tiles to include the peak, as equal tiles take equal memory.
+
+    These are the first, the second, during which what is left of another tile is still alive, and the last.
+    """
+    first, second, *rest = [*_all_tiles(batch), None]
+    yield from (tile for tile in (first, second, *rest[-2:-1]) if tile is not None)
 
 
 _unfused_attention = nn.functional.scaled_dot_product_attention

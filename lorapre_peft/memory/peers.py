@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.embeddings == "frozen":
             for param in embedding_parameters(model):
                 param.requires_grad_(False)  # The peers freeze them too, so that all rows train the same.
-        print("dry run of a step with LoRA-Pre, up to a minute for a model of 7B parameters", file=sys.stderr)
+        print("dry run of a step with LoRA-Pre, some ten seconds for a model of 7B parameters", file=sys.stderr)
         ordinary = estimate(
             model,
             args.optimizer,
