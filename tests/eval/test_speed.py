@@ -36,8 +36,11 @@ def tiny(tmp_path) -> str:
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Without torch.compile, whose graphs take minutes to make; test_backends.py and one test here have it."""
-    methods = [method for method in lorapre_methods(CPU) if "compiled" not in method.name]
+    """Without torch.compile, whose graphs take minutes to make, and Triton's interpreter, which is as slow.
+
+    test_backends.py has both, and one test here the former.
+    """
+    methods = [method for method in lorapre_methods(CPU) if not method.name.endswith(("compiled", "triton"))]
     monkeypatch.setattr(speed, "lorapre_methods", lambda device: methods)
     return methods
 
