@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distrib
 
 def _enter(rank: int, world: int, folder: Path, work: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    # Less than a test may take, so that the error is that of the process which waits, and says where.
+    limit = timedelta(minutes=4)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=limit
+    )
     torch.save(work(*args), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -28,5 +33,6 @@ def run(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[
     exist, and is made here.
     """
     folder.mkdir(parents=True)
-    mp.start_processes(_enter, (world, folder, work, args), nprocs=world, start_method="forkserver")
+    # Daemons, which a test that is stopped does not leave behind.
+    mp.start_processes(_enter, (world, folder, work, args), nprocs=world, daemon=True, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
