@@ -247,8 +247,8 @@ def _distinct_tiles(batch: Batch) -> Iterator[tuple[slice, slice]]:
 
     These are the first, the second, during which what is left of another tile is still alive, and the last.
     """
-    first, second, *rest = [*_all_tiles(batch), None]
-    yield from (tile for tile in (first, second, *rest[-2:-1]) if tile is not None)
+    tiles = list(_all_tiles(batch))
+    yield from tiles[:2] + tiles[2:][-1:]
 
 
 _unfused_attention = nn.functional.scaled_dot_product_attention

@@ -13,6 +13,7 @@ from backend_runs import (
     assert_like_eager,
     assert_like_rounded,
     cpp_,
+    eager_and_cpp,
     parameters,
     peak_of_a_step,
     run,
@@ -249,7 +250,7 @@ def test_nothing_to_do(cls, backend):
 
 
 @pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon], ids=["adamw", "muon"])
-@pytest.mark.parametrize("backend", [BACKENDS[0], BACKENDS[3]])
+@eager_and_cpp
 def test_torchs_default_dtype_changes_nothing(cls, backend):
     """Large enough that the C++ kernels split a matrix's rows, whose partial sums have tensors of their own."""
 
@@ -271,7 +272,7 @@ def test_torchs_default_dtype_changes_nothing(cls, backend):
 
 
 @skip_before("torch", "2.8", "refuses a gradient of another dtype than the parameter's")
-@pytest.mark.parametrize("backend", [BACKENDS[0], BACKENDS[3]])
+@eager_and_cpp
 def test_gradients_of_two_dtypes_in_one_bucket(backend):
     """torch lets one of two equal float32 matrices have a bfloat16 gradient (`grad_dtype`)."""
 

@@ -30,6 +30,7 @@ BACKENDS = [
     for name in ("eager", "compiled", "triton", "cpp")
 ]
 cpp_ = BACKENDS[3].marks[0]
+eager_and_cpp = pytest.mark.parametrize("backend", [BACKENDS[0], BACKENDS[3]])
 
 
 def triton_(test):

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from backend_runs import cpp_
+from backend_runs import eager_and_cpp
 from roundoff import assert_same_steps, oracle_room
 from stacking import LAYOUTS, group, stacked, unstacked
 from stepping import LR, both_optimizers, both_rules, flat, newton_starts, products, stream, take_steps, weights
@@ -23,7 +23,6 @@ IDLE = {0: (1, 3), 1: (1, 3), 5: (0, 3)} | dict.fromkeys((2, 3, 4, *range(6, STE
 OPTIONS = {"weight_decay": 0.1, "momentum_rank": RANK}
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-every_backend = pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=cpp_)])
 
 
 def expert_weights(dtype=torch.float32):
@@ -51,7 +50,7 @@ def of_expert(state, e):
 
 @both_optimizers
 @both_rules
-@every_backend
+@eager_and_cpp
 @every_layout
 def test_each_expert_is_a_matrix_trained_alone(cls, rule, backend, layout):
     """Against the float64 oracle of each expert, which takes the steps in which the expert has tokens."""
@@ -80,7 +79,7 @@ def test_each_expert_is_a_matrix_trained_alone(cls, rule, backend, layout):
 
 
 @both_optimizers
-@every_backend
+@eager_and_cpp
 @pytest.mark.parametrize("layout", ["3-D", "lora_A"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_are_those_of_separate_parameters(cls, backend, layout, dtype):
@@ -103,7 +102,7 @@ def test_bits_are_those_of_separate_parameters(cls, backend, layout, dtype):
 
 @both_optimizers
 @both_rules
-@every_backend
+@eager_and_cpp
 @every_layout
 @pytest.mark.parametrize("masked", [False, True], ids=["read", "masked"])
 def test_an_expert_without_tokens_loses_nothing(cls, rule, backend, layout, masked, monkeypatch):
@@ -133,7 +132,7 @@ def test_an_expert_without_tokens_loses_nothing(cls, rule, backend, layout, mask
 
 
 @both_optimizers
-@every_backend
+@eager_and_cpp
 @every_layout
 def test_one_expert_with_a_gradient_that_is_not_finite(cls, backend, layout):
     """It alone is skipped, and counted once."""
@@ -155,7 +154,7 @@ def test_one_expert_with_a_gradient_that_is_not_finite(cls, backend, layout):
 
 
 @both_optimizers
-@every_backend
+@eager_and_cpp
 def test_figures_are_those_of_the_experts_with_tokens(cls, backend):
     """The same as those of experts that were stepped as parameters of their own."""
     grads = expert_gradients()
@@ -179,7 +178,7 @@ def test_figures_are_those_of_the_experts_with_tokens(cls, backend):
     assert_same_steps(figures(optimizer), alone)
 
 
-@every_backend
+@eager_and_cpp
 def test_experts_have_random_bits_of_their_own(backend):
     """Stochastic rounding falls differently in equal experts with equal gradients."""
     param = one_parameter("3-D", [weights(*SHAPE, dtype=torch.bfloat16).detach()] * EXPERTS)
