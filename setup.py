@@ -28,6 +28,10 @@ class Library(Extension):
 class BuildLibraries(build_ext):
     """Compile as on first use. An editable installation leaves it to the first use, as its sources change."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = True  # one compiler for each library
+
     def run(self) -> None:
         if not (self.editable_mode or self.inplace):
             super().run()
