@@ -169,9 +169,10 @@ def _launch(
     tile = Tile.of(p, q, max(K_M, K_V))
     ranks = dict(K_M=K_M, K_V=K_V)
     # A moment of a larger rank works through the same number of columns or rows, in more and smaller blocks.
-    M_BLOCK, V_BLOCK = _block(K_M), _block(K_V)
-    parts = ranks | dict(M_BLOCK=M_BLOCK, V_BLOCK=V_BLOCK, REPEATS=max(1, PART // V_BLOCK), num_warps=4)
-    part = max(PART, V_BLOCK)
+    longest = triton.next_power_of_2(max(p, q))
+    M_BLOCK, V_BLOCK = _block(K_M, longest), _block(K_V, longest)
+    part = max(min(PART, longest), V_BLOCK)
+    parts = ranks | dict(M_BLOCK=M_BLOCK, V_BLOCK=V_BLOCK, REPEATS=part // V_BLOCK, num_warps=4)
     row_parts, column_parts = triton.cdiv(p, part), triton.cdiv(q, part)
     types = dict(GRAD=TYPES[kind.grad], ALIGNED=aligned)
     new = functools.partial(torch.empty, device=grads.device)
@@ -300,6 +301,6 @@ class Tile:
         return Tile(rows, width, fit_rows, fit_width, lane, width // (32 * lane), fit_width // (32 * lane), stages)
 
 
-def _block(K: int) -> int:
-    """Return how many columns a block of K rows may have whose products [K, K, columns] lie in registers."""
-    return min(512, 4096 // K**2)
+def _block(K: int, longest: int) -> int:
+    """Return the number of columns of a block of K rows whose products [K, K, columns] lie in registers."""
+    return min(512, 4096 // K**2, longest)
