@@ -90,7 +90,7 @@ def test_norms_of_any_size(size):
 @triton_
 def test_bfloat16_on_tensor_cores(bfloat16_products, rule, k_v, options):
     shape, k = (200, 150), 8
-    options = options | dict(dtype=torch.bfloat16, update_rule=rule, second_momentum_rank=k_v)
+    options = options | dict(dtype=torch.bfloat16, n=1, update_rule=rule, second_momentum_rank=k_v)
     found, expected = (run(name, shape, k, **options) for name in ("triton", "eager"))
     assert_like_rounded(found[0], expected[0])
     assert_same_steps(

@@ -16,7 +16,7 @@ from lorapre_peft.lowrank.rules import test_rows as start_rows
 SHAPE, K = (40, 24), 5
 
 
-def trained(cls, backend, steps=4, **options):
+def trained(cls, backend, steps=2, **options):
     param = nn.Parameter(weights(*SHAPE).detach().to(DEVICE))
     optimizer = cls([param], lr=LR, momentum_rank=K, weight_decay=0.1, backend=backend, **options)
     take_steps(optimizer, [param], stream(SHAPE, steps))
@@ -42,7 +42,7 @@ def test_a_zeroed_state_starts_like_a_new_one(cls, backend, kept):
     twin = nn.Parameter(param.detach().clone())
     new = cls([twin], lr=LR, momentum_rank=K, weight_decay=0.1, backend=backend)
     for one, its in ((optimizer, param), (new, twin)):
-        take_steps(one, [its], stream(SHAPE, 3, seed=7))
+        take_steps(one, [its], stream(SHAPE, 2, seed=7))
     assert torch.equal(param, twin)
     assert all(torch.equal(value, new.state[twin][name]) for name, value in optimizer.state[param].items())
 

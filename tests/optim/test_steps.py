@@ -33,7 +33,7 @@ def test_equals_oracle(cls, rule, shape, k):
 @pytest.mark.parametrize(("k", "second"), [(5, 2), (5, 5)])
 def test_second_moments_of_other_ranks(backend, k, second):
     """v has a rank of its own, at most that of m."""
-    param, grads = nn.Parameter(weights(20, 12).detach().to(DEVICE)), stream((20, 12), 10)
+    param, grads = nn.Parameter(weights(20, 12).detach().to(DEVICE)), stream((20, 12), 4)
     optimizer = LoRAPreAdamW([param], lr=LR, momentum_rank=k, second_momentum_rank=second, backend=backend)
     truth, start = truth_of(optimizer, k, "als", second=second), param.detach().cpu().double().numpy()
     room, _ = oracle_room(truth, start, flat(grads), LR)
