@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 
 import pytest
 import yaml
@@ -40,6 +41,8 @@ def test_calculations_are_right_and_as_many_of_one_operation_as_of_two():
         assert eval(expression) == int(row["answer"])
         assert row["completion"] == f" {row['answer']}"
     assert sum(prompt.count(" ") == 3 for prompt in splits.train["prompt"]) == 200
+    ((most, count),) = Counter(splits.test["answer"]).most_common(1)
+    assert (most, count) == ("6", 41)  # what docs/quality.md says of always answering this
     (problems,) = splits.problems.values()
     assert problems.verdicts([" 3", " -3"], ["3", "3"]) == {"accuracy": [True, False]}
 
