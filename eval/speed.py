@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from eval.speed_cases import PRESETS, QUICK, Case, build
 from eval.speed_layers import LAYERS, QUICK_LAYERS, LayerCase, layers_markdown, measure_layer
 from eval.speed_measure import copy_bandwidth, run
 from eval.speed_report import markdown, plot_cases, plot_sweeps, sweep_markdown, sweeps
-from recipes.training import commit, environment, free_memory, write_atomically
+from recipes.training import commit, environment, free_memory, processor, write_atomically
 
 LAYER_PRESET = "layers"
 
@@ -66,16 +65,6 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "packages": {method.package: method.package_version for method in methods},
         "copy_bytes_per_second": copy_bandwidth(device),
     }
-
-
-def processor() -> str:
-    """Return the CPU's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def report(summary: dict[str, Any], folder: Path) -> str:

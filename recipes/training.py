@@ -287,7 +287,17 @@ def environment(precision: Precision | None = None) -> dict[str, Any]:
 
 
 def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    return f"{processor()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """Return the CPU's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def commit() -> str | None:

@@ -177,7 +177,7 @@ def _measured(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 
 def machines(rows: Sequence[dict[str, Any]]) -> set[str]:
-    """Return the kinds of machines that the rows' runs are from: processor cores, threads and device."""
+    """Return the kinds of machines that the rows' runs are from: processor, cores, threads and device."""
     return {machine for row in rows for machine in row.get("machines", ())}
 
 
