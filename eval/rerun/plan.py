@@ -79,11 +79,17 @@ class Cell:
         return list(dict.fromkeys(run.name for run in (*self.tuning_runs(records), *self.final_runs(records))))
 
     def rates(self, records: Records) -> list[float]:
-        """Return the grid, extended where its best rate lay at an edge. Under the paper's protocol there is none."""
+        """Return the grid, extended where its best rate lay at an edge, and downwards where every run diverged.
+
+        Under the paper's protocol there is none.
+        """
         if isinstance(self._rules, Paper):
             return []
         rates = self.suite.grid(self.entry, self._rules)
         for _ in range(self._rules.extend):
+            if self._diverged(rates, records):
+                rates = [shifted(rates[0], -1), *rates]
+                continue
             best = self._best(rates, records)
             if best is None or rates[0] < best < rates[-1]:
                 break
@@ -107,6 +113,10 @@ class Cell:
     def validation_losses(self, lr: float, records: Records) -> dict[int, float]:
         """Return by tuning seed the loss at a rate; infinity where the run failed or is missing."""
         return {run.seed: loss_of(records.get(run.name)) for run in self._tuning(lr)}
+
+    def _diverged(self, rates: list[float], records: Records) -> bool:
+        """Return whether all runs are finished and none of them trained."""
+        return all(records.get(run.name, {}).get("status") == "diverged" for lr in rates for run in self._tuning(lr))
 
     def _best(self, rates: list[float], records: Records) -> float | None:
         """Return the rate with the lowest loss once all are finished; None before, and if none trains."""

@@ -31,8 +31,8 @@ class PretrainingRunner(Runner):
     share.
     """
 
-    def __init__(self, surroundings: dict[str, Any], shares_gpu: bool = False) -> None:
-        super().__init__(surroundings, shares_gpu)
+    def __init__(self, surroundings: dict[str, Any], shares_memory: bool = False) -> None:
+        super().__init__(surroundings, shares_memory)
         self._texts: dict[str, tuple[CorpusArguments, PreTrainedTokenizerBase, dict[str, list[Any]]]] = {}
 
     def _ready(self, run: Run) -> None:

@@ -43,13 +43,13 @@ START_ROWS = 8
 class Runner:
     """Trains runs one after another, keeping what they share: the base models and the data.
 
-    surroundings: what `recipes.training.environment` gives; it is written into every record. shares_gpu: whether other
-    processes train on the same GPU, so that a lack of memory is not the method's fault.
+    surroundings: what `recipes.training.environment` gives; it is written into every record. shares_memory: whether
+    other processes train on the same GPU or machine, so that a lack of memory is not the method's fault.
     """
 
-    def __init__(self, surroundings: dict[str, Any], shares_gpu: bool = False) -> None:
+    def __init__(self, surroundings: dict[str, Any], shares_memory: bool = False) -> None:
         self._surroundings = surroundings
-        self._shares_gpu = shares_gpu
+        self._shares_memory = shares_memory
         self._bases: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
         self._splits: dict[str, Splits] = {}
 
@@ -71,7 +71,7 @@ class Runner:
             if self._is_of_the_process(error):
                 raise
             status = {"status": "failed", "error": describe(error)}
-            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            if _ran_out_of_memory(error):
                 status["status"] = "out of memory"
             measured = {"metrics": {}}
         free_memory()
@@ -87,9 +87,9 @@ class Runner:
 
     def _is_of_the_process(self, error: Exception) -> bool:
         """Return whether the method is not to blame: for a full disk and its like, for CUDA's own errors, which stay,
-        and where other processes fill the GPU.
+        and where other processes fill the memory.
         """
-        of_others = self._shares_gpu and isinstance(error, torch.OutOfMemoryError)
+        of_others = self._shares_memory and _ran_out_of_memory(error)
         return of_others or isinstance(error, OSError) or "CUDA error" in str(error)
 
     def _ready(self, run: Run) -> None:
@@ -291,6 +291,11 @@ class SecondOrderTrainer(SecondOrder, SFTTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return Trainer.compute_loss(self, *args, **kwargs)
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Return whether there was too little memory; on a CPU torch says so in a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _finite(value: Any) -> Any:

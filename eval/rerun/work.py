@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -22,15 +23,15 @@ from .training import Runner
 WAIT_SECONDS = 5
 
 
-def train(part: list[Cell], store: Store, surroundings: dict[str, Any], shares_gpu: bool = False) -> None:
+def train(part: list[Cell], store: Store, surroundings: dict[str, Any], shares_memory: bool = False) -> None:
     """Do the runs of these cells that nobody has done or is doing, and wait for those that others do, until none is
     left.
 
-    shares_gpu: whether other processes train on this one's GPU.
+    shares_memory: whether other processes train on this one's GPU, or without one, on this one's machine.
     """
     disable_progress_bars()  # of each run's tokenization
     pretrains = any(cell.suite.pretrains for cell in part)
-    runner = (PretrainingRunner if pretrains else Runner)(surroundings, shares_gpu)
+    runner = (PretrainingRunner if pretrains else Runner)(surroundings, shares_memory)
     with tqdm(desc="runs", unit="run") as progress:
         while True:
             records = store.load()
@@ -65,22 +66,24 @@ def train_in_processes(part: list[Cell], store: Store, jobs: int, surroundings: 
     devices = visible_gpus()
     context = multiprocessing.get_context("spawn")
     processes = []
-    shares_gpu = 0 < len(devices) < jobs
+    shares_memory = max(1, len(devices)) < jobs
     for i in range(jobs):
         if devices:  # before the process starts: libraries look for GPUs while they are imported
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
-        processes.append(context.Process(target=_job, args=(jobs, part, store, surroundings, shares_gpu)))
+        processes.append(context.Process(target=_job, args=(jobs, part, store, surroundings, shares_memory)))
         processes[-1].start()
-    for process in processes:
-        process.join()
+    running = {process.sentinel: process for process in processes}
+    while running:  # joined as they end: until then the claim of one that was killed looks like a living process's
+        for sentinel in connection.wait(running):
+            running.pop(sentinel).join()
     return sum(process.exitcode != 0 for process in processes)
 
 
-def _job(jobs: int, part: list[Cell], store: Store, surroundings: dict[str, Any], shares_gpu: bool) -> None:
+def _job(jobs: int, part: list[Cell], store: Store, surroundings: dict[str, Any], shares_memory: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     surroundings = surroundings | {"machine": f"{machine()} in each of {jobs} processes"}
-    train(part, store, surroundings, shares_gpu)
+    train(part, store, surroundings, shares_memory)
 
 
 def _end_with_parent() -> None:

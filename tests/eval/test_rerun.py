@@ -159,7 +159,10 @@ def test_a_method_that_no_rate_trains_is_complete_with_its_tuning_runs(tmp_path)
     cell = cells(write_suite(tmp_path))[0]
     records, order = finish(cell, lambda lr: math.inf)
     assert cell.best_rate(records) is None
-    assert cell.expected_runs(records) == cell.done(records) == len(order) == 3
+    assert cell.expected_runs(records) == cell.done(records) == len(order) == 5
+    # What fails otherwise than by its rate needs no other rates.
+    broken = {run.name: {"status": "failed", "metrics": {}} for run in cell.tuning_runs({})}
+    assert (cell.pending(broken), cell.expected_runs(broken)) == ([], 3)
 
 
 def test_grid_is_extended_while_the_best_rate_is_at_its_edge(tmp_path):
@@ -178,8 +181,13 @@ def test_rates_that_diverge_are_not_chosen_and_a_method_that_never_trains_ends(t
     assert cell.best_rate(records) == 1e-3
     records, order = finish(cell, lambda lr: math.inf)
     assert cell.best_rate(records) is None
-    assert len(order) == 3
-    assert summary(cell, records, {})["failures"] == [f"lr {lr:g}, seed 0: diverged" for lr in (1e-3, 2e-3, 5e-3)]
+    assert order == [(lr, 0) for lr in (1e-3, 2e-3, 5e-3, 5e-4, 2e-4)]
+    assert summary(cell, records, {})["failures"] == [
+        f"lr {lr:g}, seed 0: diverged" for lr in (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+    ]
+    # The first rate that trains is at the edge, so that the grid goes on as far as it may.
+    records, _ = finish(cell, lambda lr: math.inf if lr > 5e-4 else lr)
+    assert (cell.rates(records), cell.best_rate(records)) == ([2e-4, 5e-4, 1e-3, 2e-3, 5e-3], 2e-4)
 
 
 def test_paper_protocol_has_one_rate(tmp_path):
@@ -244,16 +252,19 @@ def test_a_record_that_was_not_copied_whole_is_named(tmp_path):
         store.load()
 
 
-@pytest.mark.parametrize("shares_gpu", [False, True])
-def test_memory_that_a_shared_gpu_lacks_is_not_the_methods_failure(shares_gpu, monkeypatch):
+@pytest.mark.parametrize("shares_memory", [False, True])
+@pytest.mark.parametrize("on", ["gpu", "cpu"])
+def test_memory_that_others_fill_is_not_the_methods_failure(on, shares_memory, monkeypatch):
     def out_of_memory(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if on == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.empty(2**60, dtype=torch.int8)
 
     monkeypatch.setattr(Runner, "_ready", lambda *args: None)
     monkeypatch.setattr(Runner, "_train", out_of_memory)
-    runner = Runner({}, shares_gpu)
-    if shares_gpu:
-        with pytest.raises(torch.OutOfMemoryError):
+    runner = Runner({}, shares_memory)
+    if shares_memory:
+        with pytest.raises(RuntimeError, match="memory"):
             runner(make_run())
     else:
         assert runner(make_run())["status"] == "out of memory"
@@ -285,7 +296,7 @@ def test_a_run_that_stops_its_process_stops_no_other(tmp_path, monkeypatch):
     poison = part[0].pending({})[0]
 
     class Poisoned:
-        def __init__(self, surroundings, shares_gpu):
+        def __init__(self, surroundings, shares_memory):
             pass
 
         def __call__(self, run):
