@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..integrations.targets import expert_parameters
+from .selection import read_past
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # It maps a module's name to B [out, r] and A [r, in].
 
@@ -59,7 +60,7 @@ def adapter_config(
     pattern = {
         f"^{name}.weight" if name in by_parameter else f"^{name}": r for name, r in ranks.items() if r != largest
     }
-    return LoraConfig(
+    config = LoraConfig(
         r=largest,
         lora_alpha=largest,
         target_modules=targets,
@@ -74,6 +75,9 @@ def adapter_config(
         base_model_name_or_path=base,
         inference_mode=True,
     )
+    if not isinstance(targets, str):
+        config.target_modules = sorted(targets)  # PEFT makes a set of them, whose order differs between processes.
+    return config
 
 
 def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str], dict[str, str]]:
@@ -82,7 +86,8 @@ def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str
     In some architectures PEFT takes a name in ``target_modules`` for another one. Since transformers 5 stacks the
     experts of mixtures, "gate_proj" there stands for them, even if dense layers and shared experts have modules of
     that name (PEFT's ``_convert_peft_config_moe``). PEFT refuses other names, such as Mamba's "out_proj", whose weight
-    fused kernels read without calling the module.
+    fused kernels read without calling the module. It takes further modules of that kind, which are refused here
+    (`selection.read_past`).
 
     model: a skeleton on the meta device, which is not changed.
 
@@ -101,11 +106,12 @@ def addressable(model: PreTrainedModel, names: Collection[str]) -> tuple[set[str
                 return set(), f": {_first_sentence(error)}"
         return (tried - wrong if wrong <= tried else set()), ""  # If PEFT adapted others too, these names will not do.
 
-    names = set(names)
-    if adapted(names, by_parameter=False)[0] == names:
-        return set(), {}
+    past = read_past(model, names)
+    refused = dict.fromkeys(past, "its weight is read past the module, where an adapter has no effect")
+    names = set(names) - past
+    if not names or adapted(names, by_parameter=False)[0] == names:
+        return set(), refused
     by_parameter: set[str] = set()
-    refused: dict[str, str] = {}
     groups: dict[str, set[str]] = {}  # PEFT decides by the last part of a name.
     for name in sorted(names):
         groups.setdefault(name.rpartition(".")[2], set()).add(name)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -28,7 +28,7 @@ from ..integrations.targets import expert_parameters
 class Checkpoint:
     """Reads the weights of a folder or of a cached hub model, in one file or in shards, each tensor when asked for.
 
-    Raises ValueError if there is no such folder or cached model, or its safetensors are not there.
+    Raises ValueError if there is no such folder or cached model, or its safetensors are not there or not whole.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -41,22 +41,30 @@ class Checkpoint:
                     f"{self.path} is neither a folder nor a model in the local hub cache, and nothing is downloaded "
                     "here: pass a folder, or fetch the model first with `hf download`"
                 ) from error
-        index, single = self.folder / SAFE_WEIGHTS_INDEX_NAME, self.folder / SAFE_WEIGHTS_NAME
-        if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        elif single.is_file():
-            with safe_open(single, "pt") as file:
-                self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+        index = self.folder / SAFE_WEIGHTS_INDEX_NAME
+        if (self.folder / SAFE_WEIGHTS_NAME).is_file():  # from_pretrained prefers it to an index, which may be older.
+            names = {SAFE_WEIGHTS_NAME}
+        elif index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         else:
             raise ValueError(
                 f"{self.path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: write the model again "
                 "with save_pretrained"
             )
-        absent = sorted(name for name in set(self.files.values()) if not (self.folder / name).is_file())
+        absent = sorted(name for name in names if not (self.folder / name).is_file())
         if absent:
             raise ValueError(
                 f"{self.path} lacks {', '.join(absent)}, which its index names: copy or download all of it"
             )
+        self.files = {key: name for name in sorted(names) for key in self._keys(name)}
+
+    def _keys(self, name: str) -> list[str]:
+        """Return the names of the tensors of a file. Raises ValueError if it is not whole."""
+        try:
+            with safe_open(self.folder / name, "pt") as file:
+                return list(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / name} cannot be read ({error}): copy or download it again") from error
 
     def skeleton(self) -> transformers.PreTrainedModel:
         """Return the model on the meta device, which shows the names of its tensors and which are of linear modules.
@@ -81,6 +89,7 @@ class Checkpoint:
         Files hold stacked experts matrix by matrix. In ``keys`` a stack's name in the model maps to the name of its
         first matrix. ``fused`` holds the converter that assembles each stack, and its parts' names and patterns.
         """
+        self.model = model
         conversions = get_model_conversion_mapping(model)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -121,7 +130,7 @@ class Checkpoint:
                 # Besides the futures of its annotation, transformers takes a function, which it calls.
                 read = cast(Future, functools.partial(self._stored, part))
                 converter.add_tensor(name, part, pattern, read)
-            return converter.convert(name)[name]
+            return converter.convert(name, model=self.model, config=self.model.config)[name]
         key = self.key(name)
         assert key is not None, f"{name} is not stored: `common_names` has left it out"
         return self._stored(key)

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,19 +17,16 @@ from pathlib import Path
 
 import peft
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from torch import Tensor, nn
+from torch import Tensor
 from torch.torch_version import TorchVersion
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
-from ..integrations.targets import expert_parameters
 from ..lowrank.float64 import float64_device, to_float64
 from ..optim.options import is_whole
 from .adapter import adapter_config, addressable, write_checked
 from .checkpoint import Checkpoint, common_names
+from .selection import reason, selected_experts, selected_linears
 from .svd import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
 
 REPORT_NAME = "extraction_report.json"
@@ -129,13 +127,13 @@ def extract_lora(
     """Write the difference of two checkpoints as a plain LoRA adapter: B A ≈ Δ = tuned − base of each linear module.
 
     One tensor of each checkpoint is in memory at a time. Δ is formed in float32 and truncated by an exact SVD, or by
-    subspace iteration if the matrix is large and the rank is not (`svd.top_factors`). Each module's alpha is its
-    rank, so that the scaling is 1. Each expert of a stack has factors of its own, in PEFT's ``target_parameters``. The
+    subspace iteration if the matrix is large and the rank is not (`svd.top_factors`). Each module's alpha is its rank,
+    so that the scaling is 1. Each expert of a stack has factors of its own, in PEFT's ``target_parameters``. The
     report lists, with a warning, what changed and is not in the adapter: norms, biases, embeddings, the output head,
-    unselected modules, and modules that PEFT refuses. Before the adapter is put into its folder, plain PEFT opens it
-    on a model without weights, and what it finds there is compared with what was meant. (`peft.convert_to_lora` does
-    this for adapters of a model in memory, always by a full SVD. Of PEFT's helpers, those that read ``target_modules``
-    are used here.)
+    unselected and tied modules, and those that PEFT refuses or whose weight the model reads past the module. Before
+    the adapter is put into its folder, plain PEFT opens it on a model without weights, and what it finds there is
+    compared with what was meant. (`peft.convert_to_lora` does this for adapters of a model in memory, always by a full
+    SVD. Of PEFT's helpers, those that read ``target_modules`` are used here.)
 
     Args:
         base, tuned: folders with ``config.json`` and safetensors, in one file or in shards, or ids of cached hub
@@ -154,8 +152,8 @@ def extract_lora(
         device: where the SVDs are computed.
 
     Raises:
-        ValueError: an invalid option; a checkpoint that cannot be read; tensors that are missing, of different shapes
-            or not finite; no linear module selected; no change, or none in what is selected.
+        ValueError: an invalid option; a checkpoint that cannot be read; a folder that cannot be written; tensors that
+            are missing, of different shapes or not finite; nothing selected; no change, or none in what is selected.
         RuntimeError: this version of PEFT opens the adapter otherwise than it was meant, as those before 0.20 do with
             stacked experts. Nothing is written then.
     """
@@ -175,8 +173,8 @@ def extract_lora(
     _check_place(folder, (before, after), device)
     model = before.skeleton()
     names = common_names(before, after, model)
-    linear = _selected_linears(model, target_modules)
-    stacks = _selected_experts(model, target_modules)
+    stacks = selected_experts(model, target_modules)
+    linear = selected_linears(model, target_modules, required=not stacks)
     if stacks and TorchVersion(peft.__version__) < "0.20":
         raise RuntimeError(
             f"found peft {peft.__version__}, which swaps inputs and outputs of stacked experts, expected 0.20 "
@@ -207,7 +205,7 @@ def extract_lora(
             factors[name] = (B, A)
             modules.append(module)
         elif change and (attribute != "weight" or owner not in linear or owner in refused):
-            left.append((name, refused.get(owner) or _reason(model, owner, attribute), change))
+            left.append((name, refused.get(owner) or reason(model, owner, attribute), change))
         elif change:
             size = (rank, energy, max_rank)
             module, B, A = _extract(
@@ -313,56 +311,17 @@ def _norm(x: Tensor) -> float:
     return torch.linalg.vector_norm(x.to(float64_device(x.device)), dtype=torch.float64).item()
 
 
-def _selected_linears(model: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the linear modules that PEFT would adapt, except a tied output head, whose weight is the embedding's."""
-    config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
-    selection = _maybe_include_all_linear_layers(config, model)
-    linear: dict[str, nn.Module] = {
-        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
-    }
-    selected = {name: module for name, module in linear.items() if check_target_module_exists(selection, name)}
-    selected = {
-        name: module for name, module in selected.items() if f"{name}.weight" not in model.all_tied_weights_keys
-    }
-    if not selected:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise ValueError(f"target_modules={target_modules!r} selects no linear module: the model has {known}")
-    return selected
-
-
-def _selected_experts(model: PreTrainedModel, target_modules: str | Sequence[str]) -> set[str]:
-    """Return the names of the stacked expert weights that ``target_modules`` selects in `create_lorapre_optimizer`."""
-    names = expert_parameters(model).keys()
-    if target_modules == "all-linear":
-        return set(names)
-    config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
-    return {
-        name
-        for name in names
-        if any(check_target_module_exists(config, part) for part in (name, name.rpartition(".")[0]))
-    }
-
-
-def _reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
-    """Return the reason why the tensor ``owner.attribute`` is not in the adapter."""
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        # This is, for example, an expert's matrix, which the model fuses with others.
-        return f"not a module of {type(model).__name__}"
-    if f"{owner}.{attribute}" in expert_parameters(model):
-        return "not in target_modules"
-    if isinstance(module, (nn.Linear, Conv1D)) and attribute == "weight":
-        return "output head" if module is model.get_output_embeddings() else "not in target_modules"
-    return "bias" if attribute == "bias" else type(module).__name__
-
-
 def _check_place(folder: Path, checkpoints: Sequence[Checkpoint], device: str | torch.device) -> None:
     """Raise ValueError if the adapter cannot be written to the folder, or nothing computed on the device."""
     if folder.resolve() in {checkpoint.folder.resolve() for checkpoint in checkpoints}:
         raise ValueError(f"output_dir={str(folder)!r} is one of the checkpoints: give the adapter a folder of its own")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r} is a file: give the adapter a folder of its own")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder if folder.is_dir() else folder.parent).close()
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} cannot be written: {error}") from error
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for CUDA.
@@ -392,10 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where the SVDs are computed (default: cpu)")
     options = vars(parser.parse_args(arguments))
     targets = options["target_modules"]
-    # PEFT takes "all-linear" or a regular expression as a string.
-    if len(targets) == 1 and not targets[0].isidentifier():
+    # PEFT takes "all-linear" or a regular expression as a string, and names as a list.
+    if len(targets) == 1 and not targets[0].replace(".", "_").isidentifier():
         options["target_modules"] = targets[0]
     try:
         print(extract_lora(**options))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         parser.error(str(error))

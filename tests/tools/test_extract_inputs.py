@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from extraction import damage, full, rank_4
+from extraction import damage, full, rank_4, weights
+from transformers import AutoModelForCausalLM
 
 from lorapre_peft.extract.lora import extract_lora, main
 
@@ -80,6 +81,7 @@ def test_unsuitable_checkpoints(tmp_path, checkpoint_pair):
     )
     fails("is one of the checkpoints: give the adapter a folder of its own", output_dir=base)
     fails("is a file: give the adapter a folder of its own", output_dir=f"{base}/config.json")
+    fails("cannot be written: .*Not a directory|File exists", output_dir=f"{base}/config.json/lora")
     fails("device='warp' cannot be used here", device="warp")
     fails("nowhere/at-all is neither a folder nor a model in the local hub cache", base="nowhere/at-all")
     fails("neither a folder nor a model in the local hub cache", base=tmp_path / "no" / "such" / "folder")
@@ -103,6 +105,32 @@ def test_missing_shard(tmp_path, checkpoint_pair):
         extract_lora(base, tuned, tmp_path / "lora", rank=4)
 
 
+def test_a_shard_that_was_not_copied_whole(tmp_path, checkpoint_pair):
+    base, tuned = checkpoint_pair(rank_4, max_shard_size="8KB")
+    shard = sorted(Path(tuned).glob("*.safetensors"))[3]
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=rf"tuned/{shard.name} cannot be read .*: copy or download it again"):
+        extract_lora(base, tuned, tmp_path / "lora", rank=4)
+
+
+@pytest.mark.parametrize("shards_stay", [False, True])
+def test_one_file_counts_more_than_an_older_index(tmp_path, checkpoint_pair, shards_stay):
+    """As for from_pretrained; save_pretrained leaves the index where it replaces shards by one file."""
+    base, tuned = checkpoint_pair(rank_4, max_shard_size="8KB")
+    shards = [shutil.copy(path, tmp_path) for path in Path(tuned).glob("*-of-*")]
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    model.save_pretrained(tuned)
+    assert Path(tuned, "model.safetensors.index.json").exists()
+    if shards_stay:
+        for path in shards:
+            shutil.copy(path, tuned)
+    report = extract_lora(base, tuned, tmp_path / "lora", rank=4)
+    change = next(m.change for m in report.modules if m.name == "model.layers.0.mlp.up_proj")
+    assert change == pytest.approx(weights(base)["model.layers.0.mlp.up_proj.weight"].norm().item())
+
+
 def test_cached_hub_model(tmp_path, checkpoint_pair, monkeypatch):
     """A hub id is looked up in the cache alone."""
     base, tuned = checkpoint_pair(rank_4)
@@ -123,6 +151,10 @@ def test_same_files_twice(tmp_path, checkpoint_pair):
         extract_lora(base, tuned, tmp_path / name, energy=0.8)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    # In every process: PEFT itself would write a set, in whose order the strings' hashes show.
+    targets = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) == 7
+    assert targets == sorted(targets)
 
 
 def test_command_line(tmp_path, checkpoint_pair, capsys):

@@ -10,20 +10,30 @@ import pytest
 import torch
 from extraction import true_errors
 from peft import LoraConfig, PeftModel
+from roundoff import model_room
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 from versions import skip_before
 
 from lorapre_peft.extract import adapter, lora
 from lorapre_peft.extract.lora import extract_lora
+from lorapre_peft.extract.selection import read_past
 
 SIZES = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_attention_heads=4, vocab_size=64)
 
@@ -96,10 +106,69 @@ def test_modules_that_share_their_names_with_stacked_experts(tmp_path, checkpoin
     torch.testing.assert_close(logits(adapted.merge_and_unload()), want, rtol=0, atol=room)
 
 
-def test_a_module_that_peft_refuses_is_left_out(tmp_path, checkpoint_pair):
-    """Mamba's fused kernels read out_proj's weight past the module, so PEFT refuses it."""
+def mamba() -> nn.Module:
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2))
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2))
+
+
+def zamba() -> nn.Module:
+    """Two blocks of attention, which share their weights."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=4, adapter_rank=4, use_shared_attention_adapter=False, num_mem_blocks=1)
+    mixer = dict(mamba_d_state=8, mamba_d_conv=2, mamba_headdim=16, n_mamba_heads=4, mamba_ngroups=1, chunk_size=8)
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    return Zamba2ForCausalLM(Zamba2Config(**sizes, **mixer, layers_block_type=kinds, use_mem_rope=False))
+
+
+@pytest.mark.parametrize(
+    ("build", "reason", "kinds"),
+    [
+        (mamba, "its weight is read past the module", {"x_proj", "dt_proj", "out_proj"}),
+        (
+            zamba,
+            "shared by several modules",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "0", "1"},
+        ),
+    ],
+)
+def test_modules_in_which_an_adapter_would_have_no_effect_are_left_out(
+    tmp_path, checkpoint_pair, build, reason, kinds
+):
+    """PEFT would take them, and merge them rightly. As it runs, the adapter is what it is merged."""
+    model = build()
+    base, tuned = checkpoint_pair(low_rank(model), model)
+    with pytest.warns(UserWarning, match=reason):
+        report = extract_lora(base, tuned, tmp_path / "lora", rank=4)
+    assert {entry.name.split(".")[-2] for entry in report.left_out if entry.reason.startswith(reason)} == kinds
+    assert report.modules
+    adapted = opened(base, tmp_path / "lora")
+    found, merged = logits(adapted), logits(adapted.merge_and_unload())
+    assert (merged - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2
+    torch.testing.assert_close(found, merged, rtol=0, atol=4 * model_room(adapted, logits))
+
+
+def test_attention_of_torch_reads_its_output_projection_itself():
+    model = SiglipVisionModel(
+        SiglipVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    )
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    (found,) = read_past(model, linear)
+    assert found.endswith("head.attention.out_proj")
+
+
+def test_what_is_no_reading_of_a_weight():
+    """T5 looks at a weight's dtype, and Bloom slices weights for another order of sums."""
+    sizes = dict(vocab_size=64, n_head=2, hidden_size=16, n_layer=1)
+    t5 = T5Config(vocab_size=64, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2)
+    for model in (BloomForCausalLM(BloomConfig(**sizes)), T5ForConditionalGeneration(t5)):
+        assert read_past(model, [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]) == set()
+
+
+def test_a_module_that_peft_refuses_is_left_out(tmp_path, checkpoint_pair, monkeypatch):
+    """Mamba's fused kernels read out_proj's weight past the module, so PEFT refuses it."""
+    monkeypatch.setattr(adapter, "read_past", lambda model, names: set())
+    model = mamba()
     base, tuned = checkpoint_pair(low_rank(model), model)
     with pytest.warns(UserWarning, match="refused by PEFT: .*'out_proj' is incompatible with Mamba"):
         report = extract_lora(base, tuned, tmp_path / "lora", rank=4)
