@@ -169,7 +169,8 @@ class Cpp(WholeStep):
     def norms(self, grads: list[Tensor], dtype: torch.dtype) -> Tensor:
         if grads[0].dtype not in TYPES:
             return super().norms(grads, dtype)
-        grads = contiguous(grads)
+        if not all(map(Tensor.is_contiguous, grads)):  # One copy at a time.
+            return torch.cat([self.norms([grad.contiguous()], dtype) for grad in grads])
         pointers, sizes = array("Q", map(Tensor.data_ptr, grads)), array("q", map(Tensor.numel, grads))
         _check_addresses(array("Q", [at for at, size in zip(pointers, sizes) if size]))  # An empty shard has none.
         out, kind = grads[0].new_empty(len(grads), dtype=torch.float64), TYPES[grads[0].dtype]

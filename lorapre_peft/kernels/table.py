@@ -7,12 +7,12 @@ import itertools
 import operator
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..lowrank.layout import Member
+from ..lowrank.layout import Member, temporary_bytes
 from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
 from ..lowrank.sharding import local
@@ -132,6 +132,28 @@ class Table:
 
     def _factor_addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self.factors))
+
+
+def tables_of(members: list[Member]) -> Iterator[list[Member]]:
+    """Divide parameters of one update rule into those of each table.
+
+    A step copies the gradients and the weights of a table's interleaved experts. The copies fit ``temporary_bytes``,
+    unless they are of a single parameter.
+    """
+    in_place: list[Member] = []
+    copied: list[Member] = []
+    held = 0
+    for member in members:
+        if member.stack is None or member.stack.dim == 0:
+            in_place.append(member)
+            continue
+        size = member.param.nbytes + cast(Tensor, member.param.grad).nbytes
+        if copied and held + size > temporary_bytes(member.group):
+            yield copied
+            copied, held = [], 0
+        copied.append(member)
+        held += size
+    yield from filter(None, (in_place, copied))
 
 
 def contiguous(tensors: list[Tensor]) -> list[Tensor]:

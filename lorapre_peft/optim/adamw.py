@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels.eager import adam_scalars, adam_table
-from ..kernels.table import Table, WholeStep, named_options
+from ..kernels.table import Table, WholeStep, named_options, tables_of
 from ..lowrank.batch import Batch
 from ..lowrank.float64 import to_float32, to_float64
 from ..lowrank.layout import Part
@@ -180,8 +180,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
             part.members = [member for member in part.members if not (member.ranks and backend.takes(member))]
             for rule in RULES:
                 of_rule = [member for member in taken if member.group["update_rule"] == rule]
-                if of_rule:
-                    part.tables.append(backend.table(of_rule))
+                part.tables += map(backend.table, tables_of(of_rule))
         super()._divide(part)
 
     def _step_part(self, part: Part) -> None:

@@ -186,6 +186,19 @@ def test_many_small_matrices_stay_within_the_bound(backend, cls, rule):
     assert one_by_one or len(batches(optimizer)) > 2
 
 
+@both_optimizers
+@eager_and_cpp
+def test_temporaries_of_interleaved_experts_stay_below_the_bound(cls, backend):
+    """Kernels take copies of them: of a few parameters at a time, and for norms of one matrix at a time."""
+    bound, params = 400_000, [nn.Parameter(0.02 * torch.randn(64, 6 * 48)) for _ in range(24)]
+    optimizer = cls(
+        [{"params": params, "experts": 6, "experts_dim": -1}],
+        lr=LR, momentum_rank=2, backend=backend, temporary_bytes=bound,
+    )  # fmt: skip
+    assert 2 * sum(param.nbytes for param in params) > 5 * bound
+    assert peak_of_a_step(optimizer, params) <= bound
+
+
 @both_rules
 def test_muon_takes_whole_matrices_a_few_at_a_time(rule):
     bound, params = 200_000, [nn.Parameter(0.02 * torch.randn(40, 40, device=DEVICE)) for _ in range(24)]
