@@ -202,8 +202,9 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         """Take one optimization step.
 
         closure: reevaluates the model and returns the loss, as in `torch.optim`. Returns the closure's value or None.
-        Raises RuntimeError for a sparse or complex gradient and where an engine has replaced matrices by flat shards,
-        and ValueError for decay rates out of their range, before anything has changed.
+        Raises RuntimeError for a sparse or complex gradient or one of another shape, and where an engine has replaced
+        matrices by flat shards, and ValueError for decay rates out of their range and for a state that no longer fits,
+        before anything has changed.
         """
         loss = None
         if closure is not None:
@@ -215,6 +216,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         check_uncompressed(self.param_groups)
         located = self._located()
         if self.defaults["update_in_backward"]:
+            # Parameters that have been taken out of the groups are not held.
+            self._layouts = {first: layout for first, layout in self._layouts.items() if first < len(located)}
             located = self._left_over(located)
         self._step(located)
         self._forget_backward()
@@ -237,7 +240,10 @@ class LoRAPreOptimizer(InBackwardOptimizer):
             return []
         groups, params, positions = zip(*located)
         names = (*RANK_OPTIONS, *self.shared_options)
-        options = {key: tuple(map(group.get, names)) for key, group in groups_of(located).items()}
+        options = {
+            key: (self.backend, *group.get("uncompressed", ()), *map(group.get, names))
+            for key, group in groups_of(located).items()
+        }
         kinds = [*map(_kind, params), *map(kind_of_gradient, params)]
         kept = self._layouts.get(positions[0])
         if kept is None or not kept.describes([*groups, *params], options, kinds):
@@ -251,6 +257,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
                 Member(group, param, i, self.ranks(param, group), self.state_shapes(param, group))
                 for group, param, i in taking_part
             ]
+            for member in members:
+                self._state_of(member)  # What no longer fits its state is an error before anything has changed.
             parts = parts_of(members)
             for part in parts:
                 self._divide(part)

@@ -25,9 +25,9 @@ def takes_part(param: Tensor) -> bool:
 
 
 def kind_of_gradient(param: Tensor) -> tuple | bool:
-    """Return a gradient's dtype and layout, or, if there is no gradient, whether the parameter requires one."""
+    """Return a gradient's shape, dtype and layout, or, if there is none, whether the parameter requires one."""
     grad = param.grad
-    return param.requires_grad if grad is None else (grad.dtype, grad.layout)
+    return param.requires_grad if grad is None else (grad.shape, grad.dtype, grad.layout)
 
 
 def local_gradient(param: Tensor) -> Tensor:

@@ -63,12 +63,7 @@ def check_options(group: dict[str, Any]) -> None:
     in_range("weight_decay", group["weight_decay"], 0)
     if group["update_rule"] not in RULES:
         raise ValueError(f"update_rule={group['update_rule']!r}: expected one of {', '.join(map(repr, RULES))}")
-    k = group["momentum_rank"]
-    if k is not None and not is_whole(k, 0):
-        raise ValueError(
-            f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's smaller "
-            "side if that is less), or 0 (the whole group takes the AdamW path)"
-        )
+    check_momentum_rank(group["momentum_rank"])
     check_rule_options(group)
     experts, dim = group.get("experts"), group.get("experts_dim", 0)
     if (experts is not None and not is_whole(experts, 1)) or dim not in (0, -1):
@@ -85,6 +80,15 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
     if group["temporary_bytes"] is not None:
         in_range("temporary_bytes", group["temporary_bytes"], 1)
+
+
+def check_momentum_rank(k: Any) -> None:
+    """Raise ValueError for a momentum rank that is neither None nor a whole number of at least 0."""
+    if k is not None and not is_whole(k, 0):
+        raise ValueError(
+            f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's smaller "
+            "side if that is less), or 0 (the whole group takes the AdamW path)"
+        )
 
 
 # These options belong to an update rule.
@@ -165,6 +169,12 @@ def check_stack(param: Tensor, group: dict[str, Any]) -> None:
 
 def check_gradient(param: Tensor) -> None:
     """Raise RuntimeError for a gradient that the step cannot use."""
+    if cast(Tensor, param.grad).shape != param.shape:
+        raise RuntimeError(
+            f"found a gradient of shape {tuple(cast(Tensor, param.grad).shape)} on a parameter of shape "
+            f"{tuple(param.shape)}: a tool has replaced the data of one of them since the backward pass; do so before "
+            "it, and build a new optimizer"
+        )
     grad = local(cast(Tensor, param.grad))
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(

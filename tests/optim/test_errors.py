@@ -227,7 +227,7 @@ def test_complex_gradient():
     """torch does not let a real parameter have one by assignment; engines that write gradients themselves can."""
     grad = torch.ones(4, 3, dtype=torch.complex64)
     with pytest.raises(RuntimeError, match=r"found a complex gradient of shape \(4, 3\)"):
-        check_gradient(SimpleNamespace(grad=grad))
+        check_gradient(SimpleNamespace(grad=grad, shape=grad.shape))
 
 
 @both_optimizers

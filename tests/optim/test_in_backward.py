@@ -2,12 +2,13 @@
 
 import copy
 import gc
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from roundoff import assert_same_steps, undisturbed
-from stepping import both_optimizers, both_rules
+from stepping import LR, both_optimizers, both_rules, weights
 from trainers import arguments
 from transformers import Trainer, TrainerCallback
 
@@ -59,6 +60,20 @@ def test_in_backward_never_holds_all_gradients(make_llama, batch):
     model(**batch).loss.backward()
     assert most == 0
     optimizer.step()
+
+
+def test_in_backward_holds_no_parameter_that_was_taken_out():
+    kept, removed = weights(20, 12), weights(20, 12, seed=1)
+    groups = [{"params": [kept]}, {"params": [removed]}]
+    optimizer = LoRAPreAdamW(groups, lr=LR, momentum_rank=2, update_in_backward=True)
+    (kept.sum() + removed.sum()).backward()
+    optimizer.step()
+    alive = weakref.ref(removed)
+    del optimizer.state[removed], optimizer.param_groups[1], groups, removed
+    kept.sum().backward()
+    optimizer.step()
+    gc.collect()
+    assert alive() is None
 
 
 def test_in_backward_refuses_accumulation(make_llama, batch):

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from backend_runs import BACKENDS, DEVICE
+from backend_runs import BACKENDS, DEVICE, eager_and_cpp
 from roundoff import assert_same_steps, gamma, oracle_room
 from stepping import LR, both_optimizers, both_rules, flat, stream, take_steps, truth_of, weights
 from torch import nn
@@ -156,15 +156,47 @@ def test_a_step_inside_autocast_is_as_exact_as_outside(cls, rule, backend):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("change", ["momentum_rank", "shape"])
+@pytest.mark.parametrize("change", ["momentum_rank", "shape", "uncompressed"])
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_what_no_longer_fits_the_state_is_an_error_before_the_step(change, backend):
-    param = weights(30, 20)
-    optimizer = LoRAPreAdamW([param], lr=LR, momentum_rank=2, backend=backend)
-    take_steps(optimizer, [param], stream((30, 20), 3))
+    """No parameter has moved then, of the same group or of another rule."""
+    other, param = weights(30, 20, seed=1), weights(30, 20)
+    groups = [{"params": [param], "update_rule": "newton"}, {"params": [other]}]
+    optimizer = LoRAPreAdamW(groups, lr=LR, momentum_rank=2, backend=backend)
+    take_steps(optimizer, [other, param], stream((30, 20), 3, seed=1), stream((30, 20), 3))
     if change == "shape":
         param.data, param.grad = torch.zeros(30, 30), None
     else:
-        optimizer.param_groups[0]["momentum_rank"] = 4
+        optimizer.param_groups[0][change] = 4 if change == "momentum_rank" else [0]
+    before = other.detach().clone()
     with pytest.raises(ValueError, match=r"has the state .*, expected .*: its shape or these options have changed"):
-        take_steps(optimizer, [param], stream(tuple(param.shape), 1))
+        take_steps(optimizer, [other, param], stream((30, 20), 1), stream(tuple(param.shape), 1))
+    assert torch.equal(other, before)
+    assert optimizer.state[other]["step"] == 3
+
+
+@both_optimizers
+@eager_and_cpp
+@pytest.mark.parametrize("replaced", ["gradient", "parameter"])
+def test_a_gradient_of_another_shape_is_an_error_before_the_step(cls, backend, replaced):
+    """Its data, or the parameter's, can be replaced unnoticed by torch; kernels would read past its end."""
+    params = [weights(30, 20, seed=i) for i in range(2)]
+    optimizer = cls(params, lr=LR, momentum_rank=2, backend=backend)
+    take_steps(optimizer, params, *(stream((30, 20), 2, seed=i) for i in range(2)))
+    before = params[0].detach().clone()
+    if replaced == "gradient":
+        params[1].grad.data = torch.ones(3, 4)
+    else:
+        params[1].data = torch.ones(40, 60)
+    with pytest.raises(RuntimeError, match=r"found a gradient of shape .* on a parameter of shape .* has replaced"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
+def test_another_backend_takes_over():
+    param, grads = weights(30, 20), stream((30, 20), 4)
+    optimizer = LoRAPreAdamW([param], lr=LR, momentum_rank=2)
+    take_steps(optimizer, [param], grads[:2])
+    optimizer.backend = "eager"
+    take_steps(optimizer, [param], grads[2:])
+    assert optimizer.state[param]["step"] == 4
