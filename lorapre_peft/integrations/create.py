@@ -14,6 +14,7 @@ from ..lowrank.sharding import rank
 from ..optim.adamw import LoRAPreAdamW
 from ..optim.base import LoRAPreOptimizer
 from ..optim.muon import LoRAPreMuon
+from ..optim.options import check_momentum_rank
 from .summary import state_table
 from .targets import Targets, adapter_targets, freeze_others, has_adapter, thawed_after_an_error, weight_targets
 
@@ -95,6 +96,7 @@ def create_lorapre_optimizer(
             "adapter with PeftModel.from_pretrained(model, path, is_trainable=True, "
             "config=LoRAPreConfig.from_pretrained(path)), or thaw the weights with model.requires_grad_(True)"
         )
+    check_momentum_rank(momentum_rank)
     overrides = dict(
         update_rule=update_rule, second_momentum_rank=second_momentum_rank, residual_weight=residual_weight
     )
@@ -118,6 +120,12 @@ def create_lorapre_optimizer(
     with thawed_after_an_error(model):
         if adapted:
             targets = adapter_targets(model, momentum_rank, overrides)
+            if not targets:
+                raise ValueError(
+                    "found adapters in the model and none of their matrices trainable: thaw an adapter "
+                    "(model.set_adapter(name), or is_trainable=True where it is loaded), or take the adapters out "
+                    "(model.merge_and_unload()) to train the weights"
+                )
         else:
             targets = weight_targets(model, target_modules or "all-linear", momentum_rank, overrides)
             frozen_rows = freeze_others(model, targets, others, embeddings)

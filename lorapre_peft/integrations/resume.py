@@ -55,7 +55,7 @@ def _broken_file(checkpoint: Path) -> str | None:
                     pass
             elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
                 return path.name  # The zip files of torch.save end with their index.
-        except (ValueError, SafetensorError):
+        except (OSError, ValueError, SafetensorError):
             return path.name
     folders = sorted({path.parent for path in paths if path.suffix == ".distcp"})
     return next(filter(None, map(_broken_shard, folders)), None)

@@ -84,7 +84,7 @@ class Batch:
         if all(value is None or value is False for value in values):
             return None
         if any(isinstance(value, Tensor) for value in values):
-            by_group = torch.stack([self._number(value) for value in values])
+            by_group = torch.stack([self._number(float("inf") if value is None else value) for value in values])
         else:
             by_group = constants(tuple(float("inf") if v is None else float(v) for v in values), self.norms.device)
         if len(values) == 1:

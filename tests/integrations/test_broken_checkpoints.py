@@ -80,6 +80,15 @@ def test_shards_of_fsdp_are_checked_by_their_index(tmp_path, broken):
         assert Path(last_complete_checkpoint(tmp_path)).name == "checkpoint-1"
 
 
+def test_a_file_that_is_a_link_to_nowhere_is_broken(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-2" / "config.json").symlink_to(tmp_path / "nowhere")
+    with pytest.warns(UserWarning, match=r"checkpoint-2 is not complete \(config.json\)"):
+        assert Path(last_complete_checkpoint(tmp_path)).name == "checkpoint-1"
+
+
 def test_checkpoints_are_ordered_by_number_and_others_are_no_checkpoints(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "old-checkpoint-11"):

@@ -143,6 +143,7 @@ def test_the_second_rank_is_no_larger_than_a_modules_first(make_llama, given, ex
         ({"r": 1}, {}, r"nothing to compress among trainable parameters of shapes \[\(1, 32\).*torch.optim.AdamW"),
         ({}, {"momentum_rank": 8}, "nothing (to compress|would be compressed)"),
         ({}, {"momentum_rank": -1}, "momentum_rank=-1: expected a whole number"),
+        ({}, {"momentum_rank": "4"}, "momentum_rank='4': expected a whole number"),
         ({}, {"update_rule": "adam"}, "update_rule='adam': expected one of 'als', 'newton'"),
         ({}, {"lr": -1.0}, "lr=-1.0: expected a number of at least 0"),
         ({}, {"betas": (0.99, 0.9)}, r"update_rule='als' needs betas\[0\]² < betas\[1\]"),
@@ -158,6 +159,14 @@ def test_create_rejects(make_llama, peft_options, options, message):
     model = adapted(make_llama(), **peft_options)
     with pytest.raises(ValueError, match=message):
         create_lorapre_optimizer(model, **({"lr": 1e-2} | options))
+
+
+def test_frozen_adapters_of_a_thawed_model_are_named(make_llama):
+    model = adapted(make_llama(), inference_mode=True)
+    for name, param in model.named_parameters():
+        param.requires_grad_("lora_" not in name)
+    with pytest.raises(ValueError, match=r"found adapters .* none of their matrices trainable: .*merge_and_unload"):
+        create_lorapre_optimizer(model, lr=1e-2)
 
 
 def test_momentum_rank_too_large_for_one_module_is_an_error(make_llama):
