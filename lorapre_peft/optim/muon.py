@@ -206,8 +206,8 @@ class LoRAPreMuon(LoRAPreOptimizer):
     def _update_by_kernel(self, backend: Cpp, batch: Batch) -> None:
         options = [named_options(group, beta1=group["momentum"]) for group in batch.groups]
         metrics, steps = self._metrics if self.record_metrics else None, self._steps(batch)
-        # The kernels have the momenta as their only temporary, and copies of gradients that are not contiguous. Threads
-        # share the matrices of a call.
+        # The kernels' only temporaries are the momenta, and copies of gradients that are not contiguous. Threads share
+        # the matrices of a call.
         temporaries = 1 if all(map(Tensor.is_contiguous, batch.grads)) else 2
         for matrices in slices(len(batch), batch.matrices_at_once(temporaries)):
             momenta = backend.momenta(batch, matrices, options, batch.groups[0]["nesterov"], metrics)
