@@ -113,9 +113,9 @@ class Batch:
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> Tensor:
-        """Return the named tensor of each matrix's state, stacked: [n, ...] float32."""
+        """Return the named tensor of each matrix's state, stacked and contiguous: [n, ...] float32."""
         found = [local(state[name]) for state in self.states]
-        return found[0][None] if len(found) == 1 else torch.stack(found)
+        return found[0].contiguous()[None] if len(found) == 1 else torch.stack(found)
 
     def save(self, name: str, values: Tensor) -> None:
         """Write values [n, ...] of any dtype into the state. Matrices that are not updated keep theirs."""
