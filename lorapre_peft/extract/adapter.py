@@ -218,11 +218,10 @@ def _opened(folder: Path, model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 
 def write_checked(folder: Path, config: LoraConfig, factors: Factors, model: PreTrainedModel) -> None:
-    """Write an adapter into a folder after plain PEFT has opened it and found what was meant.
+    """Write an adapter into a folder, whose parent exists, after plain PEFT has opened it and found what was meant.
 
     Raises RuntimeError if PEFT finds anything else. The folder is then left as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
         write(Path(place), config, factors, model)
         if wrong := sorted(misread(Path(place), model, factors)):

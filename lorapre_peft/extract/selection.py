@@ -28,8 +28,12 @@ def selected_linears(
     linear: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }
-    selected = {name: module for name, module in linear.items() if check_target_module_exists(selection, name)}
-    selected = {name: module for name, module in selected.items() if f"{name}.weight" not in _tied(model)}
+    tied = _tied(model)
+    selected = {
+        name: module
+        for name, module in linear.items()
+        if check_target_module_exists(selection, name) and f"{name}.weight" not in tied
+    }
     if required and not selected:
         known = {name.rpartition(".")[2] for name in linear}
         known |= {".".join(name.split(".")[-2:]) for name in expert_parameters(model)}
