@@ -128,8 +128,8 @@ class Tuned:
     rate.
 
     rates: AdamW's grid per kind, ``adapter`` and ``weights``, of the series 1, 2, 5, 10, …; a method's own grid lies
-    `Method.rate_shift` places above. extend: how often a grid is extended by a rate: where its best
-    rate lies at its edge, or all of its runs diverged.
+    `Method.rate_shift` places above. extend: how often a grid is extended by a rate, where its
+    best rate lies at its edge or all of its runs diverged.
     """
 
     rates: dict[str, list[float]]
