@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy
 from datasets import IterableDataset
-from datasets.distributed import split_dataset_by_node
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -44,7 +43,8 @@ class CorpusArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Of a dataset on the hub, such as 'en' of C4."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split for the held-out loss. Not given: a share of the training split."}
+        default=None,
+        metadata={"help": "Split for the held-out loss. Not given, or 'none': a share of the training split."},
     )
     eval_share: float = field(
         default=0.05,
@@ -89,6 +89,13 @@ class CorpusArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.eval_share <= 1:
             raise ValueError(f"eval_share={self.eval_share}: expected a share of the documents, from 0 to 1")
+        self.eval_split = None if self.eval_split == "none" else self.eval_split
+        if self.eval_split and (self.eval_split == self.train_split or Path(self.dataset_name).is_file()):
+            raise ValueError(
+                f"eval_split={self.eval_split!r} of {self.dataset_name}, train_split={self.train_split!r}: both "
+                "are the same documents; expected others for the held-out loss. With eval_split 'none' a share of the "
+                "training split is held out"
+            )
 
     def documents(self, seed: int, *, held_out: bool = False) -> IterableDataset:
         """Return the documents to train on or those held out, files in an order by ``seed``.
@@ -114,10 +121,11 @@ class CorpusArguments:
     def train_stream(
         self, tokenizer: PreTrainedTokenizerBase, seed: int, rank: int = 0, world_size: int = 1
     ) -> IterableDataset:
-        """Return endless rows to train on for process ``rank``; the stream's ``state_dict`` says where it is."""
-        stream = self.documents(seed).repeat(None)
-        rows = self._rows(stream, RowMaker(tokenizer, self, seed))
-        return split_dataset_by_node(rows, rank=rank, world_size=world_size)
+        """Return endless rows to train on for process ``rank``; the stream's ``state_dict`` says where it is.
+
+        Each process reads all documents and tokenizes its share of every block, whatever files they lie in.
+        """
+        return self._rows(self.documents(seed).repeat(None), RowMaker(tokenizer, self, seed, rank, world_size))
 
     def eval_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, numpy.ndarray]]:
         """Return the first held-out rows, up to ``eval_tokens`` tokens, whatever the seed.
@@ -174,26 +182,37 @@ class RowMaker:
     """Makes shuffled rows of a block of documents: ``input_ids``, ``labels`` and, for padded rows, ``attention_mask``.
 
     Each is an int64 array of rows × ``max_length``. What it makes depends on its arguments alone, so that a stream can
-    go on within a block.
+    go on within a block. Processes take turns at the documents, padded rows at the shuffled ones: a step of several
+    processes then trains on the rows that one process would train on.
     """
 
     tokenizer: PreTrainedTokenizerBase
     corpus: CorpusArguments
     seed: int
+    rank: int = 0
+    world_size: int = 1
 
     def __call__(self, documents: list[str | None], indices: list[int]) -> Rows:
-        texts = [text for text in map(_text, documents) if text.strip()]
-        rows = self._packed(texts) if self.corpus.packing else self._padded(texts)
+        texts = [_text(document) for document in documents]
+        rows = self._packed(texts, indices) if self.corpus.packing else self._padded(texts, indices)
         if len(indices) == self.corpus.shuffle_documents and not len(rows["input_ids"]):
             raise ValueError(
-                f"{len(indices)} documents in a row make no row of {self.corpus.max_length} tokens: they are too "
-                "short, or empty. Lower max_length, or raise shuffle_documents"
+                f"{len(indices)} documents in a row make no row of {self.corpus.max_length} tokens for process "
+                f"{self.rank} of {self.world_size}: they are too short, too few, or empty. Lower max_length, or raise "
+                "shuffle_documents"
             )
-        order = numpy.random.default_rng([self.seed, indices[0]]).permutation(len(rows["input_ids"]))
-        return {name: values[order] for name, values in rows.items()}
+        return rows
 
-    def _padded(self, texts: list[str]) -> Rows:
+    def _shuffled(self, count: int, indices: list[int]) -> numpy.ndarray:
+        return numpy.random.default_rng([self.seed, indices[0]]).permutation(count)
+
+    def _mine(self, texts: Iterable[str], indices: list[int]) -> list[str]:
+        """Return this process's documents, without empty ones."""
+        return [text for text, i in zip(texts, indices) if i % self.world_size == self.rank and text.strip()]
+
+    def _padded(self, texts: list[str], indices: list[int]) -> Rows:
         """Return the first ``max_length`` tokens of each document, as GaLore's pre-training has them."""
+        texts = self._mine((texts[i] for i in self._shuffled(len(texts), indices)), indices)
         if not texts:
             return self._arrays([])
         encoded = self.tokenizer(
@@ -207,13 +226,15 @@ class RowMaker:
             "labels": numpy.where(mask, rows["labels"], IGNORED),
         }
 
-    def _packed(self, texts: list[str]) -> Rows:
+    def _packed(self, texts: list[str], indices: list[int]) -> Rows:
         """Return rows of all documents one after another, each closed by the end token; a rest is dropped."""
+        texts = self._mine(texts, indices)
         end = self.tokenizer.eos_token_id
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
         ids = [i for document in encoded for i in (document if document[-1] == end else [*document, end])]
         length = self.corpus.max_length
-        return self._arrays([ids[start : start + length] for start in range(0, len(ids) - length + 1, length)])
+        rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        return self._arrays([rows[i] for i in self._shuffled(len(rows), indices)])
 
     def _arrays(self, rows: list[list[int]]) -> Rows:
         ids = numpy.array(rows, dtype=numpy.int64).reshape(-1, self.corpus.max_length)

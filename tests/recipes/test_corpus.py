@@ -82,6 +82,34 @@ def test_processes_share_the_rows(corpus, bpe):
     assert two == [one[0::2], one[1::2]]
 
 
+def test_processes_share_the_documents_whatever_files_they_lie_in(tmp_path, bpe):
+    for name, texts in {"short": TEXTS[:3], "long": TEXTS[3:]}.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(texts))
+
+    def folder(**options):
+        return CorpusArguments(dataset_name=str(tmp_path), sample_by="line", eval_share=0, **options)
+
+    padded = folder(max_length=16, shuffle_documents=8)
+    packed = folder(max_length=1, shuffle_documents=8, packing=True)  # rows of one token: no rest is dropped
+    one = take(padded.train_stream(bpe, 0), len(TEXTS))
+    documents = [row["text"] for row in packed.documents(0)]
+    for rank in (0, 1):
+        assert take(padded.train_stream(bpe, 0, rank, 2), len(TEXTS) // 2) == one[rank::2]
+        wanted = [[token] for text in documents[rank::2] for token in bpe(text)["input_ids"]]
+        assert sorted(take(packed.train_stream(bpe, 0, rank, 2), len(wanted))) == sorted(wanted)
+    few = folder(max_length=16, shuffle_documents=1)
+    with pytest.raises(ValueError, match=r"1 documents in a row make no row of 16 tokens for process 1 of 2: .* few"):
+        take(few.train_stream(bpe, 0, 1, 2), 1)
+
+
+def test_the_held_out_split_is_another_one(corpus, corpus_file):
+    with pytest.raises(ValueError, match=r"eval_split='validation' of .*both are the same documents; expected others"):
+        corpus(eval_split="validation")
+    with pytest.raises(ValueError, match="eval_split='train' of allenai/c4, train_split='train': both are the same"):
+        CorpusArguments(dataset_name="allenai/c4", eval_split="train")
+    assert corpus(eval_split="none", eval_share=0.3).eval_split is None
+
+
 def test_what_is_held_out_is_not_trained_on(corpus, bpe):
     held_out = corpus(eval_share=0.3, max_length=40)
     kept = {row["text"] for row in held_out.documents(0)}
