@@ -132,6 +132,8 @@ def load_data(
             if "type" in dataset.column_names:
                 dataset = _of_the_paper(dataset, length_tokenizer)
                 kind = f"rows of a type with 'GSM' and under {TOKEN_LIMIT} tokens"
+            elif text_field in dataset.column_names:
+                dataset, kind = _with_text(dataset, text_field, source), "rows with text"
             data = _split(dataset, sizes, f"{source} has {len(dataset)} {kind}")
     if expected:
         _check(data, expected, source, str(manifest))
@@ -207,6 +209,14 @@ def _of_the_paper(dataset: Dataset, length_tokenizer: str) -> Dataset:
         batched=True,
         desc=f"rows under {TOKEN_LIMIT} tokens",
     )
+
+
+def _with_text(dataset: Dataset, text_field: str, source: str) -> Dataset:
+    """Return the rows that are not blank, such as the lines between a text file's paragraphs."""
+    kept = dataset.filter(lambda text: bool(text and text.strip()), input_columns=text_field, desc="rows with text")
+    if blank := len(dataset) - len(kept):
+        print(f"{source}: {blank} blank rows are left out")
+    return kept
 
 
 def _split(dataset: Dataset, sizes: dict[str, int | None], has: str) -> DatasetDict:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from recipes import arguments, sft
-from recipes.data import load_data
+from recipes.data import load_data, write_manifest
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt "
@@ -106,6 +106,20 @@ def test_a_column_of_text_of_any_name(jsonl, model, tmp_path):
     assert trainer.processing_class.decode(trainer.train_dataset[3]["input_ids"]).startswith("3 is a number")
 
 
+def test_blank_lines_of_a_text_file_are_no_rows(tmp_path, capsys):
+    path = tmp_path / "lines.txt"
+    path.write_text("one\n\ntwo\n \nthree\n")
+    data = load_data(str(path), {"train": None, "eval": 1})
+    assert [data[split]["text"][:] for split in ("train", "eval")] == [["one", "two"], ["three"]]
+    assert data["train"]["row"][:] == [0, 2]  # their numbers in the file, by which a manifest finds them
+    assert f"{path}: 2 blank rows are left out" in capsys.readouterr().out
+    write_manifest(data, str(path), tmp_path / "manifest.json")
+    again = load_data(str(path), {"train": None, "eval": None}, manifest=tmp_path / "manifest.json")
+    assert again["eval"]["text"][:] == ["three"]
+    with pytest.raises(ValueError, match="has 3 rows with text, expected 4"):
+        load_data(str(path), {"train": 4})
+
+
 def test_tools_reach_the_template(jsonl, model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{{ tools[0]['name'] }}: " + CHAT
@@ -128,10 +142,12 @@ def test_without_a_size_all_rows_are_trained_on(jsonl):
     data = load_data(path, {"train": None, "eval": 5})
     assert (data["train"]["row"][:], data["eval"]["row"][:]) == (list(range(7)), list(range(7, 12)))
     with pytest.raises(
-        ValueError, match=r"my.jsonl has 12 rows, expected more than 12 for \{'train': None, 'eval': 12\}"
+        ValueError, match=r"my.jsonl has 12 rows with text, expected more than 12 for \{'train': None, 'eval': 12\}"
     ):
         load_data(path, {"train": None, "eval": 12})
-    with pytest.raises(ValueError, match=r"has 12 rows, expected 13 for .*: ask for fewer \(train_size, eval_size\)"):
+    with pytest.raises(
+        ValueError, match=r"has 12 rows with text, expected 13 for .*: ask for fewer \(train_size, eval_size\)"
+    ):
         load_data(path, {"train": 10, "eval": 3})
     with pytest.raises(ValueError, match=r"train_size=0: expected at least one row of the split 'train'"):
         load_data(path, {"train": 0})
