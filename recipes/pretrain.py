@@ -173,6 +173,9 @@ class Recipe:
 def parse(argv: Sequence[str]) -> Recipe:
     """Parse a command line into a `Recipe`."""
     parser, parsed, config = parse_recipe(argv, [PretrainArguments, LlamaArguments, MethodArguments, CorpusArguments])
+    training, *_, corpus = parsed
+    if corpus.packing and training.include_num_input_tokens_seen == "non_padding":
+        training.include_num_input_tokens_seen = "all"  # Trainer would take end tokens for padding where they are one
     return Recipe(*parsed, parser.precision, config)
 
 
@@ -183,7 +186,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
         vocab_size=recipe.corpus.vocab_size,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        # An embedding of padding is not trained, and a tokenizer without padding of its own pads with its end token.
+        pad_token_id=None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id,
         use_cache=False,
     )
     set_seed(recipe.training.seed)

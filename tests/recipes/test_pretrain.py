@@ -116,6 +116,19 @@ def test_keys_win_over_the_config():
     )
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_tokenizer_that_pads_with_its_end_token_has_that_trained_and_counted(run, tmp_path, bpe, packing):
+    bpe = copy.deepcopy(bpe)
+    bpe.pad_token = None
+    bpe.save_pretrained(tmp_path / "given")
+    folder = run(tokenizer_name=tmp_path / "given", packing=packing, max_length=15)
+    tokenizer, model = (kind.from_pretrained(folder) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert (model.get_input_embeddings().weight[tokenizer.eos_token_id] != 0).all()
+    seen = json.loads((folder / "trainer_state.json").read_text())["num_input_tokens_seen"]
+    assert seen == 6 * 4 * 15  # no document is shorter than a row
+
+
 def test_a_run_leaves_a_model_that_transformers_opens_and_all_it_takes_to_repeat_it(run):
     folder = run(method="adamw")
     metrics = json.loads((folder / "all_results.json").read_text())
