@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Action, ArgumentError
 from collections.abc import Sequence
 from dataclasses import field
 from enum import Enum
@@ -65,13 +66,18 @@ class RecipeParser(TrlParser):
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         config = with_bases(config)
-        for action in self._actions:  # argparse checks the choices of the command line alone.
-            value = config.get(action.dest)
-            if action.choices is not None and value is not None and value not in action.choices:
-                self.error(
-                    f"{action.dest}: {value!r} in the config, expected one of {', '.join(map(repr, action.choices))}"
-                )
+        for action in self._actions:
+            if config.get(action.dest) is not None:
+                self._check(action, config[action.dest])
         return super().set_defaults_with_config(**config)
+
+    def _check(self, action: Action, value: Any) -> None:
+        """Exit unless a config's value could be given on the command line, the only ones that argparse checks."""
+        for one in value if action.nargs in ("*", "+") and isinstance(value, list) else [value]:
+            try:
+                self._check_value(action, self._get_value(action, str(one)))
+            except ArgumentError as error:
+                self.error(f"{action.dest}: {value!r} in the config: {error.message}")
 
 
 def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipeParser, tuple[Any, ...], dict[str, Any]]:
