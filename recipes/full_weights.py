@@ -18,7 +18,7 @@ from typing import Any
 from lorapre_peft.integrations.summary import format_bytes
 from recipes.arguments import CONFIGS
 from recipes.sft import Recipe, build_trainer, parse
-from recipes.training import environment, held_bytes, start_run, write_atomically
+from recipes.training import environment, held_bytes, kept, start_run, write_atomically
 
 
 @dataclass
@@ -108,7 +108,7 @@ def main() -> None:
             write_atomically(done, json.dumps(result, indent=2))
             gc.collect()
         results.append(json.loads(done.read_text()))
-    summary = {"options": recipe.config, "environment": environment(recipe.precision), "results": results}
+    summary = {"options": kept(recipe.config), "environment": environment(recipe.precision), "results": results}
     (folder / "results.json").write_text(json.dumps(summary, indent=2))
     sizes = f"{recipe.data.train_size} problems, {recipe.data.eval_size} held out"
     print(f"\n{recipe.model.model_name_or_path}, attention and MLP weights, {sizes}, held-out loss")

@@ -23,7 +23,7 @@ from eval.exact_match import ExactMatch, generate
 from lorapre_peft import LoRAPreConfig
 from lorapre_peft.integrations.summary import format_bytes
 from recipes.arguments import CONFIGS
-from recipes.data import write_manifest
+from recipes.data import GENERATED, write_manifest
 from recipes.problems import STOP
 from recipes.sft import Recipe, build_trainer, parse
 from recipes.training import (
@@ -32,6 +32,7 @@ from recipes.training import (
     Progress,
     environment,
     held_bytes,
+    kept,
     start_run,
     train,
     write_atomically,
@@ -52,7 +53,15 @@ class QuickstartArguments:
 def arguments(*more: str) -> tuple[Recipe, QuickstartArguments]:
     """Parse the command line on top of the quickstart's config, and ``more`` on top of both."""
     defaults = ["--config", str(CONFIGS / "smollm2.yaml"), "--output_dir", "runs/quickstart"]
-    return parse([*defaults, *sys.argv[1:], *more], QuickstartArguments)
+    recipe, options = parse([*defaults, *sys.argv[1:], *more], QuickstartArguments)
+    data, adapter = recipe.data, recipe.model.use_peft
+    if data.dataset_name != GENERATED or not data.eval_size or not adapter:
+        raise SystemExit(
+            f"found dataset_name={data.dataset_name!r}, eval_size={data.eval_size} and use_peft={adapter}; the "
+            f"quickstart trains an adapter, and tests it on problems with answers: expected {GENERATED!r}, an "
+            "eval_size above 0 and use_peft. Other data and full weights are for recipes.sft, with the same keys"
+        )
+    return recipe, options
 
 
 def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_left: int) -> dict[str, Any]:
@@ -202,7 +211,8 @@ def main() -> None:
     results = {"before": json.loads((folder / "base.json").read_text()), **results}
 
     seconds = seconds_by_part(results, start_seconds)
-    summary = {"options": config, "environment": environment(recipe.precision), "seconds": seconds, "results": results}
+    about = {"options": kept(config), "environment": environment(recipe.precision)}
+    summary = about | {"seconds": seconds, "results": results}
     (folder / "results.json").write_text(json.dumps(summary, indent=2))
     title = f"{recipe.model.model_name_or_path}, LoRA r={recipe.model.lora_r}, {recipe.data.train_size} problems"
     plot(results, title, folder / "losses.png")

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -38,8 +39,11 @@ PACKAGES = (
 )
 # Keys that say where a run is and whether it goes on, not what it is.
 PLACE = ("output_dir", "resume", "resume_from_checkpoint")
-# The hub's tokens: nothing that a folder made for sharing should hold.
-_SECRET = re.compile(r"(--\w*(?:hub|auth)_token[ =])\S+")
+# The hub's tokens, which a folder made for sharing should not hold: as values, and whatever stands at their options.
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+_TOKEN_OPTION = re.compile(
+    r"""(--[\w-]*(?:hub|auth)[_-]token[ =]|(?<![\w-])["']?token["']?\s*[:=]\s*)["']?[^\s"',}]+"""
+)
 # What a run's folder holds before anything is trained.
 WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json", "tokenizer"}
 
@@ -112,10 +116,23 @@ def train(trainer: Trainer, *, resume: bool) -> dict[str, float]:
     if checkpoint is None and resume:
         checkpoint = last_complete_checkpoint(trainer.args.output_dir)
         trainer.accelerator.print(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
-    before = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step if checkpoint else 0
-    if 0 < trainer.args.max_steps <= before:
-        # Trainer asks for max_steps after a step alone: in the middle of an epoch it would take one more.
-        trainer._run_epoch = lambda *args, **kwargs: None
+    before = 0
+    if checkpoint:
+        saved = Path(str(checkpoint), TRAINER_STATE_NAME)
+        if not saved.is_file():
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={checkpoint!r} holds no {TRAINER_STATE_NAME}; expected a checkpoint's "
+                "folder. --resume takes the last one in output_dir"
+            )
+        before = TrainerState.load_from_json(str(saved)).global_step
+    run_epoch = trainer._run_epoch
+
+    def unless_done(*args: Any, **kwargs: Any) -> None:
+        # Trainer asks for its last step after a step alone: a finished run would take one more.
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(*args, **kwargs)
+
+    trainer._run_epoch = unless_done
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     if trainer.state.global_step > before:  # of no step Trainer's loss and time are 0
@@ -222,7 +239,7 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
     not get as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
     """
     record = folder / "config.yaml"
-    config = _kept(config)
+    config = kept(config)
     if record.exists() and _in_use(folder):
         if not resume:
             raise SystemExit(
@@ -246,7 +263,7 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
 
 def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
     """Return the options of a config that are not those of the run in this folder, each with both values."""
-    config, found = _kept(config), yaml.safe_load((folder / "config.yaml").read_text())
+    config, found = kept(config), yaml.safe_load((folder / "config.yaml").read_text())
     return [
         f"{name}={config.get(name)!r} (was {found.get(name)!r})"
         for name in sorted(config.keys() | found.keys())
@@ -254,10 +271,25 @@ def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _kept(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a config that say what a run is."""
-    secrets = ("hub_token", "auth_token")
-    return {name: value for name, value in config.items() if name not in PLACE and not name.endswith(secrets)}
+def kept(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config that say what a run is, without the hub's tokens."""
+    return {name: _public(value) for name, value in config.items() if name not in PLACE and not _is_secret(name)}
+
+
+def _is_secret(name: str) -> bool:
+    return name == "token" or name.endswith(("hub_token", "auth_token"))
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _public(inner) for name, inner in value.items() if not _is_secret(str(name))}
+    if isinstance(value, list):
+        return [_public(inner) for inner in value]
+    return _masked(value) if isinstance(value, str) else value
+
+
+def _masked(text: str) -> str:
+    return _TOKEN.sub("…", _TOKEN_OPTION.sub(r"\1…", text))
 
 
 def started_with(folder: Path) -> Precision | None:
@@ -274,9 +306,9 @@ def _in_use(folder: Path) -> bool:
 def environment(precision: Precision | None = None) -> dict[str, Any]:
     """Return what it takes to repeat the run: command, versions, commit, machine, and its dtypes where chosen."""
     spec = sys.modules["__main__"].__spec__
-    command = " ".join([f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0], *sys.argv[1:]])
+    called = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
     return {
-        "command": _SECRET.sub(r"\1…", command),
+        "command": _masked(shlex.join([*called, *sys.argv[1:]])),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": machine(),

@@ -71,6 +71,13 @@ def test_quickstart_is_resumed_and_never_overwritten(run):
     assert "torch.optim.AdamW" in after
 
 
+@pytest.mark.parametrize("option", [["--eval_size", "0"], ["--use_peft", "false"], ["--dataset_name", "my.jsonl"]])
+def test_quickstart_names_what_it_cannot_test_before_it_loads_anything(run, tmp_path, option):
+    with pytest.raises(SystemExit, match="the quickstart trains an adapter, and tests it on problems with answers"):
+        run(quickstart, *QUICK, *option)
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, capsys):
     options = ["--train_size", "4", "--lrs", "1e-3", "1e-2", "--baseline_lrs", "1e-3"]
     folder = run(full_weights, *options)

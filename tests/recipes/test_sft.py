@@ -233,14 +233,23 @@ def test_an_empty_config_is_a_base_as_well(tmp_path):
     assert with_bases({"base": str(tmp_path / "empty.yaml"), "seed": 3}) == {"seed": 3}
 
 
-@pytest.mark.parametrize("line", ["optimizer: adam", "save_strategy: no"])
-def test_a_value_out_of_a_configs_choices_is_named(tmp_path, capsys, line):
+@pytest.mark.parametrize(
+    ("line", "found"),
+    {
+        "optimizer: adam": r"'adam' in the config: invalid choice: 'adam' \(choose from",
+        "save_strategy: no": "False in the config: invalid choice: 'False'",
+        "max_steps: 1.5": "1.5 in the config: invalid int value",
+        "learning_rate: [1]": r"\[1\] in the config: invalid float value",
+        "packing: 3": "3 in the config: Truthy value expected",
+    }.items(),
+)
+def test_a_value_that_the_command_line_would_not_take_is_not_taken_from_a_config(tmp_path, capsys, line, found):
     path = tmp_path / "config.yaml"
     path.write_text(f"base: smollm2.yaml\n{line}\n")
     with pytest.raises(SystemExit):
         recipe(path)
     key = line.partition(":")[0]
-    assert re.search(rf"{key}: .* in the config, expected one of '", capsys.readouterr().err)
+    assert re.search(f"{key}: {found}", capsys.readouterr().err)
 
 
 def test_a_command_without_a_model_says_what_to_give(capsys):
@@ -305,15 +314,21 @@ def test_a_stopped_run_goes_on_exactly(run, kind, saved):
     assert (folder / "train_results.json").read_text() == metrics
 
 
-def test_a_finished_run_is_not_trained_further(run):
+@pytest.mark.parametrize("length", [["--max_steps", "3"], ["--num_train_epochs", "0.6"]])
+def test_a_finished_run_is_not_trained_further(run, length):
     """Nor where its last step is in the middle of an epoch."""
-    path, options = config("llama2_7b_lora_adamw"), ["--max_steps", "3", "--save_steps", "1"]
+    path, options = config("llama2_7b_lora_adamw"), [*length, "--save_steps", "1"]
     folder = run(path, *options)
     finished = (folder / "adapter_model.safetensors").read_bytes()
     run(path, *options, "--resume")
     assert (folder / "adapter_model.safetensors").read_bytes() == finished
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
     assert not (folder / "checkpoint-4").exists()
+
+
+def test_a_checkpoint_to_go_on_from_is_named_by_its_folder(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint='True' holds no trainer_state\.json"):
+        run(config("llama2_7b_lora_adamw"), "--resume_from_checkpoint", "True")
 
 
 def test_a_start_that_failed_is_not_a_run(run, tmp_path):
@@ -388,12 +403,17 @@ def test_torchs_optimizer_trains_the_same_weights_and_names_the_keys_it_does_not
 
 
 def test_a_start_leaves_other_files_alone_and_writes_no_token(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["sft", "--hub_token", "hf_SECRET", "--push_to_hub_token=hf_SECRET"])
+    words = ["--hub_token", "SECRET", "--push_to_hub_token=SECRET", "--hub-token", "SECRET", "--eos_token", "kept"]
+    words += ["--model_init_kwargs", '{"token": "SECRET"}', "--dataset_name", "user:hf_SECRETSECRETSECRETSECRET@hub"]
+    monkeypatch.setattr(sys, "argv", ["sft", *words])
     manifest = tmp_path / "manifest.json"
     manifest.write_text("given")
-    for given in ({"seed": 0, "hub_token": "hf_SECRET"}, {"seed": 0, "manifest": str(manifest)}):
+    inner = {"model_init_kwargs": {"token": "SECRET", "revisions": ["hf_SECRETSECRETSECRETSECRET"]}}
+    for given in ({"seed": 0, "hub_token": "SECRET", **inner}, {"seed": 0, "manifest": str(manifest)}):
         start_run(tmp_path, given, PRECISION, resume=False)
         assert manifest.read_text() == "given"
     assert not any("SECRET" in path.read_text() for path in tmp_path.iterdir())
+    command = json.loads((tmp_path / "environment.json").read_text())[0]["command"]
+    assert "--eos_token kept --model_init_kwargs '{" in command  # can be given to a shell again
     start_run(tmp_path, {"seed": 0}, PRECISION, resume=False)
     assert not manifest.exists()  # of a start that failed
