@@ -101,6 +101,20 @@ def meta_model(
         return architecture(config)._from_config(config, dtype=dtype)
 
 
+def quantization_bytes(model: nn.Module) -> int:
+    """Return the bytes of the scales and code books beside bitsandbytes' 4-bit weights, each storage once."""
+    found: dict[int, int] = {}
+    states = [getattr(param, "quant_state", None) for param in model.parameters()]
+    while states:
+        state = states.pop()
+        for value in vars(state).values() if state is not None else ():
+            if isinstance(value, Tensor):
+                found[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+            elif hasattr(value, "absmax"):  # These are the scales of scales that are quantized themselves.
+                states.append(value)
+    return sum(found.values())
+
+
 def training_batch(model: Any, batch: int, seq_len: int) -> dict[str, Tensor]:
     """Return the arguments of one training step of a meta model: text without padding, images, or sound features.
 

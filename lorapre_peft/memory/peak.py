@@ -31,7 +31,7 @@ from ..lowrank.experts import stack_of
 from ..lowrank.layout import matrix_shape, tile_entries
 from ..optim.base import Located, LoRAPreOptimizer
 from ..optim.options import is_whole
-from .models import meta_model, training_batch
+from .models import meta_model, quantization_bytes, training_batch
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -107,9 +107,10 @@ def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
 class MemoryEstimate:
     """Holds the bytes of each part of one training step, at the part's peak.
 
-    weights: parameters and buffers. gradients: all gradients, or the largest one if each is used and freed in the
-    backward pass. state: the optimizer's state. temporaries: those of the optimizer's step, without its state, or None
-    if they are not counted. activations: those of forward and backward pass, without the gradients of parameters.
+    weights: parameters, buffers, and the scales of 4-bit weights. gradients: all gradients, or the largest one if each
+    is used and freed in the backward pass. state: the optimizer's state. temporaries: those of the optimizer's step,
+    without its state, or None if they are not counted. activations: those of forward and backward pass, without the
+    gradients of parameters.
     """
 
     weights: int
@@ -147,7 +148,7 @@ def estimate(
     Activations are those of text without padding, with logits at every position, as transformers' own loss makes them.
     For a model of images or sound, inputs have the size in its config. A model of text and images gets only text.
     ``scaled_dot_product_attention`` counts as a fused kernel (flash or memory-efficient), which keeps no matrix of
-    scores, with grouped keys and values repeated.
+    scores, with grouped keys and values repeated, and values as wide as keys where they are narrower.
 
     Args:
         model_or_config: a module on any device, with or without adapters, which is not changed; a config, whose
@@ -182,7 +183,8 @@ def estimate(
     trained = [(group, param) for group in built.param_groups for param in group["params"]]
     gradients = [param.nbytes for _, param in trained]
     return MemoryEstimate(
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        + (quantization_bytes(model_or_config) if isinstance(model_or_config, nn.Module) else 0),
         gradients=max(gradients) if in_backward else sum(gradients),
         state=sum(built.param_state_bytes(param, group) for group, param in trained),
         temporaries=_temporaries(built, in_backward),
@@ -260,11 +262,14 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
     The CPU's flash attention makes and keeps the same as CUDA's kernels: the output and a float32 for each query, and
     no matrix of scores.
     """
-    fusible = query.is_meta and query.ndim == 4 and query.shape[:2] == key.shape[:2] and key.shape == value.shape
-    if not fusible:
+    same_heads = query.shape[:2] == key.shape[:2] and key.shape[:3] == value.shape[:3]
+    narrower = key.shape[-1] - value.shape[-1]  # as in multi-head latent attention
+    if not (query.is_meta and query.ndim == 4 and same_heads and narrower >= 0):
         return _unfused_attention(query, key, value, *args, **kwargs)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, kwargs.get("dropout_p", 0.0), True, scale=kwargs.get("scale"))[0]
+    value = nn.functional.pad(value, (0, narrower)) if narrower else value
+    found = kernel(query, key, value, kwargs.get("dropout_p", 0.0), True, scale=kwargs.get("scale"))[0]
+    return found[..., : found.shape[-1] - narrower]
 
 
 def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: bool) -> int:
@@ -303,7 +308,8 @@ def activation_bytes(model: nn.Module, batch: int, seq_len: int, checkpointing: 
         raise RuntimeError(
             f"a training step of {type(model).__name__} does not run on the meta device ({type(error).__name__}: "
             f"{error}), so its activations cannot be counted. Use batch=0 to leave them out; transformers' models "
-            "that take text, images or sound features, and labels, run with attn_implementation='sdpa' or 'eager'"
+            "that take text, images or sound features, and labels, run with attn_implementation='sdpa' or 'eager', "
+            "mixtures of experts in bfloat16"
         ) from error
     return tracker.peak_bytes
 

@@ -5,11 +5,11 @@ import torch
 from mixtures import qwen, with_adapter
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig
+from transformers import DeepseekV3Config, LlamaConfig
 from versions import skip_before
 
 from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
-from lorapre_peft.memory.models import SHAPES, find_config, meta_model
+from lorapre_peft.memory.models import SHAPES, find_config, meta_model, quantization_bytes
 from lorapre_peft.memory.peak import AllocationTracker, estimate, measure
 from lorapre_peft.memory.peers import peers
 
@@ -30,6 +30,14 @@ both_optimizers = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 both_rules = pytest.mark.parametrize("rule", ["als", "newton"])
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 both_modes = pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "ordinary"])
+
+
+def latent_attention():
+    return DeepseekV3Config(
+        **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4},
+        **{"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16},
+        **{"qk_nope_head_dim": 16, "v_head_dim": 16, "vocab_size": 64, "first_k_dense_replace": 1},
+    )
 
 
 def train(model, optimizer, in_backward, steps=2, **options):
@@ -191,6 +199,23 @@ def test_attention_other_than_fused_is_counted_as_it_is(make_llama):
         growth[attention] = many / few
     assert growth["sdpa"] == pytest.approx(4, rel=0.05)
     assert growth["eager"] > 6
+
+
+def test_values_narrower_than_keys_are_fused_too():
+    """As in multi-head latent attention: activations grow with the tokens, not with their square."""
+    few, many = (estimate(latent_attention(), momentum_rank=2, seq_len=n, checkpointing=False) for n in (256, 1024))
+    assert many.activations / few.activations == pytest.approx(4, rel=0.05)
+
+
+def test_scales_of_4bit_weights_are_counted():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(256, 128, bias=False, quant_type="nf4"), nn.Linear(128, 8))
+    assert quantization_bytes(model) == 0  # They are quantized as they are moved.
+    quantized = 256 * 128
+    scales = quantized // 64 + 4 * quantized // 64 // 256  # of blocks of 64, a byte each, with scales of their own
+    books = 4 * (16 + 256 + 1)  # of the values, of the scales, and the scales' mean
+    found = estimate(model.to("cpu"), momentum_rank=2, batch=0)
+    assert found.weights == quantized // 2 + scales + books + 4 * (128 * 8 + 8)
 
 
 def test_a_model_with_adapters_runs(make_llama):
