@@ -228,6 +228,36 @@ def test_metrics(backend, rule):
     assert (found["clamped_share"] > 0) == (rule == "als")
 
 
+@pytest.mark.parametrize("backend", [BACKENDS[0], *BACKENDS[2:]])
+def test_metrics_leave_out_a_gradient_that_is_not_used(backend):
+    """Its entries are finite, and its square is not."""
+    captured = []
+    for size in (1e25, float("nan")):
+        params, optimizer = run(backend, (19, 17), 2, 2)
+        optimizer.record_metrics = True
+        used, skipped = (stream((19, 17), 1, seed=9 + i) for i in range(2))
+        take_steps(optimizer, params, used, [size * g for g in skipped])
+        captured.append(optimizer.metrics()["captured_energy"])
+    assert 0 < captured[0] < 1
+    assert captured[0] == captured[1]
+
+
+@pytest.mark.parametrize("k", [2, 17])
+@pytest.mark.parametrize("backend", [BACKENDS[0], *BACKENDS[2:]])
+def test_a_state_replaced_by_one_of_other_strides(backend, k):
+    """As a conversion may leave it. Above rank 16 Triton has the row part alone."""
+    expected = []
+    for replaced in (False, True):
+        params, optimizer = run(backend, (40, 40), k, 1, n=1)
+        state = optimizer.state[params[0]]
+        if replaced:
+            for name in ("m_B", "m_A", "v_B", "v_A"):
+                state[name] = state[name].mT.contiguous().mT
+        take_steps(optimizer, params, stream((40, 40), 1, seed=7))
+        expected.append([*params, *(state[name].contiguous() for name in sorted(state))])
+    assert all(torch.equal(a, b) for a, b in zip(*expected))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matrices_with_different_counts_share_a_bucket(monkeypatch, backend):
     """Bias corrections are each matrix's own."""

@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+import types
+import unittest.mock
 import warnings
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from versions import skip_before
 
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.kernels import cpp as cpp_backend
+from lorapre_peft.memory.peak import AllocationTracker
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------
 
@@ -44,9 +47,9 @@ def test_blocks_equal_one_block(monkeypatch, shape, k):
     from lorapre_peft.kernels.gpu import backend as triton_backend
 
     options = dict(second_momentum_rank=k, n=1)
-    for programs, part in ((triton_backend.PROGRAMS, 64), (1, 4096)):
-        monkeypatch.setattr(triton_backend, "PROGRAMS", programs)
-        monkeypatch.setattr(triton_backend, "PART", part)
+    for sizes in ({"SPLIT_ROWS": 1, "PART": 64, "MAX_BLOCKS": 2}, {"PROGRAMS": 1, "PART": 4096}):
+        for name, size in sizes.items():
+            monkeypatch.setattr(triton_backend, name, size)
         assert_like_eager(run("triton", shape, k, 2, **options), shape, k, 2, **options)
 
 
@@ -69,6 +72,27 @@ def test_matrices_share_launches_and_bits(monkeypatch):
     monkeypatch.setattr(triton_backend, "_matrices_at_once", lambda kind: 1)
     assert all(torch.equal(a, b) for a, b in zip(together, steps()))
     assert len(launches) == 4 + 4 * 3
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (8, 1), (16, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096), (8, 4096), (4096, 8), (32, 32)])
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_temporaries_of_a_launch_stay_within_the_bound_and_use_it(monkeypatch, shape, ranks):
+    """The allocations of a launch whose kernels do nothing, on the meta device."""
+    from lorapre_peft.kernels.gpu import backend as triton_backend
+
+    for module in ("factors", "numbers", "passes"):
+        monkeypatch.setattr(triton_backend, module, unittest.mock.MagicMock())
+    bound = 64_000_000
+    kind = triton_backend.Kind(shape, ranks, torch.float32, torch.float32, False, bound)
+    n = triton_backend._matrices_at_once(kind)
+    rows = torch.empty(8, n, dtype=torch.int64, device="meta")
+    table = types.SimpleNamespace(names=("v_energy",), group_numbers=rows[0], positions=rows[0])
+    numbers = torch.empty(15, 1, dtype=torch.float64, device="meta")
+    found, every = torch.empty(n, 2, dtype=torch.float64, device="meta"), slice(0, n)
+    with AllocationTracker() as tracker:
+        triton_backend._launch(kind, table, (rows[0], rows[0], rows), True, numbers, found, every, None)
+    assert bound / 3 < tracker.peak_bytes <= bound
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-16, 1e16], ids="{:g}".format)

@@ -30,8 +30,9 @@ LANE = 4
 WIDE, WIDEST, SUMS = 64, 512, 64
 # This many programs in flight fill a large GPU: eight on each of 132 multiprocessors.
 PROGRAMS = 1056
-# The rows are divided into at most this many parts, whose sums one program adds up.
-MAX_SPLITS = 32
+# The rows are divided into at most this many parts, whose sums one program adds up. A part has at least this many rows
+# for each direction of both momenta, so that its sums are written and read in a small share of the step's time.
+MAX_SPLITS, SPLIT_ROWS = 32, 16
 # The loads of STAGES blocks are under way at once. A block of `_fit_bfloat16` has FIT_ROWS rows.
 STAGES, FIT_ROWS = 3, 128
 # This is a block of `_update_bfloat16`. Before compute capability 9.0, where a thread needs more registers for a
@@ -39,6 +40,8 @@ STAGES, FIT_ROWS = 3, 128
 UPDATE_ROWS, UPDATE_COLUMNS = 16, 128
 # A program of the smaller kernels works through this many columns or rows of a factor.
 PART = 512
+# `_numbers` adds up the squares of this many blocks of rows at once.
+MAX_BLOCKS = 1024
 
 
 class Kind(NamedTuple):
@@ -129,11 +132,11 @@ class Triton(RowKernels, WholeStep):
 
 
 def _options(options: list[tuple], device: torch.device) -> Tensor:
-    """Return the options of all groups, [len(OPTIONS), groups] float64. A number on the device stays there."""
-    columns = [[0.0 if isinstance(value, Tensor) else float(value) for value in group] for group in options]
+    """Return the options of all groups, [len(OPTIONS), groups] float64. A number on a GPU stays there."""
+    columns = [[0.0 if _on_gpu(value) else float(value) for value in group] for group in options]
     settings = on_device([group[i] for i in range(len(OPTIONS)) for group in columns], device, torch.float64)
     settings = settings.view(len(OPTIONS), -1)
-    held = [(i, g) for g, group in enumerate(options) for i, value in enumerate(group) if isinstance(value, Tensor)]
+    held = [(i, g) for g, group in enumerate(options) for i, value in enumerate(group) if _on_gpu(value)]
     if held:
         settings = settings.clone()
         for i, g in held:
@@ -141,10 +144,22 @@ def _options(options: list[tuple], device: torch.device) -> Tensor:
     return settings
 
 
+def _on_gpu(value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _most_splits(kind: Kind) -> int:
+    """Return the largest number of parts of the rows. It does not depend on the matrices that share a launch."""
+    return max(1, min(MAX_SPLITS, kind.shape[0] // (SPLIT_ROWS * sum(kind.ranks))))
+
+
 def _matrices_at_once(kind: Kind) -> int:
-    """Return for how many matrices temporaries fit into ``temporary_bytes``, beside the sums of parts of the rows."""
+    """Return for how many matrices the temporaries of a launch fit into ``temporary_bytes``, or 0."""
     (p, q), k = kind.shape, sum(kind.ranks)
-    return max(0, kind.temporary_bytes - 4 * PROGRAMS * WIDEST * k) // (4 * k * (3 * p + 2 * q + max(kind.ranks)))
+    factors_bytes = 4 * (k * (2 * p + 2 * q) + p * kind.ranks[0] + _most_splits(kind) * k * q)
+    # There are products of factors with themselves, of each part of the rows or columns, and what is solved with them.
+    squares = sum(triton.next_power_of_2(k) ** 2 for k in kind.ranks)
+    return kind.temporary_bytes // (factors_bytes + squares * (72 + (p + q) // 32) + 1024)
 
 
 def _launch(
@@ -205,7 +220,7 @@ def _launch(
     numbers._numbers[(n,)](
         states, squares, m_lengths, v_lengths, m_grams, v_grams, m_R, v_R, settings, groups, positions, held, keys,
         found, stride, n, n_groups, k_m, k_v, row_blocks, column_parts,
-        **ranks, BLOCKS=triton.next_power_of_2(row_blocks), TRACKED=tracked, num_warps=1,
+        **ranks, BLOCKS=min(MAX_BLOCKS, triton.next_power_of_2(row_blocks)), TRACKED=tracked, num_warps=1,
     )  # fmt: skip
     m_grams, v_grams = (wide(n, row_parts, 2, K, K) for K in (K_M, K_V))
     factors._rows[(row_parts, n, 2)](
@@ -218,7 +233,7 @@ def _launch(
         halves = 1 if _capability(grads.device) >= (9, 0) else 2
         block_rows, block_columns = UPDATE_ROWS, UPDATE_COLUMNS // halves
     column_blocks, row_blocks = triton.cdiv(q, block_columns), triton.cdiv(p, block_rows)
-    splits = min(row_blocks, MAX_SPLITS, max(1, PROGRAMS // (n * column_blocks)))
+    splits = min(row_blocks, _most_splits(kind), max(1, PROGRAMS // column_blocks))
     rows_per_split = triton.cdiv(row_blocks, splits) * block_rows
     splits = triton.cdiv(p, rows_per_split)
     m_P, v_P = (new(splits, n, k, q) for k in kind.ranks)
@@ -241,8 +256,8 @@ def _launch(
         )  # fmt: skip
     if metrics is not None:
         metrics.add_sizes(largest.amax(), clamped.sum(), n * p * q)
-        scale = held[blocks.NUMBERS.index("g_scale"), :, None, None]
-        X = (scale * m_X @ m_R[:, :k_m, :k_m]).double().nan_to_num(0, 0, 0)
+        scale = held[blocks.NUMBERS.index("g_scale")] * held[blocks.NUMBERS.index("updates")]
+        X = (scale[:, None, None] * m_X @ m_R[:, :k_m, :k_m]).double().nan_to_num(0, 0, 0)
         metrics.add_captured(((X.mT @ X) * gram_rows(m_A)).sum())
         metrics.add_energy(found[:, 1])
     turns, by = ([wide(n, 2, K, K) for K in (K_M, K_V)] for _ in range(2))

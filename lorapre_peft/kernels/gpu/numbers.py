@@ -87,10 +87,13 @@ def _numbers(
         TRACKED,
     )
     beta1, beta2 = option(settings, BETA1, n_groups, group), option(settings, BETA2, n_groups, group)
-    index = tl.arange(0, BLOCKS)
-    at, inside = squares + (matrix * row_blocks + index) * 2, index < row_blocks
-    square = tl.sum(tl.load(at, mask=inside, other=0).to(tl.float64), 0)
-    raised = tl.sum(tl.load(at + 1, mask=inside, other=0).to(tl.float64), 0)
+    square = tl.full((), 0, tl.float64)
+    raised = tl.full((), 0, tl.float64)
+    for start in range(0, row_blocks, BLOCKS):
+        index = start + tl.arange(0, BLOCKS)
+        at, inside = squares + (matrix * row_blocks + index) * 2, index < row_blocks
+        square += tl.sum(tl.load(at, mask=inside, other=0).to(tl.float64), 0)
+        raised += tl.sum(tl.load(at + 1, mask=inside, other=0).to(tl.float64), 0)
     small = square < SMALL_SQUARE
     norm = tl.where(small, tl.sqrt(raised) / RAISED, tl.sqrt(square))
     idle = (option(settings, SKIPS_ZEROS, n_groups, group) != 0) & (norm == 0)
