@@ -94,12 +94,15 @@ def compiled(kernel, args: tuple, options: dict, capability: int) -> dict[str, i
 
 
 def main() -> None:
-    """Print the usage of each kernel. Arguments are shape, ranks and dtype, such as 4096x4096:8,1:bfloat16."""
+    """Print the usage of each kernel. Arguments are shape, ranks and dtype, such as 4096x4096:8,1:bfloat16.
+
+    A compute capability may follow, as in 4096x4096:8,1:bfloat16:80. Without it there are three.
+    """
     found = {}
     for text in sys.argv[1:]:
-        sizes, counts, dtype = text.split(":")
+        sizes, counts, dtype, *alone = text.split(":")
         shape, ranks = (tuple(map(int, part.split(by))) for part, by in ((sizes, "x"), (counts, ",")))
-        for capability in (80, 89, 90):
+        for capability in map(int, alone or (80, 89, 90)):
             for kernel, args, options in launches_of_a_step(shape, ranks, getattr(torch, dtype), capability):
                 usage = compiled(kernel, args, options, capability)
                 found[f"{text} {capability} {kernel.fn.__name__}"] = usage
