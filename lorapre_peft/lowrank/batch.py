@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
@@ -19,10 +18,35 @@ from .sharding import Placement, local
 MAX_NORM = torch.finfo(torch.float32).max ** 0.5
 
 
-@functools.lru_cache(maxsize=1024)
+# `constants` keeps this many tensors, and those that a CUDA graph reads as long as the process lives.
+KEPT = 1024
+_kept: dict[tuple, Tensor] = {}
+_of_graphs: dict[tuple, Tensor] = {}
+
+
 def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the values as a tensor [n]. It is filled entry by entry, as CUDA graphs cannot capture a host's copy."""
-    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+    """Return the values as a tensor [n]. It is filled entry by entry, as CUDA graphs cannot capture a host's copy.
+
+    The tensor is kept for the next call, unless a graph is being captured, as another graph could read it before the
+    captured one has filled it.
+    """
+    key = values, device, dtype
+    found = _of_graphs.get(key, _kept.get(key))
+    if found is not None:
+        if capturing(device):
+            _of_graphs[key] = found
+        return found
+    made = torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+    if not capturing(device):
+        if len(_kept) == KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = made
+    return made
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph of the device is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Batch:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...lowrank.batch import constants, rounds_stochastically
+from ...lowrank.batch import capturing, constants, rounds_stochastically
 from ...lowrank.layout import Member, slices, temporary_bytes
 from ...lowrank.linalg import gram_rows
 from ...lowrank.metrics import Metrics
@@ -79,6 +79,7 @@ class DeviceTable(Table):
         self.group_numbers = on_device([self.of_group[i] for i in self.places], self.device, torch.int32)
         self.positions = on_device(positions, self.device, torch.int64)
         self._kept: dict[str, tuple[Sequence[int], Tensor, bool]] = {}
+        self._of_graphs: list[Tensor] = []  # These stay while CUDA graphs read them.
 
     def addresses(self, name: str, found: Sequence[int]) -> tuple[Tensor, bool]:
         """Return the addresses of all matrices, [kinds of tensors, N] int64 on the device.
@@ -90,7 +91,12 @@ class DeviceTable(Table):
             n = len(self.places)
             ordered = [found[kind * n + i] for kind in range(len(found) // n) for i in self.places]
             table = on_device(ordered, self.device, torch.int64).view(-1, n)
-            self._kept[name] = found, table, not any(address % 16 for address in found)
+            kept = found, table, not any(address % 16 for address in found)
+            if capturing(self.device):  # Another graph could read the table before this one has filled it.
+                return kept[1:]
+            self._kept[name] = kept
+        elif capturing(self.device):
+            self._of_graphs.append(self._kept[name][1])
         return self._kept[name][1:]
 
 
@@ -98,7 +104,7 @@ def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype)
     """Return the values as a tensor [n]. The host does not wait for the device, and a CUDA graph can capture this."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         return constants(tuple(values), device, dtype)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
