@@ -24,7 +24,7 @@ from ..lowrank.float64 import reads_are_free
 from ..lowrank.layout import Layout, Member, Part, lay_out, parts_of
 from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
-from ..lowrank.sharding import WHOLE, local
+from ..lowrank.sharding import WHOLE, local, placement_of
 from .adamw_path import AdamWOptions, Item, adamw_path
 from .bare import describe_choice, describe_nothing, is_embedding
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
@@ -92,7 +92,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
     Attributes:
         skipped_updates: how many updates of single parameters were skipped since construction, for a gradient that is
             not finite or whose square float32 cannot hold.
-        record_metrics: whether `metrics` are kept of a step; it has to be set before the backward pass.
+        record_metrics: whether `metrics` are kept of a step. It has to be set before the backward pass, and on every
+            process.
     """
 
     backend_names = choose.NAMES
@@ -218,7 +219,10 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         if self.defaults["update_in_backward"]:
             # Parameters that have been taken out of the groups are not held.
             self._layouts = {first: layout for first, layout in self._layouts.items() if first < len(located)}
-            located = self._left_over(located)
+            left_over = self._left_over(located)
+            # After a step without any gradient the layout is asked for, which says so.
+            idle = not left_over and not self._updated
+            located = [found for found in located if placement_of(found[1]) is WHOLE] if idle else left_over
         self._step(located)
         self._forget_backward()
         return loss
@@ -380,6 +384,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
 
         captured_energy: share of ‖g‖² inside the row space of m_A, 0 to 1, before that step's update of m_A.
         largest_update, clamped_share: largest |m̂/(√v̂+ε)| before any clamp, and the share of entries that ``als``
-        clamped (`LoRAPreAdamW` only). Reading the figures synchronises the device.
+        clamped (`LoRAPreAdamW` only). Where experts are sharded, the figures are those of this process's own. Reading
+        them synchronises the device.
         """
         return self._metrics.read()

@@ -9,6 +9,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..kernels.eager import Eager
 from ..lowrank.sharding import WHOLE, Placement, local, placement_of
@@ -31,8 +32,16 @@ def kind_of_gradient(param: Tensor) -> tuple | bool:
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """Return this process's part of a parameter's gradient, or zeros if the parameter has none."""
-    return torch.zeros_like(local(param)) if param.grad is None else local(param.grad)
+    """Return this process's part of a parameter's gradient, or zeros if the parameter has none.
+
+    A gradient that is placed otherwise than its parameter, as the products of DTensors may leave it, is redistributed.
+    """
+    grad = param.grad
+    if grad is None:
+        return torch.zeros_like(local(param))
+    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
 
 
 def gradient_norms(grads: list[Tensor], absent: list[bool], placement: Placement, backend: Eager) -> Tensor:

@@ -20,6 +20,8 @@ from .options import check_parameter, check_stack
 
 # These options decide the shapes of a parameter's state.
 RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule", "experts", "experts_dim")
+# These keys of a group speak of its parameters by their places, or of their number.
+OF_PLACES = ("param_names", "uncompressed", "num_params", "num_matrices")
 # These are all names that a state of these optimizers can hold.
 OWN_STATE = {"step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale", "exp_avg", "exp_avg_sq"}
 
@@ -38,6 +40,26 @@ def matched_states(
     for saved_id, param in zip(saved_ids, params):
         if saved_id in state_dict["state"]:
             yield param, state_dict["state"][saved_id]
+
+
+def with_own_places(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state whose parameters have been matched by name with the places of this optimizer's own parameters.
+
+    `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` gives such a state: its groups hold names, in
+    the order of this optimizer's groups, and options of the saved run. Any other state is returned as it is.
+    """
+    groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) and group["params"] for group in groups
+    ):
+        return state_dict
+    if not all(isinstance(name, str) for group in groups for name in group["params"]):
+        return state_dict
+    kept = [
+        saved | {name: group[name] for name in OF_PLACES if name in group and len(saved) > 1}
+        for group, saved in zip(optimizer.param_groups, groups)
+    ]
+    return {**state_dict, "param_groups": [*kept, *groups[len(kept) :]]}
 
 
 def restore_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> None:
@@ -97,6 +119,11 @@ def check_loaded_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any])
     # Not all of `defaults` are options of this optimizer, as torch adds entries of its own when it loads.
     own = optimizer.defaults.keys() & optimizer.param_groups[0].keys()
     missing = set().union(*(own - group.keys() for group in saved_groups))
+    if any(group.keys() <= {"params"} for group in saved_groups):
+        raise ValueError(
+            f"a saved group has no options: the saved run divided its parameters otherwise than this {name}. Build "
+            "the optimizer with the groups of the saved run, or save and load with flatten_optimizer_state_dict=True"
+        )
     if missing:
         raise ValueError(
             f"the saved groups have no {', '.join(sorted(missing))}: they are another optimizer's, expected {name}'s. "
@@ -251,10 +278,12 @@ class StatefulOptimizer(Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def capture(_: Optimizer, final: dict[str, Any]) -> None:
+        def capture(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             # This is the last pre-hook, as the user's own may have replaced the given state.
+            final = with_own_places(self, final)
             check_loaded_state(self, final)
             loaded.update(final)
+            return final
 
         def restore(_: Optimizer) -> None:
             restore_state(self, loaded)

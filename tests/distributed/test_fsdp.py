@@ -15,7 +15,7 @@ from stepping import stream, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from versions import skip_before
 
 import lorapre_peft.lowrank.moments
@@ -352,6 +352,34 @@ def moved():
 def test_sharded_matrices_train_on_after_their_module_was_moved(tmp_path):
     for changes in run(2, tmp_path / "run", moved):
         assert min(changes) > 0.01
+
+
+def placed_otherwise():
+    """Steps with gradients that lie otherwise than their parameter: (weights, of one process)."""
+    mesh, pairs = init_device_mesh("cpu", (2,)), []
+    for cls, placement in itertools.product((LoRAPreAdamW, LoRAPreMuon), (Replicate(), Partial(), Shard(1))):
+        value = torch.ones(12, 16)
+        params = [nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])), nn.Parameter(value)]
+        optimizers = [cls([param], lr=0.1, momentum_rank=2, backend="eager") for param in params]
+        for step in range(3):
+            grad = stream((12, 16), 3)[step]
+            params[0].grad = distribute_tensor(grad, mesh, [Shard(0)]).redistribute(placements=[Replicate()])
+            if placement != Replicate():
+                half = grad / 2 if isinstance(placement, Partial) else grad.chunk(2, 1)[dist.get_rank()]
+                params[0].grad = DTensor.from_local(half, mesh, [placement], run_check=False)
+            params[1].grad = grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        pairs.append(tuple(map(whole, params)))
+    return pairs
+
+
+def test_a_gradient_placed_otherwise_than_its_parameter_is_redistributed(tmp_path):
+    """As products of DTensors leave it; FSDP2 places its own like the parameters."""
+    for found, expected in run(2, tmp_path / "run", placed_otherwise)[0]:
+        assert (expected - 1).abs().max() > 0.1
+        # The sums over rows are added up in another order: some roundings of numbers of the size of the weights.
+        torch.testing.assert_close(found, expected, rtol=0, atol=16 * torch.finfo(torch.float32).eps)
 
 
 def other_layouts():

@@ -62,10 +62,11 @@ class TorchAdamW(torch.optim.AdamW):
 
 
 @both_optimizers
-def test_a_step_without_any_gradient_is_said_once(cls):
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_step_without_any_gradient_is_said_once(cls, in_backward):
     """So it is after fully_shard, which has put new parameters into the model."""
     param = weights(20, 12)
-    optimizer = cls([param], momentum_rank=2, lr=LR)
+    optimizer = cls([param], momentum_rank=2, lr=LR, update_in_backward=in_backward)
     with pytest.warns(UserWarning, match=r"found no gradient on any of its parameters: .* after fully_shard"):
         optimizer.step()
     with warnings.catch_warnings():
