@@ -25,7 +25,7 @@ __all__ = [
 
 # These are imported when they are asked for. All but the last bring in transformers' trainer classes.
 _LAZY = {
-    "LoRAPreCallback": ".integrations.trainer",
+    "LoRAPreCallback": ".integrations.callback",
     "lorapre_optimizer": ".integrations.trainer",
     "last_complete_checkpoint": ".integrations.resume",
     "extract_lora": ".extract",

@@ -22,10 +22,10 @@ from torch.torch_version import TorchVersion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
+from ..integrations.checkpoint import Checkpoint, common_names
 from ..lowrank.float64 import float64_device, to_float64
 from ..optim.options import is_whole
 from .adapter import adapter_config, addressable, write_checked
-from .checkpoint import Checkpoint, common_names
 from .selection import reason, selected_experts, selected_linears
 from .svd import EXACT_SVD_SIZE, OVERSAMPLING, best_factors, top_factors
 

@@ -19,8 +19,9 @@ from torch import nn
 from transformers import Trainer
 
 from ..optim.base import LoRAPreOptimizer
+from .callback import LoRAPreCallback
 from .create import OPTIMIZERS, option_names
-from .trainer import LoRAPreCallback, lorapre_optimizer
+from .trainer import lorapre_optimizer
 
 # These keys of axolotl's config choose another optimizer or its rates. A LoRA-Pre optimizer would not read them.
 IGNORED_KEYS = ("optim_args", "lr_groups", "embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio")

@@ -105,7 +105,7 @@ def test_figures_reach_the_history_and_the_reporters(tmp_path, peft_model, token
 
 def test_an_attached_callback_does_not_look_for_its_trainer(tmp_path, monkeypatch, peft_model, tokens):
     """`attach` instead of a search among the callers: the figures reach reporters, and NaN losses stop the run."""
-    monkeypatch.setattr("lorapre_peft.integrations.trainer._caller", lambda kind: None)
+    monkeypatch.setattr("lorapre_peft.integrations.callback._caller", lambda kind: None)
     recorder, args = Recorder(), arguments(tmp_path)
     trainer = Trainer(
         peft_model(),

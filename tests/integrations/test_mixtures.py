@@ -9,7 +9,8 @@ from mixtures import MIXTURES, deepseek, mixtral, qwen, tokens_of, with_adapter
 from peft import LoraConfig
 from peft.tuners.lora import ParamWrapper
 from stacking import unstacked
-from transformers import ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2Model
+from trainers import arguments, lorapre_trainer
+from transformers import TrainerCallback, ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2Model
 from versions import skip_before
 
 from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
@@ -48,6 +49,33 @@ def test_full_weights(name, optimizer, capsys):
     row = next(line for line in table.splitlines() if line.startswith(f"{len(param)} experts each, k=2"))
     assert f"{sum(p.numel() for p in stacks.values()):,}" in row
     assert all(group["experts"] is None for name, group in named.items() if name not in stacks)
+
+
+class Turns(TrainerCallback):
+    """Counts evaluations, of which the first is then the best."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_turn"] = state.global_step
+
+
+@every_mixture
+def test_a_resumed_run_has_the_experts_of_its_checkpoint(name, tmp_path, tokens):
+    """A file holds each expert's matrices by themselves, and Trainer looks for those of the model's own names."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "turn", "greater_is_better": False}
+    args = arguments(tmp_path, **options, **best)
+    straight, resumed = (
+        lorapre_trainer(MIXTURES[name](), args, tokens, [Turns()], eval_dataset=tokens) for _ in range(2)
+    )
+    straight.train()
+    assert straight.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    losses = [entry["eval_loss"] for entry in straight.state.log_history if "eval_loss" in entry]
+    assert straight.evaluate()["eval_loss"] == losses[0] != losses[1]
+    last = type(straight.model).from_pretrained(tmp_path / "checkpoint-3", dtype=straight.model.dtype)
+    resumed.args.load_best_model_at_end = False
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, param), expected in zip(resumed.model.named_parameters(), last.parameters()):
+        assert torch.equal(param, expected), name
 
 
 @every_mixture

@@ -261,6 +261,21 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, peft_model, tokens, 
     assert checkpoint.momentum_rank_pattern == model_options.get("momentum_rank_pattern", {})
 
 
+def test_an_adapter_resumes_in_the_precision_in_which_it_was_saved(tmp_path, make_llama, tokens):
+    """PEFT makes float32 of bfloat16 as it loads an adapter, as SFTTrainer makes bfloat16 of QLoRA's."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+
+    def build():
+        model = get_peft_model(make_llama(), LoRAPreConfig(r=8, target_modules="all-linear")).bfloat16()
+        return lorapre_trainer(model, args, tokens)
+
+    straight, resumed = build(), build()
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    check_equal_runs(straight, resumed)
+    assert {param.dtype for param in trainable(resumed.model).values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumed_full_weight_run_equals_the_uninterrupted_one(tmp_path, make_llama, tokens, dtype):
     """Without an adapter: the weights themselves, in bf16 written with stochastic rounding."""

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lorapre_peft.extract import lora as extract
-from lorapre_peft.extract.checkpoint import Checkpoint
 from lorapre_peft.extract.lora import extract_lora
+from lorapre_peft.integrations.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("tied", [False, True])

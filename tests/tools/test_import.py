@@ -43,7 +43,7 @@ def test_import_loads_no_trainer_and_no_triton(facts):
 
 
 def test_trainer_names_load_on_demand(facts):
-    assert facts["module"] == "lorapre_peft.integrations.trainer"
+    assert facts["module"] == "lorapre_peft.integrations.callback"
     assert facts["heavy with trainer"] == []
 
 

@@ -21,8 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..integrations.architecture import architecture
-from ..integrations.targets import expert_parameters
+from .architecture import architecture
+from .targets import expert_parameters
 
 
 class Checkpoint:

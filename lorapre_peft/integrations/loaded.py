@@ -1,0 +1,83 @@
+"""This module loads of a checkpoint what Trainer leaves out."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def resumed_from() -> str | None:
+    """Return the checkpoint that a trainer among the callers has loaded, or None."""
+    from transformers import Trainer  # It is imported here because it brings in datasets.
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(found, str):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def complete_loaded(model: nn.Module, checkpoint: str | os.PathLike) -> None:
+    """Give a model that Trainer has loaded from a checkpoint what Trainer leaves out.
+
+    Sharded parameters, which Trainer loads in another way, are left alone.
+    """
+    _load_renamed(model, Path(checkpoint))
+    _restore_adapter_dtypes(model, Path(checkpoint))
+
+
+def _load_renamed(model: nn.Module, checkpoint: Path) -> None:
+    """Load what a file holds under other names than the model, such as each matrix of a mixture's stacked experts.
+
+    Trainer looks for the model's own names in the file, and would leave these parameters as they were before.
+    """
+    whole = any((checkpoint / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if not (whole and isinstance(model, PreTrainedModel)):
+        return
+    from .checkpoint import Checkpoint  # It is imported here, as it brings in the rules of all architectures.
+
+    saved = Checkpoint(checkpoint)
+    left_out = {name: param for name, param in model.named_parameters() if name not in saved.files}
+    if not left_out:
+        return
+    saved.rename(model)
+    with torch.no_grad():
+        for name, param in left_out.items():
+            if isinstance(param, DTensor):
+                continue
+            if name in saved.fused or saved.key(name) is not None:
+                param.copy_(saved.tensor(name))
+            elif param.requires_grad:
+                warnings.warn(
+                    f"{checkpoint} holds {name} in a form that Trainer does not load: it stays as the model had it "
+                    "before. Build the model by from_pretrained of that checkpoint, then resume",
+                    stacklevel=2,
+                )
+
+
+def _restore_adapter_dtypes(model: nn.Module, checkpoint: Path) -> None:
+    """Give the active adapter the half precision in which it was saved. PEFT makes float32 of it as it loads it."""
+    path, adapter = checkpoint / SAFETENSORS_WEIGHTS_NAME, getattr(model, "active_adapter", None)
+    if not path.is_file() or not isinstance(adapter, str):
+        return
+    with safe_open(path, "pt") as file:
+        saved = {key: HALF.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
+    for name, param in model.named_parameters():
+        dtype = saved.get(re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", "", name))
+        if dtype is not None and param.dtype == torch.float32 and not isinstance(param, DTensor):
+            param.data = param.data.to(dtype)
