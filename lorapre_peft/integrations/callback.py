@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..lowrank.sharding import world_size
 from ..optim.base import LoRAPreOptimizer
-from .loaded import complete_loaded
+from .loaded import calls_of, complete_loaded
 from .summary import adamw_state_bytes
 from .trainer import check_arguments
 
@@ -272,7 +271,4 @@ def _watched_losses(trainer: Any) -> list[Tensor]:
 
 def _caller(kind: type) -> Any:
     """Return the nearest object of a class among the callers' ``self``, or None, as callbacks are given no trainer."""
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["self"]
+    return next((variables["self"] for variables in calls_of(kind)), None)

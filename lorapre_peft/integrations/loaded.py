@@ -6,7 +6,9 @@ import inspect
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -19,17 +21,21 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def calls_of(kind: type) -> Iterator[dict[str, Any]]:
+    """Yield the local variables of the callers that are methods of a class's objects, the nearest first."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), kind):
+            yield frame.f_locals
+        frame = frame.f_back
+
+
 def resumed_from() -> str | None:
     """Return the checkpoint that a trainer among the callers has loaded, or None."""
     from transformers import Trainer  # It is imported here because it brings in datasets.
 
-    frame = inspect.currentframe()
-    while frame is not None:
-        found = frame.f_locals.get("resume_from_checkpoint")
-        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(found, str):
-            return found
-        frame = frame.f_back
-    return None
+    found = (variables.get("resume_from_checkpoint") for variables in calls_of(Trainer))
+    return next((checkpoint for checkpoint in found if isinstance(checkpoint, str)), None)
 
 
 def complete_loaded(model: nn.Module, checkpoint: str | os.PathLike) -> None:
