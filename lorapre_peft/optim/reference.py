@@ -1,5 +1,5 @@
-"""This module states both update rules for one p×q matrix, line by line in the paper's notation. It is slow, and every
-faster path is tested against it.
+"""This module states both update rules for one p×q matrix, line by line in the paper's notation. It is slow. The tests
+hold it against an independent oracle (``tests/helpers/oracle.py``), as they hold every faster path.
 
 Every function takes and returns plain tensors of one dtype (float64 for a test) and changes nothing in place. θ is the
 parameter, g its gradient, t the step from 1, and λ the decoupled weight decay. A state is a dict of m_B [p, k] and m_A
@@ -112,10 +112,11 @@ def als_adam(
 ) -> tuple[Tensor, State]:
     """Take one step of AdamW with the tracked rule (this project).
 
-    state: before the first step, that of `no_momentum`. Its t counts steps from the first gradient that is not zero.
+    state: before the first step, that of `no_momentum`. Its t counts steps from the first gradient that is not zero,
+    and so it does again once E has been reset to 0.
     """
     beta1, beta2 = betas
-    E, t = state["E"], state["t"] + 1 if state["E"] > 0 or g.any() else 0
+    E, t = state["E"], state["t"] + 1 if state["E"] > 0 else int(g.any())
     if t == 0:
         return (1 - lr * weight_decay) * theta, state
     m_B, m_A = restarted(state["m_B"], state["m_A"])
@@ -171,10 +172,11 @@ def als_muon(
 ) -> tuple[Tensor, State]:
     """Take one step of Algorithm 2 with the tracked rule (this project).
 
-    It makes the same sweep as Adam, on the target μ M + g, and treats the residual in the same way.
+    It makes the same sweep as Adam, on the target μ M + g, and treats the residual in the same way. The count t of
+    ``state`` begins at the first gradient that is not zero, and again once m_A has been reset to 0.
     """
     mu = momentum
-    t = state["t"] + 1 if state["t"] or g.any() else 0
+    t = state["t"] + 1 if state["m_A"].any() else int(g.any())
     if t == 0:
         return (1 - lr * weight_decay) * theta, state
     m_B, m_A = restarted(state["m_B"], state["m_A"])

@@ -92,6 +92,21 @@ def test_residual_weight_equals_oracle(optimizer, rho):
     np.testing.assert_allclose(theta.numpy(), path[-1], rtol=0, atol=2 * room[-1])
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_reference_restarts_from_zeroed_factors(optimizer):
+    """A state reset to zeros in all but its count of steps takes the steps of a new one, count included."""
+    step, theta = getattr(ref, f"als_{optimizer}"), random(12, 9)
+    fresh = ref.no_momentum(theta, m=3, **({"v": 2} if optimizer == "adam" else {}))
+    used = fresh
+    for g in oracle.gradients((12, 9), 5):
+        _, used = step(theta, torch.from_numpy(g), used, lr=0.01)
+    g = random(12, 9, seed=7)
+    (expected, new), (found, reset) = (step(theta, g, state, lr=0.01) for state in (fresh, {**fresh, "t": used["t"]}))
+    assert used["t"] == 5
+    assert reset["t"] == new["t"] == 1
+    assert torch.equal(found, expected)
+
+
 def test_bound_is_adams_supremum():
     """C is reached by the gradient stream that Cauchy–Schwarz singles out: a smaller clamp would cut Adam itself."""
     assert pytest.approx(1.165, abs=5e-4) == C
