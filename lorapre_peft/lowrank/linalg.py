@@ -18,23 +18,33 @@ def damped_inverse(gram: Tensor, ridge: Tensor | float) -> Tensor:
     The inverse is found by a Cholesky factorisation, or for small k by elimination. Where that fails, which on a GPU
     the host does not see, only the diagonal is inverted. That gives a shorter step and no NaN.
     """
-    k = gram.shape[-1]
-    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # Float64 round-off in a Gram matrix is relative to its trace. An absolute ridge below it would not keep the matrix
-    # positive.
-    floor = 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny
+    if gram.shape[-1] > ELIMINATED:
+        root = inverse_root(gram, ridge)
+        return root.mT @ root
+    damped = _damped(gram, ridge)
+    inverse, failed = _eliminated(damped)
+    return torch.where(failed[..., None, None], torch.diag_embed(1 / damped.diagonal(dim1=-2, dim2=-1)), inverse)
+
+
+def inverse_root(gram: Tensor, ridge: Tensor | float) -> Tensor:
+    """Return L⁻¹ of the lower Cholesky factor L, L Lᵀ = gram + ridge·I. All else is as in `damped_inverse`."""
+    damped = _damped(gram, ridge)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    diagonal = torch.diag_embed(damped.diagonal(dim1=-2, dim2=-1).sqrt())
+    factor = torch.where(info[..., None, None] > 0, diagonal, factor)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+
+
+def _damped(gram: Tensor, ridge: Tensor | float) -> Tensor:
+    """Return gram + ridge·I.
+
+    Float64 round-off in a Gram matrix is relative to its trace. An absolute ridge below it would not keep the matrix
+    positive, and is raised to it.
+    """
+    floor = 1e-15 * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + torch.finfo(gram.dtype).tiny
     ridge = floor.clamp_min(ridge) if isinstance(ridge, float) else torch.maximum(ridge, floor)
-    damped = gram + ridge[..., None, None] * identity
-    if k <= ELIMINATED:
-        inverse, failed = _eliminated(damped)
-    else:
-        factor, info = torch.linalg.cholesky_ex(damped)
-        failed = info > 0
-        factor = torch.where(failed[..., None, None], identity, factor)
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-        inverse = inverse.mT @ inverse
-    return torch.where(failed[..., None, None], torch.diag_embed(1 / (diagonal + ridge[..., None])), inverse)
+    return gram + ridge[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,18 +61,6 @@ def _eliminated(matrix: Tensor) -> tuple[Tensor, Tensor]:
         swept[..., j] = swept[..., j, :] = row
         swept[..., j, j] = -1 / pivots[-1]
     return -swept, ~(torch.stack(pivots, -1) > 0).all(-1)
-
-
-def inverse_root(gram: Tensor, ridge: Tensor) -> Tensor:
-    """Return L⁻¹ of the lower Cholesky factor L, L Lᵀ = gram + ridge·I. Arguments are as in `damped_inverse`."""
-    k = gram.shape[-1]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    ridge = torch.maximum(ridge, 1e-15 * diagonal.sum(-1) + torch.finfo(gram.dtype).tiny)
-    damped = gram + ridge[..., None, None] * torch.eye(k, dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    factor = torch.where(info[..., None, None] > 0, torch.diag_embed((diagonal + ridge[..., None]).sqrt()), factor)
-    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 
 
 def gram_rows(A: Tensor) -> Tensor:
