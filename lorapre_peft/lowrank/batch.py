@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .constants import constants
 from .float64 import to_float32, to_float64
 from .layout import TEMPORARIES, Member, slices, tile_entries
 from .rounding import random_keys, write_stochastic
@@ -16,37 +17,6 @@ from .sharding import Placement, local
 
 # This is the largest gradient norm whose square float32 holds. Beyond it second moments would be infinite.
 MAX_NORM = torch.finfo(torch.float32).max ** 0.5
-
-
-# `constants` keeps this many tensors, and those that a CUDA graph reads as long as the process lives.
-KEPT = 1024
-_kept: dict[tuple, Tensor] = {}
-_of_graphs: dict[tuple, Tensor] = {}
-
-
-def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the values as a tensor [n]. It is filled entry by entry, as CUDA graphs cannot capture a host's copy.
-
-    The tensor is kept for the next call, unless a graph is being captured, as another graph could read it before the
-    captured one has filled it.
-    """
-    key = values, device, dtype
-    found = _of_graphs.get(key, _kept.get(key))
-    if found is not None:
-        if capturing(device):
-            _of_graphs[key] = found
-        return found
-    made = torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
-    if not capturing(device):
-        if len(_kept) == KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = made
-    return made
-
-
-def capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph of the device is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Batch:

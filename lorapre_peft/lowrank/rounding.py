@@ -5,11 +5,12 @@ Its random generator is based on counters, so that the bits are the same on ever
 
 from __future__ import annotations
 
-import functools
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .constants import constants
 
 Bits = TypeVar("Bits", int, Tensor)
 
@@ -39,14 +40,8 @@ def random_keys(named: tuple[tuple[int, int], ...], steps: Tensor) -> Tensor:
     named: seed of the run and position in the optimizer of each parameter.
     steps: [n], on any device; the host does not read them.
     """
-    return mix(_parameter_keys(named, steps.device) + steps.long())
-
-
-@functools.lru_cache(maxsize=1024)
-def _parameter_keys(named: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Return the parameters' keys [n]. They are filled in one by one, as CUDA graphs cannot capture a host's copy."""
-    keys = [mix(mix(seed) + position) for seed, position in named]
-    return torch.stack([torch.full((), key, dtype=torch.int64, device=device) for key in keys])
+    keys = tuple(mix(mix(seed) + position) for seed, position in named)
+    return mix(constants(keys, steps.device, torch.int64) + steps.long())
 
 
 def round_keys(keys: Tensor) -> Tensor:

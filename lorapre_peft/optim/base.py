@@ -19,7 +19,8 @@ from torch.optim.optimizer import ParamsT
 
 from ..kernels import choose
 from ..kernels.eager import Eager
-from ..lowrank.batch import Batch, constants, usable
+from ..lowrank.batch import Batch, usable
+from ..lowrank.constants import constants
 from ..lowrank.float64 import reads_are_free
 from ..lowrank.layout import Layout, Member, Part, lay_out, parts_of
 from ..lowrank.metrics import Metrics

@@ -10,8 +10,9 @@ from stepping import LR, both_optimizers, both_rules, products, stream, take_ste
 from torch import nn
 
 from lorapre_peft import LoRAPreAdamW
-from lorapre_peft.lowrank import batch
-from lorapre_peft.lowrank.batch import Batch, constants
+from lorapre_peft.lowrank import constants as module
+from lorapre_peft.lowrank.batch import Batch
+from lorapre_peft.lowrank.constants import constants
 from lorapre_peft.lowrank.layout import TEMPORARIES
 
 
@@ -178,16 +179,16 @@ def test_a_convolution_as_large_as_a_matrix(cls, rule, backend):
 def test_a_constant_of_a_captured_graph_is_its_own(monkeypatch):
     """One that was there before is read, and stays; one made in a capture is filled by that graph alone."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr(batch, "_kept", {})
-    monkeypatch.setattr(batch, "_of_graphs", {})
-    monkeypatch.setattr(batch, "KEPT", 2)
+    monkeypatch.setattr(module, "_kept", {})
+    monkeypatch.setattr(module, "_of_graphs", {})
+    monkeypatch.setattr(module, "KEPT", 2)
     before = constants((1.0, 2.0), cpu)
-    monkeypatch.setattr(batch, "capturing", lambda device: True)
+    monkeypatch.setattr(module, "capturing", lambda device: True)
     assert constants((1.0, 2.0), cpu) is before
     captured = constants((3.0,), cpu)
     assert torch.equal(captured, torch.tensor([3.0], dtype=torch.float64))
     assert constants((3.0,), cpu) is not captured
-    monkeypatch.setattr(batch, "capturing", lambda device: False)
+    monkeypatch.setattr(module, "capturing", lambda device: False)
     later = [constants((float(i),), cpu) for i in range(3, 7)]
     assert constants((6.0,), cpu) is later[-1]
     assert constants((3.0,), cpu) is not later[0]  # only `KEPT` are kept,

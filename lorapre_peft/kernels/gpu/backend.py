@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ...lowrank.batch import capturing, constants, rounds_stochastically
+from ...lowrank.batch import rounds_stochastically
+from ...lowrank.constants import capturing, on_device
 from ...lowrank.layout import Member, slices, temporary_bytes
 from ...lowrank.linalg import gram_rows
 from ...lowrank.metrics import Metrics
@@ -98,15 +99,6 @@ class DeviceTable(Table):
         elif capturing(self.device):
             self._of_graphs.append(self._kept[name][1])
         return self._kept[name][1:]
-
-
-def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the values as a tensor [n]. The host does not wait for the device, and a CUDA graph can capture this."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    if capturing(device):
-        return constants(tuple(values), device, dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 class Triton(RowKernels, WholeStep):

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...lowrank.batch import Batch, constants
+from ...lowrank.batch import Batch
+from ...lowrank.constants import on_device
 from ...lowrank.metrics import Metrics
 from ...lowrank.moments import Moment
 from ...lowrank.rounding import round_keys
@@ -192,8 +193,7 @@ class RowKernels(Eager):
         grads, thetas = ([x.contiguous() for x in tensors] for tensors in (batch.grads, batch.params))
         pointers = [tuple(map(Tensor.data_ptr, tensors)) for tensors in (grads, thetas)]
         aligned = not any(address % 16 for addresses in pointers for address in addresses)
-        # New addresses are filled in one by one. Gradients mostly return to the addresses of the step before.
-        g_table, theta_table = (constants(addresses, device, torch.int64) for addresses in pointers)
+        g_table, theta_table = (on_device(addresses, device, torch.int64) for addresses in pointers)
         C = torch.empty_like(m.B)
         bounds = torch.full_like(table[0], float("inf")) if bound is None else bound
         keys = round_keys(batch.keys(slice(None))) if batch.rounds_stochastically else table
