@@ -304,6 +304,16 @@ def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """Return the ids of padding, start and end for a model's config.
+
+    A model does not train its embedding of padding. A tokenizer without padding of its own pads with its end token,
+    which is trained, so that the config then has no padding.
+    """
+    named = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return named | ({"pad_token_id": None} if tokenizer.pad_token_id == tokenizer.eos_token_id else {})
+
+
 def write_corpus_manifest(
     corpus: CorpusArguments,
     tokenizer: PreTrainedTokenizerBase,

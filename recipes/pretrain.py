@@ -29,7 +29,7 @@ from eval.methods import METHODS, Method, pretraining_optimizer
 from eval.methods.lorapre import LORAPRE
 from lorapre_peft import LoRAPreCallback
 from recipes.arguments import dtype_field, parse_recipe
-from recipes.corpus import CorpusArguments, run_tokenizer, write_corpus_manifest
+from recipes.corpus import CorpusArguments, run_tokenizer, special_tokens, write_corpus_manifest
 from recipes.plots import plot_training
 from recipes.precision import Precision
 from recipes.stream_trainer import StreamTrainer
@@ -182,14 +182,7 @@ def parse(argv: Sequence[str]) -> Recipe:
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """Build a Llama of the recipe's shape, with random weights by its seed."""
     llama = recipe.llama
-    config = llama.config(
-        vocab_size=recipe.corpus.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        # An embedding of padding is not trained, and a tokenizer without padding of its own pads with its end token.
-        pad_token_id=None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id,
-        use_cache=False,
-    )
+    config = llama.config(vocab_size=recipe.corpus.vocab_size, use_cache=False, **special_tokens(tokenizer))
     set_seed(recipe.training.seed)
     options = {"attn_implementation": llama.attn_implementation} if llama.attn_implementation else {}
     model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, llama.dtype), **options)

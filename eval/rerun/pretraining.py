@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallb
 
 from eval.methods import METHODS, pretraining_optimizer
 from lorapre_peft.memory.peak import measure
-from recipes.corpus import CorpusArguments, run_tokenizer
+from recipes.corpus import CorpusArguments, run_tokenizer, special_tokens
 from recipes.stream_trainer import StreamTrainer
 from recipes.training import OptimizerTimer, Progress, from_model, held_bytes
 
@@ -76,9 +76,8 @@ class PretrainingRunner(Runner):
         assert isinstance(run.training, Pretraining)
         corpus, tokenizer, held_out = self._text(run)
         set_seed(run.seed)
-        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         config = base_config(run.model)
-        config.update({"vocab_size": corpus.vocab_size, "use_cache": False} | special)
+        config.update({"vocab_size": corpus.vocab_size, "use_cache": False} | special_tokens(tokenizer))
         args = _arguments(run, folder)
         trainer = (SecondOrderStreamTrainer if METHODS[run.method].second_order else StreamTrainer)(
             LlamaForCausalLM(config),

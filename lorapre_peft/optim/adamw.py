@@ -125,7 +125,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
         super().check_group(group)
         in_range("eps", group["eps"], 0)
 
-    def _check_betas(self, group: dict[str, Any]) -> None:
+    def _check_decays(self, group: dict[str, Any]) -> None:
         check_betas("betas", group["betas"])
         beta1, beta2 = group["betas"]
         if RULES[group["update_rule"]].tracked and not beta1**2 < beta2:

@@ -2,7 +2,12 @@
 and the order of a step.
 
 A subclass defines what it does with the moments of the compressed matrices (`_update`). How factors follow a gradient
-is in ``lowrank/rules.py``, and which matrices are stepped together is in ``lowrank/layout.py``.
+is in ``lowrank/rules.py``. Which matrices are stepped together is in ``lowrank/layout.py``: a `Layout` has one `Part`
+for each device and each set of processes that share rows, and a part has
+
+* tables (``kernels/table.py``), whose matrices a backend with kernels for the whole step takes at once,
+* batches of equal matrices (``lowrank/batch.py``), whose steps are tensor operations,
+* plain parameters, which take the AdamW path.
 """
 
 from __future__ import annotations
@@ -73,9 +78,9 @@ class LoRAPreOptimizer(InBackwardOptimizer):
                 clipping and GradScaler. In several processes it works under FSDP2, and under DDP with
                 `ddp_update_hook`.
             temporary_bytes: bound on all temporaries of a compressed matrix's step together. None means 64 MB, and
-                512 MB for what a GPU steps in batches (Muon, and momentum ranks above 16). Muon's orthogonalization,
-                which needs the whole matrix, and what each thread of ``backend="cpp"`` holds (`kernels.cpp`) do not
-                count towards it.
+                512 MB for what a GPU steps in batches (Muon, momentum ranks above 16, sharded matrices and the AdamW
+                path). Muon's orthogonalization, which needs the whole matrix, and what each thread of
+                ``backend="cpp"`` holds (``kernels/cpp.py``) do not count towards it.
             maximize: whether the objective is maximized.
             seed: whole number ≥ 0, for the start of ``newton`` and for stochastic rounding. No step reads torch's
                 global generator.
@@ -105,27 +110,30 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         if backend not in self.backend_names:
             raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, self.backend_names))}")
         self._reset(backend)
+        self._constructed = False
         super().__init__(params, {**defaults, "experts": None, "experts_dim": 0})
-        self._say_what_was_chosen()
+        self._constructed = True
+        self._say_what_was_chosen(self.param_groups, stacklevel=4)
 
-    def _say_what_was_chosen(self) -> None:
+    def _say_what_was_chosen(self, groups: list[dict[str, Any]], stacklevel: int) -> None:
         """Warn if nobody said which matrices are compressed, and at which rank, or if none of them is."""
-        given = [(param, group) for group in self.param_groups for param in group["params"]]
+        given = [(param, group) for group in groups for param in group["params"]]
         ranks = {
             rank for param, group in given if group["momentum_rank"] is None for rank in self.ranks(param, group)[:1]
         }
-        compressing = [group for group in self.param_groups if group["momentum_rank"] != 0]
+        compressing = [group for group in groups if group["momentum_rank"] != 0]
         spared = [tuple(group["params"][i].shape) for group in compressing for i in group["uncompressed"]]
         if ranks or spared:
-            warnings.warn(describe_choice(ranks, spared), stacklevel=4)
+            warnings.warn(describe_choice(ranks, spared), stacklevel=stacklevel)
         asked = {group["momentum_rank"] for group in compressing} - {None}
         matrices = [tuple(param.shape) for param, _ in given if param.ndim >= 2]
         if asked and matrices and not spared and not any(self.ranks(param, group) for param, group in given):
-            warnings.warn(describe_nothing(min(asked), matrices), stacklevel=4)
+            warnings.warn(describe_nothing(min(asked), matrices), stacklevel=stacklevel)
 
     def _reset(self, backend: str) -> None:
         self.backend = backend
         self.record_metrics = False
+        self._constructed = True
         self._reset_backward()
         # The key is the position of a step's first parameter.
         self._layouts: dict[int, Layout] = {}
@@ -171,6 +179,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         # `check_flattened_shards` reads this to notice an engine that has replaced the matrices by flattened shards.
         group["num_params"] = len(group["params"])
         group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
+        if self._constructed:  # The constructor says it of all its groups at once.
+            self._say_what_was_chosen([group], stacklevel=3)
 
     def _resolve(self, group: dict[str, Any]) -> None:
         """Replace options that are None by what they stand for, so that checkpoints hold the actual values."""
@@ -183,9 +193,9 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         check_options(group)
         if group["update_in_backward"] != self.defaults["update_in_backward"]:
             raise ValueError("update_in_backward is an option of the whole optimizer: give it to the constructor")
-        self._check_betas(group)
+        self._check_decays(group)
 
-    def _check_betas(self, group: dict[str, Any]) -> None:
+    def _check_decays(self, group: dict[str, Any]) -> None:
         """Raise ValueError for decay rates out of their range.
 
         Each step calls this, as a scheduler that cycles the rates may have moved them.
@@ -232,7 +242,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         """Update these parameters, separately for each device and for each set of processes that shares them."""
         for group in groups_of(located).values():
             self._resolve(group)  # An option may have been edited.
-            self._check_betas(group)
+            self._check_decays(group)
         for part in self._layout(located):
             self._step_part(part)
 

@@ -149,7 +149,7 @@ class LoRAPreMuon(LoRAPreOptimizer):
         )
         super().__init__(params, defaults, backend)
 
-    def _check_betas(self, group: dict[str, Any]) -> None:
+    def _check_decays(self, group: dict[str, Any]) -> None:
         in_range("momentum", group["momentum"], 0, 1)
         check_betas("adamw_betas", group["adamw_betas"])
 
@@ -167,11 +167,6 @@ class LoRAPreMuon(LoRAPreOptimizer):
         base_lr = group.setdefault("adamw_base_lr", float(group["lr"]))
         if group["adamw_lr"] is not None:
             in_range("adamw_lr", group["adamw_lr"], 0)
-            if "adamw_lr_ratio" in group:
-                raise ValueError(
-                    "adamw_lr_ratio: found a group that an earlier version of this package has saved, expected "
-                    "adamw_base_lr: set group['adamw_base_lr'] = group['adamw_lr'] / group.pop('adamw_lr_ratio')"
-                )
             if not base_lr:
                 raise ValueError(
                     "adamw_lr follows the schedule of lr in proportion and cannot follow lr=0: give an lr above 0"

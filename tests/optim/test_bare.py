@@ -75,6 +75,17 @@ def test_what_every_layer_has_is_no_embedding():
 
 
 @both_optimizers
+def test_what_is_chosen_in_a_later_group_is_said_too(cls):
+    optimizer = cls([("up.weight", weights(60, 40))], lr=LR, momentum_rank=4)
+    with pytest.warns(UserWarning, match=r"1 that look like embeddings or heads, such as \(70, 40\)") as said:
+        optimizer.add_param_group({"params": [("wte.weight", weights(70, 40))]})
+    assert [warning.filename for warning in said] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": [("wpe.weight", weights(70, 40))], "momentum_rank": 4})
+
+
+@both_optimizers
 def test_frozen_bytes_of_a_quantised_model_are_let_be(cls):
     """As torch's optimizers do, for `model.parameters()` of a QLoRA model."""
     codes = nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
