@@ -29,6 +29,7 @@ from trl import (
 
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.integrations.targets import freeze_others, weight_targets
+from lorapre_peft.optim.options import RULE_OPTIONS
 from recipes.arguments import dtype_field, parse_recipe
 from recipes.data import DataArguments, write_manifest
 from recipes.models import load_model
@@ -36,7 +37,7 @@ from recipes.precision import Precision
 from recipes.training import start_run, train
 
 # Options that an adapter's config holds; with full weights they are the optimizer's.
-RANK_KEYS = ("momentum_rank", "second_momentum_rank", "update_rule", "residual_weight")
+RANK_KEYS = ("momentum_rank", *RULE_OPTIONS)
 
 
 @dataclass

@@ -10,9 +10,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..integrations.targets import expert_parameters
+from ..integrations.targets import LINEAR, expert_parameters
 
 
 def selected_linears(
@@ -26,7 +25,7 @@ def selected_linears(
     """
     selection = _maybe_include_all_linear_layers(_config(target_modules), model)
     linear: dict[str, nn.Module] = {
-        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+        name: module for name, module in model.named_modules() if isinstance(module, LINEAR)
     }
     tied = _tied(model)
     selected = {
@@ -61,8 +60,8 @@ def read_past(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     projections in `torch.nn.MultiheadAttention`.
 
     An adapter on such a module runs only where the module is called. The source code of the module's owner tells: it
-    has ``self.NAME.weight`` as a value. Neither a look at the weight's dtype or device is one, nor a slice, which
-    Bloom takes for another order of sums, nor what initialises the weight.
+    has ``self.NAME.weight`` as a value. To read its dtype or device does not count, nor does to slice it (Bloom, for
+    another order of its sums) or to initialise it.
     """
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     values = {kind: _values(kind) for kind in set(map(type, owners.values()))}
@@ -93,7 +92,7 @@ def reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
         return f"not a module of {type(model).__name__}"
     if f"{owner}.{attribute}" in expert_parameters(model):
         return "not in target_modules"
-    if isinstance(module, (nn.Linear, Conv1D)) and attribute == "weight":
+    if isinstance(module, LINEAR) and attribute == "weight":
         if module is model.get_output_embeddings():
             return "output head"
         return "shared by several modules" if f"{owner}.weight" in _tied(model) else "not in target_modules"

@@ -60,8 +60,9 @@ def create_lorapre_optimizer(
         lr: learning rate of all groups. It may be left out only for full weights, where the default is 2e-5, as in the
             paper's Table 2.
         weight_decay: decoupled weight decay of the parameters that Trainer would decay.
-        momentum_rank, second_momentum_rank, update_rule, residual_weight: as in `LoRAPreAdamW`. They override the
-            adapters' configs or, for weights, the defaults, of which that of momentum_rank is 8.
+        momentum_rank: rank k of the momentum of all compressed matrices. None stands for what the adapters' configs
+            say (r/4 unless they give another), and for 8 for weights.
+        second_momentum_rank, update_rule, residual_weight: as in `LoRAPreAdamW`. They override the adapters' configs.
         target_modules: for full weights only: names, a regular expression or ``"all-linear"`` (the default), as in
             PEFT.
         others: for full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither

@@ -1,4 +1,4 @@
-"""This module loads of a checkpoint what Trainer leaves out."""
+"""This module restores what Trainer leaves out when it loads a checkpoint."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def rule_options(
     rule = RULES.get(found["update_rule"] or "als")
     if rule is not None:  # For another one the optimizer raises an error that lists the rules.
         found |= {"update_rule": rule.name}
-        found |= {name: None for name in RULE_OPTIONS[1:] if getattr(rule, name) is None}
+        found |= {name: None for name in ("second_momentum_rank", "residual_weight") if getattr(rule, name) is None}
     return {"momentum_rank": k, **found}
 
 

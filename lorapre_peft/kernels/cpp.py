@@ -27,9 +27,9 @@ from .table import POINTERS, TYPES, Table, WholeStep, contiguous
 # The kernel ``step_matrices`` returns this many numbers for each matrix: ‖g‖_F after clipping and, if metrics are
 # recorded, the largest update, the number of clamped entries, and the energy that the rows of m_A captured.
 FOUND = 4
-# This is the state of a matrix without a second moment, which is the first part of `POINTERS`. The kernel then writes
-# the momentum in place of the weights.
-MOMENTUM_STATE = POINTERS[:3]
+# This is the state of a matrix without a second moment, with which `POINTERS` begins. The kernel then writes the
+# momentum in place of the weights.
+MOMENTUM_STATE = ("step", "m_B", "m_A")
 # The rows of a matrix with more entries than this are split among threads.
 SPLIT_ENTRIES = 1 << 20
 # Muon steps as many matrices in one call as `temporary_bytes` has room for momenta: few, which threads have to share.

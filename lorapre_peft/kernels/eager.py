@@ -46,11 +46,11 @@ def adam_scalars(
 
     m: the mixture of the first moment. t: the counts of the bias corrections. c: the factor on (v_B v_A)².
     """
-    m_keep, m_gain, residual = m
+    c_B, c_X, residual = m
     # With √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²), the root is divided out of the momentum and of ε.
     root = ((1 - beta2) / (1 - beta2**t)).sqrt()
     scale = 1 / ((1 - beta1**t) * root)
-    return m_keep * scale, m_gain * scale, residual * scale, (c * (beta2 / (1 - beta2))).sqrt(), eps / root
+    return c_B * scale, c_X * scale, residual * scale, (c * (beta2 / (1 - beta2))).sqrt(), eps / root
 
 
 def adam_table(batch: Batch, m: Moment, v: Moment, scalars: tuple[Tensor, ...]) -> Tensor:
@@ -127,13 +127,13 @@ def adam_rows(
 
 
 def momentum_rows(
-    g: Tensor, m: Operands, rows: tuple[Tensor, Tensor, Tensor], projects_new: bool
+    g: Tensor, m: Operands, mixture: tuple[Tensor, Tensor, Tensor], projects_new: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the momentum (c_B B + c_X X) A + residual · g of a tile, and then B_new and projected.
 
-    rows: c_B, c_X and residual.
+    mixture: c_B, c_X and residual, [n, 1, 1] each.
     """
-    c_B, c_X, residual = rows
+    c_B, c_X, residual = mixture
     X, B_new, projected = follow_rows(g, *m, projects_new)
     return _outer(c_B * m[0] + c_X * X, m[1]).addcmul_(g, residual), B_new, projected
 

@@ -20,12 +20,14 @@ from .eager import Eager
 
 # The kernels read and write gradients and weights of these types. The numbers are those by which C++ knows the types.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# The kernels take these options of a group, in this order.
+# The kernels take these options of a group, in this order, which ``Options`` in ``kernels.cpp`` and the names in
+# ``gpu/blocks.py`` repeat.
 OPTIONS = (
     *("beta1", "beta2", "lr", "weight_decay", "eps", "residual_weight", "update_scale"),
     *("max_norm", "sign", "bound", "newton", "damping", "seed", "stochastic", "skips_zeros"),
 )
-# The kernels take the addresses of this state of a matrix, in this order, after those of its gradient and weights.
+# The kernels take the addresses of this state of a matrix, in this order, after those of its gradient and weights. The
+# same two files repeat it.
 POINTERS = ("step", "m_B", "m_A", "v_B", "v_A", "v_energy", "v_scale")
 
 
@@ -109,9 +111,10 @@ class Table:
         )
 
     def holds_state(self, states: list[dict[str, Tensor]]) -> bool:
-        """Return whether the state's tensors are the ones that the table holds from the last step.
+        """Return whether the state's tensors are the ones that the table holds from the last step, where they were.
 
-        What gives a tensor other memory does so to all factors of a parameter, of which one is looked at.
+        Of the addresses only those of m_B are compared, since looking at all of them takes longer than the arithmetic
+        of a small adapter. A tool that moves the state to other memory moves all tensors of a parameter.
         """
         found = [state.get(name) for state in states for name in self.names]
         same = len(found) == len(self.state) and all(map(operator.is_, found, self.state))

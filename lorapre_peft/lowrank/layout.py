@@ -132,7 +132,7 @@ class Part:
 
 
 class Layout:
-    """Holds which parameters are stepped together, and of which parameters and options that is so.
+    """Holds the division of a step into parts, and the parameters and options for which it is valid.
 
     objects: the groups and the parameters. options: what of the groups' options decides. kinds: the shapes and types
     of the parameters and of their gradients.

@@ -76,11 +76,11 @@ def move_on(backend: Runner, batch: Batch, moments: list[Moment]) -> Generator[N
     for wait in waits:
         wait()
     for m in moments:
-        W, turn = backend.run(_columns, batch.rule, m.grams, m.average)
+        W, root_T = backend.run(_columns, batch.rule, m.grams, m.average)
         A_new, gram_A = backend.run(new_columns, W, m.A, m.projected)
-        by_B, by_A, squared_norm = backend.run(_balance, batch.rule, m.grams, turn, gram_A)
+        by_B, by_A, squared_norm = backend.run(_balance, batch.rule, m.grams, root_T, gram_A)
         by_B, by_A = by_B.to(batch.device), by_A.to(A_new.device)
-        batch.save(f"{m.name}_B", m.B_new * by_B if turn is None else m.B_new @ by_B)
+        batch.save(f"{m.name}_B", m.B_new * by_B if root_T is None else m.B_new @ by_B)
         batch.save(f"{m.name}_A", A_new * by_A)
         found.append(squared_norm)
     return found
@@ -100,9 +100,9 @@ def _columns(rule: Als | Newton, grams: Tensor, average: Average) -> tuple[Tenso
     return rule.columns(grams, Average(*average))
 
 
-def _balance(rule: Als | Newton, grams: Tensor, turn: Any, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _balance(rule: Als | Newton, grams: Tensor, root_T: Any, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the factors on B' ([n, 1, 1], or [n, k, k] from the right) and on A' ([n, 1, 1]), and ‖B'A'‖²_F [n]."""
-    scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
+    scale_B, scale_A, squared_norm = rule.balance(grams, root_T, gram_A)
     scale_B, most = scale_B[..., None, None], torch.finfo(torch.float32).max
-    by_B = scale_B if turn is None else (scale_B * turn).clamp(-most, most)  # The turn of a zero B is huge.
+    by_B = scale_B if root_T is None else (scale_B * root_T).clamp(-most, most)  # L⁻ᵀ of a zero B is huge.
     return by_B.float(), scale_A.float()[..., None, None], squared_norm

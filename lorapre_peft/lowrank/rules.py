@@ -3,7 +3,7 @@
 A running average ``M ← decay · M + weight · x`` of p×q matrices is held as ``M ≈ B A`` with ``B`` p×k and ``A`` k×q. A
 rule says how ``B`` and ``A`` change when ``x`` arrives. Both rules are written as a *row part* and a *column part*:
 
-* the row part (`Rows`) needs only some rows of ``B`` and ``x``, and all of ``A``;
+* the row part (`RowCoefficients`) needs only some rows of ``B`` and ``x``, and all of ``A``;
 * the column part (``columns``) needs only sums over the rows: Gram matrices, k×k or k×2k, and ``Bᵀx``, k×q.
 
 A step can therefore work through a matrix in tiles of rows, or in shards of rows on several devices, with the same
@@ -56,7 +56,7 @@ def test_rows(k: int, q: int, device: torch.device) -> Tensor:
 RESIDUAL_WEIGHT = 1.0
 
 
-class Rows(NamedTuple):
+class RowCoefficients(NamedTuple):
     """Holds keep and gain, [n] float64 each, of the row part B' = (keep · B + gain · X) · unit.
 
     X = x Aᵀ (A Aᵀ + damping)⁻¹ is the fit of x by the rows of A, and unit is a factor that the rule chooses.
@@ -67,13 +67,13 @@ class Rows(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Holds the coefficients of the momentum (m_keep · B + m_gain · X) A + residual · x at step t: [n] float64 each.
+    """Holds the coefficients of the momentum (c_B · B + c_X · X) A + residual · x at step t: [n] float64 each.
 
-    B and A are the old factors, and X is the fit of `Rows`.
+    B and A are the old factors, and X is the fit of `RowCoefficients`.
     """
 
-    m_keep: Tensor
-    m_gain: Tensor
+    c_B: Tensor
+    c_X: Tensor
     residual: Tensor
 
 
@@ -106,30 +106,30 @@ class Newton:
         """Return (gram + δI)⁻¹ in float64."""
         return damped_inverse(gram, self.damping)
 
-    def rows(self, average: Average) -> Rows:
+    def rows(self, average: Average) -> RowCoefficients:
         """Return keep and gain of the row part."""
         root = average.decay.sqrt()
-        return Rows(root, average.weight * (1 - root) / (1 - average.decay))
+        return RowCoefficients(root, average.weight * (1 - root) / (1 - average.decay))
 
     def mixture(self, average: Average, residual_weight: None, t: Tensor) -> Mixture:
         """Return the coefficients of m = decay · B A + weight · x, which do not depend on the step."""
         return Mixture(average.decay, torch.zeros_like(t), average.weight)
 
-    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, rows: Rows) -> Tensor:
+    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, rows: RowCoefficients) -> Tensor:
         """Return 1 as the factor on B', because nothing rescales B' afterwards."""
         return torch.ones_like(norm)
 
     def columns(self, grams: Tensor, average: Average) -> tuple[Tensor, Tensor | None]:
         """Return W [n, k, 2k] float64 of A' = W [A; Bᵀx], from BᵀB over all rows, and None.
 
-        The None says that nothing multiplies B'.
+        The None says that the columns of B' are not made orthonormal.
         """
         root = average.decay.sqrt()
         identity = torch.eye(grams.shape[-2], dtype=grams.dtype, device=grams.device)
         step = _as_matrix(average.weight * (1 - root) / (1 - average.decay)) * self.inverse(grams)
         return torch.cat([(_as_matrix(root) * identity).expand_as(step), step], dim=-1), None
 
-    def balance(self, grams: Tensor, turn: None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def balance(self, grams: Tensor, root_T: None, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return 1, 1 and NaN, [n] float64 each, as B' and A' are not rescaled and ‖B'A'‖²_F is not known."""
         one = grams.new_ones(grams.shape[:-2])
         return one, one, torch.full_like(one, float("nan"))
@@ -184,9 +184,9 @@ class Als:
         dead = dead.to(A.device)
         return torch.where(dead[..., None], rows, A), B.masked_fill(dead[..., None, :], 0)
 
-    def rows(self, average: Average) -> Rows:
+    def rows(self, average: Average) -> RowCoefficients:
         """Return keep and gain of the row part."""
-        return Rows(*average)
+        return RowCoefficients(*average)
 
     def mixture(self, average: Average, residual_weight: Tensor, t: Tensor) -> Mixture:
         """Return the coefficients of the momentum at step t.
@@ -199,7 +199,7 @@ class Als:
         residual = torch.minimum(1 - beta**t, residual_weight) * (weight / (1 - beta))
         return Mixture(beta, weight - residual, residual)
 
-    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, rows: Rows) -> Tensor:
+    def unit(self, gram: Tensor, old_square: Tensor, norm: Tensor, rows: RowCoefficients) -> Tensor:
         """Return the factor on B', [n] float64, that makes its norm about 1, so that B'ᵀx stays within float32.
 
         gram: A Aᵀ [n, k, k]. old_square: ‖A‖²_F before any restart, which is also ‖B‖²_F. norm: ‖x‖_F, from which
@@ -210,9 +210,10 @@ class Als:
         return length / size.clamp_min(MIN_FACTOR_NORM**2)
 
     def columns(self, grams: Tensor, average: Average) -> tuple[Tensor, Tensor]:
-        """Return W [n, k, 2k] float64 of A' = W [A; B'ᵀx], from B'ᵀ [B' | B] over all rows, and the turn of B'.
+        """Return W [n, k, 2k] float64 of A' = W [A; B'ᵀx], from B'ᵀ [B' | B] over all rows, and L⁻ᵀ.
 
-        The turn is L⁻ᵀ, [n, k, k] float64, by which B' is multiplied from the right.
+        L is the Cholesky factor of B'ᵀB'. Multiplied from the right by L⁻ᵀ, [n, k, k] float64, B' has orthonormal
+        columns.
         """
         gram, cross = grams.chunk(2, dim=-1)
         root = inverse_root(gram, self._ridge(gram))
@@ -220,12 +221,12 @@ class Als:
             [_as_matrix(average.decay) * (root @ cross), _as_matrix(average.weight) * root], dim=-1
         ), root.mT
 
-    def balance(self, grams: Tensor, turn: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def balance(self, grams: Tensor, root_T: Tensor, gram_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the factors that give B' and A' equal Frobenius norms, and ‖B'A'‖²_F afterwards: [n] float64 each.
 
-        grams: as in `columns`. turn: the second result of `columns`. gram_A: A' A'ᵀ.
+        grams: as in `columns`. root_T: the second result of `columns`, L⁻ᵀ. gram_A: A' A'ᵀ.
         """
-        gram = turn.mT @ grams[..., : gram_A.shape[-1]] @ turn
+        gram = root_T.mT @ grams[..., : gram_A.shape[-1]] @ root_T
         norm_B, norm_A = (g.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() for g in (gram, gram_A))
         common = (norm_B.sqrt() * norm_A.sqrt()).clamp_min(MIN_FACTOR_NORM)
         tiny = torch.finfo(torch.float32).tiny

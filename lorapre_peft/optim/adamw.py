@@ -213,6 +213,7 @@ class LoRAPreAdamW(LoRAPreOptimizer):
 def _positive(eps: float) -> float:
     """Return ε, but at least the square root of the smallest normal float32, below which v holds no square.
 
-    An entry that never had a gradient then has the update 0 and not 0/0. After many zero gradients the update fades.
+    An entry that never had a gradient then has the update 0 and not 0/0. After so many zero gradients that √v̂ is
+    below this floor, ε dominates and the update goes to zero.
     """
     return max(eps, torch.finfo(torch.float32).tiny ** 0.5)

@@ -43,7 +43,7 @@ from .options import (
     check_stack,
     check_uncompressed,
 )
-from .state import RANK_OPTIONS
+from .state import RANK_OPTIONS, STACK_OPTIONS
 
 NO_GRADIENT = (
     "step() found no gradient on any of its parameters: call it after loss.backward(), and make the optimizer from "
@@ -254,7 +254,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         if not located:
             return []
         groups, params, positions = zip(*located)
-        names = (*RANK_OPTIONS, *self.shared_options)
+        names = (*RANK_OPTIONS, *STACK_OPTIONS, *self.shared_options)
         options = {
             key: (self.backend, *group.get("uncompressed", ()), *map(group.get, names))
             for key, group in groups_of(located).items()

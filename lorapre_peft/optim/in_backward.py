@@ -140,8 +140,8 @@ class InBackwardOptimizer(StatefulOptimizer):
     def _left_over(self, located: list[Located]) -> list[Located]:
         """Return the parameters with a gradient, such as one set by hand, that the backward pass has not updated.
 
-        An engine may have replaced the parameters since their hooks were made, or a later optimizer that had their
-        hooks is gone. Then these are all of them, once, and they get hooks.
+        If an engine has replaced the parameters, or the optimizer that owned their hooks is gone, all parameters with
+        a gradient are returned, and new hooks are registered.
         """
         for param in self._updated:  # DDP may have put its emptied bucket in the place of a freed gradient.
             param.grad = None

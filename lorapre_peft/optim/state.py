@@ -19,7 +19,8 @@ from .adamw_path import adamw_dtype
 from .options import check_parameter, check_stack
 
 # These options decide the shapes of a parameter's state.
-RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule", "experts", "experts_dim")
+RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule")
+STACK_OPTIONS = ("experts", "experts_dim")
 # These keys of a group speak of its parameters by their places, or of their number.
 OF_PLACES = ("param_names", "uncompressed", "num_params", "num_matrices")
 # These are all names that a state of these optimizers can hold.
@@ -43,7 +44,7 @@ def matched_states(
 
 
 def with_own_places(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state whose parameters have been matched by name with the places of this optimizer's own parameters.
+    """Return a saved state, in which this optimizer's `OF_PLACES` replace those of groups that list names.
 
     `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` gives such a state: its groups hold names, in
     the order of this optimizer's groups, and options of the saved run. Any other state is returned as it is.
@@ -66,7 +67,7 @@ def restore_state(optimizer: StatefulOptimizer, state_dict: dict[str, Any]) -> N
     """Put the optimizer's own saved tensors back as they were saved.
 
     Before this, torch has cast its copies of them to the parameters' dtypes, and has taken over the saved options.
-    Updates in the backward pass are the way of this optimizer, whatever that of the saved one was.
+    ``update_in_backward`` stays as this optimizer was built, whatever the checkpoint says.
     """
     for group in optimizer.param_groups:
         group["update_in_backward"] = optimizer.defaults["update_in_backward"]
@@ -90,8 +91,7 @@ def check_held_state(member: Member, state: dict[str, Tensor]) -> None:
 
 
 def _rank_options(group: dict[str, Any]) -> str:
-    stacked = group.get("experts") is not None
-    names = RANK_OPTIONS if stacked else RANK_OPTIONS[:3]
+    names = RANK_OPTIONS if group.get("experts") is None else (*RANK_OPTIONS, *STACK_OPTIONS)
     return ", ".join(f"{name}={group[name]!r}" for name in names if name in group)
 
 

@@ -142,8 +142,8 @@ def test_ranks_beyond_the_kernels_are_eager(monkeypatch, fresh_backends):
     from lorapre_peft.kernels.gpu import backend as triton_backend
     from lorapre_peft.kernels.gpu import rows as triton_rows
 
-    for module in (triton_backend, triton_rows):
-        monkeypatch.setattr(module, "MAX_RANK", 4)
+    monkeypatch.setattr(triton_backend, "MAX_RANK", 4)
+    monkeypatch.setattr(triton_rows, "MAX_ROW_RANK", 4)
     with pytest.warns(UserWarning, match=r"momentum rank 5 is above the Triton kernels' 4: eager") as said:
         found, _ = run("triton", (19, 17), 5)
     assert len(said) == 1

@@ -137,14 +137,14 @@ def sweep(rule, B, A, x, average, cuts, rho=0.25, t=1000):
     for tile in (slice(a, b) for a, b in itertools.pairwise(edges)):
         x_tile, B_tile = x[..., tile, :], B[..., tile, :]
         X = x_tile @ A.mT @ inverse
-        momentum.append((mixture.m_keep * B_tile + mixture.m_gain * X) @ A + mixture.residual * x_tile)
+        momentum.append((mixture.c_B * B_tile + mixture.c_X * X) @ A + mixture.residual * x_tile)
         rows.append((part.keep * B_tile + part.gain * X) * unit)
         grams = grams + gram_columns(B_tile, rows[-1], rule.projects_new)
         projected = projected + (rows[-1] if rule.projects_new else B_tile).mT @ x_tile
-    W, turn = rule.columns(grams, average)
+    W, root_T = rule.columns(grams, average)
     A_new, gram_A = new_columns(W, A, projected)
-    scale_B, scale_A, squared_norm = rule.balance(grams, turn, gram_A)
-    B_new = torch.cat(rows, -2) if turn is None else torch.cat(rows, -2) @ turn.to(x.dtype)
+    scale_B, scale_A, squared_norm = rule.balance(grams, root_T, gram_A)
+    B_new = torch.cat(rows, -2) if root_T is None else torch.cat(rows, -2) @ root_T.to(x.dtype)
     B_new, A_new = (f * s[..., None, None] for f, s in ((B_new, scale_B), (A_new, scale_A)))
     if rule.projects_new:  # `newton` does not know it
         product = B_new.double() @ A_new.double()

@@ -192,15 +192,15 @@ def _launch(
     wide = functools.partial(new, dtype=torch.float64)
     m_A, v_A, m_A_new, v_A_new = (new(n, k, q) for k in (*kind.ranks, *kind.ranks))
     m_X, v_X, m_B, v_B = (new(n, p, k) for k in (*kind.ranks, *kind.ranks))
-    m_lengths, v_lengths = (wide(n, k) for k in kind.ranks)
+    m_squares, v_squares = (wide(n, k) for k in kind.ranks)
     m_R, v_R = (new(n, K, K) for K in (K_M, K_V))
     held, keys, C = new(len(blocks.NUMBERS), n), new(2, n, dtype=torch.int64), new(n, p, k_m)
     stride, n_groups = states.stride(0), settings.shape[1]
 
-    factors._lengths[(n, 2)](states, m_lengths, v_lengths, stride, q, k_m, k_v, **ranks, COLUMNS=256)
+    factors._row_squares[(n, 2)](states, m_squares, v_squares, stride, q, k_m, k_v, **ranks, COLUMNS=256)
     m_grams, v_grams = (wide(n, column_parts, K, K) for K in (K_M, K_V))
     factors._start[(column_parts, n, 2)](
-        states, m_lengths, v_lengths, m_A, v_A, m_grams, v_grams, stride, q, k_m, k_v, **parts, TRACKED=tracked
+        states, m_squares, v_squares, m_A, v_A, m_grams, v_grams, stride, q, k_m, k_v, **parts, TRACKED=tracked
     )
     on_tensor_cores = kind.grad == torch.bfloat16 and min(p, q) >= WIDE
     row_blocks = triton.cdiv(p, FIT_ROWS if on_tensor_cores else tile.fit_rows)
@@ -216,13 +216,13 @@ def _launch(
             num_warps=tile.fit_warps,
         )  # fmt: skip
     numbers._numbers[(n,)](
-        states, squares, m_lengths, v_lengths, m_grams, v_grams, m_R, v_R, settings, groups, positions, held, keys,
+        states, squares, m_squares, v_squares, m_grams, v_grams, m_R, v_R, settings, groups, positions, held, keys,
         found, stride, n, n_groups, k_m, k_v, row_blocks, column_parts,
         **ranks, BLOCKS=min(MAX_BLOCKS, triton.next_power_of_2(row_blocks)), TRACKED=tracked, num_warps=1,
     )  # fmt: skip
     m_grams, v_grams = (wide(n, row_parts, 2, K, K) for K in (K_M, K_V))
     factors._rows[(row_parts, n, 2)](
-        states, m_X, v_X, m_R, v_R, m_lengths, v_lengths, m_B, v_B, C, m_grams, v_grams, held, stride, n, p, k_m,
+        states, m_X, v_X, m_R, v_R, m_squares, v_squares, m_B, v_B, C, m_grams, v_grams, held, stride, n, p, k_m,
         k_v, **parts, TRACKED=tracked,
     )  # fmt: skip
     on_tensor_cores = on_tensor_cores and kind.param == torch.bfloat16
@@ -238,7 +238,7 @@ def _launch(
     programs = splits * n * column_blocks if metrics is not None else 1
     largest, clamped = new(programs), new(programs, dtype=torch.int32)
     updated = (
-        grads, params, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, held, keys, largest, clamped,
+        grads, params, states, C, m_B, v_B, m_A, v_A, v_squares, m_P, v_P, held, keys, largest, clamped,
         stride, n, p, q, k_m, k_v, rows_per_split,
     )  # fmt: skip
     how = dict(ROWS=block_rows, COLUMNS=block_columns, ALIGNED=aligned, TRACKED=tracked, STOCHASTIC=kind.stochastic)
@@ -258,16 +258,16 @@ def _launch(
         X = (scale[:, None, None] * m_X @ m_R[:, :k_m, :k_m]).double().nan_to_num(0, 0, 0)
         metrics.add_captured(((X.mT @ X) * gram_rows(m_A)).sum())
         metrics.add_energy(found[:, 1])
-    turns, by = ([wide(n, 2, K, K) for K in (K_M, K_V)] for _ in range(2))
+    roots, by = ([wide(n, 2, K, K) for K in (K_M, K_V)] for _ in range(2))
     factors._solve[(n, 2)](
-        m_grams, v_grams, *turns, *by, settings, groups, n_groups, k_m, k_v, row_parts, **ranks, TRACKED=tracked
+        m_grams, v_grams, *roots, *by, settings, groups, n_groups, k_m, k_v, row_parts, **ranks, TRACKED=tracked
     )
     m_grams, v_grams = (wide(n, column_parts, K, K) for K in (K_M, K_V))
     factors._columns[(column_parts, n, 2)](
         m_A, v_A, *by, m_A_new, v_A_new, m_P, v_P, m_grams, v_grams, n, q, k_m, k_v, splits, **parts
     )
     factors._balance[(max(row_parts, column_parts), n, 2)](
-        states, *turns, m_B, v_B, m_A_new, v_A_new, m_grams, v_grams, held, found, settings, groups,
+        states, *roots, m_B, v_B, m_A_new, v_A_new, m_grams, v_grams, held, found, settings, groups,
         stride, n, n_groups, p, q, k_m, k_v, column_parts, **parts, TRACKED=tracked,
     )  # fmt: skip
 

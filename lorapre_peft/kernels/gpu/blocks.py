@@ -21,7 +21,7 @@ NUMBERS = (*COEFFICIENTS, "limit")
 ) = map(tl.constexpr, range(len(OPTIONS)))  # fmt: skip
 STEP, M_B, M_A, V_B, V_A, ENERGY, SCALE = map(tl.constexpr, range(len(POINTERS)))
 (
-    G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, ROOT_EPS, LENGTH, DECAY, UPDATES, LIMIT,
+    G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, ROOT_EPS, STEP_SIZE, DECAY, UPDATES, LIMIT,
 ) = map(tl.constexpr, range(len(NUMBERS)))  # fmt: skip
 # `_numbers` writes two norms of each matrix: ‖g‖ after clipping, which is −1 for an expert whose gradient is zero, and
 # ‖g‖ as the step uses it, which is 0 where the gradient is not usable.
@@ -29,7 +29,7 @@ FOUND: tl.constexpr = tl.constexpr(2)
 INTERPRETED: tl.constexpr = tl.constexpr(knobs.runtime.interpret)
 SALT: tl.constexpr = tl.constexpr(rounding.SALT)
 SALTED: tl.constexpr = tl.constexpr(rounding.mix(rounding.SALT))  # This is the second round's key of key 0.
-LARGEST_SQUARE: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+FLOAT32_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 # Float32 does not hold the squares of small gradients. All gradients are therefore also squared after multiplication
 # by RAISED, and the sum of these squares gives ‖g‖ where ‖g‖² is below SMALL_SQUARE.
 RAISED: tl.constexpr = tl.constexpr(2.0**60)
@@ -60,23 +60,23 @@ def option(settings, name: tl.constexpr, n_groups, group):
 
 
 @triton.jit
-def put_square(pointer, matrix, K: tl.constexpr):
+def store_block(pointer, matrix, K: tl.constexpr):
     """Write a block [K, K]."""
     tl.store(pointer + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :], matrix)
 
 
 @triton.jit
-def square(pointer, K: tl.constexpr):
+def load_block(pointer, K: tl.constexpr):
     """Return a block [K, K]."""
     return tl.load(pointer + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :])
 
 
 @triton.jit
-def sum_squares(pointer, count, stride: tl.constexpr, K: tl.constexpr):
+def sum_blocks(pointer, count, stride: tl.constexpr, K: tl.constexpr):
     """Return the sum of ``count`` blocks [K, K] float64, which are every ``stride``-th block."""
     result = tl.zeros((K, K), tl.float64)
     for i in range(count):
-        result += square(pointer + i * stride * K * K, K)
+        result += load_block(pointer + i * stride * K * K, K)
     return result
 
 

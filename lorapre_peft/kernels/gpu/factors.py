@@ -1,7 +1,7 @@
 """This module holds the kernels that read and write the factors: all of a step but the passes and the numbers.
 
-`_lengths` and `_start` look at the old A factors, `_rows` updates the B factors, `_solve` and `_columns` update the A
-factors, and `_balance` writes both. Each kernel treats both moments. k×k matrices are float64.
+`_row_squares` and `_start` look at the old A factors, `_rows` updates the B factors, `_solve` and `_columns` update
+the A factors, and `_balance` writes both. Each kernel treats both moments. k×k matrices are float64.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .blocks import (
     C_X,
     DAMPING,
     ENERGY,
+    FLOAT32_MAX,
     FOUND,
     G_SCALE,
-    LARGEST_SQUARE,
     M_A,
     M_B,
     M_GAIN,
@@ -37,32 +37,32 @@ from .blocks import (
     hash_round,
     inverse_of,
     inverse_root,
+    load_block,
     number,
     option,
     product,
-    put_square,
-    square,
     state_of,
-    sum_squares,
+    store_block,
+    sum_blocks,
     trace,
 )
 
 
 @triton.jit
-def _lengths(
-    states, m_lengths, v_lengths, stride, q, k_m, k_v,
+def _row_squares(
+    states, m_squares, v_squares, stride, q, k_m, k_v,
     K_M: tl.constexpr, K_V: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write ‖row‖² of each row of the old A factors, in float64."""
     matrix = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
-        _row_squares(state_of(states, M_A, stride, matrix), m_lengths + matrix * k_m, k_m, q, K_M, COLUMNS)
+        _row_squares_of(state_of(states, M_A, stride, matrix), m_squares + matrix * k_m, k_m, q, K_M, COLUMNS)
     else:
-        _row_squares(state_of(states, V_A, stride, matrix), v_lengths + matrix * k_v, k_v, q, K_V, COLUMNS)
+        _row_squares_of(state_of(states, V_A, stride, matrix), v_squares + matrix * k_v, k_v, q, K_V, COLUMNS)
 
 
 @triton.jit
-def _row_squares(A, lengths, k, q, K: tl.constexpr, COLUMNS: tl.constexpr):
+def _row_squares_of(A, row_squares, k, q, K: tl.constexpr, COLUMNS: tl.constexpr):
     ranks = tl.arange(0, K)
     squares = tl.zeros((K, COLUMNS), tl.float64)
     for start in range(0, q, COLUMNS):
@@ -70,12 +70,12 @@ def _row_squares(A, lengths, k, q, K: tl.constexpr, COLUMNS: tl.constexpr):
         inside = (ranks[:, None] < k) & (columns[None, :] < q)
         a = tl.load(A + ranks[:, None] * q + columns[None, :], mask=inside, other=0).to(tl.float64)
         squares += a * a
-    tl.store(lengths + ranks, tl.sum(squares, 1), mask=ranks < k)
+    tl.store(row_squares + ranks, tl.sum(squares, 1), mask=ranks < k)
 
 
 @triton.jit
 def _start(
-    states, m_lengths, v_lengths, m_A, v_A, m_grams, v_grams, stride, q, k_m, k_v,
+    states, m_squares, v_squares, m_A, v_A, m_grams, v_grams, stride, q, k_m, k_v,
     K_M: tl.constexpr, K_V: tl.constexpr, M_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     TRACKED: tl.constexpr,
 ):  # fmt: skip
@@ -84,28 +84,28 @@ def _start(
     at = matrix * tl.num_programs(0) + block
     if tl.program_id(2) == 0:
         _start_moment(
-            state_of(states, M_A, stride, matrix), m_lengths + matrix * k_m, m_A + matrix * k_m * q,
+            state_of(states, M_A, stride, matrix), m_squares + matrix * k_m, m_A + matrix * k_m * q,
             m_grams + at * K_M * K_M, block, k_m, q, K_M, M_BLOCK, REPEATS * V_BLOCK // M_BLOCK, TRACKED,
         )  # fmt: skip
     else:
         _start_moment(
-            state_of(states, V_A, stride, matrix), v_lengths + matrix * k_v, v_A + matrix * k_v * q,
+            state_of(states, V_A, stride, matrix), v_squares + matrix * k_v, v_A + matrix * k_v * q,
             v_grams + at * K_V * K_V, block, k_v, q, K_V, V_BLOCK, REPEATS, TRACKED,
         )  # fmt: skip
 
 
 @triton.jit
 def _start_moment(
-    A, lengths, A_used, grams, block, k, q, K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
+    A, row_squares, A_used, grams, block, k, q, K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     TRACKED: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.arange(0, K)
-    squares = tl.load(lengths + ranks, mask=ranks < k, other=1)
+    squares = tl.load(row_squares + ranks, mask=ranks < k, other=1)
     dead = squares == 0
     living = k - tl.sum(dead.to(tl.int32), 0)
     whole = tl.sum(tl.where(ranks < k, squares, 0), 0)
     level = tl.where(living > 0, whole / tl.maximum(living, 1), 1.0)
-    length = tl.sqrt(3.0 / q * level).to(tl.float32)  # A test row's mean square is 1/3.
+    start_norm = tl.sqrt(3.0 / q * level).to(tl.float32)  # A test row's mean square is 1/3.
     gram = tl.zeros((K, K), tl.float64)
     for repeat in range(REPEATS):
         columns = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)
@@ -114,16 +114,16 @@ def _start_moment(
         a = tl.load(A + at, mask=inside, other=0)
         if TRACKED:
             bits = hash_round(hash_round(at.to(tl.uint32), tl.full((), 0, tl.uint32)), tl.full((), SALTED, tl.uint32))
-            a = tl.where(dead[:, None] & inside, (bits >> 8).to(tl.float32) * (length * 5.9604644775390625e-8), a)
+            a = tl.where(dead[:, None] & inside, (bits >> 8).to(tl.float32) * (start_norm * 5.9604644775390625e-8), a)
         tl.store(A_used + at, a, mask=inside)
         a = a.to(tl.float64)
         gram += tl.sum(a[:, None, :] * a[None, :, :], 2)
-    put_square(grams, gram, K)
+    store_block(grams, gram, K)
 
 
 @triton.jit
 def _rows(
-    states, m_X, v_X, m_R, v_R, m_lengths, v_lengths, m_B, v_B, C, m_grams, v_grams, table, stride, n, p, k_m, k_v,
+    states, m_X, v_X, m_R, v_R, m_squares, v_squares, m_B, v_B, C, m_grams, v_grams, table, stride, n, p, k_m, k_v,
     K_M: tl.constexpr, K_V: tl.constexpr, M_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     TRACKED: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def _rows(
     if tl.program_id(2) == 0:
         m_at = matrix * p * k_m
         _move_rows(
-            m_X + m_at, m_R + matrix * K_M * K_M, state_of(states, M_B, stride, matrix), m_lengths + matrix * k_m,
+            m_X + m_at, m_R + matrix * K_M * K_M, state_of(states, M_B, stride, matrix), m_squares + matrix * k_m,
             m_B + m_at, C + m_at, m_grams + at * 2 * K_M * K_M, g_scale, number(table, M_KEEP, n, matrix),
             number(table, M_GAIN, n, matrix), number(table, C_B, n, matrix), number(table, C_X, n, matrix),
             block, p, k_m, K_M, M_BLOCK, REPEATS * V_BLOCK // M_BLOCK, True, TRACKED,
@@ -142,7 +142,7 @@ def _rows(
     else:
         v_at = matrix * p * k_v
         _move_rows(
-            v_X + v_at, v_R + matrix * K_V * K_V, state_of(states, V_B, stride, matrix), v_lengths + matrix * k_v,
+            v_X + v_at, v_R + matrix * K_V * K_V, state_of(states, V_B, stride, matrix), v_squares + matrix * k_v,
             v_B + v_at, C, v_grams + at * 2 * K_V * K_V, tl.abs(g_scale), number(table, V_KEEP, n, matrix),
             number(table, V_GAIN, n, matrix), 0.0, 0.0, block, p, k_v, K_V, V_BLOCK, REPEATS, False, TRACKED,
         )  # fmt: skip
@@ -150,7 +150,7 @@ def _rows(
 
 @triton.jit
 def _move_rows(
-    X, R, B, lengths, B_new, coefficients, grams, scale, keep, gain, c_B, c_X, block, p, k,
+    X, R, B, row_squares, B_new, coefficients, grams, scale, keep, gain, c_B, c_X, block, p, k,
     K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, MIXES: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
     """Write B' = keep · B + gain · X, for m also c_B B + c_X X, and B'ᵀB' and B'ᵀB, or BᵀB for `newton`, of some rows.
@@ -158,7 +158,7 @@ def _move_rows(
     X here is scale · X R with the X that was passed. Where a row of A is zero, that direction's B counts as zero.
     """
     ranks = tl.arange(0, K)[:, None]
-    alive = tl.load(lengths + ranks, mask=ranks < k, other=0) > 0
+    alive = tl.load(row_squares + ranks, mask=ranks < k, other=0) > 0
     gram, cross = tl.zeros((K, K), tl.float64), tl.zeros((K, K), tl.float64)
     for repeat in range(REPEATS):
         rows = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -179,13 +179,13 @@ def _move_rows(
             cross += tl.sum(new[:, None, :] * old[None, :, :], 2)
         else:
             gram += tl.sum(old[:, None, :] * old[None, :, :], 2)
-    put_square(grams, gram, K)
-    put_square(grams + K * K, cross, K)
+    store_block(grams, gram, K)
+    store_block(grams + K * K, cross, K)
 
 
 @triton.jit
 def _solve(
-    m_grams, v_grams, m_turn, v_turn, m_by, v_by, settings, groups, n_groups, k_m, k_v, blocks,
+    m_grams, v_grams, m_roots, v_roots, m_by, v_by, settings, groups, n_groups, k_m, k_v, blocks,
     K_M: tl.constexpr, K_V: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
     """Compute the rule's column part (`columns` in `rules`) for m or v.
@@ -197,33 +197,36 @@ def _solve(
     damping = option(settings, DAMPING, n_groups, group)
     if tl.program_id(1) == 0:
         _solve_moment(
-            m_grams + matrix * blocks * 2 * K_M * K_M, m_turn + matrix * 2 * K_M * K_M, m_by + matrix * 2 * K_M * K_M,
+            m_grams + matrix * blocks * 2 * K_M * K_M, m_roots + matrix * 2 * K_M * K_M, m_by + matrix * 2 * K_M * K_M,
             option(settings, BETA1, n_groups, group), damping, k_m, blocks, K_M, TRACKED,
         )  # fmt: skip
     else:
         _solve_moment(
-            v_grams + matrix * blocks * 2 * K_V * K_V, v_turn + matrix * 2 * K_V * K_V, v_by + matrix * 2 * K_V * K_V,
+            v_grams + matrix * blocks * 2 * K_V * K_V, v_roots + matrix * 2 * K_V * K_V, v_by + matrix * 2 * K_V * K_V,
             tl.sqrt(option(settings, BETA2, n_groups, group)), damping, k_v, blocks, K_V, TRACKED,
         )  # fmt: skip
 
 
 @triton.jit
-def _solve_moment(grams, turned, by, decay, damping, k, blocks, K: tl.constexpr, TRACKED: tl.constexpr):
-    """Write turn, turn B'ᵀB' turnᵀ (BᵀB for `newton`), and by_A and by_P of A' = by_A A + by_P P."""
+def _solve_moment(grams, roots, by, decay, damping, k, blocks, K: tl.constexpr, TRACKED: tl.constexpr):
+    """Write L⁻¹ of B'ᵀB' = L Lᵀ and L⁻¹ B'ᵀB' L⁻ᵀ, and by_A and by_P of A' = by_A A + by_P P.
+
+    For `newton` the first two are the identity and BᵀB.
+    """
     i, j = tl.arange(0, K)[:, None], tl.arange(0, K)[None, :]
-    turn = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-    gram = sum_squares(grams, blocks, 2, K)
+    inverse = tl.where(i == j, 1.0, 0.0).to(tl.float64)
+    gram = sum_blocks(grams, blocks, 2, K)
     if TRACKED:
-        cross = sum_squares(grams + K * K, blocks, 2, K)
-        turn = inverse_root(damped(gram, damping * trace(gram, K) / k, K), K)
-        by_A, by_P = decay * product(turn, cross), (1 - decay) * turn
+        cross = sum_blocks(grams + K * K, blocks, 2, K)
+        inverse = inverse_root(damped(gram, damping * trace(gram, K) / k, K), K)
+        by_A, by_P = decay * product(inverse, cross), (1 - decay) * inverse
     else:
         root = tl.sqrt(decay)
-        by_A, by_P = root * turn, (1 - root) * inverse_of(damped(gram, damping, K), K)
-    put_square(turned, turn, K)
-    put_square(turned + K * K, product(product(turn, gram), tl.trans(turn)), K)
-    put_square(by, by_A, K)
-    put_square(by + K * K, by_P, K)
+        by_A, by_P = root * inverse, (1 - root) * inverse_of(damped(gram, damping, K), K)
+    store_block(roots, inverse, K)
+    store_block(roots + K * K, product(product(inverse, gram), tl.trans(inverse)), K)
+    store_block(by, by_A, K)
+    store_block(by + K * K, by_P, K)
 
 
 @triton.jit
@@ -253,7 +256,7 @@ def _move_columns(
     A, by, A_new, P, grams, block, stride, q, k, splits, K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr
 ):
     ranks = tl.arange(0, K)[:, None]
-    by_A, by_P = square(by, K), square(by + K * K, K)
+    by_A, by_P = load_block(by, K), load_block(by + K * K, K)
     gram = tl.zeros((K, K), tl.float64)
     for repeat in range(REPEATS):
         columns = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -265,12 +268,12 @@ def _move_columns(
         new = tl.sum(by_A[:, :, None] * a[None, :, :] + by_P[:, :, None] * projected.to(tl.float64)[None, :, :], 1)
         tl.store(A_new + at, new.to(tl.float32), mask=inside)
         gram += tl.sum(new[:, None, :] * new[None, :, :], 2)
-    put_square(grams, gram, K)
+    store_block(grams, gram, K)
 
 
 @triton.jit
 def _balance(
-    states, m_turn, v_turn, m_B, v_B, m_A_new, v_A_new, m_grams, v_grams, table, found, settings, groups,
+    states, m_roots, v_roots, m_B, v_B, m_A_new, v_A_new, m_grams, v_grams, table, found, settings, groups,
     stride, n, n_groups, p, q, k_m, k_v, blocks,
     K_M: tl.constexpr, K_V: tl.constexpr, M_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, REPEATS: tl.constexpr,
     TRACKED: tl.constexpr,
@@ -281,14 +284,14 @@ def _balance(
     if tl.program_id(2) == 0:
         _balance_moment(
             state_of(states, M_A, stride, matrix), state_of(states, M_B, stride, matrix),
-            m_turn + matrix * 2 * K_M * K_M, m_B + matrix * p * k_m, m_A_new + matrix * k_m * q,
+            m_roots + matrix * 2 * K_M * K_M, m_B + matrix * p * k_m, m_A_new + matrix * k_m * q,
             m_grams + matrix * blocks * K_M * K_M, updates, block, p, q, k_m, blocks, K_M, M_BLOCK,
             REPEATS * V_BLOCK // M_BLOCK, TRACKED,
         )  # fmt: skip
     else:
         squared = _balance_moment(
             state_of(states, V_A, stride, matrix), state_of(states, V_B, stride, matrix),
-            v_turn + matrix * 2 * K_V * K_V, v_B + matrix * p * k_v, v_A_new + matrix * k_v * q,
+            v_roots + matrix * 2 * K_V * K_V, v_B + matrix * p * k_v, v_A_new + matrix * k_v * q,
             v_grams + matrix * blocks * K_V * K_V, updates, block, p, q, k_v, blocks, K_V, V_BLOCK, REPEATS, TRACKED,
         )  # fmt: skip
         if TRACKED and block == 0:
@@ -297,19 +300,19 @@ def _balance(
             energy_ptr, scale_ptr = state_of(states, ENERGY, stride, matrix), state_of(states, SCALE, stride, matrix)
             norm = tl.load(found + matrix * FOUND + 1)
             energy = beta2 * tl.load(energy_ptr).to(tl.float64) + (1 - beta2) * norm * norm
-            scale = tl.minimum(energy / tl.maximum(squared, TINY64), LARGEST_SQUARE)
+            scale = tl.minimum(energy / tl.maximum(squared, TINY64), FLOAT32_MAX)
             tl.store(energy_ptr, energy.to(tl.float32), mask=updates > 0)
             tl.store(scale_ptr, scale.to(tl.float32), mask=updates > 0)
 
 
 @triton.jit
 def _balance_moment(
-    A, B, turned, B_new, A_new, grams, updates, block, p, q, k, blocks,
+    A, B, roots, B_new, A_new, grams, updates, block, p, q, k, blocks,
     K: tl.constexpr, BLOCK: tl.constexpr, REPEATS: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
     """Write some columns of A and some rows of B, and return ‖B'A'‖², which only `als` uses."""
     ranks = tl.arange(0, K)[:, None]
-    gram_A, gram_B = sum_squares(grams, blocks, 1, K), square(turned + K * K, K)
+    gram_A, gram_B = sum_blocks(grams, blocks, 1, K), load_block(roots + K * K, K)
     scale_A = tl.full((), 1, tl.float64)
     scale_B = tl.full((), 1, tl.float64)
     if TRACKED:
@@ -318,8 +321,8 @@ def _balance_moment(
         scale_B, scale_A = common / tl.maximum(norm_B, TINY32), common / tl.maximum(norm_A, TINY32)
     written = tl.where(updates > 0, k, 0)
     by_A = scale_A.to(tl.float32)
-    most = 3.4028234663852886e38
-    by_B = tl.minimum(tl.maximum(scale_B * square(turned, K), -most), most).to(tl.float32)  # B' may be 0.
+    most = FLOAT32_MAX
+    by_B = tl.minimum(tl.maximum(scale_B * load_block(roots, K), -most), most).to(tl.float32)  # B' may be 0.
     for repeat in range(REPEATS):
         place = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside, at = (ranks < written) & (place < q), ranks * q + place

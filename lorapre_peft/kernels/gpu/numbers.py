@@ -15,10 +15,9 @@ from .blocks import (
     DECAY,
     ENERGY,
     EPS,
+    FLOAT32_MAX,
     FOUND,
     G_SCALE,
-    LARGEST_SQUARE,
-    LENGTH,
     LIMIT,
     LR,
     M_GAIN,
@@ -36,6 +35,7 @@ from .blocks import (
     SMALL_SQUARE,
     SMALLEST_NORM,
     STEP,
+    STEP_SIZE,
     UPDATE_SCALE,
     UPDATES,
     V_GAIN,
@@ -48,16 +48,16 @@ from .blocks import (
     option,
     power,
     put,
-    put_square,
     state_of,
-    sum_squares,
+    store_block,
+    sum_blocks,
     trace,
 )
 
 
 @triton.jit
 def _numbers(
-    states, squares, m_lengths, v_lengths, m_grams, v_grams, m_R, v_R, settings, groups, positions, table, keys, found,
+    states, squares, m_squares, v_squares, m_grams, v_grams, m_R, v_R, settings, groups, positions, table, keys, found,
     stride, n, n_groups, k_m, k_v, row_blocks, column_blocks,
     K_M: tl.constexpr, K_V: tl.constexpr, BLOCKS: tl.constexpr, TRACKED: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def _numbers(
     small = square < SMALL_SQUARE
     norm = tl.where(small, tl.sqrt(raised) / RAISED, tl.sqrt(square))
     idle = (option(settings, SKIPS_ZEROS, n_groups, group) != 0) & (norm == 0)
-    usable = (norm * norm <= LARGEST_SQUARE) & (idle == 0)  # NaN is not usable.
+    usable = (norm * norm <= FLOAT32_MAX) & (idle == 0)  # NaN is not usable.
     limit = option(settings, MAX_NORM, n_groups, group)
     clip = tl.where(usable & (norm > limit), limit / norm, 1.0)
     tl.store(found + matrix * FOUND, tl.where(idle, -1.0, norm * tl.where(usable, clip, 1.0)))
@@ -115,13 +115,13 @@ def _numbers(
     corrected1, corrected2 = 1 - power(beta1, t), 1 - power(beta2, t)
     v_decay = tl.sqrt(beta2)
     if TRACKED:
-        m_old, v_old = _norm(m_lengths + matrix * k_m, k_m, K_M), _norm(v_lengths + matrix * k_v, k_v, K_V)
-        m_length, v_length = tl.sqrt(m_trace), tl.sqrt(v_trace)
+        m_old, v_old = _norm(m_squares + matrix * k_m, k_m, K_M), _norm(v_squares + matrix * k_v, k_v, K_V)
+        m_norm, v_norm = tl.sqrt(m_trace), tl.sqrt(v_trace)
         m_keep, m_gain, v_keep, v_gain = beta1, 1 - beta1, v_decay, 1 - v_decay
-        m_size = tl.maximum(m_keep * m_old * m_length, m_gain * norm)
-        v_size = tl.maximum(v_keep * v_old * v_length, v_gain * norm)
-        m_unit = m_length / tl.maximum(m_size, SMALLEST_NORM * SMALLEST_NORM)
-        v_unit = v_length / tl.maximum(v_size, SMALLEST_NORM * SMALLEST_NORM)
+        m_size = tl.maximum(m_keep * m_old * m_norm, m_gain * norm)
+        v_size = tl.maximum(v_keep * v_old * v_norm, v_gain * norm)
+        m_unit = m_norm / tl.maximum(m_size, SMALLEST_NORM * SMALLEST_NORM)
+        v_unit = v_norm / tl.maximum(v_size, SMALLEST_NORM * SMALLEST_NORM)
         residual = tl.minimum(corrected1, option(settings, RESIDUAL_WEIGHT, n_groups, group))
         x_part = 1 - beta1 - residual
     else:
@@ -145,7 +145,7 @@ def _numbers(
     put(table, RESIDUAL, n, matrix, residual * size)
     put(table, V_SCALE, n, matrix, tl.sqrt(c * (beta2 / (1 - beta2))))
     put(table, ROOT_EPS, n, matrix, option(settings, EPS, n_groups, group) / root)
-    put(table, LENGTH, n, matrix, lr * option(settings, UPDATE_SCALE, n_groups, group))
+    put(table, STEP_SIZE, n, matrix, lr * option(settings, UPDATE_SCALE, n_groups, group))
     put(table, DECAY, n, matrix, lr * option(settings, WEIGHT_DECAY, n_groups, group))
     put(table, UPDATES, n, matrix, usable.to(tl.float32))
     put(table, LIMIT, n, matrix, option(settings, BOUND, n_groups, group))
@@ -162,12 +162,12 @@ def _numbers(
 @triton.jit
 def _invert(grams, inverse, blocks, damping, k, K: tl.constexpr, TRACKED: tl.constexpr):
     """Write (A Aᵀ + damping)⁻¹ from the sums over blocks, and return ‖A‖²."""
-    gram = sum_squares(grams, blocks, 1, K)
+    gram = sum_blocks(grams, blocks, 1, K)
     whole = trace(gram, K)
-    put_square(inverse, inverse_of(damped(gram, damping * whole / k if TRACKED else damping, K), K).to(tl.float32), K)
+    store_block(inverse, inverse_of(damped(gram, damping * whole / k if TRACKED else damping, K), K).to(tl.float32), K)
     return whole
 
 
 @triton.jit
-def _norm(lengths, k, K: tl.constexpr):
-    return tl.sqrt(tl.sum(tl.load(lengths + tl.arange(0, K), mask=tl.arange(0, K) < k, other=0), 0))
+def _norm(row_squares, k, K: tl.constexpr):
+    return tl.sqrt(tl.sum(tl.load(row_squares + tl.arange(0, K), mask=tl.arange(0, K) < k, other=0), 0))

@@ -12,12 +12,12 @@ import triton.language as tl
 from .blocks import (
     DECAY,
     G_SCALE,
-    LENGTH,
     LIMIT,
     M_B,
     RAISED,
     RESIDUAL,
     ROOT_EPS,
+    STEP_SIZE,
     UPDATES,
     V_B,
     V_SCALE,
@@ -128,7 +128,7 @@ def _fit_bfloat16(
 
 @triton.jit
 def _update(
-    grads, thetas, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, table, keys, largest, clamped,
+    grads, thetas, states, C, m_B, v_B, m_A, v_A, v_squares, m_P, v_P, table, keys, largest, clamped,
     stride, n, p, q, k_m, k_v, rows_per_split,
     K_M: tl.constexpr, K_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -145,7 +145,7 @@ def _update(
     theta_ptr = own(thetas, matrix, PARAM, ALIGNED)
     g_scale, residual = number(table, G_SCALE, n, matrix), number(table, RESIDUAL, n, matrix)
     v_scale, eps = number(table, V_SCALE, n, matrix), number(table, ROOT_EPS, n, matrix)
-    step, decay = number(table, LENGTH, n, matrix), number(table, DECAY, n, matrix)
+    step, decay = number(table, STEP_SIZE, n, matrix), number(table, DECAY, n, matrix)
     limit = number(table, LIMIT, n, matrix)
     here = tl.where(number(table, UPDATES, n, matrix) > 0, p, 0)  # Rows up to here are read and written.
     key, salted = tl.load(keys + matrix).to(tl.uint32), tl.load(keys + n + matrix).to(tl.uint32)
@@ -155,7 +155,7 @@ def _update(
     m_columns = tl.load(m_A + matrix * k_m * q + m_ranks * q + columns, mask=(m_ranks < k_m) & (columns < q), other=0)
     v_columns = tl.load(v_A + matrix * k_v * q + v_ranks * q + columns, mask=(v_ranks < k_v) & (columns < q), other=0)
     if TRACKED:  # B of dead directions counts as zero.
-        alive = tl.load(v_lengths + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) > 0
+        alive = tl.load(v_squares + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) > 0
         v_columns = tl.where(alive, v_columns, 0)
     v_columns = v_columns * v_scale
     C += matrix * p * k_m
@@ -211,7 +211,7 @@ def _update(
 
 @triton.jit
 def _update_bfloat16(
-    grads, thetas, states, C, m_B, v_B, m_A, v_A, v_lengths, m_P, v_P, table, keys, largest, clamped,
+    grads, thetas, states, C, m_B, v_B, m_A, v_A, v_squares, m_P, v_P, table, keys, largest, clamped,
     stride, n, p, q, k_m, k_v, rows_per_split,
     K_M: tl.constexpr, K_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     ALIGNED: tl.constexpr, TRACKED: tl.constexpr, STOCHASTIC: tl.constexpr, METRICS: tl.constexpr,
@@ -226,7 +226,7 @@ def _update_bfloat16(
     theta_ptr = own(thetas, matrix, tl.bfloat16, ALIGNED)
     g_scale, residual = number(table, G_SCALE, n, matrix), number(table, RESIDUAL, n, matrix)
     v_scale, eps = number(table, V_SCALE, n, matrix), number(table, ROOT_EPS, n, matrix)
-    step, decay = number(table, LENGTH, n, matrix), number(table, DECAY, n, matrix)
+    step, decay = number(table, STEP_SIZE, n, matrix), number(table, DECAY, n, matrix)
     limit = number(table, LIMIT, n, matrix)
     here = tl.where(number(table, UPDATES, n, matrix) > 0, p, 0)  # Rows up to here are read and written.
     key, salted = tl.load(keys + matrix).to(tl.uint32), tl.load(keys + n + matrix).to(tl.uint32)
@@ -241,7 +241,7 @@ def _update_bfloat16(
         mask=(v_ranks[:, None] < k_v) & (columns[None, :] < q), other=0,
     )  # fmt: skip
     if TRACKED:  # B of dead directions counts as zero.
-        alive = tl.load(v_lengths + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) > 0
+        alive = tl.load(v_squares + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) > 0
         v_columns = tl.where(alive[:, None], v_columns, 0)
     v_columns = v_columns * v_scale
     C += matrix * p * k_m

@@ -22,19 +22,31 @@ from ...lowrank.constants import on_device
 from ...lowrank.metrics import Metrics
 from ...lowrank.moments import Moment
 from ...lowrank.rounding import round_keys
-from ..eager import COEFFICIENTS, Eager
-from .blocks import own, rounded_stochastically
+from ..eager import Eager
+from .blocks import (
+    C_B,
+    C_X,
+    DECAY,
+    G_SCALE,
+    M_GAIN,
+    M_KEEP,
+    RESIDUAL,
+    ROOT_EPS,
+    STEP_SIZE,
+    UPDATES,
+    V_GAIN,
+    V_KEEP,
+    V_SCALE,
+    own,
+    rounded_stochastically,
+)
 
 # Above this rank a block of a factor does not fit into the registers of a program.
-MAX_RANK = 128
+MAX_ROW_RANK = 128
 # This many programs in flight fill a large GPU: four on each of 132 multiprocessors, with WARPS warps each.
 PROGRAMS = 528
 WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
-# These are the rows of the table of numbers, by their names in `COEFFICIENTS`, as the kernels read them.
-(
-    G_SCALE, M_KEEP, M_GAIN, V_KEEP, V_GAIN, C_B, C_X, RESIDUAL, V_SCALE, EPS, STEP, DECAY, UPDATES,
-) = map(tl.constexpr, range(len(COEFFICIENTS)))  # fmt: skip
 
 
 @triton.jit
@@ -100,7 +112,7 @@ def _update_block(
     scalars, bounds, keys, largest, clamped, n, p, q, k_m, k_v, rows_per_split, first_row,
     K_M: tl.constexpr, K_V: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr,
     GRAD: tl.constexpr, THETA: tl.constexpr, ALIGNED: tl.constexpr,
-    CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, METRICS: tl.constexpr,
+    CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, FLOAT64: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
     """Write θ ← θ − step · u − decay · θ for some rows of a block of columns, and their part of Bᵀx for both moments.
 
@@ -116,8 +128,8 @@ def _update_block(
     g_scale = tl.load(scalars + G_SCALE * n + matrix)
     residual = tl.load(scalars + RESIDUAL * n + matrix)
     v_scale = tl.load(scalars + V_SCALE * n + matrix)
-    eps = tl.load(scalars + EPS * n + matrix)
-    step = tl.load(scalars + STEP * n + matrix)
+    eps = tl.load(scalars + ROOT_EPS * n + matrix)
+    step = tl.load(scalars + STEP_SIZE * n + matrix)
     decay = tl.load(scalars + DECAY * n + matrix)
     updates = tl.load(scalars + UPDATES * n + matrix + 0 * columns)[None, :] > 0
     bound = tl.load(bounds + matrix)
@@ -143,7 +155,7 @@ def _update_block(
             u = tl.minimum(tl.maximum(u, -bound), bound)
         at = rows[:, None].to(tl.int64) * q + columns[None, :]
         theta = tl.load(theta_ptr + at, mask=inside, other=0)
-        if WIDE:
+        if FLOAT64:
             new = theta.to(tl.float64) - (step * u + decay * theta.to(tl.float64))
         else:
             new = theta.to(tl.float32) - (step * u + decay * theta.to(tl.float32))
@@ -165,7 +177,7 @@ def _update_block(
 
 
 class RowKernels(Eager):
-    """Launches the kernels. Ranks above `MAX_RANK` take the eager path, with a single warning."""
+    """Launches the kernels. Ranks above `MAX_ROW_RANK` take the eager path, with a single warning."""
 
     def __init__(self) -> None:
         self._told = False
@@ -173,10 +185,10 @@ class RowKernels(Eager):
     def adam(
         self, batch: Batch, m: Moment, v: Moment, table: Tensor, bound: Tensor | None, metrics: Metrics | None
     ) -> None:
-        if max(batch.ranks) > MAX_RANK:
+        if max(batch.ranks) > MAX_ROW_RANK:
             if not self._told:
                 warnings.warn(
-                    f"momentum rank {max(batch.ranks)} is above the Triton kernels' {MAX_RANK}: eager step",
+                    f"momentum rank {max(batch.ranks)} is above the Triton kernels' {MAX_ROW_RANK}: eager step",
                     stacklevel=2,
                 )
                 self._told = True
@@ -219,7 +231,7 @@ class RowKernels(Eager):
                 table, bounds, keys, largest, clamped, n, p, q, k_m, k_v, rows_per_split, batch.rows.start,
                 K_M=K_M, K_V=K_V, BP=BP, BQ=BQ, num_stages=1, num_warps=WARPS, **types, THETA=TYPES[thetas[0].dtype],
                 CLAMP=bound is not None, STOCHASTIC=batch.rounds_stochastically,
-                WIDE=thetas[0].dtype == torch.float64, METRICS=metrics is not None,
+                FLOAT64=thetas[0].dtype == torch.float64, METRICS=metrics is not None,
             )  # fmt: skip
         torch.sum(m_partial, 0, out=m.projected)
         torch.sum(v_partial, 0, out=v.projected)
