@@ -35,9 +35,9 @@ test-all: install
 	$(PYTEST) $(ARGS)
 
 # The numerics with the instructions of other CPUs, of PyTorch's own kernels and so of this project's, of MKL's and of oneDNN's: one
-# machine stands in for others. AVX2 is tested by the other targets where a CPU has nothing above it. The whole suite:
-# `make test-isa NUMERICS=tests`.
-NUMERICS := tests/optim tests/backends
+# machine stands in for others. AVX2 is tested by the other targets where a CPU has nothing above it. The tests are those whose figures
+# depend on instructions; the whole suite: `make test-isa NUMERICS=tests`.
+NUMERICS := tests/backends $(addprefix tests/optim/test_,batches.py experts.py fuzz.py gradients.py muon.py rounding.py steps.py)
 OTHER_CPUS := $(PYTEST) -m "not slow and not interpreted" $(NUMERICS)
 
 test-isa: install

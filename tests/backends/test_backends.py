@@ -37,6 +37,8 @@ SHAPES = [((2, 3), 1), ((3, 2), 1), ((12, 40), 1), ((33, 31), 7), ((48, 40), 17)
 def test_adam_equals_oracle_and_eager(backend, shape, k, rule):
     if backend == "compiled" and (shape == (3, 2) or (rule == "newton" and k == 1)):
         pytest.skip("one more graph to compile for nothing new")
+    if backend == "triton" and DEVICE.type == "cpu" and shape in ((3, 2), (10, 3, 1, 9)):
+        pytest.skip("its interpreter takes seconds, for kernels as (2, 3) and (33, 31) have them")
     grads = [stream(shape, 4, seed=i) for i in range(2)]
     options = {"update_rule": rule, "weight_decay": 0.1, "grads": grads}
     found = run(backend, shape, k, **options)

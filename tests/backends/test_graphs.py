@@ -48,6 +48,7 @@ def test_no_recompile_as_numbers_change(graphs, cls, rule):
         assert len(graphs) == functions
 
 
+@pytest.mark.slow
 def test_few_graphs_for_many_shapes(graphs):
     """A set for all shapes, numbers of matrices and ranks above `UNROLLED`, one for a matrix alone, one for each lower
     rank.

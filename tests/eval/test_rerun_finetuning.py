@@ -102,6 +102,7 @@ def test_the_model_is_made_once_and_its_tokenizer_leaves_prompts_open(small):
     assert len(small) == 1
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_suite_runs_from_pre_training_to_report(small, tmp_path, capsys):
     suite = {
         "base": "finetune-arithmetic",

@@ -185,7 +185,7 @@ def test_metrics_leave_out_what_is_skipped(as_on_a_gpu, cls):
             assert found == (expected[0], pytest.approx(expected[1], rel=2 * gamma(len(SHAPES))))  # sums over matrices
 
 
-@both_rules
+@pytest.mark.parametrize("rule", ["als", pytest.param("newton", marks=pytest.mark.slow)])
 @triton_
 def test_kernels_skip_what_is_not_finite(as_on_a_gpu, rule):
     options = {"update_rule": rule, "backend": "triton"}

@@ -77,7 +77,9 @@ def assert_as_measured(estimated, measured):
 
 @both_optimizers
 @both_rules
-@both_dtypes
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=["fp32", "bf16"]
+)
 @both_modes
 def test_full_weights_as_trained(make_llama, optimizer, rule, dtype, in_backward):
     model = make_llama(dtype=dtype, **SIZES)
