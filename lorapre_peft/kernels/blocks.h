@@ -1,4 +1,5 @@
-// The products that a step is made of, of pieces of matrices in registers.
+// This file holds the products that a step is made of, for tiles of matrices in registers. Unless a comment says
+// otherwise, a number of columns is a multiple of LANES, to which callers pad rows with zeros.
 
 #pragma once
 
@@ -20,7 +21,7 @@ inline Vec load_as(const float* x) {
   return ABSOLUTE ? absolute(value) : value;
 }
 
-// Σ x² of DOT_ROWS rows; each column's squares are added in float32, all else in float64.
+// Returns Σ x² of DOT_ROWS rows. The squares of a column are added in float32, and all other sums are float64.
 double square_tile(const float* x, int64_t stride, int columns) {
   DoubleVec total[2] = {};
   for (int c = 0; c < columns; c += LANES) {
@@ -34,21 +35,23 @@ double square_tile(const float* x, int64_t stride, int columns) {
   return sum_of(total[0] + total[1]);
 }
 
-// Prefetches rows of a matrix that will be read next, of entries of ``size`` bytes, a register at a time while others
-// are computed. That keeps more reads in flight than waiting for them does.
+// Prefetches the rows of a matrix that are read next, line by line while other rows are computed. That keeps more
+// reads in flight than loads alone would. at: the first entry, which may lie beyond the matrix, since a prefetch never
+// faults. stride: bytes from row to row. size: bytes of an entry. rows: the number of rows.
 struct RowsAhead {
   const char* at = nullptr;
   int64_t stride = 0;
   int size = 0, rows = 0;
 
-  // Prefetches the lines of the cache that begin at this column.
+  // Prefetches a line of each row if one begins at this column, counted from ``at``.
   void fetch(int column) const {
     if (column * size % LINE) return;
     for (int r = 0; r < rows; ++r) __builtin_prefetch(at + r * stride + column * size, 0, 3);
   }
 };
 
-// dots[r][j] += x[r] · A[j], or |x[r]| · A[j], over some columns, for R rows of x, a multiple of 4, and J of A.
+// Adds x[r] · A[j], or |x[r]| · A[j], over some columns to dots[r][j], for R rows of x, a multiple of 4, and J rows of
+// A. Rows of dots have k numbers.
 template <int R, int J, bool ABSOLUTE>
 void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, int columns, float* dots, int k,
               const RowsAhead& ahead = {}) {
@@ -70,7 +73,7 @@ void dot_tile(const float* x, int64_t x_stride, const float* A, int64_t stride, 
     }
 }
 
-// total[r] += Σ_j B[r][j] A[j] for ROWS rows and W registers of columns.
+// Adds Σ_j B[r][j] A[j] to total[r] for ROWS rows and W registers of columns.
 template <int W>
 inline void add_outer(const float* B, int64_t b_stride, int k, const float* A, int64_t stride, Vec (&total)[ROWS][W]) {
   for (int j = 0; j < k; ++j) {
@@ -81,7 +84,7 @@ inline void add_outer(const float* B, int64_t b_stride, int k, const float* A, i
   }
 }
 
-// out[r] = Σ_j B[r][j] A[j], or added to what is there, likewise.
+// Writes Σ_j B[r][j] A[j] to out[r], or adds it, for the same tile. Rows of B have k numbers.
 template <int W, bool ADD>
 inline void outer_tile(const float* B, int k, const float* A, int64_t stride, float* out, int64_t out_stride) {
   Vec total[ROWS][W] = {};
@@ -93,7 +96,7 @@ inline void outer_tile(const float* B, int k, const float* A, int64_t stride, fl
     UNROLLED for (int w = 0; w < W; ++w) store(out + r * out_stride + w * LANES, total[r][w]);
 }
 
-// The same over some columns, a multiple of LANES.
+// Does the same for ROWS rows and any number of columns.
 template <bool ADD = false>
 void outer(const float* B, int k, const float* A, int64_t stride, int columns, float* out, int64_t out_stride) {
   int c = 0;
@@ -102,7 +105,7 @@ void outer(const float* B, int k, const float* A, int64_t stride, int columns, f
   for (; c < columns; c += LANES) outer_tile<1, ADD>(B, k, A + c, stride, out + c, out_stride);
 }
 
-// P[j] += Σ_r B[r][j] x[r], or |x[r]|, for R rows and W registers of columns.
+// Adds Σ_r B[r][j] x[r], or Σ_r B[r][j] |x[r]|, to P[j] for R rows and W registers of columns.
 template <int R, int W, bool ABSOLUTE>
 inline void project_tile(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, float* P,
                          int64_t stride) {
@@ -118,6 +121,7 @@ inline void project_tile(const float* B, int64_t b_stride, int k, const float* x
   }
 }
 
+// Does the same for R rows and any number of columns.
 template <int R, int W, bool ABSOLUTE>
 void project_rows(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, int columns, float* P,
                   int64_t stride) {
@@ -127,8 +131,8 @@ void project_rows(const float* B, int64_t b_stride, int k, const float* x, int64
   for (; c < columns; c += LANES) project_tile<R, 1, ABSOLUTE>(B, b_stride, k, x + c, x_stride, P + c, stride);
 }
 
-// The same for some rows, a multiple of ROWS, and columns, a multiple of LANES: two blocks of rows at a time, for each
-// reads and writes P.
+// Does the same for any number of columns and a multiple of ROWS rows. It takes 2 · ROWS rows at a time, since P is
+// read and written once for each such block.
 template <bool ABSOLUTE>
 void project(const float* B, int64_t b_stride, int k, const float* x, int64_t x_stride, int rows, int columns,
              float* P, int64_t stride) {
@@ -140,8 +144,8 @@ void project(const float* B, int64_t b_stride, int k, const float* x, int64_t x_
     project_rows<ROWS, WIDTH, ABSOLUTE>(B + r * b_stride, b_stride, k, x + r * x_stride, x_stride, columns, P, stride);
 }
 
-// out[j] += Σ_r left[r][j] x[r] over some columns, of rows of ``stride`` numbers. left[r][j] lies at
-// r · by_row + j · by_rank.
+// Adds Σ_r left[r][j] x[r] to out[j] for J rows of out and W registers of columns, in float64. Rows of x and of out
+// have ``stride`` numbers, and left[r][j] lies at r · by_row + j · by_rank.
 template <int J, int W>
 inline void combine_tile(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride,
                          int rows, double* out) {
@@ -155,7 +159,7 @@ inline void combine_tile(const double* left, int64_t by_row, int64_t by_rank, co
     UNROLLED for (int w = 0; w < W; ++w) reinterpret_cast<DoubleVec*>(out + j * stride)[w] += total[j][w];
 }
 
-// The same over some columns, a multiple of LANES / 2.
+// Does the same for any multiple of LANES / 2 columns.
 template <int J>
 void combine_block(const double* left, int64_t by_row, int64_t by_rank, const double* x, int64_t stride,
                    int64_t columns, int rows, double* out) {
@@ -168,7 +172,8 @@ void combine_block(const double* left, int64_t by_row, int64_t by_rank, const do
 inline DoubleVec load_double(const float* x) { return widened(x); }
 inline DoubleVec load_double(const double* x) { return *reinterpret_cast<const DoubleVec*>(x); }
 
-// gram[i][j] += x[i] · y[j], of the first ``count`` numbers, a multiple of LANES, of rows of ``stride`` numbers.
+// Adds x[i] · y[j] to gram[i][j] in float64, for I rows of x and J rows of y. Rows of both have ``stride`` numbers, of
+// which the first ``count``, a multiple of LANES / 2, are multiplied.
 template <int I, int J, class Number>
 inline void gram_tile(const Number* x, const Number* y, int64_t stride, int64_t count, double* gram,
                       int64_t gram_stride) {
@@ -185,6 +190,8 @@ inline void gram_tile(const Number* x, const Number* y, int64_t stride, int64_t 
     UNROLLED for (int j = 0; j < J; ++j) gram[i * gram_stride + j] += sum_of(total[i][j]);
 }
 
+// Executes ``call`` for each block of at most RANKS of k ranks. In it ``j0`` is the first rank of the block, and the
+// constant ``J`` is the number of ranks in the block.
 #define BY_RANKS(k, call)                                                          \
   for (int j0 = 0; j0 < k; j0 += RANKS) switch (std::min(RANKS, int(k) - j0)) {    \
     case 1: { constexpr int J = 1; call; break; }                                  \
@@ -193,14 +200,15 @@ inline void gram_tile(const Number* x, const Number* y, int64_t stride, int64_t 
     default: { constexpr int J = RANKS; call; break; }                             \
   }
 
+// `padded` and `padded_double` round q up to whole registers of float32 and of float64 numbers.
 int64_t padded(int64_t q) { return (q + LANES - 1) / LANES * LANES; }
 int64_t padded_double(int64_t q) { return (q + LANES / 2 - 1) / (LANES / 2) * (LANES / 2); }
 
-// Whole registers, and one more where rows would else begin at multiples of 256 bytes and compete for the same places
-// of the cache.
+// Returns how many floats apart rows of q numbers are held: whole registers, and one more register where rows would
+// otherwise begin at multiples of 256 bytes and compete for the same sets of the cache.
 int64_t row_stride(int64_t q) { return padded(q) % 64 ? padded(q) : padded(q) + LANES; }
 
-// From column c0 on ``stride`` columns of A [k, q] as float64, zeros beyond q.
+// Copies ``stride`` columns of A [k, q] from column c0 on to out [k, stride] as float64, with zeros beyond q.
 void read_rows(const float* A, int64_t k, int64_t q, int64_t c0, int64_t stride, double* out) {
   const int64_t here = std::min(stride, q - c0);
   for (int64_t j = 0; j < k; ++j, out += stride) {
@@ -209,7 +217,8 @@ void read_rows(const float* A, int64_t k, int64_t q, int64_t c0, int64_t stride,
   }
 }
 
-// x yᵀ of k rows of ``stride`` numbers, the first ``count`` of each, added to gram [k, k] in rows of ``gram_stride``.
+// Adds x yᵀ to gram [k, k] in float64. x and y have k rows of ``stride`` numbers, of which the first ``count`` are
+// multiplied. Rows of gram have ``gram_stride`` numbers.
 void add_products(const float* x, const float* y, int64_t k, int64_t stride, int64_t count, double* gram,
                   int64_t gram_stride) {
   int64_t i = 0;
@@ -223,9 +232,9 @@ void add_products(const float* x, const float* y, int64_t k, int64_t stride, int
   add(std::integral_constant<int, 1>{});
 }
 
-// The lower triangle of x xᵀ, of k rows of ``stride`` numbers, added to gram, in blocks.
+// Adds the lower triangle of x xᵀ to gram [k, k], in blocks that may reach beyond the diagonal. x: [k, stride].
 void add_gram(const double* x, int64_t k, int64_t stride, double* gram) {
-  constexpr int J = 4;  // with RANKS rows enough sums for the latency of one
+  constexpr int J = 4;  // RANKS · J sums at a time hide the latency of an addition.
   int64_t i = 0;
   for (; i + RANKS <= k / J * J; i += RANKS)
     for (int64_t j = 0; j <= i; j += J)
@@ -234,7 +243,7 @@ void add_gram(const double* x, int64_t k, int64_t stride, double* gram) {
     BY_RANKS(i + 1, (gram_tile<1, J>(x + i * stride, x + j0 * stride, stride, stride, gram + i * k + j0, k)))
 }
 
-// x xᵀ of K rows of q float32 numbers, added to gram: few enough for all sums to lie in registers.
+// Adds the lower triangle of x xᵀ to gram [K, K] in float64. x: [K, q]. K is so small that all sums lie in registers.
 template <int K>
 void add_small_gram(const float* x, int64_t q, double* gram) {
   constexpr int SUMS = 4 / K > 1 ? 4 / K : 1, SIZE = SUMS * LANES / 2;
@@ -260,7 +269,7 @@ void add_small_gram(const float* x, int64_t q, double* gram) {
       for (int s = 0; s < SUMS; ++s) gram[i * K + j] += sum_of(total[s][i][j]);
 }
 
-// The upper triangle from the lower one.
+// Copies the lower triangle of gram [k, k] to the upper one.
 void mirror(double* gram, int64_t k) {
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = 0; j < i; ++j) gram[j * k + i] = gram[i * k + j];

@@ -1,12 +1,28 @@
-// LoRA-Pre AdamW's whole step for many matrices in one call, on a CPU: norms, factors, weights and state where they
-// lie, without any p×q temporary. Muon's step up to its orthogonalization, which takes matrices without a second
-// moment. And norms.
+// This file computes LoRA-Pre AdamW's whole step on a CPU, for many matrices in one call. It reads and writes
+// gradients, weights and state where they lie, without any p×q temporary. Matrices without a second moment are Muon's:
+// for them it computes the momentum, and Python orthogonalizes it and moves the weights. `norms` computes norms of
+// tensors.
 //
-// Compiled by build.py; cpp.py says what the arguments are. A matrix is p×q and row-major, its factors are B [p, k]
-// and A [k, q]; the first of two moments is m, the second v. Work is cut by shape alone and every sum has a fixed
-// order, so that the result depends neither on the number of threads nor on which matrices share the step. Products of
-// the gradient, and what they alone are combined with, are float32; Gram matrices that are inverted, and what is k×k,
-// are float64.
+// build.py compiles the file, and cpp.py says what the arguments are. A matrix is p×q and row-major. The factors of a
+// moment are B [p, k] and A [k, q]. The first moment is m, and the second is v. Work is divided by shape alone and
+// every sum has a fixed order, so that the result depends neither on the number of threads nor on which matrices share
+// a step.
+//
+// Factors and products with the gradient are float32. k×k matrices are float64 up to their products with a factor.
+// There are two exceptions: B'ᵀB of wide matrices is summed in float32, and so is A' A'ᵀ of `als` within a chunk of
+// columns.
+//
+// A step has five stages. This is what they are in the other backends (Triton: gpu/{passes,numbers,factors}.py, eager:
+// eager.py and lowrank/moments.py):
+//
+//   stage    what it does                              Triton                      eager
+//   begin    forms A Aᵀ, finds zero rows of A          _row_squares, _start        Moment.__init__
+//   look     computes ‖g‖² and, if wide, x Aᵀ          _fit                        Eager.norms, follow_rows
+//   prepare  computes R and all numbers of a matrix    _numbers                    _prepare, adam_scalars, adam_table
+//   rows     writes B' and weights, sums over rows     _rows, _update              Eager.adam or Eager.momentum
+//   finish   writes A', balances B' and A'             _solve, _columns, _balance  move_on
+//
+// Each is a method of `Task`. `WideRows` and `NarrowRows` compute `look` and `rows`, the latter in their method `run`.
 
 #include <algorithm>
 #include <atomic>
@@ -23,16 +39,18 @@
 
 namespace {
 
-// The most parts that the rows of a matrix are split into.
+// The rows of a matrix are split into at most this many parts.
 constexpr int64_t MAX_SPLITS = 16;
-// Up to this size a matrix, its gradient and its state stay in the second-level cache for the whole of its step.
+// A matrix of up to this many entries stays in the second-level cache for the whole step, with its gradient and state.
 constexpr int64_t CACHED_ENTRIES = 1 << 17;
-// Below this Σ g² is summed in float64: above it, the squares of up to 1e10 entries that float32 loses do not count.
+// A Σ g² that is not above this is summed again in float64. In a larger one, the squares that float32 loses to
+// underflow do not count, even if there are 1e10 of them.
 constexpr double SMALL_SQUARE = 1e-20;
-// The largest gradient norm whose square float32 holds.
+// This is the largest gradient norm whose square float32 holds.
 const double MAX_NORM = std::sqrt(double(std::numeric_limits<float>::max()));
 
-// The fields of cpp.HostTable.shapes, table.OPTIONS (and Muon's nesterov), table.POINTERS and cpp.FOUND, one for one.
+// Fields and their order are those of cpp.HostTable.shapes, of table.OPTIONS with Muon's nesterov at the end, of
+// table.POINTERS after gradient and weights, and of cpp.FOUND.
 struct Shape { int64_t p, q, m_rank, v_rank, group, position, grad_type, param_type; };
 struct Options {
   double beta1, beta2, lr, weight_decay, eps, residual_weight, update_scale;
@@ -41,7 +59,8 @@ struct Options {
 struct Pointers {
   const void* grad;
   void* param;
-  float *step, *m_B, *m_A, *v_B, *v_A, *v_energy, *v_scale;  // `newton` has neither of the last two
+  // v_energy and v_scale are null for `newton`. For Muon, v_B and v_A are null as well.
+  float *step, *m_B, *m_A, *v_B, *v_A, *v_energy, *v_scale;
 
   Pointers(void* const* table, int64_t n, int64_t i)
       : grad(table[i]), param(table[n + i]), step(f(table[2 * n + i])),
@@ -53,7 +72,7 @@ struct Pointers {
 };
 struct Found { double norm, largest, clamped, captured; };
 
-// One matrix of the step, from its norm to its new state.
+// Takes one matrix through the stages of its step, in the order in which their methods are declared.
 class Task {
  public:
   Task(const Shape& shape, const Options& options, Pointers at, Found& found, int64_t split_entries, bool metrics,
@@ -63,20 +82,20 @@ class Task {
 
   int64_t splits() const { return parts; }
 
-  // Queues for prefetching what the step reads, of the weights only the first. A matrix that does not fit the cache
-  // queues nothing.
+  // Queues what the step reads for prefetching, and of the weights only the beginning. A matrix that does not fit the
+  // cache queues nothing.
   void prefetch(Prefetcher& next) const {
     if (shape.p * shape.q > CACHED_ENTRIES) return;
     const int64_t size = sizeof(float);
     next.add(at.m_A, shape.q * shape.m_rank * size), next.add(at.v_A, shape.q * shape.v_rank * size);
-    // `look` prefetches the gradient of a wide matrix itself. To have it earlier made steps faster on a CPU of 16
-    // lanes with a second-level cache of 2 MB, and a tenth slower on one of 8 with 512 kB.
+    // `look` prefetches the gradient of a wide matrix itself. Prefetching it here made steps faster on a CPU with 16
+    // lanes and a second-level cache of 2 MB, and a tenth slower on one with 8 lanes and 512 kB.
     if (LANES == 16 || shape.q <= NARROW) next.add(at.grad, shape.p * shape.q * size_of(Type(shape.grad_type)));
     next.add(at.m_B, shape.p * shape.m_rank * size), next.add(at.v_B, shape.p * shape.v_rank * size);
     next.add(at.param, std::min<int64_t>(shape.p * shape.q, CHUNK * LANES) * size_of(Type(shape.param_type)));
   }
 
-  // What `look` needs: the factors A, and which of their directions start anew.
+  // Sets up what `look` needs: both factors A as they are read, with new rows for directions that start anew.
   void begin(Scratch& scratch) {
     s.p = shape.p, s.q = shape.q, s.stride = row_stride(shape.q);
     s.grad = at.grad, s.param = at.param, s.grad_type = Type(shape.grad_type), s.param_type = Type(shape.param_type);
@@ -85,19 +104,21 @@ class Task {
     moment(1, int(shape.v_rank), at.v_B, at.v_A, scratch);
   }
 
-  // Σ g² of some rows, and what `rows` needs of them before ‖g‖ is known.
+  // Returns Σ g² of one part of the rows. For wide matrices it also leaves x Aᵀ in ``sums.dots``.
   double look(int64_t split, Scratch& scratch, Sums& sums) const {
     const int64_t begin = first_row(split), end = first_row(split + 1);
     const double square = s.q <= NARROW ? 0 : WideRows(s, scratch, sums).look(begin, end);
     if (square > SMALL_SQUARE && square <= FLT_MAX) return square;
-    return sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q);  // float32 may have lost something
+    // Squares may have underflowed or overflowed in float32, or none was computed.
+    return sum_of_squares(s.grad, s.grad_type, begin * s.q, end * s.q);
   }
 
-  // Everything else that the rows need, from ‖g‖². False if the gradient cannot be used: then nothing has changed.
+  // Computes all else that `rows` needs, from ‖g‖², and writes restarted directions into the state. It returns false
+  // if the gradient is not usable, in which case the state has not changed.
   bool prepare(double square, Scratch& scratch) {
     norm = found.norm = std::sqrt(square);
     if (!(norm <= MAX_NORM)) return false;
-    if (o.skips_zeros && norm == 0) {  // an expert without tokens: as if it had no gradient
+    if (o.skips_zeros && norm == 0) {  // An expert without tokens is left alone, as if it had no gradient.
       found.norm = -1;
       return false;
     }
@@ -110,7 +131,7 @@ class Task {
     s.key = mix(mix(uint32_t(o.seed) + uint32_t(shape.position), 0) + uint32_t(count), 0);
     s.salted = mix(s.key + 0x9E3779B9u, 0);
 
-    // As in eager.adam_scalars: √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²), and root is divided out.
+    // With √v̂ = root · √(β2/(1−β2) c (v_B v_A)² + g²), the root is divided out of the momentum and of ε.
     const double ema = 1 - std::pow(o.beta1, t), root = std::sqrt((1 - o.beta2) / (1 - std::pow(o.beta2, t)));
     const double scale = !shape.v_rank ? o.nesterov ? o.beta1 : 1 : 1 / (ema * root);
     const double residual = newton ? weight : std::min(ema, o.residual_weight) * (weight / (1 - o.beta1));
@@ -126,13 +147,14 @@ class Task {
     return true;
   }
 
+  // Writes B' and the weights of one part of the rows, and writes to ``sums`` what `finish` needs of them.
   void rows(int64_t split, Scratch& scratch, Sums& sums) {
     sums.reset(s);
     const int64_t begin = first_row(split), end = first_row(split + 1);
     s.q <= NARROW ? NarrowRows(s, scratch, sums).run(begin, end) : WideRows(s, scratch, sums).run(begin, end);
   }
 
-  // The columns of both moments and the numbers of the state, from the sums over all rows.
+  // Writes both moments' factors and the numbers of the state, from the sums over all rows.
   void finish(const Sums& sums, Scratch& scratch) {
     columns(0, sums, o.beta1, weight, scratch);
     *at.step = float(count);
@@ -155,13 +177,13 @@ class Task {
   const bool metrics;
   Step& s;
   const int64_t parts;
-  const double weight = shape.v_rank ? 1 - o.beta1 : 1;  // of the gradient in m: Adam's average, or Muon's sum
-  double norm = 0, count = 0;  // norm: after clipping
+  const double weight = shape.v_rank ? 1 - o.beta1 : 1;  // Adam's m is an average of gradients, and Muon's is a sum.
+  double norm = 0, count = 0;  // They are ‖g‖ after clipping, and the new count of steps.
 
   int64_t first_row(int64_t split) const { return std::min(shape.p, split * ((shape.p + parts - 1) / parts)); }
 
-  // A moment's factor A as its rows are read, with its Gram matrix. As in rules.Als.restart directions whose row of A
-  // is zero start anew, from a fixed row.
+  // Sets up one moment: its factors, A Aᵀ, and a copy of A if one is needed. As in rules.Als.restart, a direction
+  // whose row of A is zero starts anew from a test row, which is in the copy only until `prepare`.
   void moment(int i, int k, float* B, float* A, Scratch& scratch) {
     Moment& m = s.moment[i];
     m.k = k, m.B = B, m.A = A, m.gram_columns = s.projects_new ? 2 * k : k;
@@ -172,7 +194,7 @@ class Task {
     int alive = 0;
     for (int j = 0; j < k; ++j) alive += m.gram[j * k + j] != 0;
     m.restarts = !o.newton && alive < k;
-    // Rows of whole registers are read where they are.
+    // Rows of whole registers are read where they lie, and so are narrow matrices.
     if (!m.restarts && (s.q <= NARROW || s.q % LANES == 0)) return;
     m.own_A.assign(k * s.stride, 0.f);
     for (int j = 0; j < k; ++j) std::copy_n(A + j * s.q, s.q, m.own_A.data() + j * s.stride);
@@ -187,7 +209,7 @@ class Task {
     }
   }
 
-  // Restarts take place: A as it was read, and columns of zeros of B.
+  // Writes restarted directions into the state, which are the copy's rows of A and zeros in B, and updates A Aᵀ.
   void restart(Moment& m, Scratch& scratch) {
     for (int j = 0; j < m.k; ++j) {
       if (m.gram[j * m.k + j] != 0) continue;
@@ -197,8 +219,8 @@ class Task {
     gram_of(m.A, m.k, s.q, m.gram.data(), scratch.sums);
   }
 
-  // What B' of a moment of decay and weight is made of, as in rules.Als and rules.Newton: (A Aᵀ + damping)⁻¹ and
-  // factors.
+  // Computes R = (A Aᵀ + damping)⁻¹, keep and gain of a moment with this decay and weight, as in rules.Als and
+  // rules.Newton.
   void row_part(Moment& m, double decay, double weight, Scratch& scratch) {
     const int k = m.k;
     double keep = decay, gain = weight, unit = 1, ridge = o.damping;
@@ -218,7 +240,8 @@ class Task {
     for (int j = 0; j < k; ++j) std::copy_n(scratch.small.data() + j * k, k, m.R.data() + j * padded(k));
   }
 
-  // A' and the balance of both factors; ‖B'A'‖²_F.
+  // Writes A', and for `als` also B' with orthonormal columns and equal norms of both. It returns ‖B'A'‖²_F, or NaN
+  // for `newton`.
   double columns(int i, const Sums& sums, double decay, double weight, Scratch& scratch) {
     const Moment& m = s.moment[i];
     const int k = m.k;
@@ -246,7 +269,7 @@ class Task {
       return std::numeric_limits<double>::quiet_NaN();
     }
     columns_of(W.data(), m.A, sums.P[i].data(), s.stride, k, s.q, m.A, gram_A.data(), scratch.columns);
-    // B'ᵀB' of the orthonormal columns, which are B' L⁻ᵀ.
+    // This is the Gram matrix of B' L⁻ᵀ, whose columns are orthonormal up to the damping.
     std::vector<double>&half = scratch.work, &gram_B = scratch.held;
     half.assign(k * k, 0.0), gram_B.assign(k * k, 0.0);
     for (int r = 0; r < k; ++r)
@@ -260,7 +283,7 @@ class Task {
     const double tiny = std::numeric_limits<float>::min();
     const double by_B = common / std::max(norm_B, tiny), by_A = common / std::max(norm_A, tiny);
     constexpr double most = std::numeric_limits<float>::max();
-    for (double& entry : inverse) entry = std::clamp(entry * by_B, -most, most);  // of a B that is zero
+    for (double& entry : inverse) entry = std::clamp(entry * by_B, -most, most);  // L⁻¹ is huge if B' is zero.
     scratch.rows.assign(inverse.begin(), inverse.end());
     turn(m.B, s.p, k, scratch.rows.data());
     scale(m.A, s.q * k, float(by_A));
@@ -275,9 +298,9 @@ class Task {
 
 extern "C" {
 
-// One step of n matrices. order: their numbers, the largest first, so that no thread is left alone with a large one.
-// The rows of matrices of more than split_entries are split among threads, and the sums of the parts that are at work
-// together take sum_bytes.
+// Takes one step of n matrices. order: their numbers, the largest first, so that no thread is left alone with a large
+// one at the end. The rows of a matrix are split into p·q / split_entries parts, rounded down, but at most MAX_SPLITS.
+// Threads share these parts. Split matrices are taken together as far as their `Sums` fit into sum_bytes.
 void step_matrices(const Shape* shapes, const Options* options, void* const* pointers, Found* found,
                    const int64_t* order, int64_t n, int64_t split_entries, int64_t sum_bytes, int32_t metrics,
                    int32_t threads) {
@@ -287,7 +310,7 @@ void step_matrices(const Shape* shapes, const Options* options, void* const* poi
   Step unused;
   int64_t first = 0;
   while (first < n && task(order[first], unused).splits() > 1) {
-    // As many of the large matrices together as the sums of their parts have room for.
+    // This takes as many split matrices as sum_bytes has room for, and at least one.
     std::vector<Task> large;
     std::deque<Step> steps;
     std::vector<int64_t> part_of, starts;
@@ -351,7 +374,7 @@ void step_matrices(const Shape* shapes, const Options* options, void* const* poi
   }
 }
 
-// ‖x‖₂ of n tensors of one type, accumulated in float64.
+// Writes ‖x‖₂ of n tensors of one type to out, accumulated in float64.
 void norms(const void* const* x, const int64_t* sizes, int64_t n, int32_t type, double* out, int32_t threads) {
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) out[i] = std::sqrt(sum_of_squares(x[i], Type(type), 0, sizes[i]));

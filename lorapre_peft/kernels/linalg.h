@@ -1,5 +1,5 @@
-// The k×k part of a step in float64: Gram matrices, damped inverses and what the rules make of them. Small matrices
-// are row-major.
+// This file holds the linear algebra of the factors: k×k Gram matrices and damped inverses in float64, and products of
+// factors with k×k matrices. All matrices are row-major.
 
 #pragma once
 
@@ -12,12 +12,12 @@
 
 namespace {
 
-// As in rules.py.
+// This is rules.MIN_FACTOR_NORM.
 constexpr double MIN_FACTOR_NORM = 1e-12;
-// What float32 loses of a sum of CHUNK squares that is larger is below 1e-10 of it.
+// If a float32 sum of CHUNK squares is above this, underflow has lost less than 1e-10 of it.
 constexpr float LEAST_TRACE = 1e-25f;
 
-// Σ x² of the entries from ``begin`` to ``end``, in float64.
+// Returns Σ x² over the entries [begin, end), in float64.
 inline double sum_of_squares(const void* x, Type type, int64_t begin, int64_t end) {
   constexpr int SUMS = 4;
   DoubleVec total[SUMS] = {};
@@ -47,10 +47,10 @@ inline double trace(const double* gram, int k, int64_t stride) {
   return sum;
 }
 
-// L⁻¹ of the Cholesky factor of gram + ridge·I, a symmetric matrix of rows of ``stride`` numbers; where there is none,
-// of the diagonal alone.
+// Writes L⁻¹ [k, k] into ``L``, with L the lower Cholesky factor of gram + ridge·I. If there is none, L is that of the
+// diagonal alone. Rows of gram have ``stride`` numbers, and only its lower triangle is read.
 void inverse_root(const double* gram, int k, int64_t stride, double ridge, double* L) {
-  // float64 round-off in a Gram matrix is relative to its trace: a smaller ridge would not keep it positive.
+  // Float64 round-off in a Gram matrix is relative to its trace. A smaller ridge would not keep the matrix positive.
   ridge = std::max(ridge, 1e-15 * trace(gram, k, stride) + std::numeric_limits<double>::min());
   std::fill_n(L, k * k, 0.0);
   bool positive = true;
@@ -76,21 +76,21 @@ void inverse_root(const double* gram, int k, int64_t stride, double ridge, doubl
   }
 }
 
-// (gram + ridge·I)⁻¹ = L⁻ᵀ L⁻¹.
+// Writes the inverse (gram + ridge·I)⁻¹ = L⁻ᵀ L⁻¹, [k, k]. work: a buffer, which is resized.
 void damped_inverse(const double* gram, int k, int64_t stride, double ridge, double* inverse,
                     std::vector<double>& work) {
   work.resize(size_t(k) * k);
   double* L = work.data();
   inverse_root(gram, k, stride, ridge, L);
   std::fill_n(inverse, k * k, 0.0);
-  for (int l = 0; l < k; ++l)  // row by row of L⁻¹
+  for (int l = 0; l < k; ++l)  // Each row of L⁻¹ adds its outer product with itself.
     for (int i = 0; i <= l; ++i) {
       const double weight = L[l * k + i];
       for (int j = 0; j <= l; ++j) inverse[i * k + j] += weight * L[l * k + j];
     }
 }
 
-// A Aᵀ of A [k, q], float64 [k, k]; part: room for k rows of CHUNK numbers.
+// Writes gram = A Aᵀ, [k, k] float64. A: [k, q]. part: a buffer, which is resized.
 void gram_of(const float* A, int64_t k, int64_t q, double* gram, std::vector<double>& part) {
   std::fill_n(gram, k * k, 0.0);
   switch (k) {
@@ -108,8 +108,9 @@ void gram_of(const float* A, int64_t k, int64_t q, double* gram, std::vector<dou
   mirror(gram, k);
 }
 
-// A ← W [A; P] with products in float64, for an inverse whose entries would turn their round-off into momentum:
-// `newton`'s, whose damping is absolute. Arguments as in `columns_of`; made: room for k rows of CHUNK numbers.
+// Replaces A by W [A; P], with products in float64. `newton` needs these: its damping is absolute, so that its inverse
+// may have entries that would turn the round-off of float32 products into momentum. The arguments are those of
+// `columns_of`. made: a buffer, which is resized.
 inline void wide_columns(const double* W, float* A, const float* P, int64_t p_stride, int64_t k, int64_t q,
                          std::vector<double>& made) {
   for (int64_t c0 = 0; c0 < q; c0 += CHUNK) {
@@ -126,16 +127,16 @@ inline void wide_columns(const double* W, float* A, const float* P, int64_t p_st
   }
 }
 
-// A' = W [A; P] and A' A'ᵀ; W [k, 2k], A [k, q], and P [k, q] in rows of ``p_stride`` numbers. W is rounded to
-// float32, in which products of up to CHUNK columns are summed: P was. A' may lie where A does. part: room for three
-// matrices of k rows of CHUNK numbers, and for two of k.
+// Writes A' = W [A; P] to out, and gram = A' A'ᵀ. W: [k, 2k]. A and out: [k, q], which may be the same. P: [k, q] in
+// rows of ``p_stride`` numbers. W and all products are float32, since P is no more exact. A' A'ᵀ is summed in float32
+// over up to CHUNK columns and in float64 beyond. part: a buffer, which is resized.
 void columns_of(const double* W, const float* A, const float* P, int64_t p_stride, int64_t k, int64_t q, float* out,
                 double* gram, std::vector<float>& part) {
   const int64_t rows = (k + ROWS - 1) / ROWS * ROWS, stride = std::min<int64_t>(CHUNK, padded(q)) + LANES;
   part.assign(rows * (3 * stride + 3 * k), 0.f);
   float *of_A = part.data(), *of_P = of_A + rows * k, *products = of_P + rows * k, *tail = products + rows * k,
         *made = tail + 2 * rows * stride;
-  // What a B' of zeros makes of W is larger, and multiplies zeros.
+  // Where B' is zero, entries of W may exceed float32's range. They multiply zeros.
   constexpr double most = std::numeric_limits<float>::max();
   for (int64_t r = 0; r < k; ++r)
     for (int64_t j = 0; j < k; ++j) {
@@ -161,14 +162,14 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
     for (int64_t j = 0; j < k; ++j) std::copy_n(made + j * stride, here, out + j * q + c0);
     std::fill_n(products, rows * k, 0.f);
     for (int64_t r0 = 0; r0 < k; r0 += ROWS)
-      BY_RANKS(std::min<int64_t>(k, r0 + ROWS),  // the lower triangle
+      BY_RANKS(std::min<int64_t>(k, r0 + ROWS),  // The lower triangle is enough.
                (dot_tile<ROWS, J, false>(made + r0 * stride, stride, made + j0 * stride, stride, columns,
                                          products + r0 * k + j0, int(k))))
     float trace = 0;
     for (int64_t j = 0; j < k; ++j) trace += products[j * k + j];
     if (trace > LEAST_TRACE && trace < 1 / LEAST_TRACE) {
       for (int64_t i = 0; i < k * k; ++i) gram[i] += products[i];
-    } else {  // squares near the ends of float32's range, or zeros
+    } else {  // Squares are near the ends of float32's range, or all of them are zero.
       for (int64_t i = 0; i < k; ++i)
         for (int64_t j = 0; j < k; ++j)
           for (int c = 0; c < here; ++c) gram[i * k + j] += double(made[i * stride + c]) * made[j * stride + c];
@@ -177,7 +178,7 @@ void columns_of(const double* W, const float* A, const float* P, int64_t p_strid
   mirror(gram, k);
 }
 
-// B ← B Lᵀ of rows of K numbers, L lower triangular.
+// Replaces B by B Lᵀ. B: [p, K]. L: [K, K], lower triangular.
 template <int K>
 void turn_rows(float* B, int64_t p, const float* L) {
   alignas(64) float rows[K][CHUNK], turned[K][CHUNK];
@@ -194,7 +195,7 @@ void turn_rows(float* B, int64_t p, const float* L) {
   }
 }
 
-// The same for any k, by blocks of rows; the smallest are unrolled.
+// Does the same for any k. Loops over the ranks are unrolled for k = 1, 2 and 4.
 void turn(float* B, int64_t p, int k, const float* L) {
   switch (k) {
     case 1: return turn_rows<1>(B, p, L);

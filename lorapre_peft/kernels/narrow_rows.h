@@ -1,4 +1,4 @@
-// The row part for matrices of at most NARROW columns: entries of a register lie along a column.
+// This file holds the stage `rows` for matrices of at most NARROW columns, where a register holds entries of a column.
 
 #pragma once
 
@@ -15,14 +15,15 @@ class NarrowRows : public Rows {
  public:
   using Rows::Rows;
 
-  // As `WideRows::run` does, with the roles of rows and columns exchanged.
+  // Does what `WideRows::run` does, with the roles of rows and columns exchanged. It also computes x Aᵀ, which `look`
+  // leaves out for narrow matrices.
   void run(int64_t begin, int64_t end) {
     alignas(64) float x[NARROW][HEIGHT], u[NARROW][HEIGHT], root[ROWS][HEIGHT];
     alignas(64) float flat[NARROW * HEIGHT];
     const int q = int(s.q), blocks = (q + ROWS - 1) / ROWS * ROWS;
     const int most = std::max(s.moment[0].k, s.moment[1].k);
     std::fill(x[q], x[q] + (blocks - q) * HEIGHT, 0.f);
-    // Aᵀ of both moments [blocks, k], with rows of zeros up to whole blocks, and P transposed likewise.
+    // A and P hold the transposes of both moments' A and Bᵀx, [blocks, k], with zeros in the rows beyond q.
     scratch.columns.assign(4 * blocks * most, 0.f);
     float *A[2], *P[2];
     for (int i = 0; i < 2; ++i) {
@@ -31,7 +32,7 @@ class NarrowRows : public Rows {
       for (int j = 0; j < moment.k; ++j)
         for (int c = 0; c < q; ++c) A[i][c * moment.k + j] = moment.A[j * q + c];
     }
-    // [k, HEIGHT] of both moments: x Aᵀ, then what the update's products take for B; old B; B'.
+    // These are transposed as well, [k, HEIGHT] of both moments: C, which holds x Aᵀ at first, the old B, and B'.
     scratch.rows.resize(6 * most * HEIGHT);
     float *C[2], *B[2], *B_new[2];
     for (int i = 0; i < 2; ++i) {
@@ -57,6 +58,8 @@ class NarrowRows : public Rows {
         follow_transposed(moment, first, count, whole, C[i], B[i], B_new[i], i);
         const float* left = s.projects_new ? B_new[i] : B[i];
         for (int c0 = 0; c0 < q; c0 += ROWS) {
+          // The weights of the next block are q runs of HEIGHT entries. Of each ROWS runs, the first is prefetched
+          // with the products of m, the second with those of v, and the others in the loop below.
           RowsAhead param = param_ahead(first + HEIGHT, (c0 + i) * HEIGHT);
           param.rows = 1;
           const float* from = x[c0];
@@ -86,8 +89,8 @@ class NarrowRows : public Rows {
   }
 
  private:
-  // The normalised update (m + residual · g)/(√(root² + g²) + eps) of some entries, in place of m = C A_m;
-  // root = s v_B v_A. All three have room for whole registers.
+  // Replaces m = C m_A by the update u of `Step`, for ``count`` entries. root: C v_A. The arrays have room for whole
+  // registers.
   void normalise(float* m, const float* root, const float* g, int count, const RowsAhead& ahead) {
     for (int c = 0; c < count; c += LANES) {
       ahead.fetch(c);
@@ -98,7 +101,8 @@ class NarrowRows : public Rows {
     look_at(m, count);
   }
 
-  // `WideRows::follow` of rows along registers. C: x Aᵀ [k, HEIGHT], and then what the update multiplies A by.
+  // Does what `WideRows::follow` does, with transposed matrices [k, HEIGHT]. ``C`` holds x Aᵀ at first, and C
+  // afterwards.
   void follow_transposed(const Moment& moment, int64_t first, int count, int whole, float* C, float* B, float* B_new,
                          int i) {
     const int k = moment.k;

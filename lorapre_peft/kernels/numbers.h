@@ -1,4 +1,5 @@
-// Numbers in registers: reading, rounding and writing them, and transposing matrices of them.
+// This file holds what is done with numbers in registers: they are read, rounded and written, and small matrices of
+// them are transposed.
 
 #pragma once
 
@@ -13,26 +14,38 @@
 
 namespace {
 
-#ifndef LANES                // of a vector register, float32
+// A vector register holds this many float32 numbers.
+#ifndef LANES
 #define LANES 8
 #endif
-constexpr int ROWS = 4;      // that share each load of A
-constexpr int DOT_ROWS = LANES == 16 ? 8 : 4, DOT_RANKS = 2;  // that `dot_tile` multiplies with each other
-constexpr int STEP_WIDTH = 2;  // registers of ROWS rows that an update is computed of at once
-constexpr int LINE = 64;     // bytes of a line of the cache
-constexpr int CHUNK = 256;   // columns whose buffers stay in the first-level cache; a multiple of LANES
-constexpr int NARROW = 32;   // up to this many columns, rows are what a register holds
-constexpr int HEIGHT = 128;  // rows whose buffers then stay in the first-level cache; a multiple of LANES
-constexpr int RANKS = LANES == 16 ? 4 : 2;  // of a factor that are in registers at once, with sums for ROWS rows
-constexpr int WIDTH = LANES == 16 ? 4 : 2;  // registers along a row that are held at once, likewise
+// A tile has this many rows, so that each register of A that is loaded serves all of them.
+constexpr int ROWS = 4;
+// `look` multiplies tiles of this many rows of the gradient with this many rows of A.
+constexpr int DOT_ROWS = LANES == 16 ? 8 : 4, DOT_RANKS = 2;
+// An update is computed in tiles of ROWS rows and this many registers along each row.
+constexpr int STEP_WIDTH = 2;
+constexpr int LINE = 64;  // A cache line has this many bytes.
+// Loops over long rows or columns use buffers of this many numbers, which stay in the first-level cache. It is a
+// multiple of LANES.
+constexpr int CHUNK = 256;
+// A matrix of up to this many columns is narrow: a register then holds entries of a column instead of a row.
+constexpr int NARROW = 32;
+// Narrow matrices are computed in blocks of this many rows, whose buffers stay in the first-level cache. It is a
+// multiple of LANES.
+constexpr int HEIGHT = 128;
+// Registers hold this many ranks of a factor at once, together with the sums for ROWS rows.
+constexpr int RANKS = LANES == 16 ? 4 : 2;
+// A tile of ROWS rows, or of RANKS ranks, has this many registers along each row.
+constexpr int WIDTH = LANES == 16 ? 4 : 2;
+// Vec holds LANES numbers. DoubleVec and HalfVec hold LANES / 2.
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef double DoubleVec __attribute__((vector_size(4 * LANES), aligned(8), may_alias));  // half as many
-typedef float HalfVec __attribute__((vector_size(2 * LANES), aligned(4), may_alias));       // as many as those
+typedef double DoubleVec __attribute__((vector_size(4 * LANES), aligned(8), may_alias));
+typedef float HalfVec __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 
-// Before loops whose arrays of registers would else lie in memory.
+// Unrolls the loop that follows. Otherwise compilers would keep the loop's array of registers in memory.
 #define UNROLLED _Pragma("GCC unroll 16")
 
-// float32 numbers as float64.
+// Returns LANES / 2 numbers from x on as float64.
 inline DoubleVec widened(const float* x) {
 #if LANES == 16
   return (DoubleVec)_mm512_cvtps_pd(_mm256_loadu_ps(x));
@@ -43,7 +56,6 @@ inline DoubleVec widened(const float* x) {
 #endif
 }
 
-// The sum of the lanes.
 inline double sum_of(DoubleVec v) {
 #if LANES == 16
   return _mm512_reduce_add_pd((__m512d)v);
@@ -67,7 +79,8 @@ enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
 inline void store(float* x, Vec v) { *reinterpret_cast<Vec*>(x) = v; }
 
-// The same, in a register: compilers else load what two products need twice, and loads are what limits these.
+// Returns x and forces it into a register. Otherwise the compiler reloads an operand of two products, and these loops
+// are bound by loads.
 inline Vec held(Vec x) {
 #if LANES == 8 && defined(__AVX2__)
   asm("" : "+x"(x));
@@ -75,30 +88,31 @@ inline Vec held(Vec x) {
   return x;
 }
 
-// NaN becomes the bound, as with a CPU's instruction.
+// `at_least` and `at_most` return NaN where x is NaN: of two operands the instructions of x86 then return the second.
 inline Vec at_least(Vec x, float low) {
 #if LANES == 16
-  return (Vec)_mm512_max_ps((__m512)x, _mm512_set1_ps(low));
+  return (Vec)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
 #elif defined(__AVX2__)
-  return (Vec)_mm256_max_ps((__m256)x, _mm256_set1_ps(low));
+  return (Vec)_mm256_max_ps(_mm256_set1_ps(low), (__m256)x);
 #else
-  return x > low ? x : Vec{} + low;
+  return x < low ? Vec{} + low : x;
 #endif
 }
 inline Vec at_most(Vec x, float high) {
 #if LANES == 16
-  return (Vec)_mm512_min_ps((__m512)x, _mm512_set1_ps(high));
+  return (Vec)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
 #elif defined(__AVX2__)
-  return (Vec)_mm256_min_ps((__m256)x, _mm256_set1_ps(high));
+  return (Vec)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
 #else
-  return x < high ? x : Vec{} + high;
+  return x > high ? Vec{} + high : x;
 #endif
 }
 
-// x / (√square + eps) to about two units in the last place. Where there is an instruction for an estimate of 1/√ and
-// of 1/x, one Newton step on each is several times faster than the exact root and quotient.
+// Returns x / (√square + eps) to about two units in the last place. x86 has instructions that estimate 1/√x and 1/x,
+// and one Newton step on each estimate is several times faster than the exact root and quotient.
 inline Vec over_root(Vec x, Vec square, float eps) {
 #if LANES == 16 || defined(__AVX2__)
+  // The estimates at 0 and at infinity would lead to NaN.
   square = at_most(at_least(square, FLT_MIN), FLT_MAX);
 #if LANES == 16
   Vec root = (Vec)_mm512_rsqrt14_ps((__m512)square);
@@ -120,7 +134,7 @@ inline Vec over_root(Vec x, Vec square, float eps) {
 #endif
 }
 
-// The sums of four registers' lanes.
+// Writes the sum of the lanes of each of four registers, which lie ``stride`` registers apart.
 inline void sum4(const Vec* v, int stride, float* out) {
 #if LANES == 16 || defined(__AVX2__)
   __m256 half[4];
@@ -145,27 +159,28 @@ inline void sum4(const Vec* v, int stride, float* out) {
 inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 
-// The bits of a float16 number as float32; written so that compilers make vector instructions of it.
+// Returns the float16 number of these bits as float32. The expressions are such that compilers vectorise them.
 inline float from_half(uint32_t half) {
   constexpr uint32_t EXPONENT = 0x0F800000, REBIAS = (127 - 15) << 23;
   const uint32_t bits = (half & 0x7FFF) << 13, exponent = bits & EXPONENT;
-  const uint32_t rest = exponent == EXPONENT ? (128 - 16) << 23 : 0;            // infinity and NaN
-  const float small = from_bits(bits + REBIAS + (1 << 23)) - from_bits(113 << 23);  // zero and what has no leading 1
+  const uint32_t rest = exponent == EXPONENT ? (128 - 16) << 23 : 0;  // Infinity and NaN need it.
+  const float small = from_bits(bits + REBIAS + (1 << 23)) - from_bits(113 << 23);  // Zero and subnormals become this.
   const uint32_t found = exponent == 0 ? to_bits(small) : bits + REBIAS + rest;
   return from_bits(found | (half & 0x8000) << 16);
 }
 
-// To float16's nearest, ties to even, as torch rounds: the bits.
+// Returns the bits of the float16 number nearest to x, with ties to even as in torch.
 inline uint16_t to_half(float x) {
   constexpr uint32_t INFINITE = 0x7F800000, TOO_LARGE = (127 + 16) << 23, NORMAL = 113 << 23,
                      SHIFT = ((127 - 15) + (23 - 10) + 1) << 23;
   const uint32_t sign = to_bits(x) & 0x80000000u, bits = to_bits(x) ^ sign;
-  const uint32_t small = to_bits(from_bits(bits) + from_bits(SHIFT)) - SHIFT;  // the addition rounds
+  const uint32_t small = to_bits(from_bits(bits) + from_bits(SHIFT)) - SHIFT;  // The addition rounds.
   const uint32_t normal = (bits - ((127 - 15) << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13;
   const uint32_t found = bits >= TOO_LARGE ? (bits > INFINITE ? 0x7E00 : 0x7C00) : bits < NORMAL ? small : normal;
   return uint16_t(found | sign >> 16);
 }
 
+// Copies ``count`` entries of x from index ``at`` on to out, as float32.
 void read(const void* x, Type type, int64_t at, int count, float* out) {
   if (type == FLOAT32) {
     std::memcpy(out, static_cast<const float*>(x) + at, count * sizeof(float));
@@ -178,14 +193,14 @@ void read(const void* x, Type type, int64_t at, int count, float* out) {
     for (int c = 0; c < count; ++c) out[c] = from_half(from[c]);
 }
 
-// To bfloat16's nearest, ties to even, as torch rounds; NaN stays NaN.
+// Returns the bfloat16 number nearest to x, with ties to even as in torch. NaN stays NaN.
 inline float nearest(float x) {
   const uint32_t bits = to_bits(x);
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
   return from_bits(x == x ? rounded : 0x7FC00000u);
 }
 
-// One round of lowbias32, as in rounding.py.
+// Returns the hash lowbias32 of bits xor key, which is one of the two rounds of rounding.random_bits.
 inline uint32_t mix(uint32_t bits, uint32_t key) {
   bits ^= key;
   bits = (bits ^ (bits >> 16)) * 0x7FEB352Du;
@@ -193,7 +208,8 @@ inline uint32_t mix(uint32_t bits, uint32_t key) {
   return bits ^ (bits >> 16);
 }
 
-// To one of bfloat16's neighbours at random; infinity and NaN stay what they are.
+// Returns one of the two bfloat16 neighbours of x at random, such that the expectation is x. Infinity stays infinity,
+// and NaN stays NaN. The arguments after x choose the random bits, as in rounding.random_bits.
 inline float stochastic(float x, uint32_t counter, uint32_t key, uint32_t salted) {
   const uint32_t bits = to_bits(x), random = mix(mix(counter, key), salted) & 0xFFFF;
   const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
@@ -202,7 +218,8 @@ inline float stochastic(float x, uint32_t counter, uint32_t key, uint32_t salted
 
 inline int size_of(Type type) { return type == FLOAT32 ? 4 : 2; }
 
-// Rounded to the nearest; bfloat16 numbers that ``stochastic`` has made stay what they are.
+// Writes ``count`` values to x from index ``at`` on, rounded to the nearest. Values that `stochastic` has returned do
+// not change.
 void write(void* x, Type type, int64_t at, int count, const float* values) {
   if (type == FLOAT32) {
     std::memcpy(static_cast<float*>(x) + at, values, count * sizeof(float));
@@ -221,7 +238,8 @@ void scale(float* x, int64_t count, float by) {
   for (; i < count; ++i) x[i] *= by;
 }
 
-// to[c][r] = from[r][c] for 8 × 8 entries: pairs of rows interleaved, then pairs of pairs, then halves exchanged.
+// Writes to[c][r] = from[r][c] for 8 × 8 entries. It interleaves pairs of rows, then pairs of pairs, and then
+// exchanges halves.
 inline void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   Vec8 row[8], pair[8], four[8];
   for (int r = 0; r < 8; ++r) row[r] = *reinterpret_cast<const Vec8*>(from + r * from_stride);
@@ -240,7 +258,8 @@ inline void transpose8(const float* from, int64_t from_stride, float* to, int64_
   }
 }
 
-// to[c][r] = from[r][c] for C columns, and back: few enough for the compiler to interleave them in registers.
+// `split_columns` writes to[c][r] = from[r][c] for C columns, and `join_columns` is its inverse. C is so small that
+// compilers interleave the columns in registers.
 template <int C>
 void split_columns(const float* from, int rows, float* to, int64_t to_stride) {
   for (int r = 0; r < rows; ++r)
@@ -253,7 +272,7 @@ void join_columns(const float* from, int64_t from_stride, int rows, float* to) {
     for (int c = 0; c < C; ++c) to[r * C + c] = from[c * from_stride + r];
 }
 
-// to[c][r] = from[r][c].
+// Writes to[c][r] = from[r][c].
 void transpose(const float* from, int64_t from_stride, int rows, int columns, float* to, int64_t to_stride) {
   const int whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
   for (int r = 0; r < whole_rows; r += 8)
@@ -263,7 +282,8 @@ void transpose(const float* from, int64_t from_stride, int rows, int columns, fl
     for (int r = c < whole_columns ? whole_rows : 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
 }
 
-// Some rows of x from `at` on, as columns × rows. flat: room for them.
+// Writes rows of x [rows, columns], of which the first begins at index ``at``, as the columns of out [columns,
+// HEIGHT], in float32. flat: a buffer for rows · columns numbers.
 void read_transposed(const void* x, Type type, int64_t at, int rows, int columns, float* flat,
                      float (*out)[HEIGHT]) {
   const float* from = type == FLOAT32 ? static_cast<const float*>(x) + at : flat;

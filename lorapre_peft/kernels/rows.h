@@ -1,4 +1,5 @@
-// What the row part of Adam's step reads and leaves behind, and what its two forms share: how weights are written.
+// This file holds what the stages `look` and `rows` read and leave behind, and what `WideRows` and `NarrowRows`, which
+// compute them, share: how weights are written. kernels.cpp lists the stages of a step.
 
 #pragma once
 
@@ -11,35 +12,46 @@
 
 namespace {
 
-// One of the two factored moments, M ≈ B A, in one step. With X = x Aᵀ R its rows become B' = keep · B + gain · X, and
-// the update takes (by_B · B + by_X · X) A. x is the gradient for m, its absolute value for v.
+// Holds one of the two factored moments, M ≈ B A, in one step. x is the gradient g for m, and |g| for v. The row part
+//
+//   X = x Aᵀ R,   B' = keep · B + gain · X,   C = by_B · B + by_X · X
+//
+// yields the fit X of x by the rows of A, the new B', and the factor C of the product C A that the update takes.
 struct Moment {
-  int k = 0, gram_columns = 0;
-  float *B = nullptr, *A = nullptr;  // the state, [p, k] and [k, q]
+  int k = 0, gram_columns = 0;       // `Sums::grams` has ``gram_columns`` columns.
+  float *B = nullptr, *A = nullptr;  // They are the state, [p, k] and [k, q].
   float keep = 0, gain = 0, by_B = 0, by_X = 0;
-  std::vector<float> R;      // [k, k] in rows of whole registers
-  std::vector<float> own_A;  // a copy of A [k, stride] where the state's is not read in place
-  std::vector<double> gram;  // A Aᵀ [k, k]
-  bool restarts = false;     // directions whose row of A was zero: only the copy has their new one
-  double old_square = 0;     // ‖A‖²_F before that
+  std::vector<float> R;      // It is [k, k] in rows of whole registers.
+  std::vector<float> own_A;  // It is a copy of A, [k, stride], or empty where the state's A is read in place.
+  std::vector<double> gram;  // It is A Aᵀ, [k, k].
+  // This is whether directions start anew, because their row of A was zero. `begin` writes their new rows into the
+  // copy only, and `prepare` into the state.
+  bool restarts = false;
+  double old_square = 0;  // It is ‖A‖²_F before any restart.
 };
 
-// One matrix in one step: everything that the row part reads. Without a second moment, of rank 0, `param` takes the
-// momentum itself, in float32, and keeps no weights.
+// Holds all that `look` and `rows` read of one matrix. With g_scale times the gradient as g, and each moment's own C,
+// the update and the new weight are
+//
+//   u = (C m_A + residual · g) / (√((C v_A)² + g²) + eps),   θ' = θ − (lr · u + decay · θ),
+//
+// where u is clamped to ±bound in between. Without a second moment, whose rank is then 0, u = C m_A + residual · g is
+// written to ``param`` in float32, and there are no weights.
 struct Step {
-  int64_t p, q, stride;  // stride: of rows of x, A and Bᵀx, in whole registers
+  int64_t p, q, stride;  // Rows of `Moment::own_A` and `Sums::P` have ``stride`` numbers, which are whole registers.
   const void* grad;
   void* param;
   Type grad_type, param_type;
-  Moment moment[2];  // m and v
-  bool projects_new;  // the sums that A' comes from take the new B
+  Moment moment[2];  // They are m and v.
+  bool projects_new;  // A' comes from sums with the new B (`als`) and not with the old one (`newton`).
   bool metrics, stochastic;
-  float g_scale, residual, eps, lr, decay, bound;  // lr: times update_scale; decay: lr · λ
-  uint32_t key, salted;  // for random bits
+  float g_scale, residual, eps, lr, decay, bound;  // The option update_scale is part of lr, and decay is lr · λ.
+  uint32_t key, salted;  // They are the keys of the random bits for stochastic rounding.
 };
 
-// What some rows leave behind: their products with A [rows, k], of the gradient as it is, from `look` to `run`; and
-// for the columns B'ᵀx (or Bᵀx) [k, stride], and B'ᵀ[B' | B] [k, 2k] (or BᵀB [k, k]).
+// Holds what some rows leave behind. dots is x Aᵀ of the gradient before scaling, [rows, k], which `look` leaves to
+// `rows` for wide matrices. For `finish`, P is B'ᵀx [k, stride] and grams is B'ᵀ[B' | B] [k, 2k], or for `newton` Bᵀx
+// and BᵀB [k, k]. For the metrics there are the largest |u|, the number of entries to clamp, and ‖X A‖²_F of m.
 struct Sums {
   std::vector<float> dots[2], P[2];
   std::vector<double> grams[2];
@@ -64,14 +76,15 @@ struct Sums {
   }
 };
 
-// Prefetches the memory that a thread's next matrix reads, piece by piece while the thread computes this one.
+// Prefetches the memory that a thread's next matrix reads, piece by piece while the thread computes the current one.
 class Prefetcher {
  public:
   void clear() { spans.clear(), now = 0; }
   void add(const void* from, int64_t bytes) {
     spans.push_back({static_cast<const char*>(from), static_cast<const char*>(from) + bytes});
   }
-  // Says how many times `fetch` will be called. A part of a split matrix may have no rows, and calls it never.
+  // Divides all lines evenly among ``calls`` calls of `fetch`. A part of a split matrix may have no rows: calls is
+  // then 0.
   void split(int64_t calls) {
     int64_t lines = 0;
     for (const Span& span : spans) lines += (span.end - span.at + LINE - 1) / LINE;
@@ -93,15 +106,15 @@ class Prefetcher {
   int64_t share = 0;
 };
 
-// Room that a thread keeps from matrix to matrix.
+// Holds buffers that a thread keeps from matrix to matrix. Each stage uses them in its own way.
 struct Scratch {
   Prefetcher next;
   std::vector<float> rows, columns, cross;
   std::vector<double> held, sums, work, small;
 };
 
-// The row part for some rows of one matrix: what needs the gradient, without any p×q temporary. Along a register lie
-// entries of a row in `WideRows`, of a column in `NarrowRows`.
+// Computes what needs the gradient, for some rows of one matrix and without any p×q temporary. A register holds
+// entries of a row in `WideRows`, and entries of a column in `NarrowRows`.
 class Rows {
  public:
   Rows(const Step& step, Scratch& scratch, Sums& sums) : s(step), scratch(scratch), sums(sums) {}
@@ -111,14 +124,15 @@ class Rows {
   Scratch& scratch;
   Sums& sums;
 
-  // What is recorded of a normalised update.
+  // Records the figures of ``count`` entries of the update for the metrics.
   void look_at(const float* u, int count) {
     if (s.metrics)
       for (int c = 0; c < count; ++c)
         sums.largest = std::max(sums.largest, std::fabs(u[c])), sums.clamped += std::fabs(u[c]) > s.bound;
   }
 
-  // θ ← θ − lr (clamped u + λ θ) for ``count`` neighbouring weights from ``at`` on; u has room for whole registers.
+  // Clamps u and moves ``count`` neighbouring weights from index ``at`` on by it, or writes u as the momentum (see
+  // `Step`). u has room for whole registers.
   void move(const float* u, int64_t at, int count) {
     if (!s.moment[1].k) return void(std::copy_n(u, count, static_cast<float*>(s.param) + at));
     const float lr = s.lr, decay = s.decay, bound = s.bound;

@@ -1,4 +1,5 @@
-// The row part for matrices of many columns: entries of a register lie along a row.
+// This file holds the stages `look` and `rows` for matrices of more than NARROW columns, where a register holds
+// entries of a row.
 
 #pragma once
 
@@ -11,18 +12,25 @@
 
 namespace {
 
-// The best of a few, measured on a CPU of 16 lanes with a first-level cache of 48 kB, and on one of 8 with 32 kB.
-constexpr int PACKED_RANKS = LANES == 16 ? 10 : 8;  // of both moments, up to which A and Bᵀx are used where they are
-constexpr int STEP_CHUNK = LANES == 16 ? 512 : 256;  // the most columns of a tile of `run`
-constexpr int LOOK_CHUNK = 512;  // columns that `look` takes at once; DOT_ROWS rows of them fit the first-level cache
-constexpr int BLOCK = 128;       // rows whose factors are followed together; a multiple of ROWS
-constexpr int FOLLOWED = 6144;   // columns times ranks of which A and Bᵀx are packed together, 48 kB
+// These are the best of a few values, measured on a CPU with 16 lanes and a first-level cache of 48 kB, and on one
+// with 8 lanes and 32 kB.
+//
+// `run` uses A and Bᵀx where they lie if both ranks together are at most this. Otherwise it packs them (see `pack`).
+constexpr int PACKED_RANKS = LANES == 16 ? 10 : 8;
+// `run` takes at most this many columns at a time.
+constexpr int STEP_CHUNK = LANES == 16 ? 512 : 256;
+// `look` takes this many columns at a time. DOT_ROWS rows of them fit the first-level cache.
+constexpr int LOOK_CHUNK = 512;
+// `follow` takes this many rows at a time. It is a multiple of ROWS.
+constexpr int BLOCK = 128;
+// The columns that are packed at a time, times the ranks, are about this many. A and Bᵀx then take 48 kB.
+constexpr int FOLLOWED = 6144;
 
 class WideRows : public Rows {
  public:
   using Rows::Rows;
 
-  // The products of the gradient's rows with A into ``sums.dots``, and Σ g².
+  // Writes g m_Aᵀ and |g| v_Aᵀ of some rows to ``sums.dots``, with the gradient before scaling as g, and returns Σ g².
   double look(int64_t begin, int64_t end) {
     alignas(64) float copy[DOT_ROWS * LOOK_CHUNK];
     const int sweeps = (s.moment[0].k + DOT_RANKS - 1) / DOT_RANKS + (s.moment[1].k + DOT_RANKS - 1) / DOT_RANKS;
@@ -55,7 +63,7 @@ class WideRows : public Rows {
     return square;
   }
 
-  // B' into the state, the weights, and what the columns come from into ``sums``.
+  // Computes the stage `rows`: it writes B' into the state, moves the weights, and adds up P and grams in ``sums``.
   void run(int64_t begin, int64_t end) {
     const int64_t q = s.q;
     constexpr int SIZE = STEP_WIDTH * LANES;
@@ -111,7 +119,7 @@ class WideRows : public Rows {
 
 
  private:
-  // The products of DOT_ROWS rows of the gradient with J rows of A, from row j on, over some columns.
+  // Adds the products of DOT_ROWS rows of x with J rows of A, from row j on, over some columns to ``dots``.
   template <int J>
   void look_tile(int i, const float* x, int64_t stride, int j, int64_t c0, int columns, float* dots,
                  const RowsAhead& ahead) const {
@@ -121,8 +129,8 @@ class WideRows : public Rows {
       : dot_tile<DOT_ROWS, J, false>(x, stride, a, A_stride(i), columns, dots + j, k, ahead);
   }
 
-  // Rows of the gradient in float32, times ``scale``, in whole registers and ``rows`` rows of ``stride`` numbers:
-  // zeros where there is none.
+  // Copies ``count`` rows of the gradient from row ``first`` and column c0 on to x, as float32 times ``scale``. x has
+  // ``rows`` rows of ``stride`` numbers, of which ``columns`` are written, with zeros where there is no entry.
   void read_tile(int64_t first, int count, int rows, int64_t c0, int columns, float scale, float* x,
                  int stride) const {
     const int here = int(std::min<int64_t>(columns, s.q - c0));
@@ -138,7 +146,7 @@ class WideRows : public Rows {
     }
   }
 
-  // A moment's factor A as the kernels read it: rows of whole registers, ``stride`` apart.
+  // Returns a moment's A in rows of whole registers. `A_stride` is the distance between its rows.
   const float* A(int i) const { return s.moment[i].own_A.empty() ? s.moment[i].A : s.moment[i].own_A.data(); }
   int64_t A_stride(int i) const { return s.moment[i].own_A.empty() ? s.q : s.stride; }
 
@@ -147,7 +155,7 @@ class WideRows : public Rows {
     return {static_cast<const char*>(s.grad) + (row * s.q + column) * size, s.q * size, size, ROWS};
   }
 
-  // Some columns of a moment's A and of Bᵀx, in rows that lie so far apart.
+  // Holds where a moment's A and Bᵀx lie, from some column on, and the distance between their rows.
   struct Tile {
     const float* A;
     float* P;
@@ -158,8 +166,8 @@ class WideRows : public Rows {
     for (int i = 0; i < 2; ++i) tile[i] = {A(i) + c0, sums.P[i].data() + c0, A_stride(i), s.stride};
   }
 
-  // Copies side by side, with zeros for Bᵀx: where they are, the rows of many ranks lie in as many pages and in the
-  // same places of a cache.
+  // Copies some columns of A to a buffer, and makes room there for Bᵀx, which starts at zero. Where they lie, the rows
+  // of many ranks are in as many pages and compete for the same sets of the cache.
   void pack(int64_t c0, int here, int chunk) {
     float *to = scratch.columns.data(), *P = to + (s.moment[0].k + s.moment[1].k) * chunk;
     for (int i = 0; i < 2; ++i) {
@@ -171,6 +179,7 @@ class WideRows : public Rows {
     }
   }
 
+  // Adds the packed columns of Bᵀx to ``sums``.
   void add_packed(int64_t c0, int columns) {
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < s.moment[i].k; ++j) {
@@ -180,7 +189,8 @@ class WideRows : public Rows {
       }
   }
 
-  // The part of ROWS rows in a moment's B'ᵀx. In line, for a call costs as much as two registers of each row.
+  // Adds the part of ROWS rows to a moment's B'ᵀx, or Bᵀx. It is inlined, because a call costs as much as two
+  // registers of each row.
   inline __attribute__((always_inline)) void project_moment(int i, int r0, const float* x, int columns) {
     const int k = s.moment[i].k;
     const int64_t stride = block[i].stride;
@@ -191,7 +201,7 @@ class WideRows : public Rows {
       project_rows<ROWS, STEP_WIDTH, false>(left, stride, k, x, STEP_CHUNK, columns, tile[i].P, tile[i].P_stride);
   }
 
-  // m + residual · g of ROWS rows and W registers of columns.
+  // Writes C m_A + residual · g to u for ROWS rows and W registers of columns, and prefetches what is read next.
   template <int W>
   void momentum_tile(int r0, int c, const float* x, float* u, const RowsAhead& grad, const RowsAhead& param) {
     UNROLLED for (int w = 0; w < W; ++w) grad.fetch(c + w * LANES), param.fetch(c + w * LANES);
@@ -204,7 +214,7 @@ class WideRows : public Rows {
       UNROLLED for (int w = 0; w < W; ++w) store(u + r * STEP_CHUNK + w * LANES, total[r][w]);
   }
 
-  // The normalised update of the same, in place of u = m + residual · g.
+  // Divides u by √((C v_A)² + g²) + eps for the same tile.
   template <int W>
   void normalise_tile(int r0, int c, const float* x, float* u) {
     Vec root[ROWS][W] = {};
@@ -218,9 +228,9 @@ class WideRows : public Rows {
       }
   }
 
-  // A block of rows of one moment, in rows of ``stride`` numbers: B, B', what the update multiplies A by, and `left`,
-  // the one of the first two whose products with x are summed. Sums over the rows: cross = B'ᵀB, and in float64
-  // gram = leftᵀ left, from `held`, which is `left` in float64.
+  // Holds a block of rows of one moment. The rows have ``stride`` numbers. old is B, now is B', C is that of `Moment`,
+  // and left is B' for `als` and B for `newton`. Sums over all rows are cross = B'ᵀB in float32, and the lower
+  // triangle of gram = leftᵀ left in float64, for which held is left in float64.
   struct Block {
     int64_t stride;
     float *old, *now, *C, *left, *cross;
@@ -242,7 +252,7 @@ class WideRows : public Rows {
     }
   }
 
-  // From dots = g Aᵀ of some rows: B' into the state, what the update multiplies A by, and the sums of B'ᵀ[B' | B].
+  // Computes B' and C of ``count`` rows from dots, writes B' into the state, and adds to the block's gram and cross.
   void follow(int i, int64_t first, int count, const float* dots) {
     const Moment& moment = s.moment[i];
     const int k = moment.k;
@@ -255,7 +265,7 @@ class WideRows : public Rows {
       float *old = b.old + r * b.stride, *now = b.now + r * b.stride;
       std::copy_n(state, k, old);
       for (int j = 0; j < k; j += LANES) store(fit + j, scale * load(fit + j));
-      if (s.metrics && i == 0)  // ‖X A‖² = Σ X (A Aᵀ) Xᵀ over the rows of X
+      if (s.metrics && i == 0)  // ‖X A‖² is the sum of X (A Aᵀ) Xᵀ over the rows of X.
         for (int j = 0; j < k; ++j)
           for (int l = 0; l < k; ++l) sums.captured += moment.gram[j * k + l] * fit[j] * fit[l];
       for (int j = 0; j < k; j += LANES) {
@@ -270,7 +280,7 @@ class WideRows : public Rows {
                                   b.gram + j0 * b.stride)))
     if (!s.projects_new) return;
     const int whole = (count + ROWS - 1) / ROWS * ROWS;
-    std::fill(b.now + count * b.stride, b.now + whole * b.stride, 0.f);  // an earlier block's rows
+    std::fill(b.now + count * b.stride, b.now + whole * b.stride, 0.f);  // These rows may hold an earlier block.
     project<false>(b.now, b.stride, k, b.old, b.stride, whole, int(padded(k)), b.cross, b.stride);
   }
 };
