@@ -52,6 +52,20 @@ def test_adam_equals_oracle_and_eager(backend, shape, k, rule):
         np.testing.assert_allclose(param.detach().cpu().reshape(shape[0], -1), expected, rtol=0, atol=room[-1])
 
 
+@pytest.mark.parametrize("name", ["m_A", "v_A"])
+@pytest.mark.parametrize("shape", [(33, 31), (6, 200)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_the_state_shows_in_the_weights(backend, shape, name):
+    """A clamp that takes it for its bound would go on with steps of ±lr that no loss explains."""
+    param = parameters(shape, 1)[0]
+    optimizer = LoRAPreAdamW([param], lr=LR, momentum_rank=3, backend=backend)
+    grads = stream(shape, 2)
+    take_steps(optimizer, [param], grads[:1])
+    optimizer.state[param][name][0, 0] = float("nan")
+    take_steps(optimizer, [param], grads[1:])
+    assert param[:, 0].isnan().all()
+
+
 @both_rules
 @pytest.mark.parametrize("backend", BACKENDS[1:2])
 def test_compiled_muon_equals_eager(backend, rule):

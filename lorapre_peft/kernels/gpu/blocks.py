@@ -114,6 +114,13 @@ def quotient(a, square, eps):
 
 
 @triton.jit
+def within(x, limit):
+    """Return x clamped to ±limit, and NaN where it is NaN."""
+    low = tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(low, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def power(base, exponent):
     """Return base ** exponent in float64, for a whole exponent ≥ 0."""
     result = tl.full((), 1, tl.float64)

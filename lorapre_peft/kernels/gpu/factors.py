@@ -45,6 +45,7 @@ from .blocks import (
     store_block,
     sum_blocks,
     trace,
+    within,
 )
 
 
@@ -158,7 +159,7 @@ def _move_rows(
     X here is scale · X R with the X that was passed. Where a row of A is zero, that direction's B counts as zero.
     """
     ranks = tl.arange(0, K)[:, None]
-    alive = tl.load(row_squares + ranks, mask=ranks < k, other=0) > 0
+    alive = tl.load(row_squares + ranks, mask=ranks < k, other=0) != 0
     gram, cross = tl.zeros((K, K), tl.float64), tl.zeros((K, K), tl.float64)
     for repeat in range(REPEATS):
         rows = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -321,8 +322,7 @@ def _balance_moment(
         scale_B, scale_A = common / tl.maximum(norm_B, TINY32), common / tl.maximum(norm_A, TINY32)
     written = tl.where(updates > 0, k, 0)
     by_A = scale_A.to(tl.float32)
-    most = FLOAT32_MAX
-    by_B = tl.minimum(tl.maximum(scale_B * load_block(roots, K), -most), most).to(tl.float32)  # B' may be 0.
+    by_B = within(scale_B * load_block(roots, K), FLOAT32_MAX).to(tl.float32)  # B' may be 0.
     for repeat in range(REPEATS):
         place = (block * REPEATS + repeat) * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside, at = (ranks < written) & (place < q), ranks * q + place

@@ -26,6 +26,7 @@ from .blocks import (
     quotient,
     rounded_stochastically,
     state_of,
+    within,
 )
 
 
@@ -155,7 +156,7 @@ def _update(
     m_columns = tl.load(m_A + matrix * k_m * q + m_ranks * q + columns, mask=(m_ranks < k_m) & (columns < q), other=0)
     v_columns = tl.load(v_A + matrix * k_v * q + v_ranks * q + columns, mask=(v_ranks < k_v) & (columns < q), other=0)
     if TRACKED:  # B of dead directions counts as zero.
-        alive = tl.load(v_squares + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) > 0
+        alive = tl.load(v_squares + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) != 0
         v_columns = tl.where(alive, v_columns, 0)
     v_columns = v_columns * v_scale
     C += matrix * p * k_m
@@ -186,7 +187,7 @@ def _update(
             most = tl.maximum(most, size)
             count += (size > limit).to(tl.int32)
         if TRACKED:
-            u = tl.minimum(tl.maximum(u, -limit), limit)
+            u = within(u, limit)
         new = theta - (step * u + decay * theta)
         if STOCHASTIC:
             new = rounded_stochastically(new, at.to(tl.uint32), key, salted)
@@ -241,7 +242,7 @@ def _update_bfloat16(
         mask=(v_ranks[:, None] < k_v) & (columns[None, :] < q), other=0,
     )  # fmt: skip
     if TRACKED:  # B of dead directions counts as zero.
-        alive = tl.load(v_squares + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) > 0
+        alive = tl.load(v_squares + matrix * k_v + v_ranks, mask=v_ranks < k_v, other=0) != 0
         v_columns = tl.where(alive[:, None], v_columns, 0)
     v_columns = v_columns * v_scale
     C += matrix * p * k_m
@@ -273,7 +274,7 @@ def _update_bfloat16(
             most = tl.maximum(most, size)
             count += (size > limit).to(tl.int32)
         if TRACKED:
-            u = tl.minimum(tl.maximum(u, -limit), limit)
+            u = within(u, limit)
         new = theta - (step * u + decay * theta)
         if STOCHASTIC:
             new = rounded_stochastically(new, at.to(tl.uint32), key, salted)

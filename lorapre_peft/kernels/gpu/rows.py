@@ -39,6 +39,7 @@ from .blocks import (
     V_SCALE,
     own,
     rounded_stochastically,
+    within,
 )
 
 # Above this rank a block of a factor does not fit into the registers of a program.
@@ -152,7 +153,7 @@ def _update_block(
             most = tl.maximum(most, tl.max(size, axis=0))
             count += tl.sum((size > bound).to(tl.int32), axis=0)
         if CLAMP:
-            u = tl.minimum(tl.maximum(u, -bound), bound)
+            u = within(u, bound)
         at = rows[:, None].to(tl.int64) * q + columns[None, :]
         theta = tl.load(theta_ptr + at, mask=inside, other=0)
         if FLOAT64:
