@@ -1,4 +1,4 @@
-"""Models with PEFT adapters for lm-eval: the adapter's own tokenizer, and the vocabulary that it was trained with."""
+"""This module gives lm-eval models with PEFT adapters, with the tokenizer and vocabulary of the adapter's training."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-# Which side of an adapter's tensor is the vocabulary's, by how the tensor's name goes on behind that of the embedding
-# or the head: the module itself (modules_to_save, or saved because it was resized), the layer under an adapter, and
-# LoRA's matrices for each.
+# This maps the end of a tensor's name, behind the name of the embedding or the head, to the dimension that is the
+# vocabulary. The tensors are those of the module itself (in modules_to_save, or saved because it was resized), of the
+# layer under an adapter, and LoRA's matrices for an embedding and for a head.
 VOCABULARY_SIDE = {".weight": 0, ".base_layer.weight": 0, ".lora_embedding_A": 1, ".lora_B.weight": 0}
 
 
 class AdaptedLM(HFLM):
-    """lm-eval's `HFLM`, with another rule for the vocabulary of a model under an adapter.
+    """Extends lm-eval's `HFLM` by another rule for the vocabulary of a model under an adapter.
 
     HFLM resizes the base model to the number of its tokenizer's tokens. That cuts every vocabulary that is padded
     (Qwen's, Phi's), and an adapter with an output head or embeddings of its own no longer fits. Here the model gets
-    the vocabulary of the adapter's own tensors; if the adapter has none, it is enlarged where the tokenizer has more
-    tokens, and never cut.
+    the vocabulary of the adapter's own tensors. If the adapter has none, the vocabulary is enlarged if the tokenizer
+    has more tokens, and never cut.
 
-    Raises SystemExit for an adapter that does not fit the model, or whose tokenizer does not fit its vocabulary.
+    Raises:
+        SystemExit: the adapter does not fit the model, or its tokenizer does not fit its vocabulary.
     """
 
     def _create_model(self, pretrained: str, *, peft: str | None = None, **options: Any) -> None:
@@ -46,7 +47,7 @@ class AdaptedLM(HFLM):
             self._model.resize_token_embeddings(wanted)
         try:
             self._model = PeftModel.from_pretrained(self._model, peft)
-        except RuntimeError as error:  # of load_state_dict, for tensors of other shapes
+        except RuntimeError as error:  # load_state_dict raises this for tensors of other shapes.
             raise SystemExit(
                 f"the adapter {peft!r} does not fit the model {pretrained!r}, give the one that it was trained on: "
                 f"{error}"
@@ -54,9 +55,9 @@ class AdaptedLM(HFLM):
 
 
 def vocabulary_size(model: PreTrainedModel, weights: dict[str, Tensor]) -> int | None:
-    """Return for how many tokens an adapter's embeddings or output head have rows; None if it has neither.
+    """Return for how many tokens an adapter's embeddings or output head have rows, or None if it has neither.
 
-    weights: the adapter's tensors, by their names in its file.
+    model: base model. weights: tensors of the adapter, by their names in its file.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     for name, module in model.named_modules():
@@ -69,11 +70,11 @@ def vocabulary_size(model: PreTrainedModel, weights: dict[str, Tensor]) -> int |
 
 
 def own_tokenizer(adapter: str) -> str | None:
-    """Return the adapter's name if a tokenizer lies beside it, in its folder or on the hub; else None."""
+    """Return the adapter's name if a tokenizer lies beside it, in its folder or on the hub, or None otherwise."""
     if Path(adapter).is_dir():
         return adapter if Path(adapter, TOKENIZER_CONFIG_FILE).is_file() else None
     try:
         hf_hub_download(adapter, TOKENIZER_CONFIG_FILE)
-    except (OSError, ValueError):  # no such file, repository or name, or no network
+    except (OSError, ValueError):  # There is no such file, repository or name, or no network.
         return None
     return adapter

@@ -1,8 +1,8 @@
-"""Judge by meaning whether an answer is right: numbers (GSM8K, generated problems) and expressions (MATH).
+"""This module judges by meaning whether an answer is right, for numbers (GSM8K, generated problems) and for MATH.
 
-The answer stands in a completion after the last marker, which is ``####`` or "The answer is" ("The final answer is"),
-even if nothing readable follows. Without a marker: an expression is taken from the last ``\\boxed{}``, else from
-wherever math-verify finds one; a number is the last of the text.
+The answers of MATH are expressions. The answer stands in a completion after the last marker, which is ``####``, "The
+answer is" or "The final answer is", even if nothing readable follows. Without a marker, an expression is taken from
+the last ``\\boxed{}``, or else from wherever math-verify finds one. A number is the last one of the text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+")
 _MARKER = re.compile(r"####|\bthe (?:final )?answer is\b:?", re.IGNORECASE)
-# A minus counts as a sign unless something that it could be subtracted from stands before it: a number or a bracket,
-# and where there is a space behind the minus, a word as well.
+# A minus counts as a sign unless something that it could be subtracted from stands before it. This is a number or a
+# bracket, and if a space follows the minus, also a word.
 _SIGNED = re.compile(
     r"(?:(?<![\w.)])(?<![\d.)]\s)(?P<sign>[-+])(?:(?!\s)|(?<![\w.)]\s[-+])\s))?(?:[$€£¥₹]\s?(?P<inner_sign>[-+])?)?"
     rf"(?P<number>{NUMBER.pattern})(?:e(?P<exponent>[-+]?\d+))?(?:\s?/\s?(?P<denominator>{NUMBER.pattern}))?",
@@ -32,15 +32,16 @@ _SIGNED = re.compile(
 )
 _BRACED = rf"\s*(?:\{{({NUMBER.pattern})\}}|(\d))"
 _FRACTION = re.compile(rf"(\d?)\\[dt]?frac{_BRACED}{_BRACED}")
-# What stands before the result of an equation of numbers: 2 + 3 = 5. It is looked for from the ends of words alone, as
-# the time would be quadratic otherwise.
+# This matches what stands before the result of an equation of numbers, as in 2 + 3 = 5. A match begins at the start of
+# the text, or behind a letter, an equals sign or a line break. If it could begin anywhere, the search would take
+# quadratic time.
 _SUM = re.compile(r"(?<![^A-Za-z=\n])(?:[^A-Za-z=\n]*=)+")
 _MATH = re.compile(r"\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BETWEEN = re.compile(r"\s*(?:,|;)?\s*(?:and|or)?\s*")
-# LaTeX's and typographers' minus, escaped currency, and what may stand between groups of three digits.
+# These are the typographers' minus, escaped currency, and what may stand between groups of three digits.
 _SPELLINGS = [("−", "-"), (r"\$", "$"), ("{,}", ","), (r"\,", ""), (r"\!", ""), ("\u00a0", ""), ("\u202f", "")]
 
-# LoRA-Pro's released evaluation reads answers and references so; what it cannot read is 0.
+# LoRA-Pro's released evaluation reads answers and references with this pattern. What it cannot read is 0.
 _PAPER = re.compile(r"####\s*(\d+)")
 
 # The longest answer of MATH-500 has 53 characters. A longer text than this is no answer, and would cost the parser
@@ -51,18 +52,18 @@ _WORKER_BYTES = 2 << 30
 
 
 class Verdict(NamedTuple):
-    """Says whether the answer is right, and whether one was given where asked for: behind a marker or in a box."""
+    """Says whether an answer is right, and whether it stands where it was asked for: behind a marker or in a box."""
 
     correct: bool
     answered: bool
 
 
 def extract_number(text: str) -> Decimal | None:
-    """Return the first number after the last marker; without a marker, the text's last number; None if there is none.
+    """Return the first number after the last marker, or without a marker the text's last number, or None without any.
 
-    Of an equation of numbers right after the marker (2 + 3 = 5) it is the result. It reads signs, decimals, thousands
-    separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}); units, currency and text around the number
-    are ignored. It does not read number words, mixed numbers (5 1/2 is 5), decimal commas (1.000,50 is 1).
+    If an equation of numbers follows the marker, as in 2 + 3 = 5, its result is returned. Signs, decimals, thousands
+    separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}) are read. Units, currency and text around the
+    number are ignored. Number words, mixed numbers (5 1/2 is 5) and decimal commas (1.000,50 is 1) are not read.
     """
     tail = _after_marker(text)
     if tail is not None:
@@ -73,7 +74,7 @@ def extract_number(text: str) -> Decimal | None:
         return None
     exponent = found["exponent"] or "0"
     if len(exponent) > 4:
-        return None  # nobody's answer, and beyond what arithmetic below can hold
+        return None  # The arithmetic below cannot hold it, and it is nobody's answer.
     value = Decimal(f"{found['number'].replace(',', '')}e{exponent}")
     if found["denominator"]:
         denominator = Decimal(found["denominator"].replace(",", ""))
@@ -84,9 +85,9 @@ def extract_number(text: str) -> Decimal | None:
 
 
 def judge_number(completion: str, reference: str) -> Verdict:
-    """Compare the numbers of a completion and of a reference (a worked solution or the bare answer).
+    """Return the verdict on the number of a completion, by that of a reference.
 
-    Raises ValueError if the reference has no number.
+    The reference is a worked solution or the bare answer. Raises ValueError if it has no number.
     """
     expected = extract_number(reference)
     if expected is None:
@@ -98,10 +99,11 @@ def judge_number(completion: str, reference: str) -> Verdict:
 
 
 def judge_paper(completion: str, reference: str) -> Verdict:
-    """Judge GSM8K as LoRA-Pro's released evaluation does, faults included; for comparison with published figures only.
+    """Return the verdict of LoRA-Pro's released evaluation on a problem of GSM8K, faults included.
 
-    It compares the digits right after the first ``####`` in the completion and in the reference: "1,000" is 1, "3.5"
-    is 3. A negative number, one with a currency, or none at all is 0.
+    It is only for comparison with published figures. The digits right after the first ``####`` of the completion and
+    of the reference are compared. So "1,000" is 1, and "3.5" is 3. A negative number, one with a currency, and a
+    missing one are 0.
     """
     found, expected = (_PAPER.search(text) for text in (completion, reference))
     correct = Decimal(found[1] if found else 0) == Decimal(expected[1] if expected else 0)
@@ -109,7 +111,7 @@ def judge_paper(completion: str, reference: str) -> Verdict:
 
 
 def extract_expression(text: str) -> str | None:
-    """Return the bare LaTeX after the last marker, else that of the last box, else None."""
+    """Return the bare LaTeX after the last marker, or else that of the last box, or None."""
     tail = _after_marker(text)
     if tail is None:
         return _boxed(text)
@@ -121,19 +123,19 @@ def extract_expression(text: str) -> str | None:
     if re.match(r"\\begin\{", tail) and r"\end{" in tail:
         return tail[: tail.index("}", tail.rindex(r"\end{")) + 1]
     line = tail.partition("\n")[0]
-    line = re.split(r"\.\s+(?=[A-Z])", line)[0]  # what follows is another sentence
+    line = re.split(r"\.\s+(?=[A-Z])", line)[0]  # What follows is another sentence.
     return line.strip().rstrip(".*").strip() or None
 
 
 def judge_expression(completion: str, reference: str) -> Verdict:
-    """Compare the expressions of a completion and of a reference (LaTeX of the bare answer) with math-verify.
+    """Return math-verify's verdict on the expression of a completion, by that of a reference.
 
-    An answer that takes over 5 seconds to compare counts as wrong, with a warning in the log; so does one that takes
-    over 2 GB.
+    The reference is LaTeX of the bare answer. An answer counts as wrong if it takes over 5 seconds to compare, with a
+    warning in the log, or over 2 GB.
     """
     answer = extract_expression(completion)
     if answer is None:
-        # No marker and no box: math-verify looks for the expression itself, from the end.
+        # Without marker and box math-verify looks for the expression itself, from the end.
         return Verdict(_compare(_box(reference), completion[-_MAX_LENGTH:]), False)
     if len(answer) > _MAX_LENGTH:
         return Verdict(False, False)
@@ -158,7 +160,7 @@ def _spelled(text: str) -> str:
     """Return the text with its numbers and fractions in plain characters."""
     for spelling, plain in _SPELLINGS:
         text = text.replace(spelling, plain)
-    # A mixed number stays one, 5 1/2.
+    # A mixed number such as 5 1/2 stays one.
     return _FRACTION.sub(
         lambda found: f"{found[1]}{' ' if found[1] else ''}{found[2] or found[3]}/{found[4] or found[5]}", text
     )
@@ -184,15 +186,15 @@ def _boxed(text: str) -> str | None:
 
 
 def _box(expression: str) -> str:
-    """Put an answer into a box for math-verify, which takes what is boxed as a whole.
+    """Return an answer in a box, for math-verify, which takes what is boxed as a whole.
 
-    It would read "10%" as text, and MATH leaves the sign to the writer.
+    Percent signs are left out. math-verify would read "10%" as text, and MATH leaves the sign to the writer.
     """
     return rf"\boxed{{{expression.replace(chr(92) + '%', '').replace('%', '')}}}"
 
 
 def _plain(expression: str) -> str:
-    """Return the text without spaces and marks that change no meaning, for a first, cheap comparison and for words."""
+    """Return the text without spaces and marks that change no meaning, for words and for a first, cheap comparison."""
     expression = re.sub(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1", expression)
     # A space before a fraction may make it a mixed number.
     expression = re.sub(r"\\left|\\right|\\[ ,;!%$]|\s(?!\d+\s?/)|[$%]|\.$", "", expression)
@@ -210,7 +212,7 @@ def _compare(reference: str, answer: str) -> bool:
 
 @cache
 def _worker() -> ProcessPool:
-    # Spawned, not forked: the parent may hold threads and a GPU.
+    # The process is spawned, not forked, as the parent may hold threads and a GPU.
     pool = ProcessPool(max_workers=1, initializer=_prepare_worker, context=multiprocessing.get_context("spawn"))
     atexit.register(pool.stop)
     try:
@@ -228,19 +230,19 @@ def _worker() -> ProcessPool:
 
 
 def _prepare_worker() -> None:
-    import resource  # which Windows does not have; the recipes read this module for `NUMBER` alone
+    import resource  # Windows has no such module, and the recipes need only `NUMBER`.
 
-    import math_verify  # noqa: F401 -- sympy takes seconds to import, which would count as time to compare
+    import math_verify  # noqa: F401 -- The import of sympy takes seconds, which would count as time to compare.
 
-    # On top of what is mapped already: the script that this process belongs to may have imported CUDA's libraries.
+    # The limit is on top of what is mapped already, as the script of this process may have imported CUDA's libraries.
     limit = psutil.Process().memory_info().vms + _WORKER_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # It warns that its own timeouts are off.
 
 
 def _verify(reference: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    # Its own timeouts are signals, which wait for C code to return: the pool's kill the process.
+    # Its own timeouts are signals, which wait for C code to return. The pool's timeouts kill the process.
     expected, found = (parse(text, parsing_timeout=None) for text in (reference, answer))
     return verify(expected, found, timeout_seconds=None)

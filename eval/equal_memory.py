@@ -1,9 +1,10 @@
-"""Which momentum rank has GaLore's peak memory, by size of model: ``python -m eval.equal_memory``.
+"""This module finds the momentum rank at which LoRA-Pre has GaLore's peak memory, by size of model.
 
-The budget of a model is what GaLore at its published rank takes in weights, gradients and state. LoRA-Pre's peaks,
-temporaries of its step included, are those of `lorapre_peft.memory.estimate`; the peers' are arithmetic
-(`lorapre_peft.memory.peers`). All rows: bfloat16 weights, all gradients at once, embeddings and head frozen; and the
-same activations, which are left out.
+`python -m eval.equal_memory` prints the table. The budget of a model is what GaLore takes in weights, gradients and
+state at its published rank. LoRA-Pre's peaks include the temporaries of its step, and are those of
+`lorapre_peft.memory.estimate`. Those of the other optimizers are arithmetic (`lorapre_peft.memory.peers`). In all rows
+the weights are bfloat16, all gradients exist at once, and embeddings and head are frozen. Activations are the same
+everywhere, and are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lorapre_peft.memory.models import meta_model
 from lorapre_peft.memory.peak import estimate
 from lorapre_peft.memory.peers import peers
 
-# GaLore's ranks by model (its scripts/benchmark_c4), which are the paper's momentum ranks too.
+# These are GaLore's ranks by model (its scripts/benchmark_c4). They are the paper's momentum ranks too.
 RANKS = {"llama-60m": 128, "llama-130m": 256, "llama-350m": 256, "llama-1b": 512}
 OPTIMIZERS: dict[str, dict[str, str]] = {
     "AdamW, als": {"optimizer": "adamw", "update_rule": "als"},
@@ -32,10 +33,11 @@ OPTIMIZERS: dict[str, dict[str, str]] = {
 
 
 def largest_rank(model: nn.Module, budget: int, options: dict[str, str]) -> tuple[int, int]:
-    """Return a momentum rank whose peak is within the budget while the next one's is not, and its peak.
+    """Return a momentum rank whose peak is within the budget while the next one's is not, and its peak in bytes.
 
-    Rank 0 and the peak of rank 1 if not even that is within it. By bisection: the peak grows with the rank but for
-    small steps of the temporaries, which depend on how many matrices are stepped together.
+    If not even rank 1 is within the budget, the result is 0 and the peak of rank 1. The search is by bisection. The
+    peak grows with the rank, apart from small steps of the temporaries, which depend on how many matrices are stepped
+    together.
     """
     side = min(min(param.shape) for param in model.parameters() if param.ndim == 2 and param.requires_grad)
 
@@ -64,7 +66,7 @@ def row(name: str, galore_rank: int) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table. argv: None stands for the process's own."""
+    """Print the table. argv: arguments of the command line. None stands for the process's own."""
     parser = argparse.ArgumentParser(prog="python -m eval.equal_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=RANKS, default=list(RANKS), help="default: all")
     args = parser.parse_args(argv)

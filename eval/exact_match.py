@@ -1,4 +1,4 @@
-"""Generate the answers of a model in memory, and judge them by an `evaluate` metric."""
+"""This module generates answers with a model in memory, and judges them by an `evaluate` metric."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from eval.answers import JUDGES
 class ExactMatch(evaluate.Metric):
     """Computes the shares of completions that are right, and that give an answer where it was asked for.
 
-    ``ExactMatch("number")`` (also ``"expression"`` and ``"paper"``, see `eval.answers`)
-    ``.compute(predictions=completions, references=solutions_or_answers)`` returns ``exact_match`` and ``answered``,
-    from 0 to 1.
+    The configuration names the judge, as in ``ExactMatch("number")``: ``"number"``, ``"expression"`` or ``"paper"``
+    (`eval.answers`). ``compute(predictions=completions, references=solutions_or_answers)`` returns ``exact_match`` and
+    ``answered``, each from 0 to 1.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -53,8 +53,17 @@ def generate(
     stop: str,
     progress: str = "generating",
 ) -> list[str]:
-    """Return greedy completions up to ``stop`` (the next problem, say), without special tokens, in order."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: less padding
+    """Return greedy completions in the order of the prompts, without special tokens.
+
+    Args:
+        model, tokenizer: causal language model and its tokenizer.
+        prompts: prompts, in any order.
+        max_new_tokens: largest number of tokens of a completion.
+        batch_size: number of prompts at a time.
+        stop: text at which a completion is cut off, such as the beginning of the next problem.
+        progress: text of the progress bar.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # Similar lengths need less padding.
     completions = [""] * len(prompts)
     was_training = model.training
     model.eval()

@@ -1,9 +1,11 @@
-"""Measure how far LoRA-Pre's update is from exact Adam's along a run: ``python -m eval.fidelity --steps 400``.
+"""This module measures along a run how far LoRA-Pre's update is from exact Adam's.
 
-The small Llama of the suite ``pretrain-small`` is trained by AdamW. Beside it, on the same gradients, LoRA-Pre's rules
-follow, each at several momentum ranks, and move nothing. For each matrix and recorded step: the cosine of a rule's
-update with exact Adam's, the ratio of their Frobenius norms, and the condition numbers of the Gram matrices that the
-rule inverts; of each, the median over the layers of one type.
+    python -m eval.fidelity --steps 400
+
+The small Llama of the suite ``pretrain-small`` is trained by AdamW. Beside it LoRA-Pre's rules follow the same
+gradients, each at several momentum ranks, and move no weights. For each matrix and recorded step three numbers are
+measured: the cosine of a rule's update with exact Adam's, the ratio of their Frobenius norms, and the condition
+numbers of the Gram matrices that the rule inverts. The median of each over the layers of one type is kept.
 """
 
 from __future__ import annotations
@@ -46,7 +48,15 @@ GRAMS = ("m_A", "m_B", "v_A", "v_B")
 
 
 class Shadow:
-    """An optimizer that follows gradients without training anything: its updates at learning rate 1, from zeros."""
+    """Holds an optimizer that follows gradients without training anything.
+
+    Its learning rate is 1 and its parameters are set to zero before each step, so that they then hold the negative
+    update.
+
+    Args:
+        build: function that makes the optimizer of a list of parameters.
+        shapes: shapes of the matrices.
+    """
 
     def __init__(self, build: Callable[[list[nn.Parameter]], Optimizer], shapes: Sequence[torch.Size]):
         self.params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
@@ -54,7 +64,7 @@ class Shadow:
 
     @torch.no_grad()
     def updates(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Take a step with these gradients; return u of θ ← θ − lr u for each matrix."""
+        """Take a step with these gradients, and return u of θ ← θ − lr u for each matrix."""
         for param, gradient in zip(self.params, gradients):
             param.zero_()
             param.grad = gradient
@@ -62,23 +72,33 @@ class Shadow:
         return [-param for param in self.params]
 
     def condition(self, number: int, factor: str) -> float:
-        """Return the condition number of a factor's Gram matrix, of the matrix ``number``; infinity if singular."""
+        """Return the condition number of the Gram matrix of a factor, such as ``"m_A"``, of the matrix ``number``.
+
+        It is infinite if the Gram matrix is singular.
+        """
         sigma = torch.linalg.svdvals(self.optimizer.state[self.params[number]][factor].double())
         return float("inf") if sigma[-1] == 0 else (sigma[0] / sigma[-1]).square().item()
 
 
 def compared(update: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Return the cosine of two updates and the ratio of their Frobenius norms; NaN where one is zero."""
+    """Return the cosine of an update [p, q] with the exact one, and the ratio of their Frobenius norms.
+
+    The cosine is NaN if one of them is zero.
+    """
     u, a = update.double(), exact.double()
     ratio = u.norm() / a.norm()
     return ((u * a).sum() / (u.norm() * a.norm())).item(), ratio.item()
 
 
 class Fidelity(TrainerCallback):
-    """Before each optimizer step, let shadows follow the gradients of ``matrices``, and record at some steps.
+    """Makes a `Shadow` for each rule and rank follow the gradients of a model's matrices, and records at some steps.
+
+    Args:
+        ranks: momentum ranks.
+        every: number of steps from one record to the next.
 
     Attributes:
-        series: by rule, rank and type of layer, the recorded steps, and at each the medians over the layers.
+        series: by rule, rank and type of layer, the recorded steps, and for each the medians over the layers.
     """
 
     def __init__(self, ranks: Sequence[int], every: int):
@@ -87,6 +107,7 @@ class Fidelity(TrainerCallback):
         self.series: dict[tuple[str, int, str], dict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make a shadow of exact Adam, and one for each rule and rank."""
         targets = weight_targets(kwargs["model"], "all-linear", None, None)
         self._matrices = {name: param for name, param in kwargs["model"].named_parameters() if param in targets}
         shapes = [param.shape for param in self._matrices.values()]
@@ -96,6 +117,7 @@ class Fidelity(TrainerCallback):
         }
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take a step with every shadow, and record at steps 1, 2 and 5 and at every multiple of ``every``."""
         step = state.global_step + 1
         gradients = [param.grad for param in self._matrices.values()]
         exact = self._exact.updates(gradients)
@@ -125,7 +147,10 @@ def _lorapre(k: int, options: dict[str, Any]) -> Callable[[list[nn.Parameter]], 
 
 
 def measure(ranks: Sequence[int], steps: int, every: int) -> dict[str, Any]:
-    """Train ``steps`` steps of the suite's first cell, AdamW, and return the run's declaration and the series."""
+    """Train ``steps`` steps of the suite's first cell, AdamW, and return the run's declaration and the series.
+
+    ranks, every: as in `Fidelity`.
+    """
     suite = load_suite("pretrain-small")
     suite = replace(suite, training=replace(suite.training, steps=steps))
     cell = cells(suite)[0]
@@ -188,8 +213,10 @@ def _largest(values: Sequence[float | None]) -> str:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Plot cosine, length and the condition of m's Gram matrices over the steps: a column for each rule, a colour for
-    each rank, the median of the types of layers as a line and their range as a band.
+    """Plot cosine, length and the condition of m's Gram matrices over the steps, into a file.
+
+    Each rule is a column and each rank a colour. The median of the types of layers is a line, and their range is a
+    band.
     """
     rules = list(dict.fromkeys(one["rule"] for one in found["series"]))
     rows = {
@@ -227,7 +254,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line. argv: None stands for the process's own."""
+    """Run the command line. argv: its arguments. None stands for the process's own."""
     parser = argparse.ArgumentParser(prog="python -m eval.fidelity", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1200, help="of the run, at whose end the rate is a tenth")
     parser.add_argument("--every", type=int, default=10, help="record at steps 1, 2, 5 and every so many (default 10)")

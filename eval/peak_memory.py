@@ -1,8 +1,8 @@
-"""Measure the peak memory of full-weight training of a model with random weights, beside the estimate.
+"""This module measures the peak memory of full-weight training of a model with random weights, beside the estimate.
 
     python -m eval.peak_memory meta-llama/Llama-2-7b-hf
 
-Weights do not matter for memory, so nothing is downloaded for the built-in shapes.
+The values of weights do not matter for memory, so nothing is downloaded for the built-in shapes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ from lorapre_peft.memory.peak import Measurement, MemoryEstimate, estimate, meas
 def measured_and_estimated(
     name: str, *, momentum_rank: int, batch: int, seq_len: int, steps: int, device: torch.device
 ) -> tuple[Measurement, MemoryEstimate]:
-    """Train ``steps`` steps in bfloat16 with updates in the backward pass and gradient checkpointing.
+    """Train ``steps`` steps in bfloat16, and return the measurement of the peak memory, and its estimate.
 
-    Returns the peak that was measured, and its estimate.
+    Each weight is updated in the backward pass, and activations are checkpointed.
+
+    Args:
+        name: model, as `lorapre_peft.memory.models.find_config` takes it.
+        momentum_rank: rank k of LoRA-Pre's momentum.
+        batch, seq_len: shape of the batch of tokens.
+        steps: number of steps.
+        device: device that trains.
     """
     config, _ = find_config(name)
     shared = dict(momentum_rank=momentum_rank, in_backward=True, batch=batch, seq_len=seq_len, checkpointing=True)
@@ -43,6 +50,7 @@ def measured_and_estimated(
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.peak_memory", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="built-in shape, folder or config.json, or name on the hub")
     parser.add_argument("--momentum-rank", type=int, default=8)

@@ -1,4 +1,4 @@
-"""The optimizers that LoRA-Pre is compared with, and LoRA-Pre itself: one declaration each, all built from a model.
+"""This module declares LoRA-Pre and the optimizers that it is compared with. Each is built from a model.
 
 A peer comes from its published package, as the suites build it (`eval.methods`) or with the package's own options.
 """
@@ -20,21 +20,28 @@ from eval.methods.method import trained
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.kernels.choose import available
 
-GALORE_GAP = 200  # steps from one projection to the next in GaLore's published runs (scripts/benchmark_c4)
-# LoRA-Pro's "vec" solver, its default, solves r² equations of r² unknowns per pair: 17 GB each at r = 256.
+GALORE_GAP = 200  # GaLore's published runs compute the projections every so many steps (scripts/benchmark_c4).
+# LoRA-Pro's default solver, "vec", solves r² equations of r² unknowns for each pair, which take 17 GB at r = 256.
 LARGEST_VEC_RANK = 16
 
 
 @dataclass(frozen=True)
 class TimedMethod:
-    """An optimizer under its name.
+    """Holds an optimizer that is timed, under its name.
 
-    build: (model, lr, rank) to an optimizer over the model's trainable parameters, which are the matrices of a PEFT
-    model's adapters or the weights of a plain one; rank: of the compressed momentum, for methods that have one.
-    kinds: where it applies. muon: compared with Muon rather than with AdamW. gradient_reads: how often its step must
-    read the gradient, None where no figure is claimed. overwrites_gradients: a step changes them. patience: how many
-    times as long as others its first steps may take. prime: puts a fresh optimizer past a first step that is not like
-    the others. note: what a reader of its figures must know.
+    Attributes:
+        name: name in tables.
+        package: name under which it is installed.
+        build: function of a model, a learning rate and a rank that returns an optimizer of the model's trainable
+            parameters. These are the matrices of a PEFT model's adapters, or the weights of a plain model. The rank is
+            that of the compressed momentum, for methods that have one.
+        kinds: what it trains: ``"adapters"``, ``"weights"`` or both.
+        muon: whether it is compared with Muon rather than with AdamW.
+        gradient_reads: how often its step must read the gradient. None stands for no claim.
+        overwrites_gradients: whether a step changes the gradients.
+        patience: how many times as long as those of others its first steps may take.
+        prime: function that puts a fresh optimizer past a first step that is not like the others.
+        note: what a reader of its figures must know.
     """
 
     name: str
@@ -50,7 +57,7 @@ class TimedMethod:
 
     @property
     def package_version(self) -> str | None:
-        """The installed version; None if the package is missing."""
+        """Return the installed version, or None if the package is missing."""
         try:
             return version(self.package)
         except PackageNotFoundError:
@@ -62,7 +69,7 @@ def _adamw(**options: Any) -> Callable[[nn.Module, float, int], Optimizer]:
 
 
 def _as_in_suites(name: str) -> Callable[[nn.Module, float, int], Optimizer]:
-    """Return the builder of an entry of `METHODS`, with its own options but for the rank."""
+    """Return the builder of an entry of `METHODS`, with the entry's own options except for the rank."""
     method = METHODS[name]
 
     def build(model: nn.Module, lr: float, rank: int) -> Optimizer:
@@ -91,7 +98,7 @@ def _galore(model: nn.Module, lr: float, rank: int) -> Optimizer:
 
 
 def _project_galore(optimizer: Optimizer) -> None:
-    """Project onto any orthonormal basis in place of the singular vectors, between two of GaLore's projections."""
+    """Set a random orthonormal basis as each projection, and the step to 1, so that no SVD is due at once."""
     from galore_torch.galore_projector import GaLoreProjector
 
     for group in optimizer.param_groups:
@@ -131,16 +138,16 @@ PEERS = (
 
 
 def lorapre_methods(device: torch.device) -> list[TimedMethod]:
-    """Return LoRA-Pre AdamW and Muon, once per backend that runs on this device."""
+    """Return LoRA-Pre AdamW and Muon, once for each backend that runs on this device."""
     return [
         TimedMethod(
             f"LoRA-Pre {'Muon' if muon else 'AdamW'}, {backend}",
             "lorapre-peft",
-            # Newton–Schulz in bfloat16, as torch.optim.Muon has it.
+            # Newton–Schulz runs in bfloat16, as in torch.optim.Muon.
             _lorapre(cls, {"backend": backend} | ({"ns_dtype": "bfloat16"} if muon else {})),
             muon=muon,
             gradient_reads=2,
-            # The first steps start all factors and compile some twenty graphs; Muon on large weights is slow at every
+            # The first steps start all factors and compile some twenty graphs. Muon on large weights is slow at every
             # step.
             patience=4 if backend == "compiled" else 1 if muon else 10,
         )
@@ -151,7 +158,7 @@ def lorapre_methods(device: torch.device) -> list[TimedMethod]:
 
 
 def _lorapre(cls: type[Optimizer], options: dict[str, str]) -> Callable[[nn.Module, float, int], Optimizer]:
-    # Stochastic rounding is what create_lorapre_optimizer sets for weights; it concerns bfloat16 parameters only.
+    # create_lorapre_optimizer sets stochastic rounding for weights too. It concerns bfloat16 parameters only.
     return lambda model, lr, rank: cls(
         trained(model), lr=lr, momentum_rank=rank, bf16_rounding="stochastic", **options
     )

@@ -1,8 +1,9 @@
-"""Evaluate a model, with or without an adapter, on lm-eval tasks: prints a table with standard errors and writes JSON.
+"""This module evaluates a model, with or without an adapter, on lm-eval tasks, and prints a table of the metrics.
 
     python -m eval.run smollm2 runs/quickstart/lorapre --tasks generated_problems --limit 24
 
-Completions are kept in the output folder as they come: the same command, started again, repeats none of them.
+The metrics have standard errors, and are also written as JSON. Completions are kept in the output folder as they come.
+The same command, started again, repeats none of them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from recipes.sources import SMOLLM2
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-# lm_eval, torch and datasets are imported where they are used: the process that compares expressions imports this
+# lm_eval, torch and datasets are imported where they are used, as the process that compares expressions imports this
 # module too.
 
 TASKS = Path(__file__).parent / "tasks"
-SAVED = "saved"  # a model's own dtype
+SAVED = "saved"  # This stands for a model's own dtype.
 
 
 def evaluate(
@@ -40,25 +41,29 @@ def evaluate(
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
 ) -> dict[str, Any] | None:
-    """Judge a model's answers to tasks; returns lm-eval's results with ``samples``, or None but on the first process.
+    """Judge a model's answers to tasks, and return lm-eval's results with ``samples``.
+
+    In several processes all but the first return None.
 
     Args:
         model: ``"smollm2"``, a local folder, or a hub id.
         adapter: folder or hub id of a PEFT adapter. If a tokenizer lies beside it, that is the one used.
-        tasks: of `eval/tasks`, or any of lm-eval's own.
-        output_dir: gets ``results.json`` and one ``samples_TASK.jsonl`` per task, with every prompt, completion and
-            verdict; other tasks' results of this model there stay.
-        data: by task, what to read instead of the hub: a JSONL file of test rows, or a folder with one file per split.
-        limit: problems per task, the first ones; None: all.
-        batch_size: problems at a time, or ``"auto"``.
-        device: None: a GPU if there is one.
-        dtype: of the weights, as `recipes.precision` names them; ``"auto"``: the one that the device multiplies fast,
-            ``"saved"``: the one that they were saved in.
-        apply_chat_template: write every prompt as a user's message, by the tokenizer's chat template.
-        system_instruction: put before every prompt; with a chat template it is the system's message.
+        tasks: names of tasks of `eval/tasks`, or of any of lm-eval's own.
+        output_dir: folder for ``results.json`` and for one ``samples_TASK.jsonl`` for each task, with every prompt,
+            completion and verdict. Results of this model on other tasks stay there.
+        data: by task, what to read instead of the hub: a JSONL file of test rows, or a folder with one file for each
+            split.
+        limit: number of problems for each task, the first ones. None stands for all.
+        batch_size: number of problems at a time, or ``"auto"``.
+        device: device of the model. None stands for a GPU if there is one.
+        dtype: dtype of the weights, as `recipes.precision` names them. ``"auto"`` stands for the one that the device
+            multiplies fast, and ``"saved"`` for the one in which they were saved.
+        apply_chat_template: whether every prompt is written as a user's message, by the tokenizer's chat template.
+        system_instruction: text before every prompt. With a chat template it is the system's message.
 
-    Raises SystemExit for an unknown task, for a model or data that cannot be had, for an adapter that does not fit the
-    model, for a tokenizer without the chat template, and for a folder with other results.
+    Raises:
+        SystemExit: an unknown task, a model or data that cannot be had, an adapter that does not fit the model, a
+            tokenizer without the chat template, or a folder with other results.
     """
     import torch
     from lm_eval import simple_evaluate
@@ -82,7 +87,7 @@ def evaluate(
         source |= {"peft": adapter} | ({"tokenizer": adapter} if own_tokenizer(adapter) else {})
     try:
         lm = AdaptedLM(**source, device=device, batch_size=batch_size)
-    except (OSError, ValueError) as error:  # PEFT raises the latter for an adapter that is nowhere
+    except (OSError, ValueError) as error:  # PEFT raises ValueError for a missing adapter.
         named = f"model {model!r}" + (f" with adapter {adapter!r}" if adapter else "")
         raise SystemExit(
             f"{named} cannot be had: {error}\nTo work offline, give local folders, or the model {SMOLLM2!r}"
@@ -102,7 +107,7 @@ def evaluate(
 
 
 def check_folder(folder: Path, options: dict[str, Any]) -> None:
-    """Raise SystemExit if the folder's results are of another model or prompting; tasks, data and limit may differ."""
+    """Raise SystemExit if the folder's results are of another model or prompting. Tasks, data and limit may differ."""
     path = folder / "results.json"
     found = json.loads(path.read_text())["options"] if path.exists() else options
     fixed = ("model", "adapter", "dtype", "apply_chat_template", "system_instruction")
@@ -112,18 +117,25 @@ def check_folder(folder: Path, options: dict[str, Any]) -> None:
 
 
 def own_tasks() -> list[str]:
+    """Return the names of the tasks of `eval/tasks`, sorted."""
     return sorted(path.stem for path in TASKS.glob("[!_]*.yaml"))
 
 
 def task_manager(names: list[str]) -> TaskManager:
-    """Return lm-eval's task manager for `eval/tasks`, and for lm-eval's own thousands of tasks only if asked for."""
+    """Return lm-eval's task manager, which has `eval/tasks`, and lm-eval's own tasks only if one of them is named.
+
+    There are thousands of the latter.
+    """
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(TASKS), include_defaults=not set(names) <= set(own_tasks()))
 
 
 def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> list[Any]:
-    """Return lm-eval's task objects, with ``data`` in place of their hub data; groups and tags give several."""
+    """Return lm-eval's task objects, with ``data`` in place of their hub data. Groups and tags give several.
+
+    Raises SystemExit for an unknown task, for data of a task that is not asked for, and for data that cannot be had.
+    """
     own = ", ".join(own_tasks())
     if unknown := [name for name in names if name not in manager.task_index]:
         raise SystemExit(f"no task {', '.join(unknown)}: expected {own}, or one that `lm-eval ls tasks` lists")
@@ -142,7 +154,8 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
             if path.is_file():
                 overrides |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
         try:
-            # A group of one: the harness overrides a registered task's fields only inside a group.
+            # The task is put into a group of one, as the harness overrides a registered task's fields only inside a
+            # group.
             group = manager.load({"group": f"only_{name}", "task": [{"task": name, **overrides}]})
         except OSError as error:
             raise SystemExit(
@@ -154,7 +167,7 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
 
 
 def model_source(model: str) -> dict[str, str]:
-    """Return where HFLM, lm-eval's model class, finds the weights."""
+    """Return the arguments by which HFLM, lm-eval's model class, finds the weights."""
     if model != SMOLLM2:
         return {"pretrained": model}
     from recipes.models import SMOLLM2_FILE, smollm2_folder
@@ -163,9 +176,9 @@ def model_source(model: str) -> dict[str, str]:
 
 
 def fingerprint(source: dict[str, str], output: Path) -> str:
-    """Return a hash of the model's arguments and of local folders' files, by which stale completions are known.
+    """Return a hash of the model's arguments and of the files in local folders, by which stale completions are known.
 
-    Except those in ``output``, which may lie in the model's folder and changes with every evaluation.
+    Files in ``output`` are left out, as it may lie in the model's folder and changes with every evaluation.
     """
     own = output.resolve()
     files = [
@@ -181,9 +194,16 @@ def fingerprint(source: dict[str, str], output: Path) -> str:
 def write(
     results: dict[str, Any], folder: Path, model: dict[str, Any], data: dict[str, str], limit: int | None
 ) -> None:
-    """Write ``results.json``: model, surroundings, and by task its data, problems and metrics with standard errors.
+    """Write ``results.json``: the model, the surroundings, and each task's data, problems and metrics.
 
-    Tasks that an earlier call has written there stay, if they are of the same weights.
+    The metrics come with standard errors. Tasks that an earlier call has written there stay if they are of the same
+    weights.
+
+    Args:
+        results: what lm-eval returned.
+        folder: folder of the results.
+        model: what the file says of the model: its options and its fingerprint.
+        data, limit: as in `evaluate`.
     """
     from recipes.training import environment
 
@@ -207,7 +227,7 @@ def write(
                     "reference": sample["target"],
                     "filter": sample["filter"],
                 }
-                # Perplexities are pairs there, which are put together only over all samples.
+                # Perplexities are pairs here, which make a number only over all samples.
                 verdicts = {
                     name: float(sample[name]) for name in sample["metrics"] if not isinstance(sample[name], tuple)
                 }
@@ -217,6 +237,7 @@ def write(
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__.splitlines()[0])
     parser.add_argument("model", help=f"{SMOLLM2!r} (from a package), a local folder, or a hub id")
     parser.add_argument("adapter", nargs="?", help="folder or hub id of a PEFT adapter")

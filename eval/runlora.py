@@ -1,7 +1,7 @@
-"""RunLoRA (Cherniuk et al., arXiv 2312.03415): LoRA's forward and backward pass by the cheapest order of products.
+"""This module implements RunLoRA (Cherniuk et al., arXiv 2312.03415), which orders LoRA's products by their cost.
 
-The numbers are those of PEFT's layer up to rounding; what differs is the time, and that x Aᵀ is not kept for the
-backward pass.
+The numbers of the forward and backward pass are those of PEFT's layer up to rounding. The time differs, and x Aᵀ is
+not kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Order:
-    """An order of the products of y = x Wᵀ + s x Aᵀ Bᵀ and of its gradients, for frozen W.
+    """Holds an order of the products of y = x Wᵀ + s x Aᵀ Bᵀ and of its gradients, for frozen W.
 
-    merge: multiply x by W + s B A instead of by its parts. merge_input: likewise for the gradient of x. outer_A,
-    outer_B: get the gradients of A and B from the outer product dyᵀ x, of W's shape, instead of from the projections
-    dy B and x Aᵀ. The paper's other forward and backward passes differ from these 16 in the sequence alone, not in
-    their products.
+    The paper's other forward and backward passes differ from these 16 only in the sequence of their products.
+
+    Attributes:
+        merge: whether x is multiplied by W + s B A, instead of by W, A and B.
+        merge_input: the same for the gradient of x.
+        outer_A, outer_B: whether the gradients of A and B are computed from the outer product dyᵀ x, which has W's
+            shape, instead of from the projections dy B and x Aᵀ.
     """
 
     merge: bool
@@ -31,10 +34,10 @@ class Order:
     outer_B: bool
 
     def flops(self, tokens: int, out_features: int, in_features: int, rank: int) -> int:
-        """Return the floating-point operations of both passes: 2abc for a product of a×b by b×c."""
+        """Return the floating-point operations of both passes, where a product of a×b by b×c counts as 2abc."""
         p, q = out_features, in_features
         weight, forward, merged = tokens * p * q, tokens * rank * (p + q), rank * p * q
-        total = 2 * weight  # x and dy by W, or by what it is merged into
+        total = 2 * weight  # These are x and dy by W, or by what W is merged into.
         total += merged if self.merge else forward
         total += merged if self.merge_input else tokens * rank * q
         total += tokens * rank * p if self.projects_gradient else 0
@@ -45,7 +48,7 @@ class Order:
 
     @property
     def projects_gradient(self) -> bool:
-        """Whether dy B is needed."""
+        """Return whether dy B is needed."""
         return not (self.merge_input and self.outer_A)
 
 
@@ -53,15 +56,19 @@ ORDERS = [Order(*choice) for choice in product((False, True), repeat=4)]
 
 
 def cheapest(tokens: int, out_features: int, in_features: int, rank: int) -> Order:
-    """Return the order with the fewest operations."""
+    """Return the order with the fewest operations, for the sizes that `Order.flops` takes."""
     return min(ORDERS, key=lambda order: order.flops(tokens, out_features, in_features, rank))
 
 
 class LoRAProduct(torch.autograd.Function):
-    """y = x Wᵀ + s x Aᵀ Bᵀ by a given order; x: tokens×q, W: p×q and frozen, A: r×q, B: p×r."""
+    """Computes y = x Wᵀ + s x Aᵀ Bᵀ and its gradients by a given order.
+
+    x is [tokens, q], W [p, q] and frozen, A [r, q] and B [p, r].
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, order: Order) -> Tensor:
+        """Return y [tokens, p]. scaling: s."""
         ctx.save_for_backward(x, W, A, B)
         ctx.scaling, ctx.order = scaling, order
         if order.merge:
@@ -70,6 +77,7 @@ class LoRAProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, A and B from dy [tokens, p], and None for the other arguments."""
         x, W, A, B = ctx.saved_tensors
         scaling, order = ctx.scaling, ctx.order
         projected = dy @ B if order.projects_gradient else None
@@ -84,9 +92,10 @@ class LoRAProduct(torch.autograd.Function):
 
 
 class RunLoRALinear(nn.Module):
-    """PEFT's LoRA layer with the products in the cheapest order for each input; parameters are shared with it.
+    """Computes PEFT's LoRA layer with the cheapest order for each input, and shares the layer's parameters.
 
-    Raises ValueError for a layer with a bias or dropout, or with another adapter than plain LoRA's one.
+    Raises:
+        ValueError: the layer has a bias or dropout, or another adapter than a single plain one.
     """
 
     def __init__(self, layer: Linear) -> None:
@@ -103,6 +112,7 @@ class RunLoRALinear(nn.Module):
         self.scaling = layer.scaling[name]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., p] of an input x [..., q]."""
         rows = x.flatten(0, -2)
         order = cheapest(len(rows), *self.weight.shape, len(self.A))
         y = LoRAProduct.apply(rows, self.weight, self.A, self.B, self.scaling, order)

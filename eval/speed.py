@@ -1,12 +1,12 @@
-"""Time optimizer steps on real shapes: LoRA-Pre on each of its backends beside its peers, in ratio to fused AdamW.
+"""This module times optimizer steps on real shapes: LoRA-Pre on each of its backends, and its peers.
 
     python -m eval.speed --preset adapters-7b weights-7b
 
-Gradients are synthetic, of low rank plus noise; nothing is downloaded. Methods of a case share parameters and
-gradients and step in turn, after warm-up steps that start states and compile. One JSON file per case goes to the
-output folder, then all of them together with tables and plots. Times on a CPU mean something only while nothing else
-runs there. ``--preset layers`` times no optimizer but the forward and backward pass of a layer under LoRA, PEFT's and
-RunLoRA's.
+Gradients are synthetic, of low rank plus noise, and nothing is downloaded. The methods of a case share parameters and
+gradients. They step in turn, after warm-up steps that start states and compile. Times are shown in ratio to fused
+AdamW's. One JSON file for each case goes to the output folder, and then one of all cases with tables and plots. Times
+on a CPU mean something only if nothing else runs there. ``--preset layers`` times no optimizer, but the forward and
+backward pass of a layer under LoRA, by PEFT and by RunLoRA.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ def measure_case(
 ) -> dict[str, Any]:
     """Return a case's description and every method's result, ready for JSON.
 
-    names: beginnings of the methods' names. Sweeps measure LoRA-Pre AdamW and the reference alone.
+    Args:
+        case: the case. A sweep measures only LoRA-Pre AdamW and the reference.
+        device: device that steps.
+        seconds: time for the timed steps.
+        patience: seconds for building an optimizer and its first steps (`eval.speed_measure.prepare`).
+        names: beginnings of the names of the methods that are measured.
     """
     methods = [method for method in (*lorapre_methods(device), *PEERS) if method.name.startswith(tuple(names))]
     if case.sweep:
@@ -68,15 +73,14 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 def report(summary: dict[str, Any], folder: Path) -> str:
-    """Return all tables as Markdown, and write the plots beside the JSON files."""
+    """Return all tables as Markdown, and write them and the plots into the folder."""
     around, cases, layers = summary["environment"], summary["cases"], summary["layers"]
     machine = f"{around['processor']}, threads: {around['threads']}"
     if around["device"] != "cpu":
         machine = f"{around['device']}, {machine}"
     models = [case for case in cases if not case["sweep"]]
-    commits = dict.fromkeys(
-        str(case["commit"])[:12] for case in [*cases, *layers]
-    )  # a resumed folder may have several
+    # A folder that was resumed may have several commits.
+    commits = dict.fromkeys(str(case["commit"])[:12] for case in [*cases, *layers])
     parts = [
         f"{machine}; a copy on the device: {around['copy_bytes_per_second'] / 1e9:.1f} GB/s; commit "
         f"{', '.join(commits)}\n",
@@ -94,7 +98,7 @@ def report(summary: dict[str, Any], folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line. argv: None stands for the process's own."""
+    """Run the command line. argv: its arguments. None stands for the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -131,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cases = [case for preset in args.preset for case in presets[preset]]
     args.output.mkdir(parents=True, exist_ok=True)
     around = surroundings(device)
-    # Cases of one folder are measured alike, or are not in one table.
+    # The cases of one folder must be measured alike, as they are shown in one table.
     where = {name: around[name] for name in ("processor", "device", "threads")}
     where |= {"torch": around["versions"]["torch"]}
     where |= {name: getattr(args, name) for name in ("seconds", "patience", "methods")}

@@ -1,4 +1,4 @@
-"""The cases that `eval.speed` measures: the shapes of real models' adapters and weights, with synthetic gradients."""
+"""This module makes the cases of `eval.speed`: shapes of real models' adapters and weights, with random gradients."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from lorapre_peft.integrations.targets import weight_targets
 from lorapre_peft.lowrank.layout import MOMENTUM_RANK
 from lorapre_peft.memory.models import find_config, meta_model
 
-GRADIENT_RANK = 4  # rank of the part of a synthetic gradient that is not noise
-NOISE = 0.1  # root mean square of the noise over that of the low-rank part
+GRADIENT_RANK = 4  # The part of a synthetic gradient that is not noise has this rank.
+NOISE = 0.1  # The root mean square of the noise is this share of the low-rank part's.
 GRADIENT_SCALE = 1e-3
-# Bytes per weight: weight, gradient, AdamW's two moments and one temporary of its foreach form, all in bfloat16.
+# A weight takes so many bytes: itself, its gradient, AdamW's two moments and a temporary of its foreach form, all in
+# bfloat16.
 WEIGHT_BYTES_ON_GPU = 10
 
 
 @dataclass(frozen=True)
 class Case:
-    """A set of matrices to step through.
+    """Holds a set of matrices to step through.
 
-    model: a name for `find_config`, or "" where ``shapes`` lists the matrices as (p, q, how many). lora_r: adapters of
-    this rank on all linear layers; None: the weights of those layers. momentum_rank: k. layers: how many of the
-    model's layers a CPU takes (None: all); a GPU takes all that fit. sweep: what varies, and value: its value.
+    Attributes:
+        name: name of the case.
+        momentum_rank: rank k.
+        model: name for `find_config`. It is empty if ``shapes`` lists the matrices.
+        lora_r: rank of adapters on all linear layers. None stands for the weights of those layers.
+        layers: number of the model's layers that a CPU takes. None stands for all. A GPU takes all that fit.
+        shapes: matrices as (p, q, number of them).
+        sweep: what varies from case to case, or nothing.
+        value: value of what varies.
     """
 
     name: str
@@ -44,35 +51,46 @@ class Case:
 
     @property
     def kind(self) -> str:
+        """Return what is trained: ``"adapters"`` or ``"weights"``."""
         return "adapters" if self.lora_r else "weights"
 
 
 @dataclass
 class Problem:
-    """A case in memory: a model of which only the trained parameters, and their gradients, have storage."""
+    """Holds a case in memory: a model of which only the trained parameters and their gradients have storage.
+
+    Attributes:
+        case: the case.
+        model: the model.
+        device: device of the parameters.
+        extent: text that says which part of the model it is.
+        pristine: copies of the gradients, once `keep_gradients` has made them.
+    """
 
     case: Case
     model: nn.Module
     device: torch.device
-    extent: str  # which part of the model it is, in words
+    extent: str
     pristine: list[Tensor] | None = None
 
     @property
     def params(self) -> list[nn.Parameter]:
+        """Return the trained parameters."""
         return trained(self.model)
 
     def keep_gradients(self) -> None:
-        """Remember the gradients, for methods that overwrite them."""
+        """Copy the gradients, for methods that overwrite them."""
         if self.pristine is None:
             self.pristine = [param.grad.clone() for param in self.params]
 
     def restore_gradients(self) -> None:
+        """Write the copies back into the gradients."""
         for param, grad in zip(self.params, self.pristine):
             param.grad.copy_(grad)
 
     @contextlib.contextmanager
     def same_parameters(self) -> Iterator[None]:
-        """Undo what a block freezes: LoRA-FA freezes every A, which the other methods train."""
+        """Undo what a ``with`` block freezes. LoRA-FA freezes every A, which the other methods train."""
         params = self.params
         try:
             yield
@@ -82,7 +100,11 @@ class Problem:
 
 
 def build(case: Case, device: torch.device) -> Problem:
-    """Allocate a case: adapters in float32, as PEFT keeps them; weights in float32 on a CPU and bfloat16 on a GPU."""
+    """Return a case in memory, with random parameters and gradients.
+
+    Adapters are float32, as PEFT keeps them. Weights are float32 on a CPU and bfloat16 on a GPU. Matrices of
+    ``shapes`` are float32.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     if case.shapes:
@@ -112,7 +134,7 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def gradient(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return a float32 matrix of low rank plus noise, of root mean square `GRADIENT_SCALE`."""
+    """Return a float32 matrix of low rank plus noise, whose root mean square is `GRADIENT_SCALE`."""
     p, q = shape
     options = dict(generator=generator, device=generator.device)
     rank = min(GRADIENT_RANK, p, q)
@@ -154,7 +176,8 @@ def _sweep(what: str, values: dict[int, tuple[int, tuple[int, int, int]]]) -> li
     ]
 
 
-# Layers on a CPU: at high ranks as many as give the parameters of r = 16 on all of them.
+# This maps the adapter's rank to the number of layers on a CPU. At high ranks they have as many parameters as all
+# layers at r = 16.
 CPU_LAYERS = {8: None, 16: None, 64: 8, 256: 2}
 SMOLLM2 = "SmolLM2-135M"
 PRESETS: dict[str, list[Case]] = {

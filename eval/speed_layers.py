@@ -1,4 +1,4 @@
-"""Time the forward and backward pass of a linear layer under LoRA: PEFT's layer, and RunLoRA's order of products."""
+"""This module times the forward and backward pass of a linear layer under LoRA, by PEFT and in RunLoRA's order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = "| layer | forward and backward, ms (quartiles) | × PEFT's | temporaries
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer of a model, its adapter's rank, and the tokens of a batch."""
+    """Holds the shape of a layer of a model, the rank of its adapter, and the number of tokens of a batch."""
 
     name: str
     out_features: int
@@ -30,7 +30,8 @@ class LayerCase:
     tokens: int
 
 
-# The attention and the MLP of Llama-2-7B. Merging W + s B A saves operations from 2,048 and 2,990 tokens on.
+# These are layers of attention and MLP of Llama-2-7B. Merging W + s B A saves operations from 2,048 and from 2,990
+# tokens on.
 LAYERS = [
     LayerCase(f"Llama-2-7B {name}, r={r}, {tokens} tokens", p, 4096, r, tokens)
     for name, p in (("q_proj", 4096), ("up_proj", 11008))
@@ -42,7 +43,14 @@ QUICK_LAYERS = [LayerCase("small, r=8, 64 tokens", 96, 64, 8, 64)]
 
 @dataclass
 class Pass:
-    """A layer's forward and backward pass, ready to be timed."""
+    """Holds a layer's forward and backward pass, ready to be timed.
+
+    Attributes:
+        step: function that makes one pass.
+        device: device of the layer.
+        result: figures of the pass.
+        turns: rounds of a race in which it takes part.
+    """
 
     step: Callable[[], None]
     device: torch.device
@@ -50,14 +58,15 @@ class Pass:
     turns: int = 0
 
     def seconds(self) -> float:
+        """Return the seconds of one pass."""
         return timed(self.step, self.device)
 
 
 def measure_layer(case: LayerCase, device: torch.device, seconds: float) -> dict[str, Any]:
     """Return a case's description and the results of both layers, ready for JSON.
 
-    The weight is in float32 on a CPU and in bfloat16 on a GPU, and so is the adapter: under autocast both layers'
-    products are.
+    Weight and adapter are float32 on a CPU and bfloat16 on a GPU, where autocast would make both layers' products
+    bfloat16.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = nn.Linear(case.in_features, case.out_features, bias=False, device=device, dtype=dtype)
@@ -85,7 +94,7 @@ def measure_layer(case: LayerCase, device: torch.device, seconds: float) -> dict
 
 
 def layers_markdown(cases: list[dict[str, Any]]) -> str:
-    """Return a table of all cases."""
+    """Return a table of all cases as Markdown."""
     lines = ["### A linear layer under LoRA", "", HEAD]
     for case in cases:
         for found in case["results"]:

@@ -1,4 +1,4 @@
-"""Time optimizer steps side by side, and measure what they hold and move."""
+"""This module times optimizer steps side by side, and measures what they hold and move."""
 
 from __future__ import annotations
 
@@ -23,18 +23,27 @@ from eval.peers import TimedMethod
 from eval.speed_cases import Problem
 from recipes.training import describe, free_memory, held_bytes
 
-LR = 1e-6  # no figure depends on it
+LR = 1e-6  # No figure depends on it.
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
-FREE_BYTES = 2_000_000_000  # of the machine's memory, below which no further optimizer is built
-SECONDS_TO_CLEAR_UP = 1.0  # of a block that `watchdog` has interrupted, before it is interrupted again
+FREE_BYTES = 2_000_000_000  # No further optimizer is built if the machine has less free memory.
+SECONDS_TO_CLEAR_UP = 1.0  # `watchdog` interrupts a block again only after this time.
 
 
 @dataclass
 class Result:
-    """What a method's steps took. seconds: per timed step; ratio: median over the reference's in the same race.
+    """Holds what a method's steps took.
 
-    start_seconds: building and the first two steps. traffic_bytes: the least that the method must read and write in a
-    step (`traffic`). reason: why there are no figures.
+    Attributes:
+        name, package, version: name of the method, and of its package, with the version.
+        muon: whether it is compared with Muon.
+        note: what a reader of its figures must know.
+        reason: why there are no figures. It is empty if there are.
+        seconds: seconds of each timed step.
+        median, quartiles: of these seconds.
+        ratio: median over the reference's in the same race.
+        start_seconds: seconds of building the optimizer and of its first two steps.
+        state_bytes, temporary_bytes: bytes of the optimizer's state and of a step's temporaries.
+        traffic_bytes: least bytes that the method must read and write in a step (`traffic`).
     """
 
     name: str
@@ -53,18 +62,25 @@ class Result:
     traffic_bytes: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the attributes as a dictionary."""
         return asdict(self)
 
 
 @dataclass
 class Runner:
-    """A method past its first steps on a problem, ready to be timed."""
+    """Holds a method past its first steps on a problem, ready to be timed.
+
+    Attributes:
+        method, problem, optimizer: what steps.
+        result: figures of the method.
+        turns: rounds of a race in which it takes part.
+    """
 
     method: TimedMethod
     problem: Problem
     optimizer: Optimizer
     result: Result
-    turns: int = 0  # rounds of a race in which it takes part
+    turns: int = 0
 
     def seconds(self) -> float:
         """Return the seconds of one step, from an idle device until the device is idle again."""
@@ -75,7 +91,7 @@ class Runner:
 
 
 def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds that one call takes; on CUDA the time between events, without synchronisation."""
+    """Return the seconds that one call takes. On CUDA this is the time between two events."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()
@@ -90,10 +106,10 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """Return the most bytes that a call had allocated at once above what was there before.
+    """Return the most bytes that a call had allocated at once, above what was there before.
 
-    On a CPU they come from the profiler's record of the allocator: it sees compiled code too, which a dispatch mode
-    such as `lorapre_peft.memory.peak.AllocationTracker` makes torch.compile give up for good.
+    On a CPU they come from the profiler's record of the allocator, which sees compiled code too. Under a dispatch mode
+    such as `lorapre_peft.memory.peak.AllocationTracker` torch.compile would give up for good.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -102,7 +118,7 @@ def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages would cut through the progress bar
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Its messages would break the progress bar.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     live = peak = 0
@@ -114,7 +130,10 @@ def temporary_bytes(step: Callable[[], Any], device: torch.device) -> int:
 
 
 def traffic(method: TimedMethod, problem: Problem, state: int) -> int | None:
-    """Return the bytes that a step must move at least: gradients per reading, weight and state in and out."""
+    """Return the least bytes that a step must move: gradients at each reading, and weights and state in and out.
+
+    The result is None for a method that claims no number of readings. state: bytes of the optimizer's state.
+    """
     if method.gradient_reads is None:
         return None
     weights = sum(param.nbytes for param in problem.params)
@@ -123,7 +142,7 @@ def traffic(method: TimedMethod, problem: Problem, state: int) -> int | None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Return the bytes per second, read and written, of a device copy that is larger than any cache."""
+    """Return the bytes per second, read and written, of a copy on the device that is larger than any cache."""
     size = 1 << (30 if device.type == "cuda" else 28)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -133,13 +152,15 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
-    """Interrupt a block that takes too long or leaves the machine short of memory, between two of torch's operations.
+    """Interrupt a ``with`` block that takes too long or leaves the machine short of memory.
 
-    Raises TimeoutError or MemoryError in the block. Nothing is watched outside the main thread.
+    It is interrupted between two of torch's operations, by a TimeoutError or MemoryError that is raised in the block.
+    Nothing is watched outside the main thread. seconds: how long the block may take.
     """
     deadline = time.perf_counter() + seconds
     raised: list[Exception] = []
-    # What is raised in a weak reference's callback is lost: so it is raised again, but not while the block clears up.
+    # An error that is raised in the callback of a weak reference is lost. So it is raised again, but not while the
+    # block clears up.
     again = 0.0
 
     def check(*_: Any) -> None:
@@ -159,11 +180,11 @@ def watchdog(seconds: float) -> Iterator[None]:
         yield
         return
     previous = signal.signal(signal.SIGALRM, check)
-    others = signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # a timer that runs already, such as a test's
+    others = signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # A timer may run already, such as a test's.
     try:
         yield
     except Exception as error:
-        if raised and error is not raised[0]:  # torch.compile wraps what is raised while it traces
+        if raised and error is not raised[0]:  # torch.compile wraps errors while it traces.
             raise raised[0] from error
         raise
     finally:
@@ -173,7 +194,11 @@ def watchdog(seconds: float) -> Iterator[None]:
 
 
 def prepare(method: TimedMethod, problem: Problem, patience: float) -> Runner:
-    """Build a method's optimizer, take two steps, and measure memory in the third. Raises what they raise."""
+    """Build a method's optimizer, take two steps, measure memory in the third, and return the runner.
+
+    patience: seconds for all of this, times the method's own. Raises what the optimizer raises, and TimeoutError or
+    MemoryError as `watchdog` does.
+    """
     result = Result(method.name, method.package, method.package_version, method.muon, method.note)
     if method.overwrites_gradients:
         problem.keep_gradients()
@@ -184,7 +209,7 @@ def prepare(method: TimedMethod, problem: Problem, patience: float) -> Runner:
             if method.prime:
                 method.prime(optimizer)
             runner = Runner(method, problem, optimizer, result)
-            for _ in range(2):  # LoRA-Pre starts its factors in the first, and follows with them from the second on
+            for _ in range(2):  # LoRA-Pre's factors start in the first step, and follow from the second on.
                 runner.seconds()
             result.start_seconds = time.perf_counter() - start
             result.temporary_bytes = temporary_bytes(optimizer.step, problem.device)
@@ -197,7 +222,7 @@ def prepare(method: TimedMethod, problem: Problem, patience: float) -> Runner:
 
 
 class Racer(Protocol):
-    """What `race` times: `Runner`, and whatever else has a step, a result, and the turns it takes."""
+    """Describes what `race` times: `Runner`, and whatever else has a step, a result and the turns that it takes."""
 
     result: Result
     turns: int
@@ -206,10 +231,11 @@ class Racer(Protocol):
 
 
 def race(runners: Sequence[Racer], seconds: float) -> None:
-    """Time steps of all runners, interleaved, for about ``seconds``; the first runner is the reference of the ratios.
+    """Time steps of all runners, interleaved, for about ``seconds``, and fill in their results.
 
-    Each has an equal share of the time: slow ones take part in fewer rounds, evenly spread, never less than
-    `MIN_ROUNDS`. A runner whose step fails is out of the race, with the reason; the reference's error is raised.
+    The first runner is the reference of the ratios. Each runner has an equal share of the time. Slow ones take part in
+    fewer rounds, evenly spread, but never in fewer than `MIN_ROUNDS`. A runner whose step fails is out of the race,
+    with the reason. If the reference fails, its error is raised.
     """
     reference, racing = runners[0], list(runners)
 
@@ -238,7 +264,10 @@ def race(runners: Sequence[Racer], seconds: float) -> None:
 
 
 def record(result: Result, seconds: list[float], reference: list[float]) -> None:
-    """Fill in the statistics of timed steps; those of a reference that has figures already only serve the ratio."""
+    """Fill in the statistics of timed steps. A reference that has figures already keeps them.
+
+    seconds, reference: seconds of the method's steps and of the reference's in the same race.
+    """
     if result.median is not None:
         return
     result.seconds = seconds
@@ -253,8 +282,15 @@ def run(
 ) -> list[Result]:
     """Return every method's result on a problem, the reference's first.
 
-    All share parameters and gradients. They race together as far as their states fit in memory together; the reference
-    takes part in every race. Raises what the reference raises.
+    All methods share parameters and gradients. They race together as long as their states fit in memory together, and
+    the reference takes part in every race. Raises what the reference raises.
+
+    Args:
+        problem: the problem.
+        reference: method to which all others are in ratio.
+        methods: other methods, those that are compared with Muon last.
+        seconds: time of each race.
+        patience: as in `prepare`.
     """
     first = prepare(reference, problem, math.inf)
     sitting = [first]
@@ -268,7 +304,7 @@ def run(
 
     for method in tqdm(methods, desc=problem.case.name, leave=False):
         if sitting[-1].method.muon != method.muon:
-            close_sitting()  # Muon's steps are slower by far and would leave the others few rounds
+            close_sitting()  # Muon's slow steps would leave the others few rounds.
         runner, reason, memory = _try(method, problem, patience)
         if memory and len(sitting) > 1:
             close_sitting()
@@ -287,7 +323,7 @@ def run(
 def _try(method: TimedMethod, problem: Problem, patience: float) -> tuple[Runner | None, str, bool]:
     """Return a runner, or None with the reason, and whether that was a lack of memory.
 
-    No traceback is kept that would hold tensors.
+    No traceback is kept, as it would hold tensors.
     """
     if method.package_version is None:
         return None, f"package {method.package} is not installed: pip install {method.package}", False

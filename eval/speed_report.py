@@ -1,4 +1,4 @@
-"""Make the tables and plots of `eval.speed` from the dictionaries that it writes as JSON."""
+"""This module makes the tables and plots of `eval.speed` from the dictionaries that it writes as JSON."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ HEAD = (
 
 
 def markdown(case: dict[str, Any], copy_bytes_per_second: float) -> str:
-    """Return a case's table.
+    """Return a case's table as Markdown.
 
-    Its bandwidth column has the least bytes that a step must move over its time, and its share of a device copy's.
+    Its column of bandwidths has the least bytes that a step must move over its time, and the share of a device copy's
+    bandwidth that this is.
     """
     lines = [f"### {title(case)}", "", HEAD]
     notes = []
@@ -47,7 +48,7 @@ def markdown(case: dict[str, Any], copy_bytes_per_second: float) -> str:
 
 
 def title(case: dict[str, Any]) -> str:
-    """Return in a line what a case steps through."""
+    """Return a line that says what a case steps through."""
     return (
         f"{case['name']}: {case['extent']}, {case['matrices']:,} matrices, {case['parameters'] / 1e6:.3g} M "
         f"parameters, k = {case['momentum_rank']}"
@@ -55,7 +56,7 @@ def title(case: dict[str, Any]) -> str:
 
 
 def sweep_markdown(cases: Sequence[dict[str, Any]]) -> str:
-    """Return a table of median milliseconds and ratio by the value of what is varied, with a column per method."""
+    """Return a table of median milliseconds and ratios, with a row for each value and a column for each method."""
     names = [result["name"] for result in cases[0]["results"]]
     lines = [f"### By {cases[0]['sweep']}", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for case in cases:
@@ -74,13 +75,16 @@ def _cell(text: str) -> str:
 
 
 def sweeps(cases: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Return the cases of each sweep together, in the order of its values."""
+    """Yield the cases of each sweep together, in the order of the values."""
     for what in dict.fromkeys(case["sweep"] for case in cases if case["sweep"]):
         yield sorted((case for case in cases if case["sweep"] == what), key=lambda case: case["value"])
 
 
 def plot_cases(cases: Sequence[dict[str, Any]], path: Path, machine: str) -> None:
-    """Plot bars of each case's ratios to fused AdamW with quartiles, on a logarithmic axis."""
+    """Plot bars of each case's ratios to fused AdamW, with quartiles, on a logarithmic axis, into a file.
+
+    machine: text of the title.
+    """
     columns = min(3, len(cases))
     rows = -(-len(cases) // columns)
     tallest = max(len(case["results"]) for case in cases)
@@ -115,9 +119,9 @@ def _bars(axis: plt.Axes, case: dict[str, Any]) -> None:
     axis.xaxis.set_minor_formatter("{x:g}")
     axis.tick_params("x", which="both", labelsize=8)
     smallest = min(result["ratio"] or 1 for result in results)
-    axis.set_xlim(min(0.5, 0.8 * smallest), 2 * max(widest, 1.5) ** 1.15)  # room for the number beside the longest bar
+    axis.set_xlim(min(0.5, 0.8 * smallest), 2 * max(widest, 1.5) ** 1.15)  # The number of the longest bar needs room.
     axis.set_yticks(range(len(results)), [result["name"] for result in results], fontsize=8)
-    axis.set_ylim(len(results) - 0.4, -0.6)  # downwards, with room for rows that have no bar
+    axis.set_ylim(len(results) - 0.4, -0.6)  # The first row is on top. Rows without a bar have room too.
     axis.set_title(
         f"{case['name']}, k = {case['momentum_rank']}\n{case['extent']}, {case['parameters'] / 1e6:.3g} M parameters",
         fontsize=9,
@@ -125,7 +129,10 @@ def _bars(axis: plt.Axes, case: dict[str, Any]) -> None:
 
 
 def plot_sweeps(cases: Sequence[dict[str, Any]], path: Path, machine: str) -> None:
-    """Plot a panel for each sweep: median time by value with quartiles as a band, on logarithmic axes."""
+    """Plot a panel for each sweep into a file: median time by value, with quartiles as a band, on logarithmic axes.
+
+    machine: text of the title.
+    """
     groups = list(sweeps(cases))
     figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 4.2), squeeze=False, layout="constrained")
     for axis, group in zip(axes.flat, groups):

@@ -1,8 +1,8 @@
-"""Measure how closely forms of `als`'s sweep follow an exact average: ``python -m eval.sweeps``, a minute on one core.
+"""This module measures how closely different forms of the step of `als` follow an exact average.
 
-The forms give the same product B A and differ in its factors, and so in what float32 and the damping of the next step
-do to it. The one that the package has is ``orthonormal``; the others are here to be compared with it, and the table is
-in ``docs/rules.md``.
+`python -m eval.sweeps` prints the table of ``docs/rules.md`` in a minute on one core. A form is a choice of the
+factors B and A of one product B A. The factors decide what float32 and the damping of the next step do to the product.
+The package has the form ``orthonormal``. The others are here to be compared with it.
 """
 
 from __future__ import annotations
@@ -15,28 +15,35 @@ from torch import Tensor
 from lorapre_peft.optim.reference import damped, restarted
 
 BETA, DAMPING, STEPS, LAST = 0.9, 1e-6, 120, 30
-SHAPES = [(8, 64, 7), (8, 64, 2), (64, 8, 2), (20, 12, 4), (64, 96, 8)]  # p, q, k
+SHAPES = [(8, 64, 7), (8, 64, 2), (64, 8, 2), (20, 12, 4), (64, 96, 8)]  # Each is (p, q, k).
 
 
 def norms(B: Tensor, A: Tensor) -> Tensor:
-    """Return the identity: no turn, only the equal Frobenius norms of `sweep`."""
+    """Return the identity [k, k], so that `sweep` only makes the Frobenius norms equal."""
     return torch.eye(len(A), dtype=torch.float64)
 
 
 def orthonormal(B: Tensor, A: Tensor) -> Tensor:
-    """Return the turn by the Cholesky factor of BᵀB: B's columns become orthonormal, and A has all of the scale."""
+    """Return the turn [k, k] that makes B's columns orthonormal, by the Cholesky factor of BᵀB.
+
+    A then has all of the scale.
+    """
     return torch.linalg.inv(torch.linalg.cholesky(damped(B.mT @ B, DAMPING))).mT
 
 
 def singular(B: Tensor, A: Tensor) -> Tensor:
-    """Return the turn that makes BᵀB and A Aᵀ the same diagonal matrix, of B A's singular values."""
+    """Return the turn [k, k] that makes BᵀB and A Aᵀ the same diagonal matrix, that of B A's singular values."""
     root = torch.linalg.cholesky(damped(B.mT @ B, DAMPING))
     values, vectors = torch.linalg.eigh(root.mT @ (A @ A.mT) @ root)
     return torch.linalg.inv(root).mT @ vectors * values.clamp_min(1e-20 * values.max()) ** 0.25
 
 
 def sweep(B: Tensor, A: Tensor, x: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Take one step with float32 factors: products are float32 and k×k matrices float64, as in the package."""
+    """Return the factors B [p, k] and A [k, q] in float32 after one step with the matrix x [p, q].
+
+    As in the package, products are float32 and k×k matrices float64. turn: function of B and A that returns T [k, k],
+    by which B is multiplied and whose inverse A is multiplied by.
+    """
     B, A = restarted(B, A)
     X = x @ A.mT @ torch.linalg.inv(damped(A.double() @ A.double().mT, DAMPING)).float()
     new = BETA * B + (1 - BETA) * X
@@ -49,7 +56,10 @@ def sweep(B: Tensor, A: Tensor, x: Tensor, turn: Callable[[Tensor, Tensor], Tens
 
 
 def streams(p: int, q: int) -> Iterator[tuple[str, list[Tensor]]]:
-    """Return streams of gradients [p, q]: one direction, halving singular values, three drifting in noise, noise."""
+    """Yield by name four streams of gradients [p, q].
+
+    They have one direction, halving singular values, three directions that drift in noise, and noise alone.
+    """
     for kind in ("rank one", "halving", "drifting", "noise"):
         draw = torch.Generator().manual_seed(1)
         rank = {"rank one": 1, "halving": min(p, q), "drifting": 3, "noise": 0}[kind]
@@ -65,7 +75,10 @@ def streams(p: int, q: int) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def error(stream: list[Tensor], k: int, turn: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
-    """Return the mean of ‖B A − m‖/‖m‖ over the last steps, and the largest condition of B there."""
+    """Return the mean of ‖B A − m‖/‖m‖ over the last steps, and the largest condition number of B there.
+
+    stream: gradients [p, q] of all steps. k: rank. turn: as in `sweep`.
+    """
     p, q = stream[0].shape
     B, A, m, errors, conditions = torch.zeros(p, k), torch.zeros(k, q), torch.zeros(p, q, dtype=torch.float64), [], []
     for g in stream:
@@ -77,6 +90,7 @@ def error(stream: list[Tensor], k: int, turn: Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
+    """Print the table as Markdown."""
     forms = [norms, orthonormal, singular]
     print(
         "| gradients | p×q, k | " + " | ".join(form.__name__ for form in forms) + " |\n|---|---|" + "---|" * len(forms)

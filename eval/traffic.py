@@ -1,8 +1,10 @@
-"""Bytes that each process sends in a training step, by size of model: ``python -m eval.traffic --processes 8``.
+"""This module computes the bytes that each process sends in a training step, by size of model.
 
-Under DDP every process computes the whole step from averaged gradients: no optimizer sends anything. Under FSDP2
-AdamW's step is elementwise and sends nothing either; LoRA-Pre adds up sums over a matrix's rows. A test counts the
-collectives of real steps (`tests/distributed/test_traffic.py`).
+    python -m eval.traffic --processes 8
+
+Under DDP every process computes the whole step from averaged gradients, so that no optimizer sends anything. Under
+FSDP2 AdamW's step is elementwise and sends nothing either, while LoRA-Pre adds up sums over a matrix's rows. A test
+counts the collectives of real steps (`tests/distributed/test_traffic.py`).
 """
 
 from __future__ import annotations
@@ -32,21 +34,24 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def all_reduce(payload: int, processes: int) -> float:
-    """Return the bytes that a process sends in a ring all-reduce: every part passes it twice, but for one."""
+    """Return the bytes that a process sends in a ring all-reduce: each part of the payload twice, except for one part.
+
+    payload: bytes of the tensor.
+    """
     return 2 * payload * (processes - 1) / processes
 
 
 def all_gather(payload: int, processes: int) -> float:
-    """Return the bytes that a process sends in a ring all-gather, or reduce-scatter, of so many bytes altogether."""
+    """Return the bytes that a process sends in a ring all-gather or reduce-scatter. payload: bytes altogether."""
     return payload * (processes - 1) / processes
 
 
 def payloads(optimizer: LoRAPreOptimizer, processes: int) -> tuple[int, int]:
     """Return the bytes of what an FSDP2 step adds up over the processes, and of what it gathers.
 
-    Of each parameter: ‖g‖² and whether there is a gradient, float64. Of each moment of rank k of a p×q matrix: k q
-    float32 projections, and Gram matrices in float64, 2k² numbers for ``als`` and k² for ``newton``. Muon gathers its
-    momentum, p×q float32 with p rounded up to a multiple of the processes.
+    Each parameter adds ‖g‖² and whether there is a gradient, both float64. Each moment of rank k of a p×q matrix adds
+    k q float32 numbers of projections, and its Gram matrices in float64, which are 2k² numbers for ``als`` and k² for
+    ``newton``. Muon gathers its momentum, which is p×q float32 with p rounded up to a multiple of the processes.
     """
     summed = gathered = 0
     for group in optimizer.param_groups:
@@ -64,10 +69,10 @@ def payloads(optimizer: LoRAPreOptimizer, processes: int) -> tuple[int, int]:
 
 
 def sent(config: PretrainedConfig, processes: int) -> dict[str, float]:
-    """Return the bytes that each process sends in a step: by DDP, by FSDP2, and by each optimizer beside FSDP2's.
+    """Return the bytes that each process sends in a step for DDP, for FSDP2, and for each optimizer beside FSDP2's.
 
-    DDP: one all-reduce of the gradients. FSDP2: the weights gathered for the forward and the backward pass, the
-    gradients reduced and scattered. All in bfloat16.
+    DDP all-reduces the gradients once. FSDP2 gathers the weights for the forward and for the backward pass, and
+    reduces and scatters the gradients. All of these are bfloat16.
     """
     model = meta_model(config)
     size = sum(param.nbytes for param in model.parameters())
@@ -80,7 +85,7 @@ def sent(config: PretrainedConfig, processes: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table. argv: None stands for the process's own."""
+    """Print the table. argv: arguments of the command line. None stands for the process's own."""
     parser = argparse.ArgumentParser(prog="python -m eval.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=8, help="that share the model (default 8)")
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of the suites' models, folders or shapes")

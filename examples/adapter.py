@@ -1,6 +1,6 @@
 """This module trains a LoRA adapter with LoRA-Pre in a plain loop, saves it, and opens it in plain PEFT.
 
-python -m examples.adapter
+`python -m examples.adapter` runs it.
 """
 
 from __future__ import annotations

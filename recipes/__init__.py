@@ -1,24 +1,25 @@
-"""Training scripts. Importing them silences what other packages say to nobody, such as their own deprecations.
+"""This package holds the training scripts. Importing it silences some warnings of other packages.
 
-Here, because one of them speaks while it is imported.
+No user can act on these warnings, such as those of deprecations inside the packages. They are silenced here because
+one of the packages warns while it is imported.
 """
 
 import logging
 import warnings
 
-# Warnings that are silenced, by category and the beginning of their text.
+# These warnings are silenced. Each entry is a category and the beginning of the text.
 OTHERS_WARNINGS = (
     # TRL and PEFT still use transformers' former names, and TRL gives the first of them a value of its own.
     (FutureWarning, "`gradient_checkpointing` is deprecated"),
     (FutureWarning, "`is_gradient_checkpointing` is deprecated"),
-    # PEFT says this of a model that is no folder with a config.json: smollm2 is one GGUF file.
+    # PEFT warns of a model that is not a folder with a config.json. The model smollm2 is one GGUF file.
     (UserWarning, "Could not find a config file in "),
 )
-# Log messages that are silenced, by logger and the beginning of their text.
+# These log messages are silenced. Each entry is a logger and the beginning of the text.
 OTHERS_LOGS = (
     # bitsandbytes misses a faster kernel for 4-bit models on CPUs with bfloat16 units.
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
-    # datasets does not save a shuffle buffer's content; `recipes.corpus` has a buffer of a single document.
+    # datasets does not save the content of a shuffle buffer. The buffer of `recipes.corpus` has a single document.
     ("datasets.iterable_dataset", "Loading a state dict of a shuffle buffer"),
 )
 

@@ -1,4 +1,7 @@
-"""The command line of a recipe: argument classes, configs that build on each other, and the dtype of ``auto``."""
+"""This module reads the command line of a recipe.
+
+It parses argument classes and configs that build on each other, and chooses the dtypes that ``auto`` stands for.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def with_bases(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config's keys and those of the configs that it builds on, of which its own win."""
+    """Return a config's keys together with those of the configs that it builds on. Its own keys win.
+
+    Raises ValueError if configs build on each other in a circle.
+    """
     seen: list[str] = []
     while "base" in config:
         if config["base"] in seen:
@@ -34,26 +40,34 @@ def with_bases(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def dtype_field(of: str) -> Any:
-    """Return the field of a recipe's dtype; of: what has it, a sentence of the help."""
+    """Return the dataclass field of a recipe's dtype.
+
+    of: beginning of the help, which says what has the dtype, such as "Of the weights.".
+    """
     chosen = "'auto': the one that this machine multiplies fast; bf16, where it is not given, follows the same choice."
     choices = [AUTO, "bfloat16", "float16", "float32"]
     return field(default=AUTO, metadata={"help": f"{of} {chosen}", "choices": choices})
 
 
 class RecipeParser(TrlParser):
-    """`TrlParser` for configs that name another one as their ``base``, by its path in ``recipes/configs``.
+    """Extends `TrlParser` to configs that name another config as their ``base``, by its path in ``recipes/configs``.
 
-    A config's own keys win over those of its base. The argument classes have the keys ``output_dir``, ``resume``,
+    A config's own keys win over those of its base. The argument classes must have the keys ``output_dir``, ``resume``,
     ``use_cpu``, ``fp16``, ``bf16`` and ``dtype``.
 
-    given: after parsing, all keys as they were given; the argument classes rewrite some of theirs. precision: the
-    dtypes that ``dtype`` and ``bf16`` have become; those of a run that goes on are the ones that it began with.
+    Attributes:
+        given: values of all keys before the argument classes rewrite some of them. It exists after parsing.
+        precision: dtypes that ``dtype`` and ``bf16`` have become. A run that goes on keeps those that it began with.
     """
 
     given: dict[str, Any]
     precision: Precision
 
     def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
+        """Return an instance of each argument class, with the chosen dtypes in place of ``auto``.
+
+        args: command line. options: as in `TrlParser`.
+        """
         self.given = vars(self.parse_known_args(args)[0])
         given = SimpleNamespace(**self.given)
         self.precision = choose(
@@ -65,6 +79,10 @@ class RecipeParser(TrlParser):
         return super().parse_args_into_dataclasses([*args, *self.precision.options], **options)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Set the values of a config and of its bases as defaults, and return its other keys as arguments.
+
+        Exits if a value could not be given on the command line.
+        """
         config = with_bases(config)
         for action in self._actions:
             if config.get(action.dest) is not None:
@@ -72,7 +90,7 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**config)
 
     def _check(self, action: Action, value: Any) -> None:
-        """Exit unless a config's value could be given on the command line, the only ones that argparse checks."""
+        """Exit unless a config's value could be given on the command line. argparse itself checks only those."""
         for one in value if action.nargs in ("*", "+") and isinstance(value, list) else [value]:
             try:
                 self._check_value(action, self._get_value(action, str(one)))
@@ -81,12 +99,12 @@ class RecipeParser(TrlParser):
 
 
 def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipeParser, tuple[Any, ...], dict[str, Any]]:
-    """Read a command line.
+    """Return the parser, an instance of each argument class, and the keys whose values are not the defaults.
 
-    Returns the parser, an instance of each argument class, and the keys whose values are not the defaults.
+    argv: command line. classes: argument classes.
     """
     parser = RecipeParser(classes)
-    parser.set_defaults(use_cpu=not torch.cuda.is_available())  # with bf16 TrainingArguments asks for one or the other
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())  # With bf16, TrainingArguments needs CUDA or use_cpu.
     defaults = vars(parser.parse_known_args([])[0])
     parsed = parser.parse_args_and_config(list(argv))
     config = {

@@ -1,4 +1,4 @@
-"""Pre-training data: a stream of documents becomes rows of tokens, and a tokenizer is trained where none is given."""
+"""This module makes rows of tokens from a stream of documents, and trains a tokenizer where none is given."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from recipes.sources import FORMATS, SOTU, reading, stream_split
 from recipes.training import write_atomically
 
-PAD, END = "<pad>", "</s>"  # ids 0 and 1 of a trained tokenizer, as in T5's
-IGNORED = -100  # as a label: not trained on
-# Held-out documents and those for a tokenizer are read in the order of this seed, whatever a run's own.
+PAD, END = "<pad>", "</s>"  # These have the ids 0 and 1 in a trained tokenizer, as in T5's.
+IGNORED = -100  # A token with this label does not count in the loss.
+# Held-out documents and those that train a tokenizer are read in the order of this seed, whatever the run's seed.
 SHARED_SEED = 0
-# Rows whose tokens a run compares when it goes on: enough to tell other data, and read in a moment.
+# A run that goes on compares the tokens of this many rows. They are read in a moment, and show whether the data has
+# changed.
 COMPARED = 64
 
 Rows = dict[str, numpy.ndarray]
@@ -31,7 +32,11 @@ Rows = dict[str, numpy.ndarray]
 
 @dataclass
 class CorpusArguments:
-    """Which text a model is trained on, and how it is cut into rows."""
+    """Holds the arguments that say which text a model is trained on and how it is cut into rows.
+
+    Raises:
+        ValueError: ``eval_share`` is not between 0 and 1, or ``eval_split`` names the documents that are trained on.
+    """
 
     dataset_name: str = field(
         default=SOTU,
@@ -98,7 +103,7 @@ class CorpusArguments:
             )
 
     def documents(self, seed: int, *, held_out: bool = False) -> IterableDataset:
-        """Return the documents to train on or those held out, files in an order by ``seed``.
+        """Return a stream of the documents to train on, or of those held out, with the files in an order by ``seed``.
 
         Raises FileNotFoundError or ValueError as `stream_split` does, and ValueError for a missing column.
         """
@@ -115,22 +120,25 @@ class CorpusArguments:
         stream = stream.select_columns(self.text_column)
         if self.eval_split is None:
             stream = stream.filter(_Side(self.eval_share, held_out), input_columns=self.text_column)
-        # A buffer of one shuffles the files alone: the documents of a larger one are not in the stream's state.
+        # A buffer of one document shuffles the files alone. The documents in a larger buffer are not in the stream's
+        # state.
         return stream.shuffle(seed=seed, buffer_size=1)
 
     def train_stream(
         self, tokenizer: PreTrainedTokenizerBase, seed: int, rank: int = 0, world_size: int = 1
     ) -> IterableDataset:
-        """Return endless rows to train on for process ``rank``; the stream's ``state_dict`` says where it is.
+        """Return an endless stream of the rows that process ``rank`` of ``world_size`` trains on (`RowMaker`).
 
-        Each process reads all documents and tokenizes its share of every block, whatever files they lie in.
+        The stream's ``state_dict`` says where it is. Each process reads all documents, and tokenizes its share of
+        every block, whatever files they lie in.
         """
         return self._rows(self.documents(seed).repeat(None), RowMaker(tokenizer, self, seed, rank, world_size))
 
     def eval_rows(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, numpy.ndarray]]:
-        """Return the first held-out rows, up to ``eval_tokens`` tokens, whatever the seed.
+        """Return the first held-out rows, until they have ``eval_tokens`` tokens together.
 
-        Raises ValueError if there is none.
+        The rows are the same whatever the run's seed. The list is empty if ``eval_tokens`` is 0. Otherwise ValueError
+        is raised if there is no held-out row.
         """
         if not self.eval_tokens:
             return []
@@ -161,7 +169,7 @@ class CorpusArguments:
 
 @dataclass(frozen=True)
 class _Side:
-    """Whether a document is on the held-out or on the training side of a split by checksum."""
+    """Says of a document whether it is on the held-out or on the training side of a split by checksum."""
 
     share: float
     held_out: bool
@@ -171,7 +179,7 @@ class _Side:
 
 
 def _text(value: str | None) -> str:
-    """Return a document's text; a document without any is an empty one. Raises ValueError for what is no text."""
+    """Return a document's text, which is empty if the document is None. Raise ValueError for what is not text."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"found {value!r} for a document; expected text: name the column that holds it, text_column")
     return value or ""
@@ -181,9 +189,16 @@ def _text(value: str | None) -> str:
 class RowMaker:
     """Makes shuffled rows of a block of documents: ``input_ids``, ``labels`` and, for padded rows, ``attention_mask``.
 
-    Each is an int64 array of rows × ``max_length``. What it makes depends on its arguments alone, so that a stream can
-    go on within a block. Processes take turns at the documents, padded rows at the shuffled ones: a step of several
-    processes then trains on the rows that one process would train on.
+    Each of these is an int64 array [rows, max_length]. The rows depend on the arguments alone, so that a stream can go
+    on within a block. Processes take turns at the documents, and if rows are padded, at the shuffled documents. A step
+    of several processes then trains on the same rows as a step of one process. Calling this object raises ValueError
+    if a whole block makes no row.
+
+    Attributes:
+        tokenizer: tokenizer of the run.
+        corpus: arguments that say how rows are made.
+        seed: seed of the shuffling.
+        rank, world_size: number of this process, and how many there are.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -211,7 +226,7 @@ class RowMaker:
         return [text for text, i in zip(texts, indices) if i % self.world_size == self.rank and text.strip()]
 
     def _padded(self, texts: list[str], indices: list[int]) -> Rows:
-        """Return the first ``max_length`` tokens of each document, as GaLore's pre-training has them."""
+        """Return a row for each document, of its first ``max_length`` tokens, as in GaLore's pre-training."""
         texts = self._mine((texts[i] for i in self._shuffled(len(texts), indices)), indices)
         if not texts:
             return self._arrays([])
@@ -227,7 +242,10 @@ class RowMaker:
         }
 
     def _packed(self, texts: list[str], indices: list[int]) -> Rows:
-        """Return rows of all documents one after another, each closed by the end token; a rest is dropped."""
+        """Return rows that are cut from all documents one after another, each closed by the end token.
+
+        The rest that does not fill a row is dropped.
+        """
         texts = self._mine(texts, indices)
         end = self.tokenizer.eos_token_id
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
@@ -247,10 +265,10 @@ def trained_tokens(row: dict[str, Any]) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of at most ``vocab_size`` pieces, which closes each text with its end token.
+    """Train a byte-level BPE tokenizer of at most ``vocab_size`` pieces, and return it.
 
-    No text is unknown to it. Raises ValueError if ``vocab_size`` leaves no room for the 256 bytes, the end token and
-    the padding.
+    It closes each text with its end token, and no text is unknown to it. Raises ValueError if ``vocab_size`` leaves no
+    room for the 256 bytes, the end token and the padding.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
     if vocab_size < smallest:
@@ -272,10 +290,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerBase:
-    """Return the run's tokenizer: the one in ``folder``, else the one that ``corpus`` names or trains, kept there.
+    """Return the tokenizer of a run, which is kept in ``folder``.
 
-    Raises FileNotFoundError for a tokenizer that cannot be had, ValueError for one without an end token, or with more
-    pieces than the model has embeddings.
+    If the folder does not exist, the tokenizer is the one that ``corpus`` names, or is trained on its documents, and
+    is saved there. Raises FileNotFoundError for a tokenizer that cannot be had, and ValueError for one without an end
+    token or with more pieces than the model has embeddings.
     """
     if folder.exists():
         return AutoTokenizer.from_pretrained(folder)
@@ -291,7 +310,8 @@ def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerB
         raise ValueError(f"the tokenizer {corpus.tokenizer_name} has no end token: documents could not be told apart")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # T5's extra tokens lie above its 32,000 pieces: no text turns into them, unless it spells them out.
+    # Other special tokens do not count, such as T5's extra ones, which lie above its 32,000 pieces. No text turns into
+    # them unless it spells them out.
     written = [i for i in tokenizer.get_vocab().values() if i not in tokenizer.all_special_ids]
     added = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep", "unk", "pad")]
     pieces = 1 + max(i for i in written + added if i is not None)
@@ -305,10 +325,10 @@ def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerB
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """Return the ids of padding, start and end for a model's config.
+    """Return by name the ids of padding, start and end, for a model's config.
 
-    A model does not train its embedding of padding. A tokenizer without padding of its own pads with its end token,
-    which is trained, so that the config then has no padding.
+    A model does not train the embedding of its padding. A tokenizer without padding of its own pads with its end
+    token, which must be trained. The config then has no padding.
     """
     named = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return named | ({"pad_token_id": None} if tokenizer.pad_token_id == tokenizer.eos_token_id else {})
@@ -321,10 +341,18 @@ def write_corpus_manifest(
     held_out: list[dict[str, numpy.ndarray]],
     path: Path,
 ) -> None:
-    """Write what it takes to compare data: source, and SHA-256 of tokenizer, held-out rows and first training rows.
+    """Write a JSON file by which the data of two runs can be compared.
 
-    Where the file is there already, of a run that goes on, it is compared. Raises ValueError if anything differs, or
-    if there is nothing to train on.
+    It holds the source's name and the SHA-256 of the tokenizer, of the held-out rows and of the first `COMPARED`
+    training rows. If the file exists, because a run goes on, the data is compared with it. Raises ValueError if
+    anything differs, or if there is nothing to train on.
+
+    Args:
+        corpus: arguments that name the source.
+        tokenizer: tokenizer of the run.
+        train: training rows, of which the first are read.
+        held_out: held-out rows.
+        path: the file.
     """
     first = list(islice(train, COMPARED))
     if not first:

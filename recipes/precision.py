@@ -1,6 +1,6 @@
-"""Find out which dtype this machine multiplies fast.
+"""This module finds out which dtype this machine multiplies fast.
 
-``auto`` stands for it wherever recipes, suites and evaluations name a dtype.
+``auto`` stands for that dtype wherever recipes, suites and evaluations name a dtype.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from torch import Tensor
 
 AUTO = "auto"
 
-# A layer of SmolLM2-135M on 512 tokens: [tokens, inputs] times [inputs, outputs], a few milliseconds.
+# These are the sizes of a layer of SmolLM2-135M on 512 tokens. Its product [tokens, inputs] × [inputs, outputs] takes
+# a few milliseconds.
 TOKENS, INPUTS, OUTPUTS = 512, 576, 1536
-# The fastest of so many counts. The dtypes take turns, so that another process slows both.
+# The fastest of this many products counts. The dtypes take turns, so that another process slows both.
 REPEATS = 8
-# A Xeon with bfloat16 units was 4 to 8 times as fast with them as in float32, and took 4 to 9 times as long with the
-# units switched off, busy or not. Where bfloat16 gains little float32 is taken, which rounds less.
+# bfloat16 is taken if it is more than this many times as fast as float32. Where it gains less, float32 is taken, which
+# rounds less. A Xeon with bfloat16 units was 4 to 8 times as fast in bfloat16. With the units switched off it took 4
+# to 9 times as long. Both held whether it was busy or not.
 GAIN = 1.5
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a run, under the names that the options have.
+    """Holds the dtypes of a run, under the names that the options have.
 
-    dtype: of the weights; under an adapter, of the base model's. bf16: whether products are in bfloat16, by autocast.
-    reason: why these two were chosen.
+    Attributes:
+        dtype: dtype of the weights or, under an adapter, of the base model's weights.
+        bf16: whether products are in bfloat16, by autocast.
+        reason: why these two were chosen.
     """
 
     dtype: str
@@ -47,9 +51,13 @@ class Precision:
 def choose(
     device: str, dtype: str = AUTO, bf16: bool | str | None = AUTO, earlier: Precision | None = None
 ) -> Precision:
-    """Return the given dtypes; ``"auto"``, and None for bf16, become what the device multiplies fast.
+    """Return the dtypes of a run. What is not given is what the device multiplies fast.
 
-    earlier: the choice that a resumed run began with; it is taken in the place of the device's.
+    Args:
+        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        dtype: dtype of the weights, or ``"auto"`` if it is not given.
+        bf16: whether products are in bfloat16. ``"auto"`` and None stand for not given.
+        earlier: choice with which a resumed run began. It takes the place of the device's.
     """
     follows = bf16 in (AUTO, None)
     if dtype != AUTO and not follows:
@@ -61,7 +69,7 @@ def choose(
 
 
 def accelerator() -> str:
-    """Return where Trainer trains unless told to use the CPU: ``"cuda"``, ``"mps"`` or ``"cpu"``."""
+    """Return the device on which Trainer trains unless told to use the CPU: ``"cuda"``, ``"mps"`` or ``"cpu"``."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -69,11 +77,11 @@ def accelerator() -> str:
 
 @cache
 def fast_dtype(device: str) -> tuple[str, str]:
-    """Return ``"bfloat16"`` or ``"float32"``, and the reason as text. device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    """Return ``"bfloat16"`` or ``"float32"``, and the reason as text.
 
-    CUDA is asked for its compute capability. CPUs and Apple's GPUs are timed: what a CPU says of its units does not
-    tell whether the kernels use them (ONEDNN_MAX_CPU_ISA and others switch them off), and MPS does not say whether it
-    has them.
+    CUDA is asked for its compute capability. CPUs and Apple's GPUs are timed. What a CPU says of its units does not
+    tell whether the kernels use them, because ONEDNN_MAX_CPU_ISA and other settings switch them off. MPS does not say
+    whether it has them. device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
     """
     if device == "cuda":
         capability = torch.cuda.get_device_capability()
@@ -81,7 +89,7 @@ def fast_dtype(device: str) -> tuple[str, str]:
         return name, "compute capability {}.{}, and bfloat16 units come with 8.0".format(*capability)
     try:
         seconds = _seconds(device)
-    except (RuntimeError, TypeError) as error:  # MPS before macOS 14
+    except (RuntimeError, TypeError) as error:  # MPS has no bfloat16 before macOS 14.
         return "float32", f"bfloat16 does not run on {device} ({str(error).partition(chr(10))[0]})"
     gain = seconds[torch.float32] / seconds[torch.bfloat16]
     times = ", ".join(f"{1000 * taken:.1f} ms in {str(dtype)[6:]}" for dtype, taken in seconds.items())
@@ -90,9 +98,9 @@ def fast_dtype(device: str) -> tuple[str, str]:
 
 
 def _seconds(device: str) -> dict[torch.dtype, float]:
-    """Time the same product in both dtypes, in seconds.
+    """Return by dtype the seconds that the same product takes.
 
-    One thread is used: on a busy machine two would wait for each other, and hide the ratio.
+    One thread is used. On a busy machine two threads would wait for each other, and hide the ratio.
     """
     pairs: dict[torch.dtype, tuple[Tensor, Tensor]] = {
         dtype: (
@@ -111,7 +119,7 @@ def _seconds(device: str) -> dict[torch.dtype, float]:
                 start = time.perf_counter()
                 left @ right
                 _wait(device)
-                if turn:  # the first one prepares kernels
+                if turn:  # The first turn prepares kernels.
                     best[dtype] = min(best[dtype], time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

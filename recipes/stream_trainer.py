@@ -1,4 +1,7 @@
-"""`Trainer` for streams: rows are read as they are needed, and a run that goes on finds the row after its last."""
+"""This module trains on streams with transformers' `Trainer`.
+
+Rows are read as they are needed, and a run that goes on finds the row after its last one.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from recipes.training import write_atomically
 
 STREAM_STATE = "stream_state_{rank}.json"
-# The key in a batch, beside its tensors, of the stream's state behind its last row.
+# A batch has this key beside its tensors. It holds the stream's state behind the batch's last row.
 STATE = "stream_state"
 
 
 class _Batches(torch.utils.data.IterableDataset):
-    """Batches of a stream's rows, each with the stream's state behind it; ``length``: how many a run takes."""
+    """Yields batches of a stream's rows, each with the stream's state behind it.
+
+    rows: number of rows of a batch. length: number of batches that a run takes.
+    """
 
     def __init__(self, stream: IterableDataset, rows: int, length: int) -> None:
         self._stream = stream
@@ -42,16 +48,17 @@ class _Batches(torch.utils.data.IterableDataset):
 
 
 class StreamTrainer(Trainer):
-    """Trains for ``max_steps`` steps on an endless `datasets.IterableDataset` of rows, this process's own.
+    """Trains for ``max_steps`` steps on an endless `datasets.IterableDataset` of this process's own rows.
 
-    A checkpoint holds the stream's state for each process, which resuming loads: no row is trained on twice, none is
-    left out, and the weights are those of a run that was never stopped, bit for bit. It takes the same number of
-    processes. Batches may be made ahead in a worker (``dataloader_num_workers=1``); more would share out the stream in
-    an order of their own.
+    A checkpoint holds the stream's state for each process, and resuming loads it. No row is then trained on twice,
+    none is left out, and the weights equal those of a run that was never stopped in every bit. The number of processes
+    must stay the same. Batches may be made ahead in one worker (``dataloader_num_workers=1``). Several workers would
+    share out the stream in another order.
 
-    Logs have ``perplexity`` beside each loss; their ``epoch`` is the share of ``max_steps`` done.
+    Logs have ``perplexity`` beside each loss. Their ``epoch`` is the share of ``max_steps`` that is done.
 
-    Raises ValueError for more than one worker.
+    Raises:
+        ValueError: more than one worker.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,33 +68,38 @@ class StreamTrainer(Trainer):
                 f"dataloader_num_workers={self.args.dataloader_num_workers}: a stream is read by this process (0) or "
                 "one worker (1). The tokenizer uses several cores by itself"
             )
-        self.args.ignore_data_skip = True  # Trainer would read all rows once more to find its place
+        self.args.ignore_data_skip = True  # Otherwise Trainer reads all rows once more to find its place.
         self._stream_state: dict[str, Any] | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return this process's batches. Accelerate would read one ahead, and deal out one process's rows to all."""
+        """Return this process's batches.
+
+        They bypass Accelerate's loader, which would read one batch ahead and deal out one process's rows to all.
+        """
         batches = self.args.max_steps * self.args.gradient_accumulation_steps
         return DataLoader(
             _Batches(self.train_dataset, self.args.train_batch_size, batches),
             batch_size=None,
             num_workers=self.args.dataloader_num_workers,
-            # A fork would inherit the tokenizer's threads, or rather their locks.
+            # A forked worker would inherit the locks of the tokenizer's threads, but not the threads.
             multiprocessing_context="spawn" if self.args.dataloader_num_workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            # Workers' seeds are drawn here: a draw from the global generator would be repeated when a run goes on.
+            # The workers' seeds are drawn from this generator. A draw from the global one would be repeated when a run
+            # goes on.
             generator=torch.Generator(),
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], *args: Any) -> tuple[list[Any], Any]:
+        """Return the batches of a step as `Trainer` does, and keep the stream's state behind the last one."""
         batches, items = super().get_batch_samples(epoch_iterator, *args)
         for batch in batches:
             self._stream_state = batch.pop(STATE)
         return batches, items
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does, from a checkpoint given by its path.
+        """Train as `Trainer.train` does, from a checkpoint if its path is given.
 
-        Raises FileNotFoundError if the checkpoint does not hold the stream's state for as many processes as there are.
+        Raises FileNotFoundError if the checkpoint does not hold the stream's state of as many processes as there are.
         """
         if resume_from_checkpoint is not None:
             path = Path(resume_from_checkpoint, STREAM_STATE.format(rank=self.args.process_index))
@@ -101,7 +113,7 @@ class StreamTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write the stream's state first: Trainer's own state comes last, and says that a checkpoint is complete."""
+        """Write the stream's state, and then Trainer's own, which says that a checkpoint is complete."""
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         os.makedirs(folder, exist_ok=True)
         path = folder / STREAM_STATE.format(rank=self.args.process_index)
@@ -110,12 +122,13 @@ class StreamTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        self.state.epoch = self.state.global_step / self.args.max_steps  # a stream has no epochs
+        """Log as `Trainer` does, with the perplexity of each loss and the share of steps done as the epoch."""
+        self.state.epoch = self.state.global_step / self.args.max_steps  # A stream has no epochs.
         for name in [name for name in logs if name in ("loss", "eval_loss")]:
             logs[name.replace("loss", "perplexity")] = perplexity(logs[name])
         super().log(logs, *args)
 
 
 def perplexity(loss: float) -> float:
-    """Return e to the mean loss in nats per token; infinite where a float has no such number."""
+    """Return e to the power of a mean loss in nats per token, or infinity if no float is that large."""
     return float("inf") if loss > math.log(sys.float_info.max) else math.exp(loss)

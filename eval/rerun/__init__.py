@@ -1,1 +1,1 @@
-"""Rerun the paper's comparison, and others, in one command: `python -m eval.rerun SUITE`."""
+"""This package reruns the paper's comparison, and others, in one command: `python -m eval.rerun SUITE`."""

@@ -1,4 +1,4 @@
-"""`python -m eval.rerun SUITE`: plan, train what is missing, report."""
+"""This module is the command `python -m eval.rerun SUITE`, which plans, trains what is missing, and reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .work import train, train_in_processes, visible_gpus
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line. argv: None stands for the process's own."""
+    """Run the command line. argv: its arguments. None stands for the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.rerun", description="Train and compare the methods of a suite."
     )
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except (ValueError, FileNotFoundError) as error:
                 parser.exit(2, f"{parser.prog}: error: {error}\n")
     lost = 0
-    if args.jobs > 1 or len(visible_gpus()) > 1:  # Trainer would split batches over all GPUs that a process sees
+    if args.jobs > 1 or len(visible_gpus()) > 1:  # Trainer would split batches over all GPUs it sees.
         lost = train_in_processes(part, store, args.jobs, surroundings)
     else:
         train(part, store, surroundings)

@@ -1,5 +1,6 @@
-"""Compare rows seed by seed: runs of one seed share their training rows, and much of the spread between seeds with
-them.
+"""This module compares rows seed by seed.
+
+Runs of one seed share their training rows, and with these much of the spread between seeds.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ BySeed = Mapping[int, float]
 
 
 def paired(a: BySeed, b: BySeed) -> Interval | None:
-    """Return the interval of the differences a − b over the seeds that both have; None for fewer than two."""
+    """Return the interval of the differences a − b over the seeds that both have, or None for fewer than two."""
     seeds = a.keys() & b.keys()
     return interval([a[seed] - b[seed] for seed in sorted(seeds)]) if len(seeds) > 1 else None
 
 
 def by_seed(row: Row, metric: str) -> dict[int, float]:
-    """Return a metric by seed; nothing for a row of which a seed failed, because the others would speak for it."""
+    """Return a metric by seed. It is empty for a row of which a seed failed, because the others would speak for it."""
     found = row["metrics"].get(metric)
     return {} if found is None or row["failed_seeds"] else dict(zip(found["seeds"], found["values"]))
 
@@ -39,8 +40,9 @@ def add_differences(rows: Sequence[Row], metric: str) -> None:
 
 
 def against_best(losses: Mapping[float, BySeed], best: float) -> dict[float, Interval]:
-    """Return by learning rate the interval of its losses' differences to those at the best rate; nothing for the rates
-    of fewer than two seeds, and for those at which a run failed.
+    """Return by learning rate the interval of the differences of its losses to those at the best rate.
+
+    Rates with fewer than two seeds, and those at which a run failed, are left out.
     """
     found = {
         lr: paired(values, losses[best])
@@ -51,13 +53,18 @@ def against_best(losses: Mapping[float, BySeed], best: float) -> dict[float, Int
 
 
 def averages(rows: Sequence[Row], factors: Sequence[Sequence[str]], metric: str) -> list[dict[str, Any]]:
-    """Return what one factor does, averaged over the others: a table for each kind and factor, its levels from best to
-    worst.
+    """Return what each factor does, averaged over the others: a table for each kind and factor.
 
-    A factor is one or more options that change together; a level is a combination of their values that occurs. Only
-    settings of the other factors for which every level is measured count, and only seeds that all have, so that each
-    level is averaged over the same ones. Seeds are what is independent: the average over settings is taken first, the
-    interval over seeds.
+    The levels of a table are in order from best to worst. A factor is one or more options that change together, and a
+    level is a combination of their values that occurs. Only those settings of the other factors count for which every
+    level is measured, and only seeds that all of these have. So each level is averaged over the same settings and
+    seeds. Seeds are independent, and settings are not. So the average over settings is taken first, and the interval
+    is over seeds.
+
+    Args:
+        rows: rows of one model and protocol.
+        factors: options of each factor.
+        metric: name of the metric.
     """
     tables = []
     for kind in dict.fromkeys(row["trains"] for row in rows):
@@ -74,9 +81,7 @@ def averages(rows: Sequence[Row], factors: Sequence[Sequence[str]], metric: str)
 def _by_level(
     rows: Sequence[Row], factor: Sequence[str], others: Sequence[str], metric: str
 ) -> tuple[dict[str, dict[int, float]], int]:
-    """Return by level and seed the mean over the settings in which every level is measured, and how many settings
-    those are.
-    """
+    """Return by level and seed the mean over the settings in which every level is measured, and their number."""
     measured: dict[tuple, dict[str, dict[int, float]]] = {}
     for row in rows:
         level = ", ".join(str(row["options"][name]) for name in factor if row["options"][name] is not None)

@@ -1,5 +1,6 @@
-"""Load the data of suites: rows to train on and to measure losses by, in TRL's prompt/completion form, and
-problems.
+"""This module loads the data of suites: rows in TRL's form of prompt and completion, and problems to answer.
+
+Some rows are trained on, and the losses are measured by others.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from recipes.data import ALPACA_PROMPT, ALPACA_STOP, load_data
 from recipes.problems import STOP, calculations, problems
 from recipes.sources import read_split
 
-# Of the held-out sets, the same ones for every run; runs' own seeds are small numbers.
+# These are the seeds of the held-out sets, which every run shares. The runs' own seeds are small numbers.
 _VALIDATION_SEED, _TEST_SEED = 1_000_001, 1_000_002
-_HELD_OUT = 0.2  # share of a package's files
+_HELD_OUT = 0.2  # This share of a package's files is held out.
 
 
 @dataclass(frozen=True)
 class Problems:
-    """Rows with ``prompt`` and ``answer``, how long answers may be, where they stop, and how each metric judges them
-    (`eval.answers.JUDGES`)."""
+    """Holds a set of problems to answer.
+
+    Attributes:
+        rows: rows with ``prompt`` and ``answer``.
+        max_new_tokens: largest number of tokens of an answer.
+        stop: text at which an answer stops.
+        judges: by metric, the name of its judge (`eval.answers.JUDGES`).
+    """
 
     rows: Dataset
     max_new_tokens: int
@@ -42,8 +49,12 @@ class Problems:
 
 @dataclass(frozen=True)
 class Splits:
-    """The data of one run: its training rows, rows for the validation and test losses, and sets of problems to answer,
-    by name.
+    """Holds the data of one run.
+
+    Attributes:
+        train: rows to train on.
+        validation, test: rows for the two held-out losses.
+        problems: sets of problems to answer, by name.
     """
 
     train: Dataset
@@ -53,17 +64,20 @@ class Splits:
 
 
 def load_splits(data: dict[str, Any], rows: int, seed: int) -> Splits:
-    """Return the data that a suite names by a source of `SOURCES` and its options, with ``rows`` training rows."""
+    """Return the data that a suite names by a source of `SOURCES` and its options.
+
+    data: the source and its options. rows: number of training rows. seed: the run's seed.
+    """
     options = dict(data)
     source = options.pop("source")
     return SOURCES[source](rows, seed, **options)
 
 
 def _generated(rows: int, seed: int, validation: int, test: int, max_operations: int | None = None) -> Splits:
-    """Return different problems by reasoning-gym: held-out sets that every run shares, and training rows by the run's
-    seed.
+    """Return different problems by reasoning-gym.
 
-    max_operations: of a problem's solution.
+    Every run shares the held-out sets, and the training rows are drawn by the run's seed. max_operations: largest
+    number of equations in a solution.
     """
     held_out = problems(validation, _VALIDATION_SEED, max_operations=max_operations)
     tested = problems(test, _TEST_SEED, held_out, max_operations)
@@ -74,8 +88,8 @@ def _generated(rows: int, seed: int, validation: int, test: int, max_operations:
 def _calculations(rows: int, seed: int, validation: int, test: int) -> Splits:
     """Return sums and differences of two or three one-digit numbers.
 
-    Of all 4,200, the same ones are held out for every run. The training rows are drawn from the others by the run's
-    seed: as many of one operation as of two, so that they come again.
+    There are 4,200 of them, and the same ones are held out for every run. The training rows are drawn from the others
+    by the run's seed, with repetitions, as many of one operation as of two.
     """
     rng = numpy.random.default_rng(_TEST_SEED)
     held_out = Dataset.from_list(rng.permutation([*calculations(1), *calculations(2)])[: validation + test].tolist())
@@ -92,10 +106,10 @@ def _calculations(rows: int, seed: int, validation: int, test: int) -> Splits:
 def _code(rows: int, seed: int, validation: int, test: int, package: str, characters: int) -> Splits:
     """Return pieces of the Python files of an installed package, each of so many characters.
 
-    A fifth of the files, chosen by a checksum of their text, is held out. Every run shares the pieces of these; the
+    A fifth of the files is held out, chosen by a checksum of their text. Every run shares the held-out pieces, and the
     training rows are drawn by the run's seed.
 
-    Raises FileNotFoundError if the package is missing, ValueError if its files are too few.
+    Raises FileNotFoundError if the package is missing, and ValueError if its files are too few.
     """
     spec = importlib.util.find_spec(package)
     if spec is None:
@@ -131,7 +145,7 @@ def _metamath(
     math500: str = "HuggingFaceH4/MATH-500",
     **options: Any,
 ) -> Splits:
-    """Return the paper's fine-tuning data: the same rows for every seed, which shuffles them.
+    """Return the paper's fine-tuning data. Its rows are the same for every seed, which only shuffles them.
 
     metamath, gsm8k, math500: hub ids, files or folders. options: ``length_tokenizer`` and ``manifest`` of `load_data`.
     """

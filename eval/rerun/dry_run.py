@@ -1,4 +1,4 @@
-"""Make the plan of a suite with estimated memory and time, before anything is trained."""
+"""This module makes the plan of a suite with estimated memory and time, before anything is trained."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from .plan import Cell, Records
 
 
 def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) -> str:
-    """Return a line for each cell: runs finished and expected, rates, memory of a training step, time for what is
-    left.
+    """Return a line of text for each cell: runs finished and expected, memory of a step, time left, and rates.
+
+    skipped: by method, why it does not run here.
     """
     configs: dict[str, PretrainedConfig] = {}
     activations: dict[tuple, int] = {}
     memory: dict[tuple, MemoryEstimate | None] = {}
-    unestimated: dict[str, list[str]] = {}  # labels of rows by error
+    unestimated: dict[str, list[str]] = {}  # This maps errors to the labels of rows.
     lines = [f"{'model':20}{'protocol':10}{'method':34}{'runs':>9}{'memory':>12}{'time left':>12}  rates"]
     total, unknown = 0.0, 0
     for cell in tqdm(cells, desc="plan"):
@@ -46,11 +47,11 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
         total += (expected - done) * (seconds or 0)
         unknown += seconds is None and expected > done
         left = "–" if seconds is None else _duration((expected - done) * seconds)
-        key = (cell.model, cell.entry.label)  # the same under every protocol
+        key = (cell.model, cell.entry.label)  # The memory is the same under every protocol.
         if key not in memory:
             try:
                 memory[key] = memory_estimate(cell, configs[cell.model], activations)
-            except Exception as error:  # most often because a package reads values, which meta tensors do not have
+            except Exception as error:  # A package may read values, which meta tensors lack.
                 memory[key] = None
                 unestimated.setdefault(describe(error), []).append(cell.entry.label)
         taken = "–" if memory[key] is None else format_bytes(memory[key].total)
@@ -67,8 +68,10 @@ def plan_table(cells: list[Cell], records: Records, skipped: Mapping[str, str]) 
 
 
 def seconds_per_run(cell: Cell, records: Records) -> float | None:
-    """Return the median of the cell's finished runs, those that answered problems if any has, else the steps times
-    what the suite expects of one, by method or by kind.
+    """Return the seconds that a run of the cell takes, or None if nothing is known.
+
+    They are the median of the cell's finished runs, of those that answered problems if there are any. Without a
+    finished run they are the number of steps times the seconds that the suite expects of a step, by method or by kind.
     """
     own = cell.finished(records)
     own = [record for record in own if record["run"]["answers"]] or own
@@ -81,14 +84,13 @@ def seconds_per_run(cell: Cell, records: Records) -> float | None:
 def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tuple, int]) -> MemoryEstimate:
     """Return the bytes of a training step, by a step of the real optimizer on the meta device.
 
-    Raises whatever it raises there.
-
-    activations: those of models that have been prepared before; what is missing is filled in.
+    It raises whatever the optimizer raises there. config: config of the cell's model. activations: bytes of the
+    activations of models that have been seen before, to which missing ones are added.
     """
     method, training = cell.method, cell.suite.training
     dtype = getattr(torch, training.adapter_dtype if method.trains == "adapter" else training.weights_dtype)
     model = meta_model(config, dtype)
-    # A plain start: those that decompose weights or gradients need data, and take no other memory afterwards.
+    # The adapter starts plainly. Starts that decompose weights or gradients need data, and take no other memory later.
     adapter = method.adapter_config(training.rank, cell.entry.options, model)
     if adapter is not None:
         adapter.init_lora_weights = True
@@ -101,7 +103,7 @@ def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tupl
         args = sft_config(Path(folder), lr=1e-4, steps=1, batch_size=1, seed=0)
     optimizer = method.build(model, args, cell.entry.options)
     params = [param for param in model.parameters() if param.requires_grad]
-    if hasattr(optimizer, "param_state_bytes"):  # LoRA-Pre reads norms, which meta tensors do not have
+    if hasattr(optimizer, "param_state_bytes"):  # LoRA-Pre reads norms, which meta tensors do not have.
         names = ("momentum_rank", "second_momentum_rank", "update_rule", "optimizer")
         rule = {name: cell.entry.options[name] for name in names if name in cell.entry.options}
         found = estimate(model, batch=0, in_backward=False, **rule)
@@ -113,7 +115,7 @@ def memory_estimate(cell: Cell, config: PretrainedConfig, activations: dict[tupl
             optimizer.step()
         state = held_bytes(optimizer)
         temporaries = max(0, tracker.peak_bytes - state)
-    # In pre-training AdamW trains the rest beside them. Authors' own ways to do that are not looked at.
+    # In pre-training AdamW trains the rest beside them. The authors' own ways to do that are not considered.
     others = (
         sum(param.nbytes for param in model.parameters() if not param.requires_grad) if cell.suite.pretrains else 0
     )

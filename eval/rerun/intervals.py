@@ -1,4 +1,4 @@
-"""Compute means with confidence intervals over seeds, and what they say about order."""
+"""This module computes means with confidence intervals over seeds, and what they say about order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of n runs and half the width of its two-sided t interval, which is infinite for a single run."""
+    """Holds the mean of n runs and half the width of its two-sided t interval, which is infinite for a single run."""
 
     mean: float
     half_width: float
@@ -22,14 +22,16 @@ class Interval:
 
     @property
     def low(self) -> float:
+        """Return the lower end."""
         return self.mean - self.half_width
 
     @property
     def high(self) -> float:
+        """Return the upper end."""
         return self.mean + self.half_width
 
     def as_dict(self) -> dict[str, float | None]:
-        """Return the fields for JSON, which has no infinity: ``half_width`` is None for a single run."""
+        """Return mean and half width for JSON. It has no infinity, so ``half_width`` is None for a single run."""
         return {"mean": self.mean, "half_width": self.half_width if self.n > 1 else None}
 
 
@@ -43,8 +45,9 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def ranks(intervals: Sequence[Interval], *, higher_is_better: bool) -> list[tuple[int, int]]:
-    """Return the best and the worst place that each may have: one is before another only if their intervals do not
-    touch.
+    """Return the best and the worst place that each interval may have.
+
+    One is before another only if their intervals do not touch.
     """
 
     def before(a: Interval, b: Interval) -> bool:

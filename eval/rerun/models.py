@@ -1,5 +1,7 @@
-"""Load the base models of suites: those of the recipes, Llamas that a recipe pre-trains where they are missing, and a
-tiny random one for testing the machinery.
+"""This module loads the base models of suites.
+
+These are the models of the recipes, Llamas that a recipe pre-trains if they are missing, and a tiny random one that
+tests the machinery.
 """
 
 from __future__ import annotations
@@ -43,30 +45,31 @@ _RANDOM_CONFIG = LlamaConfig(
 )
 
 
-# Models of which the configs in `recipes/configs/pretrain` say the shape.
+# The configs in `recipes/configs/pretrain` say the shape of these models.
 SHAPES = {
     **{name: f"{name.replace('-', '_')}_local" for name in ("llama-1m", "llama-4m")},
     **{name: f"{name.replace('-', '_')}_c4" for name in ("llama-60m", "llama-130m", "llama-350m", "llama-1b")},
 }
-# Those that suites fine-tune, with the config in `recipes/configs/pretrain` that makes it and its folder in `runs`.
+# Suites fine-tune these models. Each has the name of its config in `recipes/configs/pretrain` and of its folder in
+# `runs`.
 CHECKPOINTS = {"llama-4m": "llama_4m_adamw"}
 _RUNS = Path(__file__).parents[2] / "runs"
 
 
 def make_base(name: str) -> dict[str, str]:
-    """Pre-train a model of `CHECKPOINTS` if its folder does not hold it, going on with a run that was stopped.
+    """Pre-train a model of `CHECKPOINTS` if its folder does not hold it, or go on with a run that was stopped.
 
-    Returns the first digits of its weights' SHA-256 by its name, since another machine's rounding makes another model;
-    nothing for the other models, which have only to be read. Raises ValueError if the folder holds a model that was
-    made with other options.
+    Returns the first digits of the SHA-256 of its weights by its name, since another machine's rounding makes another
+    model. For other models, which have only to be read, the result is empty. Raises ValueError if the folder holds a
+    model that was made with other options.
     """
     if name not in CHECKPOINTS:
         return {}
     folder, config = _folder(name), CONFIGS / "pretrain" / f"{CHECKPOINTS[name]}.yaml"
     argv = ["--config", str(config), "--output_dir", str(folder), "--resume"]
     folder.parent.mkdir(exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # of several commands the first one makes it
-        if not (folder / "all_results.json").exists():  # which is written after the model
+    with FileLock(folder.with_suffix(".lock")):  # Of several commands the first one makes it.
+        if not (folder / "all_results.json").exists():  # It is written after the model.
             print(f"{name} is missing: python -m recipes.pretrain {' '.join(argv)}")
             pretrain.main(argv)
         elif changed := changed_options(folder, pretrain.parse(argv).config):
@@ -75,11 +78,10 @@ def make_base(name: str) -> dict[str, str]:
 
 
 def check_same_base(records: dict[str, dict[str, Any]], made: dict[str, str] | None = None) -> None:
-    """Raise ValueError if finished runs started from different makings of a model of `CHECKPOINTS`.
+    """Raise ValueError if finished runs started from different versions of a model of `CHECKPOINTS`.
 
-    Differences between rows would else be differences between their models too.
-
-    made: the model from which runs are to start now, as `make_base` returns it.
+    Otherwise differences between rows could be differences between their models. made: version from which runs are to
+    start now, as `make_base` returns it.
     """
     for name in CHECKPOINTS:
         versions = [r["environment"]["versions"] for r in records.values() if r["run"]["model"] == name]
@@ -98,14 +100,16 @@ def check_same_base(records: dict[str, dict[str, Any]], made: dict[str, str] | N
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a base model: ``"random"``, one that `make_base` has made, or one that `recipes.models.load_model` knows,
-    in float32 from the package, else in its saved dtype.
+    """Return a base model and its tokenizer.
+
+    name: ``"random"``, a model that `make_base` has made, or one that `recipes.models.load_model` knows. A folder or a
+    model of the hub is in the dtype in which it was saved, and all others are in float32.
     """
     if name == RANDOM:
         return _random_model()
     if name in CHECKPOINTS:
         model, tokenizer = load_model(str(_folder(name)))
-        tokenizer.backend_tokenizer.post_processor = None  # it closes every text, and a prompt is to be gone on with
+        tokenizer.backend_tokenizer.post_processor = None  # It closes every text, but a prompt goes on.
         return model, tokenizer
     return load_model(name, torch.float32 if name == SMOLLM2 else None)
 
@@ -115,7 +119,7 @@ def _folder(name: str) -> Path:
 
 
 def base_config(name: str) -> PretrainedConfig:
-    """Return the config of a suite's model; its weights are read for them only where nothing else says them."""
+    """Return the config of a suite's model. Its weights are read only if nothing else has the config."""
     if name == RANDOM:
         return _RANDOM_CONFIG
     if name in SHAPES:
@@ -127,7 +131,7 @@ def base_config(name: str) -> PretrainedConfig:
 
 
 def _random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a Llama of 30,000 weights, always the same ones, and a tokenizer of one token per byte."""
+    """Return a Llama of 30,000 weights, always the same ones, and a tokenizer of one token for each byte."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(_RANDOM_CONFIG)

@@ -1,8 +1,8 @@
-"""Write finished adapters in the format of PEFT's ``method_comparison/MetaMathQA``, so that they can be entered there.
+"""This module writes finished adapters in the format of PEFT's ``method_comparison/MetaMathQA``.
 
-Each run gets ``experiments/lora/NAME/`` with adapter_config.json (and lorapre_config.json) and training_params.json,
-and ``results/lora--NAME.json`` with the fields that PEFT's ``utils.log_results`` writes and its ``processing.py``
-reads.
+They can then be entered there. Each run gets ``experiments/lora/NAME/`` with adapter_config.json (and
+lorapre_config.json) and training_params.json, and ``results/lora--NAME.json`` with the fields that PEFT's
+``utils.log_results`` writes and its ``processing.py`` reads.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from recipes.training import sft_config, write_atomically
 
 from .plan import Cell, Records
 
-# PEFT's names of what it can build itself; anything else needs its `get_optimizer_and_scheduler` extended.
+# These are PEFT's names of what it can build itself. Anything else needs its `get_optimizer_and_scheduler` extended.
 _OPTIMIZERS = {"lora+": "lora+", "lora-fa": "lora-fa"}
-# Of Adam's arguments, those that a method's optimizer does not take.
+# The optimizers of these methods do not take these arguments of Adam.
 _NOT_TAKEN = {
     "shampoo": {"eps"},
     "sophia": {"betas", "eps"},
@@ -30,12 +30,12 @@ _NOT_TAKEN = {
     "oplora": {"betas", "eps", "weight_decay"},
     "lorapre-muon": {"betas", "eps"},
 }
-_ACCURACIES = ("gsm8k", "accuracy")  # PEFT's test accuracy is GSM8K's
+_ACCURACIES = ("gsm8k", "accuracy")  # PEFT's test accuracy is that on GSM8K.
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
 
 def write_peft_results(cells: list[Cell], records: Records, folder: Path) -> int:
-    """Write every finished final run of an adapter that answered problems. Returns how many there were."""
+    """Write every finished final run of an adapter that answered problems, and return how many there were."""
     written = 0
     for cell in cells:
         if cell.method.trains != "adapter":
@@ -75,7 +75,7 @@ def _write(run_name: str, record: Mapping[str, Any], accuracy: float, folder: Pa
             "accelerator_memory_max": record["memory"]["max"],
             "accelerator_memory_reserved_99th": record["memory"]["percentile_99"],
             "train_time": record["train_seconds"],
-            "file_size": record["adapter_bytes"],  # in the dtype in which they are trained
+            "file_size": record["adapter_bytes"],  # This is the size in the dtype of training.
             "num_trainable_params": record["trained_parameters"],
             "num_total_params": record["parameters"],
             "status": "success",
@@ -124,13 +124,14 @@ def _train_config(run: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str
 
 
 def optimizer_kwargs(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what PEFT's ``get_optimizer_and_scheduler`` passes on: with what it builds itself, every argument that it
-    needs.
+    """Return what PEFT's ``get_optimizer_and_scheduler`` passes on to the optimizer.
+
+    For what it builds itself these are all arguments that it needs. run: declaration of the run.
     """
     options = {name: value for name, value in run["options"].items() if value is not None}
     rank, steps, batch_size = (run["training"][name] for name in ("rank", "steps", "batch_size"))
     adam = adam_options(sft_config(Path("unused"), lr=run["lr"], steps=steps, batch_size=batch_size, seed=run["seed"]))
-    if run["method"] == "lora-fa":  # its factory takes no betas: the run's were set afterwards
+    if run["method"] == "lora-fa":  # Its factory takes no betas. The run's were set later.
         return {"lr": run["lr"], "r": rank, "lora_alpha": 2 * rank}
     if run["method"] == "lora+":
         return adam | {"loraplus_lr_ratio": options["lr_ratio"]}

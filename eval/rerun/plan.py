@@ -1,4 +1,4 @@
-"""Decide which runs a suite still needs: the two protocols, as functions of what has finished."""
+"""This module decides which runs a suite still needs, by the two protocols and by what has finished."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Records = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One model, one protocol and one method: a row of the table, and all runs behind it."""
+    """Holds one model, one protocol and one method, which are a row of the table with all runs behind it."""
 
     suite: Suite
     model: str
@@ -26,6 +26,7 @@ class Cell:
 
     @property
     def method(self) -> Method:
+        """Return the method."""
         return METHODS[self.entry.method]
 
     @property
@@ -34,24 +35,26 @@ class Cell:
 
     @property
     def published(self) -> Mapping[str, float]:
-        """The paper's numbers by metric; they belong to the protocol ``paper``."""
+        """Return the paper's numbers by metric. They belong to the protocol ``paper``."""
         rows = self.suite.published.get(self.model, {}) if isinstance(self._rules, Paper) else {}
         return rows.get(self.entry.label, {})
 
     def pending(self, records: Records) -> list[Run]:
         """Return the runs that can start now.
 
-        More may follow once they are finished; an empty list says that the cell is complete.
+        More may follow once they are finished. The cell is complete if the list is empty.
         """
         tuning = [run for run in self.tuning_runs(records) if run.name not in records]
         return tuning or [run for run in self.final_runs(records) if run.name not in records]
 
     def tuning_runs(self, records: Records) -> list[Run]:
+        """Return the runs that find the best rate, as far as the grid is known."""
         return [run for lr in self.rates(records) for run in self._tuning(lr)]
 
     def final_runs(self, records: Records) -> list[Run]:
-        """Return the runs that the table's number comes from; none before the best rate is known, nor where no rate
-        trains.
+        """Return the runs that the table's number comes from.
+
+        There are none before the best rate is known, nor if the method trains at no rate.
         """
         lr = self.best_rate(records)
         if lr is None:
@@ -60,7 +63,7 @@ class Cell:
 
     @property
     def tuning_seeds(self) -> list[int]:
-        """The seeds at which rates are tried. Under the paper's protocol there are none."""
+        """Return the seeds at which rates are tried. Under the paper's protocol there are none."""
         return [] if isinstance(self._rules, Paper) else self.entry.tuning_seeds or self._rules.tuning_seeds
 
     def _tuning(self, lr: float) -> list[Run]:
@@ -75,13 +78,13 @@ class Cell:
         return sum(name in records for name in self._names(records))
 
     def _names(self, records: Records) -> list[str]:
-        """Return the names of all runs that are known so far; a run may belong to both stages."""
+        """Return the names of all runs that are known so far. A run may belong to both stages."""
         return list(dict.fromkeys(run.name for run in (*self.tuning_runs(records), *self.final_runs(records))))
 
     def rates(self, records: Records) -> list[float]:
         """Return the grid, extended where its best rate lay at an edge, and downwards where every run diverged.
 
-        Under the paper's protocol there is none.
+        Under the paper's protocol it is empty.
         """
         if isinstance(self._rules, Paper):
             return []
@@ -97,6 +100,7 @@ class Cell:
         return rates
 
     def best_rate(self, records: Records) -> float | None:
+        """Return the rate of the final runs, or None if it is not known yet or no rate trains."""
         if isinstance(self._rules, Paper):
             return self._rules.lr
         return self._best(self.rates(records), records)
@@ -107,19 +111,19 @@ class Cell:
         return bool(rates) and best in (rates[0], rates[-1])
 
     def validation_loss(self, lr: float, records: Records) -> float:
-        """Return the mean over the tuning seeds; infinity if one of them failed or is missing."""
+        """Return the mean loss over the tuning seeds. It is infinite if a run failed or is missing."""
         return statistics.fmean(self.validation_losses(lr, records).values())
 
     def validation_losses(self, lr: float, records: Records) -> dict[int, float]:
-        """Return by tuning seed the loss at a rate; infinity where the run failed or is missing."""
+        """Return the loss at a rate by tuning seed. It is infinite if the run failed or is missing."""
         return {run.seed: loss_of(records.get(run.name)) for run in self._tuning(lr)}
 
     def _diverged(self, rates: list[float], records: Records) -> bool:
-        """Return whether all runs are finished and none of them trained."""
+        """Return whether all runs at these rates are finished and all of them diverged."""
         return all(records.get(run.name, {}).get("status") == "diverged" for lr in rates for run in self._tuning(lr))
 
     def _best(self, rates: list[float], records: Records) -> float | None:
-        """Return the rate with the lowest loss once all are finished; None before, and if none trains."""
+        """Return the rate with the lowest loss, or None before all runs are finished and if no rate trains."""
         if any(run.name not in records for lr in rates for run in self._tuning(lr)):
             return None
         best = min(rates, key=lambda lr: self.validation_loss(lr, records))
@@ -136,7 +140,7 @@ class Cell:
 
 
 def loss_of(record: Mapping[str, Any] | None) -> float:
-    """Return the validation loss of a finished run; infinity if it failed."""
+    """Return the validation loss of a finished run, or infinity if it failed or there is no record."""
     loss = record and record["metrics"].get("validation_loss")
     return math.inf if loss is None else loss
 
@@ -144,7 +148,8 @@ def loss_of(record: Mapping[str, Any] | None) -> float:
 def cells(suite: Suite, shard: tuple[int, int] = (0, 1)) -> list[Cell]:
     """Return a suite's cells, or the i-th of n parts of them.
 
-    A cell's runs depend on one another, so that cells are what is spread.
+    Only whole cells are spread over parts, as a cell's runs depend on one another. shard: (i, n), where i counts from
+    0.
     """
     made = [
         Cell(suite, model, protocol, entry)

@@ -1,4 +1,4 @@
-"""Draw the plots of a report. Each function returns whether there was anything to draw."""
+"""This module draws the plots of a report. Each function of `PLOTS` returns whether there was anything to draw."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def losses(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Plot the validation loss over the learning rate, up to twice the panel's best; rates at which a run failed are
-    left out. There is nothing to plot where every row has one rate.
+    """Plot the validation loss over the learning rate, up to twice the panel's best.
+
+    Rates at which a run failed are left out. There is nothing to plot if every row has one rate.
     """
 
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
@@ -64,8 +65,9 @@ def sensitivity(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> boo
 
 
 def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Plot the primary metric over memory: the peak if all runs are from one kind of GPU, else weights + gradients +
-    state.
+    """Plot the primary metric over memory.
+
+    It is the peak if all runs are from one kind of GPU, and otherwise weights, gradients and optimizer state together.
     """
     shown = _measured(suite, rows)
     measured = len(machines(shown)) == 1 and all(row["peak_of"].startswith("tensors on") for row in shown)
@@ -75,8 +77,9 @@ def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Plot the primary metric over the bytes of the optimizer's state, zero included, with a line through the rows of
-    a method, which differ in its options.
+    """Plot the primary metric over the bytes of the optimizer's state, zero included.
+
+    A line connects the rows of a method that differ only in their ranks.
     """
     shown = sorted(_measured(suite, rows), key=lambda row: _megabytes(row) or 0)
     sizes = list(filter(None, map(_megabytes, shown)))
@@ -95,7 +98,7 @@ def state(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Plot the primary metric over the time of training, where all runs are from one kind of machine."""
+    """Plot the primary metric over the time of training, if all runs are from one kind of machine."""
     shown = _measured(suite, rows)
     if len(machines(shown)) > 1:
         return False
@@ -105,7 +108,10 @@ def duration(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
 def _tradeoff(
     suite: Suite, rows: Sequence[dict[str, Any]], path: Path, x: Any, xlabel: str, beside: Any = None
 ) -> bool:
-    """Plot the primary metric over ``x(row)``. beside: draws what a row has beside its point."""
+    """Plot the primary metric over ``x(row)``.
+
+    beside: function that draws what a row has beside its point.
+    """
 
     def draw(axis: Axes, row: dict[str, Any], style: dict[str, Any]) -> None:
         if beside:
@@ -119,7 +125,7 @@ def _tradeoff(
 def _half_width(row: dict[str, Any]) -> float | None:
     """Return half of the interval of a row's difference, seed by seed, to the first row that trains the same.
 
-    It is not the row's own interval, most of which is what the seeds' rows do to all methods alike.
+    The row's own interval is not used. Most of it is what the rows of a seed do to all methods alike.
     """
     return row["difference"]["half_width"] if row.get("difference") else None
 
@@ -134,10 +140,11 @@ def _primary(suite: Suite) -> str:
 def _panels(
     rows: Sequence[dict[str, Any]], path: Path, draw: Any, *, xlabel: str, ylabel: str, legend: bool = True
 ) -> bool:
-    """Make the panels: a column for adapters and one for weights, a line for each model and protocol.
+    """Draw the panels into a file: a column for adapters and one for weights, a line for each model and protocol.
 
-    Rows that differ in their ranks alone have one color. Markers are a row's own. Without a legend rows are named on
-    the axis, and the panels are as high as they need.
+    Rows that differ only in their ranks have one color. Each row has its own marker. Without a legend rows are named
+    on the axis, and the panels are as high as they need. draw: function of an axis, a row and its style. Returns
+    whether there are rows.
     """
     if not rows:
         return False
@@ -182,12 +189,12 @@ def machines(rows: Sequence[dict[str, Any]]) -> set[str]:
 
 
 def _megabytes(row: dict[str, Any]) -> float:
-    """Return the size of the optimizer's state."""
+    """Return the size of the optimizer's state in MB."""
     return row["state_bytes"] / 1e6
 
 
 def _family(row: dict[str, Any]) -> tuple[str, str]:
-    """Return what rows share that differ only in their ranks: the method and its other options."""
+    """Return the method and its options except for ranks, which rows share that differ only in their ranks."""
     return row["method"], str({name: value for name, value in row["options"].items() if "rank" not in name})
 
 

@@ -1,4 +1,7 @@
-"""Do one run of a pre-training suite: a Llama from random weights on a stream of text, by the recipe's parts."""
+"""This module does one run of a pre-training suite, by the recipe's parts.
+
+The run trains a Llama from random weights on a stream of text.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ from .training import MemoryLog, Runner, SecondOrder, measurements
 
 
 class SecondOrderStreamTrainer(SecondOrder, StreamTrainer):
-    """`StreamTrainer` for optimizers that differentiate gradients."""
+    """Extends `StreamTrainer` to optimizers that differentiate gradients."""
 
 
 class PretrainingRunner(Runner):
-    """Trains runs one after another, keeping the tokenizer and the held-out rows, which all runs on the same text
-    share.
+    """Trains runs one after another, and keeps the tokenizer and the held-out rows.
+
+    All runs on the same text share them. surroundings, shares_memory: as in `Runner`.
     """
 
     def __init__(self, surroundings: dict[str, Any], shares_memory: bool = False) -> None:
@@ -40,8 +44,9 @@ class PretrainingRunner(Runner):
         base_config(run.model)
 
     def _text(self, run: Run) -> tuple[CorpusArguments, PreTrainedTokenizerBase, dict[str, list[Any]]]:
-        """Return the corpus, its tokenizer, and the held-out rows: every second one for validation, the others to
-        test.
+        """Return the corpus, its tokenizer, and the held-out rows.
+
+        Every second held-out row is for validation, and the others are for the test.
         """
         key = f"{run.data} {run.training.max_length}"
         if key not in self._texts:
@@ -72,7 +77,10 @@ class PretrainingRunner(Runner):
         }
 
     def trainer(self, run: Run, folder: str, callbacks: list[TrainerCallback]) -> StreamTrainer:
-        """Return what trains a run: its model from random weights, its rows and its optimizer. folder: Trainer's."""
+        """Return the trainer of a run, with the model from random weights, the rows and the optimizer.
+
+        folder: Trainer's folder.
+        """
         assert isinstance(run.training, Pretraining)
         corpus, tokenizer, held_out = self._text(run)
         set_seed(run.seed)
@@ -111,7 +119,7 @@ def _arguments(run: Run, folder: str) -> TrainingArguments:
         bf16=training.bf16,
         seed=run.seed,
         logging_steps=max(1, training.steps // 60),
-        logging_nan_inf_filter=False,  # as in `sft_config`: a diverged run would have a finite loss
+        logging_nan_inf_filter=False,  # Otherwise a diverged run would have a finite loss.
         save_strategy="no",
         report_to="none",
         use_cpu=not torch.cuda.is_available(),

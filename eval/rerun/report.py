@@ -1,4 +1,4 @@
-"""Report what a suite found: rows with intervals, as JSON and as Markdown."""
+"""This module reports what a suite found, as rows with intervals, in JSON and in Markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from .suite import Suite, higher_is_better
 
 
 def write_report(suite: Suite, cells: list[Cell], records: Records, skipped: Mapping[str, str], folder: Path) -> str:
-    """Write ``report.json``, ``report.md`` and the plots into the suite's folder, and return the Markdown."""
+    """Write ``report.json``, ``report.md`` and the plots into the suite's folder, and return the Markdown.
+
+    skipped: by method, why it does not run here.
+    """
     rows = [summary(cell, records, skipped) for cell in cells]
     found = []
     for group in _groups(rows):
@@ -30,7 +33,7 @@ def write_report(suite: Suite, cells: list[Cell], records: Records, skipped: Map
         where = {name: group[0][name] for name in ("model", "protocol")}
         found += [where | table for table in averages(group, suite.factors, suite.primary)]
     for name in PLOTS:
-        (folder / name).unlink(missing_ok=True)  # an earlier report may have had one that this has not
+        (folder / name).unlink(missing_ok=True)  # An earlier report may have had another plot.
     plots = [name for name, plot in PLOTS.items() if plot(suite, rows, folder / name)]
     text = markdown(suite, rows, found, _surroundings(cells, records), plots)
     report = {"suite": asdict(suite), "rows": rows, "averages": found}
@@ -40,8 +43,9 @@ def write_report(suite: Suite, cells: list[Cell], records: Records, skipped: Map
 
 
 def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[str, Any]:
-    """Return a row: what its final runs measured, at which rate and how that was found, what failed, and what is
-    missing.
+    """Return a row: what the final runs measured, at which rate, what failed, and what is missing.
+
+    The row also says how the rate was found. skipped: as in `write_report`.
     """
     final = [records[run.name] for run in cell.final_runs(records) if run.name in records]
     runs = {run.name for run in (*cell.tuning_runs(records), *cell.final_runs(records)) if run.name in records}
@@ -82,9 +86,9 @@ def summary(cell: Cell, records: Records, skipped: Mapping[str, str]) -> dict[st
             name: statistics.median(r[name] for r in good)
             for name in ("peak_bytes", "train_seconds", "optimizer_seconds_per_step")
         }
-        logged = zip(*(r["log"]["loss"] for r in good))  # None where one was not finite
+        logged = zip(*(r["log"]["loss"] for r in good))  # A loss that was not finite is None.
         means = [None if None in column else statistics.fmean(column) for column in logged]
-        # All that the optimizers hold; beside an adapter or trained matrices nothing else is trained by one.
+        # This is the state of all optimizers. In fine-tuning there is only one, and records lack this key.
         state = good[0].get("all_state_bytes", good[0]["state_bytes"])
         row["held_bytes"] = good[0]["weights_bytes"] + good[0]["gradient_bytes"] + state
         row["machines"] = sorted({f"{r['environment']['machine']}, {r['environment']['device']}" for r in good})
@@ -130,6 +134,15 @@ def markdown(
     surroundings: Sequence[dict[str, Any]],
     plots: Sequence[str],
 ) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        suite: the suite.
+        rows: rows of all cells, as `summary` returns them.
+        averaged: tables of `averages`, each with its model and protocol.
+        surroundings: machines, versions and commands behind the runs.
+        plots: names of the plots' files.
+    """
     training = suite.training
     lines = [
         f"# {suite.name}",
@@ -227,7 +240,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say which rows are before all others of their kind, and which cannot be told from the first."""
+    """Return lines that say which rows are before all others of their kind, and which may be the first."""
     lines = []
     sign = -1 if higher_is_better(suite.primary) else 1
     for kind in ("adapter", "weights"):
@@ -260,7 +273,7 @@ def _claims(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _rate_differences(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say by how much other rates are worse than the best one, of the rows that tried them with several seeds."""
+    """Return lines that say how much worse other rates are than the best one, for rows that tried several seeds."""
     lines = []
     for row in (row for row in rows if row["rate_differences"]):
         shown = (f"{_difference(found, 'loss')} at {rate}" for rate, found in row["rate_differences"].items())
@@ -273,7 +286,7 @@ def _rate_differences(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _averages(suite: Suite, table: dict[str, Any]) -> list[str]:
-    """Say what one factor does on average."""
+    """Return lines that say what one factor does on average."""
     scale, digits, unit = _scale(suite.primary)
     lines = [
         "",
@@ -302,7 +315,7 @@ def _rate(row: dict[str, Any]) -> str:
 
 
 def _scale(metric: str) -> tuple[int, int, str]:
-    """Return the factor, digits and unit that a metric is shown with."""
+    """Return the factor, the number of digits and the unit with which a metric is shown."""
     return (100, 2, " %") if higher_is_better(metric) else (1, 4, "")
 
 

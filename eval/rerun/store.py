@@ -1,5 +1,6 @@
-"""Keep results on disk: one JSON file per run, written whole or not at all, and claims so that no two processes do the
-same run.
+"""This module keeps results on disk: one JSON file for each run, written whole or not at all.
+
+It also keeps claims, so that no two processes do the same run.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from recipes.training import write_atomically
 from .suite import Run
 
 HEARTBEAT_SECONDS = 30
-STALE_SECONDS = 600  # twenty heartbeats: a machine that swaps may miss several
+STALE_SECONDS = 600  # This is twenty heartbeats, as a machine that swaps may miss several.
 
 
 class Store:
-    """The results of a suite in a folder, which machines may share.
+    """Holds the results of a suite in a folder, which machines may share.
 
-    ``records/NAME.json`` are the finished runs, failed ones included: whoever finds one there does not repeat it, so
-    that files from another machine or from git can be put there. ``claims/`` holds a file per run in progress. It
-    counts as abandoned when its process is gone, if that was on this host (and in this container), and when nobody has
-    touched it for ten minutes by the file system's own clock: a container that starts again gives old process numbers
-    to new processes.
+    ``records/NAME.json`` are the finished runs, failed ones included. Whoever finds one there does not repeat it, so
+    that files from another machine or from git can be put there. ``claims/`` holds a file for each run in progress. A
+    claim counts as abandoned when its process is gone, if that was on this host and in this container. It also counts
+    as abandoned when nobody has touched it for ten minutes by the file system's own clock, because a container that
+    starts again gives old process numbers to new processes.
 
-    others: folders of other suites, whose records are read, and never written.
+    folder: folder of the suite. others: folders of other suites, whose records are read and never written.
     """
 
     def __init__(self, folder: Path, others: Sequence[Path] = ()) -> None:
@@ -43,11 +44,11 @@ class Store:
             path.mkdir(parents=True, exist_ok=True)
         for path in self.claims.iterdir():
             if self._finished(path.name.removeprefix(".").removesuffix(".begun")):
-                path.unlink(missing_ok=True)  # its process was killed after the record, before the end of the claim
+                path.unlink(missing_ok=True)  # Its process was killed between record and claim.
 
     @property
     def _read_from(self) -> list[Path]:
-        """The folders of records, this suite's own last, since its records win."""
+        """Return the folders of records, this suite's own last, since its records win."""
         return [*self._others, self.records]
 
     def load(self) -> dict[str, dict[str, Any]]:
@@ -55,12 +56,14 @@ class Store:
         return {path.stem: _read(path) for folder in self._read_from for path in sorted(folder.glob("*.json"))}
 
     def done(self, run: Run) -> bool:
+        """Return whether the run has a record."""
         return self._finished(run.name)
 
     def _finished(self, name: str) -> bool:
         return any((folder / f"{name}.json").exists() for folder in self._read_from)
 
     def save(self, run: Run, record: dict[str, Any]) -> None:
+        """Write the run's record, and forget that it was begun."""
         write_atomically(self.records / f"{run.name}.json", json.dumps(record, indent=1, allow_nan=False))
         self._begun(run).unlink(missing_ok=True)
 
@@ -73,7 +76,7 @@ class Store:
 
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
-        """Claim the run for as long as the block lasts; yields whether it is this process's to do."""
+        """Claim the run for as long as a ``with`` block lasts, and yield whether it is this process's to do."""
         path = self.claims / run.name
         if not (self._take(path) or (self._abandoned(path) and self._release(path) and self._take(path))):
             yield False
@@ -81,14 +84,14 @@ class Store:
         finished = threading.Event()
         threading.Thread(target=_beat, args=(path, finished), daemon=True).start()
         try:
-            mine = not self.done(run)  # it may have been finished between the look and the claim
+            mine = not self.done(run)  # It may have finished between the look and the claim.
             if mine:
                 self._begun(run).touch()
             yield mine
         finally:
             finished.set()
             with contextlib.suppress(OSError):
-                if path.read_text() == _owner():  # or it was taken over while this process stood still
+                if path.read_text() == _owner():  # Otherwise it was taken over while this process stood still.
                     path.unlink()
 
     def _take(self, path: Path) -> bool:
@@ -105,12 +108,12 @@ class Store:
             host, _, pid = path.read_text().partition(" ")
             age = self._now() - path.stat().st_mtime
         except OSError:
-            return False  # its owner has just finished, or a network file system cannot say now
+            return False  # Its owner has just finished, or a network file system cannot say now.
         gone = host == _place() and pid.isdigit() and not _alive(int(pid))
         return gone or age > STALE_SECONDS
 
     def _now(self) -> float:
-        """Return the file system's time, with which the clocks of several machines need not agree."""
+        """Return the file system's time. The clocks of several machines need not agree with it."""
         probe = self.claims / f".{uuid.uuid4().hex}"
         probe.touch()
         now = probe.stat().st_mtime
@@ -118,9 +121,9 @@ class Store:
         return now
 
     def _release(self, path: Path) -> bool:
-        """Remove an abandoned claim; False if another process was faster.
+        """Remove an abandoned claim, and return False if another process was faster.
 
-        It renames the claim, which only one process can do. Should the other one have claimed the run anew in the
+        The claim is renamed, which only one process can do. If the other process has claimed the run anew in the
         meantime, both do it, and write the same result.
         """
         grave = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -147,12 +150,13 @@ def _owner() -> str:
 
 
 def _place() -> str:
-    """Return the name of the place where a process number means something: this host and, in a container, its own
-    numbers.
+    """Return the name of the place where a process number means something.
+
+    This is the host and, in a container, the container's own numbers.
     """
     try:
         return f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # not Linux
+    except OSError:  # This is not Linux.
         return socket.gethostname()
 
 
@@ -168,5 +172,5 @@ def _alive(pid: int) -> bool:
 
 def _beat(path: Path, finished: threading.Event) -> None:
     while not finished.wait(HEARTBEAT_SECONDS):
-        with contextlib.suppress(OSError):  # a network file system may fail for once
+        with contextlib.suppress(OSError):  # A network file system may fail for once.
             os.utime(path)

@@ -1,4 +1,4 @@
-"""Read a suite file, and the runs that it declares."""
+"""This module reads a suite file, and holds the runs that it declares."""
 
 from __future__ import annotations
 
@@ -21,20 +21,32 @@ from recipes.precision import AUTO, Precision, accelerator, choose
 from .data import SOURCES
 
 SUITES = Path(__file__).parents[1] / "suites"
-RESULTS = SUITES.parent / "results"  # a folder for each suite
+RESULTS = SUITES.parent / "results"  # It has a folder for each suite.
 _STEPS = (1, 2, 5)
 LOSSES = ("validation_loss", "test_loss")
-JUDGED = ("accuracy", "gsm8k", "gsm8k_paper", "math500")  # of answers to problems (`eval.rerun.data`)
+JUDGED = ("accuracy", "gsm8k", "gsm8k_paper", "math500")  # These judge answers to problems (`eval.rerun.data`).
 
 
 @dataclass(frozen=True)
 class Training:
-    """How every run of a suite trains, whatever its method: a cosine schedule after a warmup, which is a share of the
-    steps.
+    """Says how every run of a suite trains, whatever its method. The schedule is a cosine after a warmup.
 
-    batch_size: sequences per optimizer step, in forward passes of micro_batch. adapter_dtype: of the frozen base under
-    an adapter, whose own weights are float32. weights_dtype: of trained weights. bf16: products in bfloat16.
-    ``"auto"``, as both may be, is for `Suite.settled` to replace: a run declares what it was trained in.
+    ``"auto"`` is for `Suite.settled` to replace, as a run declares the dtypes in which it was trained.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_size: number of sequences of an optimizer step.
+        micro_batch: number of sequences of a forward pass.
+        max_length: largest number of tokens of a sequence.
+        warmup: share of the steps.
+        rank: rank r of adapters.
+        adapter_dtype: dtype of the frozen base under an adapter, whose own weights are float32, or ``"auto"``.
+        weights_dtype: dtype of trained weights.
+        bf16: whether products are in bfloat16, or ``"auto"``.
+        gradient_checkpointing: whether activations are computed again in the backward pass.
+
+    Raises:
+        ValueError: ``batch_size`` is not a multiple of ``micro_batch``.
     """
 
     steps: int
@@ -62,12 +74,20 @@ class Training:
 
 @dataclass(frozen=True)
 class Pretraining(Training):
-    """How every run of a pre-training suite trains: a Llama from random weights, on rows of ``max_length`` tokens of
-    text.
+    """Says how every run of a pre-training suite trains: a Llama from random weights, on rows of tokens of text.
 
-    The cosine schedule ends at ``min_lr_rate`` of its rate. others_lr: AdamW's rate for embeddings, head and norms in
-    every run, so that rows differ in what happens to the matrices alone; None: as a method's authors train them.
-    rank, weights_dtype and gradient_checkpointing are of fine-tuning, and have to stay as they are.
+    The rows have ``max_length`` tokens. rank, weights_dtype and gradient_checkpointing concern fine-tuning, and must
+    keep their defaults.
+
+    Attributes:
+        others_lr: AdamW's rate for embeddings, head and norms in every run, so that rows differ only in what happens
+            to the matrices. None stands for the way in which a method's authors train them.
+        min_lr_rate: share of the rate at which the schedule ends.
+        adam_beta2: β2 of Adam.
+        max_grad_norm: norm to which the gradients are clipped together.
+
+    Raises:
+        ValueError: an option of fine-tuning is given.
     """
 
     others_lr: float | None = 3e-3
@@ -82,14 +102,15 @@ class Pretraining(Training):
                 raise ValueError(f"{name}={getattr(self, name)!r}: found in pretraining, which has no such option")
 
     def described(self) -> str:
+        """Return a sentence without its end, for the report."""
         return f"{self.steps} steps of {self.batch_size} sequences of {self.max_length} tokens, cosine schedule"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training and what is measured after it: all that a suite sets of it.
+    """Holds one training and what is measured after it, which is all that a suite sets.
 
-    answers: how many test problems are answered by greedy generation; 0 for none.
+    answers: number of test problems that are answered by greedy generation.
     """
 
     model: str
@@ -103,12 +124,14 @@ class Run:
 
     @property
     def declaration(self) -> dict[str, Any]:
+        """Return all fields as a dictionary."""
         return dataclasses.asdict(self)
 
     @property
     def name(self) -> str:
-        """A readable name, unique by a hash of the declaration: the same run has the same name in every suite and on
-        every machine.
+        """Return a readable name, which is unique by a hash of the declaration.
+
+        The same run has the same name in every suite and on every machine.
         """
         canonical = json.dumps(self.declaration, sort_keys=True)
         return f"{self.method}_lr{self.lr:g}_seed{self.seed}_{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
@@ -116,7 +139,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Paper:
-    """The protocol that trains every method at the one learning rate of the paper's Table 2."""
+    """Describes the protocol that trains every method at the one learning rate of the paper's Table 2."""
 
     lr: float
     seeds: list[int]
@@ -124,12 +147,15 @@ class Paper:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The protocol that finds each method's best rate of a grid on the validation split, and then trains seeds at that
-    rate.
+    """Describes the protocol that finds each method's best rate on the validation split, and trains seeds at it.
 
-    rates: AdamW's grid per kind, ``adapter`` and ``weights``, of the series 1, 2, 5, 10, …; a method's own grid lies
-    `Method.rate_shift` places above. extend: how often a grid is extended by a rate, where its
-    best rate lies at its edge or all of its runs diverged.
+    Attributes:
+        rates: AdamW's grid by kind, ``adapter`` and ``weights``, on the series 1, 2, 5, 10, … A method's own grid lies
+            `Method.rate_shift` places above.
+        tuning_seeds: seeds at which rates are tried.
+        seeds: seeds at the best rate.
+        extend: largest number of rates by which a grid is extended, if its best rate lies at its edge or all of its
+            runs diverged.
     """
 
     rates: dict[str, list[float]]
@@ -140,8 +166,14 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row that a suite asks for: a method with options, under a label. rates: its own grid instead of the shifted
-    one. tuning_seeds: its own instead of the protocol's; of several the report compares rates seed by seed.
+    """Holds a row that a suite asks for: a method with options, under a label.
+
+    Attributes:
+        method, options: name of the method, and its options.
+        label: name of the row.
+        rates: the row's own grid, in place of the shifted one.
+        tuning_seeds: the row's own seeds, in place of the protocol's. With several the report compares rates seed by
+            seed.
     """
 
     method: str
@@ -153,12 +185,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite file. primary: the metric of rankings and plots. published: the paper's numbers, by model, label and
-    metric.
+    """Holds what a suite file says.
 
-    records_of: other suites of ``eval/suites`` whose records count here too, for runs that both declare.
-    factors: lists of options that change together; the report averages the primary metric over all factors but one.
-    step_seconds: expected seconds of a run over its steps, by kind or by method, for the plan before anything has run.
+    Attributes:
+        name, description: name of the file, and a sentence for the report.
+        models: names of the base models.
+        data: source of the data, and its options.
+        training: how all runs train.
+        entries: rows.
+        protocols: protocols by name.
+        primary: metric of rankings and plots.
+        metrics: metrics of the tables.
+        answers: number of test problems that a final run answers.
+        records_of: other suites of ``eval/suites`` whose records count here too, for runs that both declare.
+        factors: lists of options that change together. The report averages the primary metric over all factors but
+            one.
+        step_seconds: expected seconds of a run over its steps, by kind or by method, for the plan before anything has
+            run.
+        published: the paper's numbers, by model, label and metric.
+        published_source: where they were published.
     """
 
     name: str
@@ -178,10 +223,10 @@ class Suite:
     published_source: str = ""
 
     def settled(self, records: Mapping[str, Mapping[str, Any]]) -> tuple[Suite, Precision]:
-        """Return the suite with a dtype in the place of every ``"auto"``, and the reason for that dtype.
+        """Return the suite with a dtype in the place of every ``"auto"``, and the precision with its reason.
 
-        All runs of a folder train in the same: in that of its records, whichever machine they are from, and in the one
-        that this machine multiplies fast where there are none yet. Raises ValueError where the records have several.
+        All runs of a folder train in the same dtypes. These are those of its records, whichever machine they are from,
+        or without records those that this machine multiplies fast. Raises ValueError if the records have several.
         """
         auto = [name for name in ("adapter_dtype", "bf16") if getattr(self.training, name) == AUTO]
         found = set()
@@ -201,18 +246,20 @@ class Suite:
 
     @property
     def pretrains(self) -> bool:
-        """Whether models are trained from random weights."""
+        """Return whether models are trained from random weights."""
         return isinstance(self.training, Pretraining)
 
     @property
     def state_title(self) -> str:
-        """What the optimizers' state in reports is of: in pre-training embeddings, head and norms have their own."""
+        """Return the heading of the optimizer's state in reports. In pre-training it is the matrices' state alone."""
         return "state of the matrices" if self.pretrains else "optimizer state"
 
     def run(self, model: str, entry: Entry, lr: float, seed: int, answers: int = 0) -> Run:
+        """Return a run of this suite."""
         return Run(model, self.data, self.training, entry.method, entry.options, lr, seed, answers)
 
     def grid(self, entry: Entry, tuned: Tuned) -> list[float]:
+        """Return the learning rates of an entry, sorted. Raise ValueError if there are none for what it trains."""
         method = METHODS[entry.method]
         if not entry.rates and method.trains not in tuned.rates:
             raise ValueError(f"{entry.label} trains {method.trains}: expected rates for that, found {tuned.rates}")
@@ -221,6 +268,7 @@ class Suite:
 
 
 def higher_is_better(metric: str) -> bool:
+    """Return whether larger values of a metric are better, as they are of all but losses."""
     return not metric.endswith("loss")
 
 
@@ -237,9 +285,9 @@ def shifted(rate: float, places: int) -> float:
 
 
 def load_suite(name: str) -> Suite:
-    """Return a suite of ``eval/suites`` by its name, or from a file.
+    """Return a suite of ``eval/suites`` by its name, or from a file by its path.
 
-    A suite may name another one as its ``base``: it has that one's keys but for those that it gives itself; of
+    A suite may name another one as its ``base``. It then has that one's keys except for those that it gives itself. Of
     ``training`` or ``pretraining`` it need give only what differs.
 
     Raises ValueError for a file that does not say what a suite must.
@@ -315,7 +363,7 @@ def _check_metrics(suite: Suite) -> None:
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> tuple[Path, dict[str, Any]]:
-    """Return a suite's file, and what it and its bases say. above: the suites that build on it."""
+    """Return a suite's file, and what it and its bases say. above: suites that build on it."""
     if name in above:
         raise ValueError(f"suites build on each other in a circle: {', '.join((*above, name))}. Take one 'base' out")
     path = _file(name)
@@ -340,8 +388,9 @@ def _file(name: str) -> Path:
 
 
 def _entry(item: str | dict[str, Any]) -> Entry:
-    """Read an entry: a method's name, or a mapping of ``method``, and perhaps the other fields of `Entry` and the
-    method's options.
+    """Return the entry of an item: a method's name, or a mapping with ``method``.
+
+    The mapping may also have the other fields of `Entry` and the method's options.
     """
     options = {"method": item} if isinstance(item, str) else dict(item)
     name = options.pop("method")
@@ -353,7 +402,7 @@ def _entry(item: str | dict[str, Any]) -> Entry:
 
 
 def _numbers(value: Any) -> Any:
-    """Return what YAML has read, with numbers such as 2e-5, which it takes for text, as numbers."""
+    """Return what YAML has read, with numbers in place of texts such as 2e-5, which YAML does not take for numbers."""
     if isinstance(value, dict):
         return {name: _numbers(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Do one run: prepare the model as its method wants it, train it by TRL's SFTTrainer, and measure it."""
+"""This module does one run: it prepares the model, trains it by TRL's SFTTrainer, and measures it."""
 
 from __future__ import annotations
 
@@ -35,16 +35,18 @@ from .data import Splits, load_splits
 from .models import load_base
 from .suite import Run
 
-# Starts that need the gradient of the base weights take it over a batch, and over 8 rows at least, as the authors of
-# LoRA-GA and LoRA-One do.
+# Starts that need the gradient of the base weights take it over a batch, and over at least so many rows, as the
+# authors of LoRA-GA and LoRA-One do.
 START_ROWS = 8
 
 
 class Runner:
-    """Trains runs one after another, keeping what they share: the base models and the data.
+    """Trains runs one after another, and keeps the base models and the data, which they share.
 
-    surroundings: what `recipes.training.environment` gives; it is written into every record. shares_memory: whether
-    other processes train on the same GPU or machine, so that a lack of memory is not the method's fault.
+    Args:
+        surroundings: what `recipes.training.environment` returns. It is written into every record.
+        shares_memory: whether other processes train on the same GPU or machine. A lack of memory is then not the
+            method's fault.
     """
 
     def __init__(self, surroundings: dict[str, Any], shares_memory: bool = False) -> None:
@@ -54,12 +56,11 @@ class Runner:
         self._splits: dict[str, Splits] = {}
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """Do the run and return its record.
+        """Do the run, and return its record.
 
-        A failure of the run is recorded too; what is not the method's fault is raised.
-
-        That is a model or data that cannot be read, a judge of answers that does not work, a full disk or another
-        OSError, a GPU that CUDA has given up, and one whose memory other processes fill.
+        If the method fails, the record says so. What is not the method's fault is raised: a model or data that cannot
+        be read, a judge of answers that does not work, a full disk or another OSError, a GPU that CUDA has given up,
+        and a GPU whose memory other processes fill.
         """
         self._ready(run)
         start = time.perf_counter()
@@ -67,7 +68,7 @@ class Runner:
             measured = self._train(run)
             diverged = not math.isfinite(measured["metrics"]["validation_loss"])
             status = {"status": "diverged" if diverged else "finished"}
-        except Exception as error:  # whatever a method's package raises belongs in the table
+        except Exception as error:  # A method's package may raise anything.
             if self._is_of_the_process(error):
                 raise
             status = {"status": "failed", "error": describe(error)}
@@ -86,8 +87,10 @@ class Runner:
         return _finite({**record, "created_at": created, "environment": self._surroundings})
 
     def _is_of_the_process(self, error: Exception) -> bool:
-        """Return whether the method is not to blame: for a full disk and its like, for CUDA's own errors, which stay,
-        and where other processes fill the memory.
+        """Return whether the method is not to blame for an error.
+
+        It is not to blame for a full disk and its like, for CUDA's own errors, which stay, and if other processes fill
+        the memory.
         """
         of_others = self._shares_memory and _ran_out_of_memory(error)
         return of_others or isinstance(error, OSError) or "CUDA error" in str(error)
@@ -101,9 +104,9 @@ class Runner:
         self.base(run.model)
 
     def base(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return the untrained model, which is kept in the main memory and copied for each run."""
+        """Return the untrained model and its tokenizer, which are kept in the main memory. A run copies the model."""
         if name not in self._bases:
-            self._bases = {name: load_base(name)}  # one at a time
+            self._bases = {name: load_base(name)}  # One is kept at a time.
         return self._bases[name]
 
     def _data(self, run: Run) -> Splits:
@@ -121,7 +124,7 @@ class Runner:
         set_seed(run.seed)
         on_gpu = torch.cuda.is_available()
         model = copy.deepcopy(base).to("cuda" if on_gpu else "cpu")
-        for param in model.parameters():  # not `model.to(dtype)`, which would round the frequencies of RoPE as well
+        for param in model.parameters():  # `model.to(dtype)` would round RoPE's frequencies too.
             param.data = param.data.to(dtype)
         first_rows = splits.train.select(range(min(len(splits.train), max(START_ROWS, training.batch_size))))
         accumulate_gradients = functools.partial(_accumulate_gradients, model, tokenizer, first_rows)
@@ -166,14 +169,14 @@ class Runner:
         measured = measurements(trainer, trainer.optimizer.optimizer, losses, timer, memory_log, seconds)
         measured |= {"peak_bytes": max(preparing.peak_bytes, memory.peak_bytes), "peak_of": memory.what}
         trainer.accelerator.free_memory()
-        del trainer  # with the optimizer's state; like the gradients it would take the answers' room
+        del trainer  # Optimizer state and gradients would take the answers' room.
         model.zero_grad()
         free_memory()
         try:
-            for found in self._answers(run, model, tokenizer, splits):  # last: it takes the adapter apart
+            for found in self._answers(run, model, tokenizer, splits):  # This is last, as it merges the adapter.
                 measured["metrics"] |= {metric: statistics.fmean(right) for metric, right in found.items()}
                 measured["verdicts"] |= {metric: "".join("01"[i] for i in right) for metric, right in found.items()}
-        except Exception as error:  # the training was not for nothing
+        except Exception as error:  # The training still counts.
             if self._is_of_the_process(error):
                 raise
             measured["answers_error"] = describe(error)
@@ -182,12 +185,10 @@ class Runner:
     def _answers(
         self, run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Splits
     ) -> Iterator[dict[str, list[bool]]]:
-        """Return by metric which of the first ``run.answers`` problems were answered right, one set of problems after
-        another.
-        """
+        """Yield for each set of problems by metric which of the first ``run.answers`` ones were answered right."""
         if not run.answers:
             return
-        if model.device.type == "cpu":  # as in the quickstart: in float32 and merged, several times faster
+        if model.device.type == "cpu":  # Merged and in float32 it is several times faster.
             model = model.float()
             model = model.merge_and_unload() if isinstance(model, PeftModel) else model
         for name, problems in splits.problems.items():
@@ -212,9 +213,14 @@ def measurements(
     memory_log: MemoryLog,
     seconds: float,
 ) -> dict[str, Any]:
-    """Return what a record says of a training that has ended, but for its peak of memory.
+    """Return what a record says of a training that has ended, except for its peak of memory.
 
-    optimizer: the one that trains what the run compares. losses: of the trainer's evaluation of both held-out sets.
+    Args:
+        trainer: the trainer.
+        optimizer: optimizer of what the run compares.
+        losses: what the trainer's evaluation of both held-out sets returned.
+        timer, memory_log: callbacks that measured time and memory.
+        seconds: time of the training.
     """
     model = trainer.model
     params = [param for param in model.parameters() if param.requires_grad]
@@ -238,7 +244,7 @@ def measurements(
 
 
 def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
-    """Run a backward pass of the completions' loss for each row."""
+    """Run a backward pass of the completion's loss for each row."""
     for row in rows:
         ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids.to(model.device)
         labels = ids.clone()
@@ -247,18 +253,21 @@ def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 class MemoryLog(TrainerCallback):
-    """Records the memory after each step: what PyTorch has reserved on the GPU, else the process's resident memory, in
-    bytes.
+    """Records the memory in bytes after each step.
+
+    It is what PyTorch has reserved on the GPU, or without a GPU the process's resident memory.
     """
 
     def __init__(self) -> None:
         self._bytes: list[int] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Record the memory."""
         cuda = torch.cuda.is_available()
         self._bytes.append(torch.cuda.memory_reserved() if cuda else psutil.Process().memory_info().rss)
 
     def summary(self) -> dict[str, int]:
+        """Return mean, maximum and 99th percentile in bytes."""
         found = {
             "mean": numpy.mean(self._bytes),
             "max": max(self._bytes),
@@ -268,11 +277,14 @@ class MemoryLog(TrainerCallback):
 
 
 class SecondOrder(Trainer):
-    """Keeps the graph of the gradients for optimizers that differentiate them: at every ``update_period``-th step, and
-    of its last micro-batch alone, for the graphs of all would not fit.
+    """Keeps the graph of the gradients, for optimizers that differentiate them.
+
+    It does so at every ``update_period``-th step, and there for the last micro-batch alone, as the graphs of all would
+    not fit into memory.
     """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does, with the graphs and without fused attention."""
         backward = self.accelerator.backward
 
         def with_graph(loss: Tensor, **options: Any) -> None:
@@ -282,24 +294,28 @@ class SecondOrder(Trainer):
             backward(loss, create_graph=due and self.accelerator.sync_gradients, **options)
 
         self.accelerator.backward = with_graph
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        with sdpa_kernel(SDPBackend.MATH):  # The fused kernels have no second derivative.
             return super().train(*args, **kwargs)
 
 
 class SecondOrderTrainer(SecondOrder, SFTTrainer):
-    """TRL's own loss has no graph of gradients: here it is the same number, not computed in chunks."""
+    """Extends `SFTTrainer` to optimizers that differentiate gradients.
+
+    TRL's own loss has no graph of gradients. Here the same number is not computed in chunks.
+    """
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of `Trainer`."""
         return Trainer.compute_loss(self, *args, **kwargs)
 
 
 def _ran_out_of_memory(error: Exception) -> bool:
-    """Return whether there was too little memory; on a CPU torch says so in a plain RuntimeError."""
+    """Return whether there was too little memory. On a CPU torch says so in a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None."""
+    """Return a value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):

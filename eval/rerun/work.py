@@ -1,4 +1,4 @@
-"""Do the runs of a suite: one after another, and in several processes that share them."""
+"""This module does the runs of a suite one after another, or in several processes that share them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WAIT_SECONDS = 5
 
 
 def train(part: list[Cell], store: Store, surroundings: dict[str, Any], shares_memory: bool = False) -> None:
-    """Do the runs of these cells that nobody has done or is doing, and wait for those that others do, until none is
-    left.
+    """Do the runs of these cells until none is left.
 
-    shares_memory: whether other processes train on this one's GPU, or without one, on this one's machine.
+    A run that another process does is waited for. shares_memory: whether other processes train on this one's GPU, or
+    without a GPU on this one's machine.
     """
-    disable_progress_bars()  # of each run's tokenization
+    disable_progress_bars()  # Otherwise each run shows its tokenization.
     pretrains = any(cell.suite.pretrains for cell in part)
     runner = (PretrainingRunner if pretrains else Runner)(surroundings, shares_memory)
     with tqdm(desc="runs", unit="run") as progress:
@@ -41,12 +41,12 @@ def train(part: list[Cell], store: Store, surroundings: dict[str, Any], shares_m
             pending = [run for cell in part for run in cell.pending(records)]
             if not pending:
                 return
-            for run in sorted(pending, key=store.begun):  # last, what may have taken its process with it
+            for run in sorted(pending, key=store.begun):  # A run that may have killed its process is last.
                 with store.claim(run) as mine:
                     if mine:
                         progress.set_postfix_str(f"{run.method}, lr {run.lr:g}, seed {run.seed}")
                         store.save(run, runner(run))
-                        break  # what is pending depends on what it found
+                        break  # What is pending depends on what it found.
             else:
                 time.sleep(WAIT_SECONDS)
 
@@ -59,21 +59,21 @@ def visible_gpus() -> list[str]:
 
 
 def train_in_processes(part: list[Cell], store: Store, jobs: int, surroundings: dict[str, Any]) -> int:
-    """Run `train` in several processes, which share the runs by their claims; each sees one GPU, in turn.
+    """Run `train` in several processes, and return how many did not end by themselves.
 
-    Returns how many did not end by themselves.
+    They share the runs by their claims. Each sees one GPU, in turn.
     """
     devices = visible_gpus()
     context = multiprocessing.get_context("spawn")
     processes = []
     shares_memory = max(1, len(devices)) < jobs
     for i in range(jobs):
-        if devices:  # before the process starts: libraries look for GPUs while they are imported
+        if devices:  # It is set before the start, as libraries look for GPUs while they are imported.
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
         processes.append(context.Process(target=_job, args=(jobs, part, store, surroundings, shares_memory)))
         processes[-1].start()
     running = {process.sentinel: process for process in processes}
-    while running:  # joined as they end: until then the claim of one that was killed looks like a living process's
+    while running:  # A process that was killed seems alive until it is joined, and its claim valid.
         for sentinel in connection.wait(running):
             running.pop(sentinel).join()
     return sum(process.exitcode != 0 for process in processes)
@@ -87,8 +87,9 @@ def _job(jobs: int, part: list[Cell], store: Store, surroundings: dict[str, Any]
 
 
 def _end_with_parent() -> None:
-    """End this process with the command that started it, which, started again, would share its GPUs with what
-    is left.
+    """End this process with the command that started it.
+
+    That command, started again, would otherwise share its GPUs with what is left.
     """
     multiprocessing.parent_process().join()
     os._exit(1)

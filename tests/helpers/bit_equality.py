@@ -192,7 +192,7 @@ def record(names: list[str]) -> dict[str, Any]:
         for backend in backends.available(DEVICE):
             if backend != "compiled" and backend in case.cls.backend_names:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about ranks that nobody chose and gradients that are skipped
+                    warnings.simplefilter("ignore")  # They are about default ranks and skipped gradients.
                     found[f"{name} ({backend})"] = {key: bits(value) for key, value in case.run(backend).items()}
     return {"machine": machine(), "cases": found}
 

@@ -17,7 +17,7 @@ multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distrib
 
 def _enter(rank: int, world: int, folder: Path, work: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
-    # Less than a test may take, so that the error is that of the process which waits, and says where.
+    # This is less than a test may take, so that the error is that of the process which waits, and says where.
     limit = timedelta(minutes=4)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=limit
@@ -33,6 +33,6 @@ def run(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[
     exist, and is made here.
     """
     folder.mkdir(parents=True)
-    # Daemons, which a test that is stopped does not leave behind.
+    # These processes are daemons, which a test that is stopped does not leave behind.
     mp.start_processes(_enter, (world, folder, work, args), nprocs=world, daemon=True, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
