@@ -106,7 +106,10 @@ def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipePa
     parser = RecipeParser(classes)
     parser.set_defaults(use_cpu=not torch.cuda.is_available())  # With bf16, TrainingArguments needs CUDA or use_cpu.
     defaults = vars(parser.parse_known_args([])[0])
-    parsed = parser.parse_args_and_config(list(argv))
+    try:
+        parsed = parser.parse_args_and_config(list(argv))
+    except FileNotFoundError as error:
+        parser.error(f"there is no config {error.filename}; those of this project are in {CONFIGS}")
     config = {
         name: value.value if isinstance(value, Enum) else value
         for name, value in parser.given.items()

@@ -30,6 +30,7 @@ from trl import (
 
 from lorapre_peft import LoRAPreCallback, LoRAPreConfig, lorapre_optimizer
 from lorapre_peft.integrations.targets import freeze_others, weight_targets
+from lorapre_peft.lowrank.rules import RULES
 from lorapre_peft.optim.options import RULE_OPTIONS
 from recipes.arguments import dtype_field, parse_recipe
 from recipes.data import DataArguments, write_manifest
@@ -58,14 +59,19 @@ class LoRAPreArguments:
     second_momentum_rank: int | None = field(
         default=None, metadata={"help": "Rank of AdamW's second moment with 'als'. Not given: 1."}
     )
-    update_rule: str | None = field(default=None, metadata={"help": "'als' or 'newton'. Not given: 'als'."})
+    update_rule: str | None = field(
+        default=None, metadata={"help": "'als' or 'newton'. Not given: 'als'.", "choices": list(RULES)}
+    )
     residual_weight: float | None = field(
         default=None,
         metadata={"help": "ρ of 'als': weight of the gradient outside the momentum's subspace. Not given: 1."},
     )
     adjust_lr_fn: str | None = field(
         default=None,
-        metadata={"help": "Muon: 'original' or 'match_rms_adamw' (AdamW's rates carry over), as in torch.optim.Muon."},
+        metadata={
+            "help": "Muon: 'original' or 'match_rms_adamw' (AdamW's rates carry over), as in torch.optim.Muon.",
+            "choices": ["original", "match_rms_adamw"],
+        },
     )
     update_in_backward: bool = field(
         default=False,
@@ -74,10 +80,18 @@ class LoRAPreArguments:
         },
     )
     others: str | None = field(
-        default=None, metadata={"help": "Full weights: norms and biases 'adamw' or 'frozen'. Not given: 'adamw'."}
+        default=None,
+        metadata={
+            "help": "Full weights: norms and biases 'adamw' or 'frozen'. Not given: 'adamw'.",
+            "choices": ["adamw", "frozen"],
+        },
     )
     embeddings: str | None = field(
-        default=None, metadata={"help": "Full weights: embeddings and head 'adamw' or 'frozen'. Not given: 'frozen'."}
+        default=None,
+        metadata={
+            "help": "Full weights: embeddings and head 'adamw' or 'frozen'. Not given: 'frozen'.",
+            "choices": ["adamw", "frozen"],
+        },
     )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last checkpoint in output_dir, with the same config."}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 from transformers.trainer_pt_utils import get_parameter_names
 
+from ..lowrank.rules import RULES
 from ..lowrank.sharding import rank
 from ..optim.adamw import LoRAPreAdamW
 from ..optim.base import LoRAPreOptimizer
@@ -74,30 +76,21 @@ def create_lorapre_optimizer(
     Raises:
         ValueError: nothing trainable, nothing to compress, adapters without LoRA's layers, a momentum rank that is too
             large for a module, an option of full weights with an adapter in the model, or an invalid option.
-        TypeError: no model, no name of an optimizer, or an option that the optimizer does not have.
+        TypeError: no model, no name of an optimizer, or an option that there is not for the optimizer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"found a {type(model).__name__} where the model is expected: write create_lorapre_optimizer(model, "
             "lr=…), or LoRAPreAdamW(parameters, lr=…) for bare parameters"
         )
-    if not isinstance(optimizer, str):
-        raise TypeError(
-            f"found a {type(optimizer).__name__} where the optimizer's name is expected: write "
-            "create_lorapre_optimizer(model, 'adamw', lr=…)"
-        )
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
-    for name, choice in (("others", others), ("embeddings", embeddings)):
-        if choice not in (None, "adamw", "frozen"):
-            raise ValueError(f"{name}={choice!r}: expected 'adamw' or 'frozen'")
+    named = dict(momentum_rank=momentum_rank, update_rule=update_rule, others=others, embeddings=embeddings)
+    check_call(optimizer, named | kwargs, "create_lorapre_optimizer(model, 'adamw', lr=…)")
     if not any(param.requires_grad for param in model.parameters()):
         raise ValueError(
             "the model has no trainable parameter: wrap it with get_peft_model(model, LoRAPreConfig(r=8)), load the "
             "adapter with PeftModel.from_pretrained(model, path, is_trainable=True, "
             "config=LoRAPreConfig.from_pretrained(path)), or thaw the weights with model.requires_grad_(True)"
         )
-    check_momentum_rank(momentum_rank)
     overrides = dict(
         update_rule=update_rule, second_momentum_rank=second_momentum_rank, residual_weight=residual_weight
     )
@@ -141,7 +134,9 @@ def create_lorapre_optimizer(
         if optimizer == "muon":
             for group in groups:
                 del group["second_momentum_rank"]
-        built = OPTIMIZERS[optimizer](groups, lr=lr, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "momentum_rank=.* compresses none")  # An error says it below.
+            built = OPTIMIZERS[optimizer](groups, lr=lr, **kwargs)
         if not any(built.ranks(p, g) for g in built.param_groups for p in g["params"]):
             shapes = sorted({tuple(p.shape) for g in built.param_groups for p in g["params"]})[:4]
             raise ValueError(
@@ -168,6 +163,33 @@ def _param_groups(model: nn.Module, targets: Targets, weight_decay: float) -> li
             group = groups.setdefault(tuple(options.values()), {"params": [], **options})
             group["params"].append((name, param))
     return list(groups.values())
+
+
+def check_call(optimizer: Any, options: dict[str, Any], example: str) -> None:
+    """Raise TypeError or ValueError for a name and options of `create_lorapre_optimizer` that fit no model.
+
+    example: a call that is right, for the message.
+    """
+    if not isinstance(optimizer, str):
+        raise TypeError(f"found a {type(optimizer).__name__} where the optimizer's name is expected: write {example}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+    known = option_names(optimizer)
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(
+            f"found {', '.join(unknown)} among the options of {optimizer!r}; expected some of "
+            f"{', '.join(sorted(known))}"
+        )
+    choices = {"others": ("adamw", "frozen"), "embeddings": ("adamw", "frozen"), "update_rule": tuple(RULES)}
+    for name, expected in choices.items():
+        if options.get(name) is not None and options[name] not in expected:
+            raise ValueError(f"{name}={options[name]!r}: expected one of {', '.join(map(repr, expected))}")
+    check_momentum_rank(options.get("momentum_rank"))
+    if options.get("momentum_rank") == 0:
+        raise ValueError(
+            "momentum_rank=0 compresses nothing: give at least 1, or leave it out for the default, or use "
+            "torch.optim.AdamW"
+        )
 
 
 def option_names(optimizer: str) -> set[str]:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..optim.base import LoRAPreOptimizer
-from .create import OPTIMIZERS, create_lorapre_optimizer, option_names
+from .create import OPTIMIZERS, check_call, create_lorapre_optimizer
 from .loaded import complete_loaded, resumed_from
 
 
@@ -40,23 +40,11 @@ def lorapre_optimizer(
     work with it: an engine that flattens parameters, or, with ``update_in_backward=True``, gradient accumulation,
     global-norm clipping (``max_grad_norm`` above 0) or fp16.
     """
-    if not isinstance(optimizer, str):
-        raise TypeError(
-            f"found a {type(optimizer).__name__} where the optimizer's name is expected: write "
-            "lorapre_optimizer('adamw', args)"
-        )
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+    check_call(optimizer, overrides, "lorapre_optimizer('adamw', args)")
     if args is not None and not hasattr(args, "learning_rate"):
         raise TypeError(
             f"found a {type(args).__name__} where the trainer's arguments are expected: write "
             "lorapre_optimizer('adamw', args), or lorapre_optimizer('adamw', lr=…)"
-        )
-    known = option_names(optimizer)
-    if unknown := sorted(overrides.keys() - known):
-        raise TypeError(
-            f"found {', '.join(unknown)} among the options of {optimizer!r}; expected some of "
-            f"{', '.join(sorted(known))}"
         )
     if (_read(optimizer, args) | overrides).get("lr") is None:
         raise ValueError(

@@ -86,8 +86,8 @@ def check_momentum_rank(k: Any) -> None:
     """Raise ValueError for a momentum rank that is neither None nor a whole number of at least 0."""
     if k is not None and not is_whole(k, 0):
         raise ValueError(
-            f"momentum_rank={k!r}: expected a whole number of at least 1, None (8, or a quarter of a matrix's smaller "
-            "side if that is less), or 0 (the whole group takes the AdamW path)"
+            f"momentum_rank={k!r}: expected a whole number of at least 1, None for the default, or 0, with which all "
+            "of a group takes the AdamW path"
         )
 
 

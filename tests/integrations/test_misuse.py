@@ -35,6 +35,32 @@ def test_unknown_options_are_refused_before_training(tmp_path, kind, option):
         lorapre_optimizer(kind, arguments(tmp_path), **{option: 2})
 
 
+@pytest.mark.parametrize(
+    ("kind", "option"), [("adamw", "momentum_rnk"), ("muon", "betas"), ("adamw", "learning_rate")]
+)
+def test_unknown_options_of_a_loop_are_named(make_llama, kind, option):
+    with pytest.raises(TypeError, match=rf"found {option} among the options of '{kind}'; expected some of .*lr.*seed"):
+        create_lorapre_optimizer(make_llama(), kind, **{option: 2})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"update_rule": "nwton"}, "update_rule='nwton': expected one of 'als', 'newton'"),
+        ({"others": "sgd"}, "others='sgd': expected one of 'adamw', 'frozen'"),
+        ({"momentum_rank": "4"}, "momentum_rank='4': expected a whole number of at least 1, None for the default"),
+        ({"momentum_rank": 0}, "momentum_rank=0 compresses nothing: give at least 1"),
+    ],
+)
+def test_values_are_refused_before_training(tmp_path, make_llama, option, message):
+    for call in (
+        lambda: lorapre_optimizer("adamw", arguments(tmp_path), **option),
+        lambda: create_lorapre_optimizer(make_llama(), lr=1e-3, **option),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_options_where_trainer_does_not_pass_them_on(tmp_path):
     with pytest.warns(UserWarning, match=r"optim_args='momentum_rank=2' is not read, .*: give the options to"):
         lorapre_optimizer("adamw", arguments(tmp_path, optim_args="momentum_rank=2"))

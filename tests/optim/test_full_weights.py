@@ -141,8 +141,8 @@ def test_a_model_without_linear_layers_is_said_to_be_one():
             r"matches no module with a trainable matrix; this model's linear layers are called",
         ),
         ({"target_modules": "q_proj"}, r"in a list, such as \['q_proj'\], .* A string is a regular expression"),
-        ({"others": "sgd"}, r"others='sgd': expected 'adamw' or 'frozen'"),
-        ({"embeddings": True}, r"embeddings=True: expected 'adamw' or 'frozen'"),
+        ({"others": "sgd"}, r"others='sgd': expected one of 'adamw', 'frozen'"),
+        ({"embeddings": True}, r"embeddings=True: expected one of 'adamw', 'frozen'"),
     ],
 )
 def test_errors(make_llama, options, message):
