@@ -16,9 +16,11 @@ from lorapre_peft import create_lorapre_optimizer
 def main(steps: int = 60) -> list[float]:
     """Train for some steps, and return the loss of each step."""
     model = build_model()
-    # A Muon step of a matrix has orthonormal rows or columns, so its rate is far above Adam's. adamw_lr is the rate of
-    # all the rest.
-    optimizer = create_lorapre_optimizer(model, "muon", lr=0.02, adamw_lr=3e-3, embeddings="adamw")
+    # With this scale a step of Muon is as long as one of Adam, and its best rates are 2.5 to 10 times Adam's. adamw_lr
+    # is the rate of all that is not compressed.
+    optimizer = create_lorapre_optimizer(
+        model, "muon", lr=1e-2, adjust_lr_fn="match_rms_adamw", adamw_lr=3e-3, embeddings="adamw"
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     losses = []

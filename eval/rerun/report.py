@@ -210,7 +210,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
             if metric in published:
                 published_unit = _scale(metric)[2]
                 cells.append(f"{row['published'][metric]:.2f}{published_unit}" if metric in row["published"] else "–")
-        cells.append(_difference(row.get("difference"), suite.primary))
+        cells.append(format_difference(row.get("difference"), suite.primary))
         places = row.get("places")
         cells.append(
             "–" if places is None else f"{places[0]}" if places[0] == places[1] else f"{places[0]}–{places[1]}"
@@ -276,7 +276,7 @@ def _rate_differences(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return lines that say how much worse other rates are than the best one, for rows that tried several seeds."""
     lines = []
     for row in (row for row in rows if row["rate_differences"]):
-        shown = (f"{_difference(found, 'loss')} at {rate}" for rate, found in row["rate_differences"].items())
+        shown = (f"{format_difference(found, 'loss')} at {rate}" for rate, found in row["rate_differences"].items())
         what = (
             f"{row['label']}, validation loss seed by seed against that at {row['lr']:g}, which these same losses "
             "chose and so favour"
@@ -296,7 +296,7 @@ def _averages(suite: Suite, table: dict[str, Any]) -> list[str]:
         "|---|---|---|",
     ]
     for level in table["levels"]:
-        difference = _difference(level["difference"], suite.primary)
+        difference = format_difference(level["difference"], suite.primary)
         lines.append(f"| {level['level']} | {scale * level['mean']:.{digits}f}{unit} | {difference} |")
     return lines
 
@@ -319,7 +319,8 @@ def _scale(metric: str) -> tuple[int, int, str]:
     return (100, 2, " %") if higher_is_better(metric) else (1, 4, "")
 
 
-def _difference(found: dict[str, float] | None, metric: str) -> str:
+def format_difference(found: dict[str, float] | None, metric: str) -> str:
+    """Return a difference and its half width as a report shows them. found: `Interval.as_dict`, or None."""
     if found is None:
         return "–"
     scale, digits, unit = _scale(metric)

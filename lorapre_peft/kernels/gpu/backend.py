@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -13,11 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ...lowrank.batch import rounds_stochastically
+from ...lowrank.batch import Batch, rounds_stochastically
 from ...lowrank.constants import capturing, on_device
 from ...lowrank.layout import Member, slices, temporary_bytes
 from ...lowrank.linalg import gram_rows
 from ...lowrank.metrics import Metrics
+from ...lowrank.moments import Moment
 from ..table import OPTIONS, Table, WholeStep
 from . import blocks, factors, numbers, passes
 from .rows import TYPES, RowKernels
@@ -102,13 +104,31 @@ class DeviceTable(Table):
 
 
 class Triton(RowKernels, WholeStep):
-    """Takes the whole step up to rank `MAX_RANK`. The host reads nothing of what is computed."""
+    """Takes the whole step up to rank `MAX_RANK`, and says once where a rank is above it.
+
+    The host reads nothing of what is computed.
+    """
 
     table = DeviceTable
+
+    def __init__(self) -> None:
+        self._told = False
 
     @staticmethod
     def takes(member: Member) -> bool:
         return max(member.ranks) <= MAX_RANK and WholeStep.takes(member)
+
+    def adam(
+        self, batch: Batch, m: Moment, v: Moment, table: Tensor, bound: Tensor | None, metrics: Metrics | None
+    ) -> None:
+        if max(batch.ranks) > MAX_RANK and not self._told:
+            self._told = True
+            warnings.warn(
+                f"momentum rank {max(batch.ranks)} is above {MAX_RANK}, up to which the kernels take the whole step: "
+                f"it takes many times as long. momentum_rank={MAX_RANK} or less is fast",
+                stacklevel=2,
+            )
+        super().adam(batch, m, v, table, bound, metrics)
 
     def step(self, table: DeviceTable, options: list[tuple], metrics: Metrics | None) -> Tensor:
         if not table.places:  # A process may hold no expert of any stack.

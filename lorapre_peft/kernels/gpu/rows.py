@@ -10,8 +10,6 @@ as "tf32x3", which on tensor cores is float32 to within its round-off. Accumulat
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import triton
 import triton.language as tl
@@ -178,21 +176,12 @@ def _update_block(
 
 
 class RowKernels(Eager):
-    """Launches the kernels. Ranks above `MAX_ROW_RANK` take the eager path, with a single warning."""
-
-    def __init__(self) -> None:
-        self._told = False
+    """Launches the kernels. Ranks above `MAX_ROW_RANK` take the eager path."""
 
     def adam(
         self, batch: Batch, m: Moment, v: Moment, table: Tensor, bound: Tensor | None, metrics: Metrics | None
     ) -> None:
         if max(batch.ranks) > MAX_ROW_RANK:
-            if not self._told:
-                warnings.warn(
-                    f"momentum rank {max(batch.ranks)} is above the Triton kernels' {MAX_ROW_RANK}: eager step",
-                    stacklevel=2,
-                )
-                self._told = True
             return super().adam(batch, m, v, table, bound, metrics)
         if batch.all_rows.stop:  # An empty shard has no rows.
             self._step(batch, m, v, table, bound, metrics)
