@@ -121,7 +121,8 @@ def create_lorapre_optimizer(
                     "(model.merge_and_unload()) to train the weights"
                 )
         else:
-            targets = weight_targets(model, target_modules or "all-linear", momentum_rank, overrides)
+            chosen = "all-linear" if target_modules is None else target_modules
+            targets = weight_targets(model, chosen, momentum_rank, overrides)
             frozen_rows = freeze_others(model, targets, others, embeddings)
         groups = _param_groups(model, targets, weight_decay)
         for name in ("second_momentum_rank", "residual_weight"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -212,6 +213,8 @@ def weight_targets(
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
     all_linear = isinstance(names, str) and names.lower() == "all-linear"  # In any case of letters, as in PEFT.
     config = LoraConfig(target_modules=names)
+    check_expression(target_modules)
+    unmatched = set() if isinstance(names, str) else set(names)
     heads = {*output_heads(model), *_classifiers(model)}
     options = rule_options(k, None, momentum_rank, given)
     targets: Targets = {}
@@ -226,7 +229,9 @@ def weight_targets(
                 matched = stacked or (plain and isinstance(module, LINEAR) and module not in heads)
             else:
                 selecting = (module_name,) if plain else (name, module_name)
-                matched = any(check_target_module_exists(config, _unwrapped(model, n)) for n in selecting)
+                own = [_unwrapped(model, n) for n in selecting]
+                matched = any(check_target_module_exists(config, n) for n in own)
+                unmatched -= {key for key in unmatched if any(n == key or n.endswith(f".{key}") for n in own)}
             if matched and param.requires_grad:
                 stack = {"experts": len(param), "experts_dim": 0} if stacked else {}
                 targets[param] = options | stack
@@ -234,7 +239,25 @@ def weight_targets(
                 frozen.append(name if stacked else module_name)
     if not targets:
         raise ValueError(_no_target(model, target_modules, frozen))
+    if unmatched:
+        warnings.warn(
+            f"target_modules: {', '.join(map(repr, sorted(unmatched)))} names no module with a matrix, and has no "
+            "effect",
+            stacklevel=3,
+        )
     return targets
+
+
+def check_expression(target_modules: str | Iterable[str]) -> None:
+    """Raise ValueError for a string that is no regular expression."""
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is no regular expression ({error}): give names as a list, an "
+                "expression or 'all-linear'"
+            ) from error
 
 
 def _no_target(model: nn.Module, target_modules: str | Iterable[str], frozen: list[str]) -> str:

@@ -92,6 +92,15 @@ def check_arguments(args: TrainingArguments, update_in_backward: bool) -> None:
             "lorapre_optimizer",
             stacklevel=3,
         )
+    optim = getattr(args.optim, "value", args.optim)
+    if not str(optim).startswith("adamw_torch"):  # Trainer's default is one of these, and some tools' is another.
+        warnings.warn(f"optim={optim!r} has no effect beside lorapre_optimizer", stacklevel=3)
+    if args.optim_target_modules:
+        warnings.warn(
+            f"optim_target_modules={args.optim_target_modules!r} has no effect beside lorapre_optimizer: give it "
+            "target_modules",
+            stacklevel=3,
+        )
     if not update_in_backward:
         return
     if args.gradient_accumulation_steps != 1:

@@ -7,8 +7,12 @@ tell the optimizer nothing about the modules.
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 # A vocabulary has at least about 30,000 tokens (BERT 30,522; T5 32,128; Llama 32,000), and the hidden size is at least
 # a few hundred and at most a fifth of it. Most other matrices differ: an MLP of a 70B model, 28,672 × 8,192, is only
@@ -42,7 +46,26 @@ def is_embedding(name: str | None, shape: torch.Size, alike: int = 1) -> bool:
     return long >= VOCABULARY and short >= HIDDEN and RATIO * short <= long and alike <= MOST_ALIKE
 
 
-def describe_choice(ranks: set[int], spared: list[tuple[int, ...]]) -> str:
+def warn_of_choice(
+    groups: list[dict[str, Any]], ranks: Callable[[Tensor, dict[str, Any]], tuple[int, ...]], stacklevel: int
+) -> None:
+    """Warn if nobody said which matrices are compressed, and at which rank, or if none of them is.
+
+    groups: groups of an optimizer. ranks: its method of that name.
+    """
+    given = [(param, group) for group in groups for param in group["params"]]
+    chosen = {rank for param, group in given if group["momentum_rank"] is None for rank in ranks(param, group)[:1]}
+    compressing = [group for group in groups if group["momentum_rank"] != 0]
+    spared = [tuple(group["params"][i].shape) for group in compressing for i in group["uncompressed"]]
+    if chosen or spared:
+        warnings.warn(_describe_choice(chosen, spared), stacklevel=stacklevel)
+    asked = {group["momentum_rank"] for group in compressing} - {None}
+    matrices = [tuple(param.shape) for param, _ in given if param.ndim >= 2]
+    if asked and matrices and not spared and not any(ranks(param, group) for param, group in given):
+        warnings.warn(_describe_nothing(min(asked), matrices), stacklevel=stacklevel)
+
+
+def _describe_choice(ranks: set[int], spared: list[tuple[int, ...]]) -> str:
     """Return a message with the momentum ranks that were chosen as none was given, and with how to choose others.
 
     ranks: the chosen ranks. spared: the shapes of the matrices that look like embeddings or heads.
@@ -59,7 +82,7 @@ def describe_choice(ranks: set[int], spared: list[tuple[int, ...]]) -> str:
     )
 
 
-def describe_nothing(momentum_rank: int, matrices: list[tuple[int, ...]]) -> str:
+def _describe_nothing(momentum_rank: int, matrices: list[tuple[int, ...]]) -> str:
     """Return a message that no matrix is compressed. momentum_rank: the one that was given. matrices: their shapes."""
     return (
         f"momentum_rank={momentum_rank} compresses none of {len(matrices)} matrices, such as {matrices[0]}: all take "

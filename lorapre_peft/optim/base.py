@@ -1,5 +1,4 @@
-"""This module holds `LoRAPreOptimizer`, the base of both optimizers: groups and their checks, state, the AdamW path,
-and the order of a step.
+"""This module holds `LoRAPreOptimizer`, the base of both optimizers: groups, state, AdamW path, order of a step.
 
 A subclass defines what it does with the moments of the compressed matrices (`_update`). How factors follow a gradient
 is in ``lowrank/rules.py``. Which matrices are stepped together is in ``lowrank/layout.py``: a `Layout` has one `Part`
@@ -32,7 +31,7 @@ from ..lowrank.metrics import Metrics
 from ..lowrank.rules import RULES
 from ..lowrank.sharding import WHOLE, local, placement_of
 from .adamw_path import AdamWOptions, Item, adamw_path
-from .bare import describe_choice, describe_nothing, is_embedding
+from .bare import is_embedding, warn_of_choice
 from .gradients import Skips, gradient_norms, kind_of_gradient, local_gradient, takes_part
 from .in_backward import InBackwardOptimizer, Located, groups_of
 from .options import (
@@ -42,8 +41,9 @@ from .options import (
     check_parameter,
     check_stack,
     check_uncompressed,
+    warn_of_misspelt,
 )
-from .state import RANK_OPTIONS, STACK_OPTIONS
+from .state import OF_PLACES, RANK_OPTIONS, STACK_OPTIONS
 
 NO_GRADIENT = (
     "step() found no gradient on any of its parameters: call it after loss.backward(), and make the optimizer from "
@@ -113,27 +113,13 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         self._constructed = False
         super().__init__(params, {**defaults, "experts": None, "experts_dim": 0})
         self._constructed = True
-        self._say_what_was_chosen(self.param_groups, stacklevel=4)
-
-    def _say_what_was_chosen(self, groups: list[dict[str, Any]], stacklevel: int) -> None:
-        """Warn if nobody said which matrices are compressed, and at which rank, or if none of them is."""
-        given = [(param, group) for group in groups for param in group["params"]]
-        ranks = {
-            rank for param, group in given if group["momentum_rank"] is None for rank in self.ranks(param, group)[:1]
-        }
-        compressing = [group for group in groups if group["momentum_rank"] != 0]
-        spared = [tuple(group["params"][i].shape) for group in compressing for i in group["uncompressed"]]
-        if ranks or spared:
-            warnings.warn(describe_choice(ranks, spared), stacklevel=stacklevel)
-        asked = {group["momentum_rank"] for group in compressing} - {None}
-        matrices = [tuple(param.shape) for param, _ in given if param.ndim >= 2]
-        if asked and matrices and not spared and not any(self.ranks(param, group) for param, group in given):
-            warnings.warn(describe_nothing(min(asked), matrices), stacklevel=stacklevel)
+        warn_of_choice(self.param_groups, self.ranks, stacklevel=4)
 
     def _reset(self, backend: str) -> None:
         self.backend = backend
         self.record_metrics = False
         self._constructed = True
+        self._checked: dict[int, list[Any]] = {}
         self._reset_backward()
         # The key is the position of a step's first parameter.
         self._layouts: dict[int, Layout] = {}
@@ -156,7 +142,8 @@ class LoRAPreOptimizer(InBackwardOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim.Optimizer`; its options are checked like the constructor's."""
-        told = param_group.get("momentum_rank") is not None
+        told, stacklevel = param_group.get("momentum_rank") is not None, 3 if self._constructed else 6
+        warn_of_misspelt(param_group, {"params", *OF_PLACES, *self.defaults}, stacklevel)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         names = group.get("param_names") or [None] * len(group["params"])
@@ -180,7 +167,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         group["num_params"] = len(group["params"])
         group["num_matrices"] = sum(param.ndim >= 2 for param in group["params"])
         if self._constructed:  # The constructor says it of all its groups at once.
-            self._say_what_was_chosen([group], stacklevel=3)
+            warn_of_choice([group], self.ranks, stacklevel=3)
 
     def _resolve(self, group: dict[str, Any]) -> None:
         """Replace options that are None by what they stand for, so that checkpoints hold the actual values."""
@@ -196,11 +183,23 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         self._check_decays(group)
 
     def _check_decays(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for decay rates out of their range.
-
-        Each step calls this, as a scheduler that cycles the rates may have moved them.
-        """
+        """Raise ValueError for decay rates out of their range."""
         raise NotImplementedError
+
+    def _check_edited(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for options that a scheduler or the user has moved out of their range.
+
+        The host reads no tensor on a device. A learning rate below 0 is let be, as schedules end there by round-off.
+        """
+        found = [id(value) if isinstance(value, Tensor) else value for value in map(group.get, self.defaults)]
+        if self._checked.get(id(group)) == found:
+            return
+        if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in group.values()):
+            self._check_decays(group)
+        else:
+            lr = group["lr"]
+            self.check_group({**group, "lr": abs(lr) if isinstance(lr, (int, float, Tensor)) else lr})
+        self._checked[id(group)] = [list(value) if isinstance(value, list) else value for value in found]
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:
         """Return the hyperparameters of the AdamW path of ``group`` at its current learning rate."""
@@ -215,7 +214,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
 
         closure: reevaluates the model and returns the loss, as in `torch.optim`. Returns the closure's value or None.
         Raises RuntimeError for a sparse or complex gradient or one of another shape, and where an engine has replaced
-        matrices by flat shards, and ValueError for decay rates out of their range and for a state that no longer fits,
+        matrices by flat shards, and ValueError for options out of their range and for a state that no longer fits,
         before anything has changed.
         """
         loss = None
@@ -242,7 +241,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         """Update these parameters, separately for each device and for each set of processes that shares them."""
         for group in groups_of(located).values():
             self._resolve(group)  # An option may have been edited.
-            self._check_decays(group)
+            self._check_edited(group)
         for part in self._layout(located):
             self._step_part(part)
 

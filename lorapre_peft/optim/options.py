@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -76,10 +78,29 @@ def check_options(group: dict[str, Any]) -> None:
     above_zero("update_scale", group["update_scale"])
     if group["max_param_grad_norm"] is not None:
         above_zero("max_param_grad_norm", group["max_param_grad_norm"], ", or None for no clipping")
+    for name in ("maximize", "update_in_backward"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name}={group[name]!r}: expected True or False")
     if group["bf16_rounding"] not in ("nearest", "stochastic"):
         raise ValueError(f"bf16_rounding={group['bf16_rounding']!r}: expected 'nearest' or 'stochastic'")
     if group["temporary_bytes"] is not None:
         in_range("temporary_bytes", group["temporary_bytes"], 1)
+
+
+# Schedulers leave these keys in a group.
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_lr", "max_momentum", "base_momentum"}
+
+
+def warn_of_misspelt(keys: Iterable[str], known: Collection[str], stacklevel: int) -> None:
+    """Warn of keys of a group that are no options and look like one. Any others are the user's own, as in torch."""
+    for key in set(keys) - set(known) - _OF_SCHEDULERS:
+        alike = [name for name in known if name.startswith(f"{key}_") or name.endswith(f"_{key}")]
+        if alike := difflib.get_close_matches(key, known, n=1, cutoff=0.8) or alike:
+            warnings.warn(
+                f"found the key {key!r} in a group of parameters, which is no option and has no effect; alike is "
+                f"{alike[0]!r}",
+                stacklevel=stacklevel,
+            )
 
 
 def check_momentum_rank(k: Any) -> None:

@@ -66,6 +66,12 @@ def test_options_where_trainer_does_not_pass_them_on(tmp_path):
         lorapre_optimizer("adamw", arguments(tmp_path, optim_args="momentum_rank=2"))
 
 
+@pytest.mark.parametrize("given", [{"optim": "adafactor"}, {"optim_target_modules": ["q_proj"]}], ids=str)
+def test_what_trainer_does_not_use_beside_an_optimizer_of_its_own(tmp_path, given):
+    with pytest.warns(UserWarning, match=f"{next(iter(given))}=.* has no effect beside lorapre_optimizer"):
+        lorapre_optimizer("adamw", arguments(tmp_path, **given))
+
+
 @pytest.mark.parametrize("given", [1e-3, {"lr": 1e-3}, torch.tensor(1e-3)], ids=["number", "dict", "tensor"])
 def test_no_name_of_an_optimizer(make_llama, given):
     message = rf"found a {type(given).__name__} where the optimizer's name is expected: "

@@ -133,6 +133,12 @@ def test_a_model_without_linear_layers_is_said_to_be_one():
     assert create_lorapre_optimizer(nn.Sequential(nn.Linear(32, 32)), target_modules="All-Linear")
 
 
+def test_a_name_that_selects_nothing_is_said(make_llama):
+    with pytest.warns(UserWarning, match=r"target_modules: 'vproj' names no module with a matrix") as said:
+        create_lorapre_optimizer(make_llama(), target_modules=["q_proj", "vproj", "layers.0.mlp.up_proj"])
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -141,6 +147,8 @@ def test_a_model_without_linear_layers_is_said_to_be_one():
             r"matches no module with a trainable matrix; this model's linear layers are called",
         ),
         ({"target_modules": "q_proj"}, r"in a list, such as \['q_proj'\], .* A string is a regular expression"),
+        ({"target_modules": []}, r"target_modules=\[\] matches no module"),
+        ({"target_modules": "["}, r"target_modules='\[' is no regular expression \(unterminated"),
         ({"others": "sgd"}, r"others='sgd': expected one of 'adamw', 'frozen'"),
         ({"embeddings": True}, r"embeddings=True: expected one of 'adamw', 'frozen'"),
     ],
