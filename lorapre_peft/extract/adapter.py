@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..integrations.config import CONFIG_NAME
 from ..integrations.targets import expert_parameters
 from .selection import read_past
 
@@ -231,5 +232,6 @@ def write_checked(folder: Path, config: LoraConfig, factors: Factors, model: Pre
                 "the tuned weights themselves"
             )
         folder.mkdir(exist_ok=True)
+        (folder / CONFIG_NAME).unlink(missing_ok=True)  # It would give this adapter the options of an earlier one.
         for path in Path(place).iterdir():
             os.replace(path, folder / path.name)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from ..integrations.checkpoint import Checkpoint, common_names
+from ..integrations.targets import check_expression
 from ..lowrank.float64 import float64_device, to_float64
 from ..optim.options import is_whole
 from .adapter import adapter_config, addressable, write_checked
@@ -169,6 +170,7 @@ def extract_lora(
     stored = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if stored not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16, float16, or None for the checkpoint's own")
+    check_expression(target_modules)
     before, after, folder = Checkpoint(base), Checkpoint(tuned), Path(output_dir)
     _check_place(folder, (before, after), device)
     model = before.skeleton()

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..integrations.targets import LINEAR, expert_parameters
+from ..integrations.targets import LINEAR, expert_parameters, warn_of_unmatched
 
 
 def selected_linears(
@@ -39,6 +39,8 @@ def selected_linears(
         raise ValueError(
             f"target_modules={target_modules!r} selects no linear module: the model has {', '.join(sorted(known))}"
         )
+    experts = expert_parameters(model)
+    warn_of_unmatched(target_modules, [*linear, *experts, *(name.rpartition(".")[0] for name in experts)])
     return selected
 
 

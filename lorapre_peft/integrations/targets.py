@@ -213,8 +213,8 @@ def weight_targets(
     names = target_modules if isinstance(target_modules, str) else list(target_modules)
     all_linear = isinstance(names, str) and names.lower() == "all-linear"  # In any case of letters, as in PEFT.
     config = LoraConfig(target_modules=names)
-    check_expression(target_modules)
-    unmatched = set() if isinstance(names, str) else set(names)
+    check_expression(names)
+    seen: set[str] = set()
     heads = {*output_heads(model), *_classifiers(model)}
     options = rule_options(k, None, momentum_rank, given)
     targets: Targets = {}
@@ -231,7 +231,7 @@ def weight_targets(
                 selecting = (module_name,) if plain else (name, module_name)
                 own = [_unwrapped(model, n) for n in selecting]
                 matched = any(check_target_module_exists(config, n) for n in own)
-                unmatched -= {key for key in unmatched if any(n == key or n.endswith(f".{key}") for n in own)}
+                seen.update(own)
             if matched and param.requires_grad:
                 stack = {"experts": len(param), "experts_dim": 0} if stacked else {}
                 targets[param] = options | stack
@@ -239,16 +239,23 @@ def weight_targets(
                 frozen.append(name if stacked else module_name)
     if not targets:
         raise ValueError(_no_target(model, target_modules, frozen))
+    warn_of_unmatched(names, seen)
+    return targets
+
+
+def warn_of_unmatched(target_modules: str | Sequence[str], names: Iterable[str]) -> None:
+    """Warn of those among a list of names that are not the end of any module's or parameter's name."""
+    ends = {name.split(".", i)[-1] for name in names for i in range(name.count(".") + 1)}
+    unmatched = set() if isinstance(target_modules, str) else set(target_modules) - ends
     if unmatched:
         warnings.warn(
             f"target_modules: {', '.join(map(repr, sorted(unmatched)))} names no module with a matrix, and has no "
             "effect",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return targets
 
 
-def check_expression(target_modules: str | Iterable[str]) -> None:
+def check_expression(target_modules: str | Sequence[str]) -> None:
     """Raise ValueError for a string that is no regular expression."""
     if isinstance(target_modules, str):
         try:

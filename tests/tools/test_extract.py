@@ -175,6 +175,17 @@ def test_only_some_modules_changed(tmp_path, checkpoint_pair):
         torch.testing.assert_close(got, want[name], rtol=0, atol=room)
 
 
+def test_a_folder_keeps_no_options_of_an_earlier_adapter(tmp_path, checkpoint_pair):
+    base, tuned = checkpoint_pair(full)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "lorapre_config.json").write_text('{"momentum_rank": 3}')
+    with pytest.warns(UserWarning, match="target_modules: 'vproj' names no module"):
+        extract_lora(base, tuned, tmp_path / "lora", rank=2, target_modules=["q_proj", "vproj"])
+    assert not (tmp_path / "lora" / "lorapre_config.json").exists()
+    with pytest.raises(ValueError, match=r"target_modules='\[' is no regular expression"):
+        extract_lora(base, tuned, tmp_path / "lora", rank=2, target_modules="[")
+
+
 def test_target_modules_of_every_form(tmp_path, checkpoint_pair):
     base, tuned = checkpoint_pair(everything)
 
