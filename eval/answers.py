@@ -131,8 +131,10 @@ def judge_expression(completion: str, reference: str) -> Verdict:
     """Return math-verify's verdict on the expression of a completion, by that of a reference.
 
     The reference is LaTeX of the bare answer. An answer counts as wrong if it takes over 5 seconds to compare, with a
-    warning in the log, or over 2 GB.
+    warning in the log, or over 2 GB. Raises ValueError if the reference is empty.
     """
+    if not reference.strip():
+        raise ValueError(f"reference {reference!r} is empty: expected the LaTeX of an answer")
     answer = extract_expression(completion)
     if answer is None:
         # Without marker and box math-verify looks for the expression itself, from the end.

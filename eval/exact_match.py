@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import JUDGES
 
@@ -42,6 +43,17 @@ class ExactMatch(evaluate.Metric):
         }
 
 
+def without_own_decoding(config: GenerationConfig) -> GenerationConfig:
+    """Return the special tokens of a model's generation config alone.
+
+    What else a model is saved with, such as beams, a repetition penalty or a number of tokens, would decode otherwise
+    than the caller says.
+    """
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -65,7 +77,9 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # Similar lengths need less padding.
     completions = [""] * len(prompts)
-    was_training = model.training
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    was_training, decoding = model.training, base.generation_config
+    base.generation_config = without_own_decoding(decoding)
     model.eval()
     for start in tqdm(range(0, len(order), batch_size), desc=progress):
         batch = order[start : start + batch_size]
@@ -79,4 +93,5 @@ def generate(
         for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True)):
             completions[i] = text.partition(stop)[0]
     model.train(was_training)
+    base.generation_config = decoding
     return completions

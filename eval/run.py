@@ -67,12 +67,14 @@ def evaluate(
     """
     import torch
     from lm_eval import simple_evaluate
+    from safetensors import SafetensorError
 
     from eval.adapters import AdaptedLM, own_tokenizer
     from recipes.precision import AUTO, fast_dtype
 
     folder = Path(output_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_options(folder, device, dtype, batch_size, limit)
     if dtype == AUTO:
         dtype, reason = fast_dtype(device.partition(":")[0])
         print(f"dtype {dtype}: {reason}")
@@ -87,7 +89,7 @@ def evaluate(
         source |= {"peft": adapter} | ({"tokenizer": adapter} if own_tokenizer(adapter) else {})
     try:
         lm = AdaptedLM(**source, device=device, batch_size=batch_size)
-    except (OSError, ValueError) as error:  # PEFT raises ValueError for a missing adapter.
+    except (OSError, ValueError, SafetensorError) as error:  # PEFT raises ValueError for a missing adapter.
         named = f"model {model!r}" + (f" with adapter {adapter!r}" if adapter else "")
         raise SystemExit(
             f"{named} cannot be had: {error}\nTo work offline, give local folders, or the model {SMOLLM2!r}"
@@ -106,10 +108,34 @@ def evaluate(
     return results
 
 
+def check_options(folder: Path, device: str, dtype: str, batch_size: int | str, limit: int | None) -> None:
+    """Raise SystemExit for an option of `evaluate` with which no model could be evaluated here."""
+    import torch
+
+    from recipes.precision import AUTO
+
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"--output_dir {folder} is a file: give a folder")
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps") or (kind != "cpu" and not getattr(torch, kind).is_available()):
+        raise SystemExit(f"--device {device} is not here: expected cpu, or cuda or mps where there is one")
+    dtypes = (AUTO, SAVED, "float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise SystemExit(f"--dtype {dtype}: expected one of {', '.join(dtypes)}")
+    size = str(batch_size)
+    if not (size == "auto" or size.startswith("auto:") or (size.isdecimal() and int(size) > 0)):
+        raise SystemExit(f"--batch_size {size}: expected a whole number of at least 1, or auto")
+    if limit is not None and limit < 1:
+        raise SystemExit(f"--limit {limit}: expected a whole number of at least 1")
+
+
 def check_folder(folder: Path, options: dict[str, Any]) -> None:
     """Raise SystemExit if the folder's results are of another model or prompting. Tasks, data and limit may differ."""
     path = folder / "results.json"
-    found = json.loads(path.read_text())["options"] if path.exists() else options
+    try:
+        found = json.loads(path.read_text())["options"] if path.exists() else options
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} is damaged, or of another tool: delete it, or give another --output_dir") from error
     fixed = ("model", "adapter", "dtype", "apply_chat_template", "system_instruction")
     changed = [f"{name}={found.get(name)!r}" for name in fixed if found.get(name) != options.get(name)]
     if changed:
@@ -136,6 +162,8 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
 
     Raises SystemExit for an unknown task, for data of a task that is not asked for, and for data that cannot be had.
     """
+    from datasets.exceptions import DatasetsError
+
     own = ", ".join(own_tasks())
     if unknown := [name for name in names if name not in manager.task_index]:
         raise SystemExit(f"no task {', '.join(unknown)}: expected {own}, or one that `lm-eval ls tasks` lists")
@@ -157,12 +185,20 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
             # The task is put into a group of one, as the harness overrides a registered task's fields only inside a
             # group.
             group = manager.load({"group": f"only_{name}", "task": [{"task": name, **overrides}]})
-        except OSError as error:
+            found = list(group["tasks"].values())
+            rows = [(task, row) for task in found if name in own_tasks() for row in task.test_docs()]
+        except (OSError, ValueError, KeyError, StopIteration, DatasetsError) as error:
+            reason = str(error) or "there are no rows in it"
             raise SystemExit(
-                f"the data of task {name} cannot be had ({error}). To work offline, give a local copy, --data "
+                f"the data of task {name} cannot be had ({reason}). To work offline, give a local copy, --data "
                 f"{name}=FILE.jsonl, or take the task generated_problems"
             ) from error
-        loaded += group["tasks"].values()
+        for number, (task, row) in enumerate(rows, start=1):
+            try:  # A reference that nothing can be compared with is an error before hours of completions.
+                task.process_results(row, [f"The answer is: {row.get('answer')}"])
+            except (ValueError, KeyError) as error:
+                raise SystemExit(f"row {number} of {data.get(name, name)}: {error.args[0]}") from error
+        loaded += found
     return loaded
 
 
@@ -205,7 +241,7 @@ def write(
         model: what the file says of the model: its options and its fingerprint.
         data, limit: as in `evaluate`.
     """
-    from recipes.training import environment
+    from recipes.training import environment, write_atomically
 
     surroundings = environment()
     surroundings["versions"] |= {name: version(name) for name in ("lm-eval", "math-verify")}
@@ -216,6 +252,8 @@ def write(
         found = {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
         stderr = {key: key.replace(",", "_stderr,") if "," in key else f"{key}_stderr" for key in found}
         asked = {"data": data.get(name), "limit": limit, "problems": results["n-samples"][name]["effective"]}
+        if name in tasks and tasks[name]["problems"] > asked["problems"]:
+            print(f"{name}: results of {asked['problems']} problems replace those of {tasks[name]['problems']}")
         tasks[name] = asked | {
             key: {"value": found[key], "stderr": found[stderr[key]]} for key in found if stderr[key] in found
         }
@@ -233,7 +271,7 @@ def write(
                 }
                 file.write(json.dumps(record | verdicts) + "\n")
     record = model | {"environment": surroundings, "tasks": tasks}
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def main() -> None:

@@ -171,11 +171,18 @@ ADAPTERS: dict[str, Method] = {
         lora={"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
         rate_shift=-2,
         paper="Wang et al., arXiv 2407.05000",
+        note="PEFT's start, in which B has the gradient's singular values; the authors' has none, and a larger B",
     ),
     "lora+": Method(
         "LoRA+", "adapter", _loraplus, {"lr_ratio": 16.0}, rate_shift=-2, paper="Hayou et al., arXiv 2402.12354"
     ),
-    "lora-fa": Method("LoRA-FA", "adapter", _lorafa, paper="Zhang et al., arXiv 2308.03303"),
+    "lora-fa": Method(
+        "LoRA-FA",
+        "adapter",
+        _lorafa,
+        paper="Zhang et al., arXiv 2308.03303",
+        note="PEFT's optimizer multiplies in bfloat16 wherever torch can",
+    ),
     # These are other optimizers of the plain LoRA adapter.
     "lora-pro": Method(
         "LoRA-Pro",
@@ -249,7 +256,7 @@ ADAPTERS: dict[str, Method] = {
         rate_shift=-4,
         paper="Tastan et al., arXiv 2505.21289",
         note="the second moment follows the moving factor as the first does; the authors' code exchanges R and Rᵀ "
-        "there",
+        "there, and has ε = 1e-4, where this has Adam's 1e-8",
     ),
     "riemannion": Method(
         "Riemannion",

@@ -140,7 +140,8 @@ def _own(cls: Callable[..., Optimizer]) -> Build:
 def _scale_others(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     """Return the optimizer that SCALE's authors use for the rest of a model, all of it at one learning rate.
 
-    The head has momentum, embeddings are normalised over the tokens, and AdamW trains the norms.
+    The head has momentum, embeddings are normalised over the tokens, and AdamW trains the norms. The authors' scripts
+    for 60M to 350M parameters give the norms 20 times this rate.
     """
     heads = {param for head in output_heads(model) for param in head.parameters()}
     embedded = embedding_parameters(model) - heads
@@ -294,7 +295,8 @@ WEIGHTS: dict[str, Method] = {
         rate_shift=2,
         paper="Chen et al., arXiv 2410.01623",
         state=_PROJECTED_STATE,
-        note="outside the subspace the authors' package has G − α P Pᵀ G, where the paper has G − P Pᵀ G",
+        note="outside the subspace the authors' package has G − α P Pᵀ G, where the paper has G − P Pᵀ G; their α is "
+        "0.25 for pre-training, and 1 for fine-tuning, where these suites have 0.25 too",
     ),
     "apollo": Method(
         "APOLLO",

@@ -32,6 +32,8 @@ def generated(size: int, seed: int, train_size: int, train_seed: int, **metadata
 
 def _verdict(judge: Callable[[str, str], Verdict], doc: dict[str, Any], results: list[str]) -> Verdict:
     """Return what a judge says of the completion. The answer of a JSON row may be a number."""
+    if doc.get("answer") is None:
+        raise ValueError(f"a row has {', '.join(doc)} and no answer; expected the reference in answer")
     return judge(results[0], str(doc["answer"]))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import run
@@ -70,6 +71,24 @@ CHANGED = {
     "a vocabulary cut to the tokenizer's": dict(rows=60, tokenizer=True, modules_to_save=["lm_head"]),
     "nothing of the vocabulary": dict(),
 }
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(model, adapter, tmp_path):
+    _, folder = adapter()
+    weights = load_file(folder / "adapter_model.safetensors")
+    deeper = {name.replace("layers.0.", "layers.7."): tensor.clone() for name, tensor in weights.items()}
+    save_file(weights | deeper, folder / "adapter_model.safetensors")
+    with pytest.raises(SystemExit, match=r"does not fit the model .*: 4 of its tensors are missing or have no place"):
+        loaded(model, folder)
+
+
+def test_a_model_that_answers_nan_is_refused(model, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(model)
+    broken.lm_head.weight.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "nan")
+    with pytest.raises(SystemExit, match="answers with NaN: its training has diverged, or its dtype overflows"):
+        AdaptedLM(pretrained=str(tmp_path / "nan"), device="cpu")
 
 
 @pytest.mark.parametrize("options", CHANGED.values(), ids=CHANGED)

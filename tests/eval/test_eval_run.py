@@ -114,6 +114,60 @@ def test_table_json_and_samples_of_local_data(command, model, jsonl, tmp_path, m
     assert re.search(r"exact_match +\|↑ +\| *0\.5\d*\|± +\| *0\.5", printed)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--batch_size", "many"], "--batch_size many: expected a whole number of at least 1, or auto"),
+        (["--batch_size", "0"], "--batch_size 0: expected"),
+        (["--limit", "0"], "--limit 0: expected a whole number of at least 1"),
+        (["--device", "gpu"], "--device gpu is not here: expected cpu, or cuda"),
+        (["--dtype", "float33"], "--dtype float33: expected one of auto, saved, float32"),
+    ],
+)
+def test_options_are_refused_before_anything_is_loaded(command, option, message):
+    with pytest.raises(SystemExit, match=message):
+        command("nowhere", "--tasks", "generated_problems", *option)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        (
+            "gsm8k_metamath",
+            [GSM8K[0], {"question": "?", "answer": "five"}],
+            "row 2 of .*: reference 'five' has no",
+        ),
+        ("gsm8k_metamath", [{"question": "?"}], "cannot be had .*a row has question; expected"),
+        ("math500_metamath", [{"problem": "?", "answer": ""}], "row 1 of .*: reference '' is empty"),
+        ("gsm8k_metamath", [], "the data of task gsm8k_metamath cannot be had"),
+    ],
+)
+def test_references_are_looked_at_before_the_model_answers(command, model, jsonl, monkeypatch, task, rows, message):
+    asked = say(monkeypatch, {})
+    with pytest.raises(SystemExit, match=message):
+        command(model, "--tasks", task, "--data", f"{task}={jsonl(rows)}")
+    assert not asked
+
+
+def test_damaged_results_are_said(command, model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"results\.json is damaged, or of another tool: delete it"):
+        command(model, "--tasks", "generated_problems")
+
+
+def test_decoding_is_the_tasks_and_not_the_models(command, model, tmp_path, monkeypatch):
+    few_tokens(monkeypatch)
+    shared = ["--tasks", "generated_problems", "--limit", "2"]
+    command(model, *shared)
+    before = [sample["completion"] for sample in samples(tmp_path, "generated_problems")]
+    own = shutil.copytree(model, tmp_path / "own")
+    (own / "generation_config.json").write_text(json.dumps({"num_beams": 3, "repetition_penalty": 3.0}))
+    command(own, *shared, folder=tmp_path / "again")
+    lines = (tmp_path / "again" / "samples_generated_problems.jsonl").read_text().splitlines()
+    assert [json.loads(line)["completion"] for line in lines] == before
+
+
 def test_an_adapter_is_loaded_and_changes_the_answers(command, model, tmp_path, monkeypatch):
     few_tokens(monkeypatch)
     adapted = get_peft_model(
