@@ -105,4 +105,4 @@ def test_residual_weight_after_bias_correction(rho, average):
     corrected = mixture.residual * (1 - average.decay) / average.weight / ema
     torch.testing.assert_close(corrected, (rho / ema).clamp_max(1.0))
     assert corrected[0] == min(1, rho / (1 - average.decay[0]))
-    torch.testing.assert_close(mixture.m_gain + mixture.residual, average.weight)
+    torch.testing.assert_close(mixture.c_X + mixture.residual, average.weight)

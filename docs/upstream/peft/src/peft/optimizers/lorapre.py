@@ -108,10 +108,11 @@ def als_adam(
 ) -> tuple[Tensor, State]:
     """Take one step of AdamW with the tracked rule of the package lorapre-peft.
 
-    state: before the first step, that of `no_momentum`. Its t counts steps from the first gradient that is not zero.
+    state: before the first step, that of `no_momentum`. Its t counts steps from the first gradient that is not zero,
+    and so it does again once E has been reset to 0.
     """
     beta1, beta2 = betas
-    E, t = state["E"], state["t"] + 1 if state["E"] > 0 or g.any() else 0
+    E, t = state["E"], state["t"] + 1 if state["E"] > 0 else int(g.any())
     if t == 0:
         return (1 - lr * weight_decay) * theta, state
     m_B, m_A = restarted(state["m_B"], state["m_A"])
