@@ -288,7 +288,7 @@ def test_what_cannot_be_had_is_named_with_a_way_out(tasks, data, message):
 
 
 def test_rows_of_other_columns_are_named(jsonl):
-    with pytest.raises(KeyError, match=r"a row has prompt, text; expected question \(GSM8K\) or problem \(MATH\)"):
+    with pytest.raises(SystemExit, match=r"a row has prompt, text; expected question \(GSM8K\) or problem \(MATH\)"):
         run.load_tasks(["gsm8k_metamath"], {"gsm8k_metamath": str(jsonl([{"prompt": "a", "text": "b"}]))}, own())
 
 
