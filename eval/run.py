@@ -164,9 +164,10 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
     """
     from datasets.exceptions import DatasetsError
 
-    own = ", ".join(own_tasks())
+    own = own_tasks()
     if unknown := [name for name in names if name not in manager.task_index]:
-        raise SystemExit(f"no task {', '.join(unknown)}: expected {own}, or one that `lm-eval ls tasks` lists")
+        expected = f"{', '.join(own)}, or one that `lm-eval ls tasks` lists"
+        raise SystemExit(f"no task {', '.join(unknown)}: expected {expected}")
     if unused := data.keys() - set(names):
         raise SystemExit(f"data given for {', '.join(unused)}, which is not among the tasks {', '.join(names)}")
     loaded = []
@@ -186,7 +187,7 @@ def load_tasks(names: list[str], data: dict[str, str], manager: TaskManager) -> 
             # group.
             group = manager.load({"group": f"only_{name}", "task": [{"task": name, **overrides}]})
             found = list(group["tasks"].values())
-            rows = [(task, row) for task in found if name in own_tasks() for row in task.test_docs()]
+            rows = [(task, row) for task in found if name in own for row in task.test_docs()]
         except (OSError, ValueError, KeyError, StopIteration, DatasetsError) as error:
             reason = str(error) or "there are no rows in it"
             raise SystemExit(

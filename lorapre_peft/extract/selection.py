@@ -27,7 +27,7 @@ def selected_linears(
     linear: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, LINEAR)
     }
-    tied = _tied(model)
+    tied, experts = _tied(model), expert_parameters(model)
     selected = {
         name: module
         for name, module in linear.items()
@@ -35,11 +35,10 @@ def selected_linears(
     }
     if required and not selected:
         known = {name.rpartition(".")[2] for name in linear}
-        known |= {".".join(name.split(".")[-2:]) for name in expert_parameters(model)}
+        known |= {".".join(name.split(".")[-2:]) for name in experts}
         raise ValueError(
             f"target_modules={target_modules!r} selects no linear module: the model has {', '.join(sorted(known))}"
         )
-    experts = expert_parameters(model)
     warn_of_unmatched(target_modules, [*linear, *experts, *(name.rpartition(".")[0] for name in experts)])
     return selected
 

@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 
 from ..lowrank.rules import RULES
-from ..optim.options import RULE_OPTIONS, check_rule_options, is_whole
+from ..optim.options import RULE_OPTIONS, check_rule_options, is_whole, one_of
 
 # This file lies beside adapter_config.json, which stays that of a plain LoraConfig: PEFT warns about unknown keys.
 CONFIG_NAME = "lorapre_config.json"
@@ -79,8 +79,7 @@ class LoRAPreConfig(LoraConfig):
                 f"momentum_rank_pattern={self.momentum_rank_pattern!r}: expected ranks by module, such as "
                 "{'q_proj': 4}"
             )
-        if self.update_rule not in RULES:
-            raise ValueError(f"update_rule={self.update_rule!r}: expected one of {', '.join(map(repr, RULES))}")
+        one_of("update_rule", self.update_rule, RULES)
         largest = max([self.r, *(self.rank_pattern or {}).values()])
         named = {"momentum_rank": self.momentum_rank} | {
             f"momentum_rank_pattern[{key!r}]": k for key, k in self.momentum_rank_pattern.items()

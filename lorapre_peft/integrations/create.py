@@ -16,7 +16,7 @@ from ..lowrank.sharding import rank
 from ..optim.adamw import LoRAPreAdamW
 from ..optim.base import LoRAPreOptimizer
 from ..optim.muon import LoRAPreMuon
-from ..optim.options import check_momentum_rank
+from ..optim.options import check_momentum_rank, one_of
 from .summary import state_table
 from .targets import Targets, adapter_targets, freeze_others, has_adapter, thawed_after_an_error, weight_targets
 
@@ -173,8 +173,7 @@ def check_call(optimizer: Any, options: dict[str, Any], example: str) -> None:
     """
     if not isinstance(optimizer, str):
         raise TypeError(f"found a {type(optimizer).__name__} where the optimizer's name is expected: write {example}")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(map(repr, OPTIMIZERS))}")
+    one_of("optimizer", optimizer, OPTIMIZERS)
     known = option_names(optimizer)
     if unknown := sorted(options.keys() - known):
         raise TypeError(
@@ -183,8 +182,8 @@ def check_call(optimizer: Any, options: dict[str, Any], example: str) -> None:
         )
     choices = {"others": ("adamw", "frozen"), "embeddings": ("adamw", "frozen"), "update_rule": tuple(RULES)}
     for name, expected in choices.items():
-        if options.get(name) is not None and options[name] not in expected:
-            raise ValueError(f"{name}={options[name]!r}: expected one of {', '.join(map(repr, expected))}")
+        if options.get(name) is not None:
+            one_of(name, options[name], expected)
     check_momentum_rank(options.get("momentum_rank"))
     if options.get("momentum_rank") == 0:
         raise ValueError(

@@ -41,6 +41,7 @@ from .options import (
     check_parameter,
     check_stack,
     check_uncompressed,
+    one_of,
     warn_of_misspelt,
 )
 from .state import OF_PLACES, RANK_OPTIONS, STACK_OPTIONS
@@ -107,8 +108,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
     shared_options: tuple[str, ...] = ("update_rule", "bf16_rounding", "temporary_bytes")
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str):
-        if backend not in self.backend_names:
-            raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, self.backend_names))}")
+        one_of("backend", backend, self.backend_names)
         self._reset(backend)
         self._constructed = False
         super().__init__(params, {**defaults, "experts": None, "experts_dim": 0})

@@ -32,6 +32,12 @@ def in_range(name: str, value: Any, low: float, high: float | None = None, *, cl
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
+def one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in (expected := tuple(choices)):
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, expected))}")
+
+
 def is_whole(value: Any, low: int) -> bool:
     """Return whether a value is a whole number of at least ``low``; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
@@ -63,8 +69,7 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; expected a number or a tensor with one element")
     in_range("lr", lr, 0)
     in_range("weight_decay", group["weight_decay"], 0)
-    if group["update_rule"] not in RULES:
-        raise ValueError(f"update_rule={group['update_rule']!r}: expected one of {', '.join(map(repr, RULES))}")
+    one_of("update_rule", group["update_rule"], RULES)
     check_momentum_rank(group["momentum_rank"])
     check_rule_options(group)
     experts, dim = group.get("experts"), group.get("experts_dim", 0)
