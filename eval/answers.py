@@ -30,16 +30,19 @@ _SIGNED = re.compile(
     rf"(?P<number>{NUMBER.pattern})(?:e(?P<exponent>[-+]?\d+))?(?:\s?/\s?(?P<denominator>{NUMBER.pattern}))?",
     re.IGNORECASE,
 )
-_BRACED = rf"\s*(?:\{{({NUMBER.pattern})\}}|(\d))"
+_BRACED = rf"\s*(?:\{{\s*(-?{NUMBER.pattern})\s*\}}|(\d))"
 _FRACTION = re.compile(rf"(\d?)\\[dt]?frac{_BRACED}{_BRACED}")
 # This matches what stands before the result of an equation of numbers, as in 2 + 3 = 5. A match begins at the start of
-# the text, or behind a letter, an equals sign or a line break. If it could begin anywhere, the search would take
-# quadratic time.
-_SUM = re.compile(r"(?<![^A-Za-z=\n])(?:[^A-Za-z=\n]*=)+")
+# the text, or behind a letter, an equals sign, a semicolon or a line break. If it could begin anywhere, the search
+# would take quadratic time.
+_SUM = re.compile(r"(?<![^A-Za-z=;\n])(?:[^A-Za-z=;\n]*=)+")
 _MATH = re.compile(r"\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BETWEEN = re.compile(r"\s*(?:,|;)?\s*(?:and|or)?\s*")
-# These are the typographers' minus, escaped currency, and what may stand between groups of three digits.
-_SPELLINGS = [("−", "-"), (r"\$", "$"), ("{,}", ","), (r"\,", ""), (r"\!", ""), ("\u00a0", ""), ("\u202f", "")]
+# These are the typographers' minus, escaped currency, LaTeX's comma and negative space, and signs of multiplication.
+_SPELLINGS = [("−", "-"), (r"\$", "$"), ("{,}", ","), (r"\!", ""), (r"\times", "*"), (r"\cdot", "*")]
+_TIMES = re.compile(r"(?<=\d)\s*x\s*(?=\d)", re.IGNORECASE)
+_SPACE = r"(?:\\[,:; ]|[~\u00a0\u2009\u202f])"  # All but the plain one, which may separate two numbers.
+_GROUPED = re.compile(rf"(?<=\d){_SPACE}(?=\d{{3}}(?!\d))")
 
 # LoRA-Pro's released evaluation reads answers and references with this pattern. What it cannot read is 0.
 _PAPER = re.compile(r"####\s*(\d+)")
@@ -61,13 +64,14 @@ class Verdict(NamedTuple):
 def extract_number(text: str) -> Decimal | None:
     """Return the first number after the last marker, or without a marker the text's last number, or None without any.
 
-    If an equation of numbers follows the marker, as in 2 + 3 = 5, its result is returned. Signs, decimals, thousands
-    separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}) are read. Units, currency and text around the
-    number are ignored. Number words, mixed numbers (5 1/2 is 5) and decimal commas (1.000,50 is 1) are not read.
+    If an equation of numbers follows the marker, as in 2 + 3 = 5, its right-hand side is read. Signs, decimals,
+    thousands separators (1,000), exponents (1e3) and fractions (3/4, \\frac{3}{4}) are read. Units, currency and text
+    around the number are ignored. Number words, mixed numbers (5 1/2 is 5) and decimal commas (1.000,50 is 1) are not
+    read.
     """
     tail = _after_marker(text)
     if tail is not None:
-        found = _SIGNED.search(_SUM.sub("", _spelled(tail.strip()), count=1))
+        found = _SIGNED.search(_SUM.sub(" ", _spelled(tail.strip()), count=1))
     else:
         *_, found = [None, *_SIGNED.finditer(_spelled(text))]
     if found is None:
@@ -162,6 +166,7 @@ def _spelled(text: str) -> str:
     """Return the text with its numbers and fractions in plain characters."""
     for spelling, plain in _SPELLINGS:
         text = text.replace(spelling, plain)
+    text = re.sub(_SPACE, " ", _GROUPED.sub("", _TIMES.sub("*", text)))
     # A mixed number such as 5 1/2 stays one.
     return _FRACTION.sub(
         lambda found: f"{found[1]}{' ' if found[1] else ''}{found[2] or found[3]}/{found[4] or found[5]}", text
@@ -190,9 +195,12 @@ def _boxed(text: str) -> str | None:
 def _box(expression: str) -> str:
     """Return an answer in a box, for math-verify, which takes what is boxed as a whole.
 
-    Percent signs are left out. math-verify would read "10%" as text, and MATH leaves the sign to the writer.
+    Percent signs are left out. math-verify would read "10%" as text, and MATH leaves the sign to the writer. Degrees
+    are spelled as in LaTeX, since it knows no other sign for them.
     """
-    return rf"\boxed{{{expression.replace(chr(92) + '%', '').replace('%', '')}}}"
+    for spelling, plain in ((r"\%", ""), ("%", ""), ("°", r"^\circ")):
+        expression = expression.replace(spelling, plain)
+    return rf"\boxed{{{expression}}}"
 
 
 def _plain(expression: str) -> str:
