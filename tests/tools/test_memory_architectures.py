@@ -80,7 +80,18 @@ def test_a_config_without_a_name_is_the_whole_model(name):
     assert estimate(config, momentum_rank=2, batch=0, dtype=torch.float32).weights == weight_bytes(name, config)
 
 
-@pytest.mark.parametrize("name", [name for name in [*WHOLE, *NAMED] if name != "WhisperForCausalLM"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForCausalLM",
+        "T5ForConditionalGeneration",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in [*WHOLE, *NAMED]
+            if name not in ("LlamaForCausalLM", "T5ForConditionalGeneration", "WhisperForCausalLM")
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_activations_grow_with_the_batch(name):
     """A training step of each runs: forward with labels, and backward."""
