@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 
 from eval.rerun.plan import cells
 from eval.rerun.pretraining import PretrainingRunner
-from eval.rerun.suite import load_suite
+from eval.rerun.suite_files import load_suite
 from lorapre_peft import LoRAPreAdamW
 from lorapre_peft.integrations.targets import weight_targets
 from recipes.training import environment, write_atomically

@@ -15,7 +15,7 @@ from .peft_format import write_peft_results
 from .plan import cells
 from .report import write_report
 from .store import Store
-from .suite import RESULTS, load_suite
+from .suite_files import RESULTS, load_suite
 from .work import train, train_in_processes, visible_gpus
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .comparisons import Row, by_seed, paired
 from .report import format_difference
-from .suite import RESULTS
+from .suite_files import RESULTS
 
 
 def named_rows(suite: str, label: str) -> tuple[dict[tuple[str, str], Row], str]:

@@ -22,7 +22,8 @@ from eval.rerun.models import base_config, check_same_base
 from eval.rerun.plan import cells
 from eval.rerun.report import summary
 from eval.rerun.store import Store, _place
-from eval.rerun.suite import SUITES, load_suite, shifted
+from eval.rerun.suite import shifted
+from eval.rerun.suite_files import SUITES, load_suite
 from eval.rerun.training import Runner
 from eval.rerun.work import train, visible_gpus
 from lorapre_peft.integrations.summary import format_bytes

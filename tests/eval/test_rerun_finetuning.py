@@ -11,7 +11,7 @@ from eval.rerun import models
 from eval.rerun.__main__ import main
 from eval.rerun.data import load_splits
 from eval.rerun.plan import cells
-from eval.rerun.suite import load_suite
+from eval.rerun.suite_files import load_suite
 
 CODE = {"source": "code", "package": "networkx", "characters": 400, "validation": 20, "test": 30}
 CALCULATIONS = {"source": "calculations", "validation": 200, "test": 800}

@@ -12,7 +12,8 @@ from eval.rerun.models import base_config
 from eval.rerun.plan import cells
 from eval.rerun.pretraining import PretrainingRunner
 from eval.rerun.report import write_report
-from eval.rerun.suite import Pretraining, Run, load_suite
+from eval.rerun.suite import Pretraining, Run
+from eval.rerun.suite_files import load_suite
 
 TRAINING = Pretraining(
     steps=4, batch_size=8, micro_batch=8, max_length=16, warmup=0.25, adapter_dtype="float32", bf16=False

@@ -21,7 +21,7 @@ from eval.rerun.peft_format import optimizer_kwargs, write_peft_results
 from eval.rerun.plan import cells
 from eval.rerun.report import write_report
 from eval.rerun.store import Store
-from eval.rerun.suite import load_suite
+from eval.rerun.suite_files import load_suite
 from eval.rerun.training import Runner
 from eval.rerun.work import train
 from lorapre_peft import LoRAPreConfig

@@ -4,7 +4,8 @@ import json
 import math
 
 from eval.methods import METHODS
-from eval.rerun.suite import Run, Training, load_suite
+from eval.rerun.suite import Run, Training
+from eval.rerun.suite_files import load_suite
 
 DATA = {"source": "generated", "validation": 4, "test": 4}
 TRAINING = Training(steps=2, batch_size=2, micro_batch=1, bf16=False, adapter_dtype="float32")

@@ -12,7 +12,7 @@ from suites import TRAINING, make_run, record, write_suite
 from eval.rerun.__main__ import main as rerun
 from eval.rerun.plan import cells
 from eval.rerun.store import Store
-from eval.rerun.suite import SUITES, load_suite
+from eval.rerun.suite_files import SUITES, load_suite
 from recipes import OTHERS_LOGS, OTHERS_WARNINGS, precision, sft
 from recipes.arguments import CONFIGS
 from recipes.precision import Precision, choose, fast_dtype
