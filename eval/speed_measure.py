@@ -98,9 +98,10 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    begin.record()
+    stream = torch.cuda.current_stream(device)  # By default events belong to the current device, maybe another.
+    begin.record(stream)
     step()
-    end.record()
+    end.record(stream)
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3
 
