@@ -31,6 +31,11 @@ from recipes.training import commit, environment, free_memory, processor, write_
 LAYER_PRESET = "layers"
 
 
+def compared(device: torch.device) -> list[TimedMethod]:
+    """Return what is timed beside the reference: LoRA-Pre on each backend that runs on this device, and its peers."""
+    return [*lorapre_methods(device), *PEERS]
+
+
 def measure_case(
     case: Case, device: torch.device, seconds: float, patience: float, names: Sequence[str] = ("",)
 ) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def measure_case(
         patience: seconds for building an optimizer and its first steps (`eval.speed_measure.prepare`).
         names: beginnings of the names of the methods that are measured.
     """
-    methods = [method for method in (*lorapre_methods(device), *PEERS) if method.name.startswith(tuple(names))]
+    methods = [method for method in compared(device) if method.name.startswith(tuple(names))]
     if case.sweep:
         methods = [method for method in methods if method.package == "lorapre-peft" and not method.muon]
     applicable = sorted((m for m in methods if case.kind in m.kinds), key=lambda method: method.muon)
@@ -62,12 +67,11 @@ def measure_case(
 
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Return `environment`, the processor's name, the methods' packages, and the bandwidth of a copy on the device."""
-    methods: list[TimedMethod] = [REFERENCE, *lorapre_methods(device), *PEERS]
     return environment() | {
         "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "packages": {method.package: method.package_version for method in methods},
+        "packages": {method.package: method.package_version for method in (REFERENCE, *compared(device))},
         "copy_bytes_per_second": copy_bandwidth(device),
     }
 
@@ -102,14 +106,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m eval.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--preset",
         nargs="+",
         choices=[*PRESETS, LAYER_PRESET],
         default=[*PRESETS, LAYER_PRESET],
         help="which shapes (default: all)",
     )
-    parser.add_argument(
+    which.add_argument(
         "--quick", action="store_true", help="instead: one layer of SmolLM2, to see that everything runs"
     )
     parser.add_argument(
@@ -129,6 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     device = torch.device(args.device)
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {args.device}: expected cpu or cuda, whose steps can be timed")
+    known = [method.name for method in (REFERENCE, *compared(device))]
+    for beginning in args.methods:
+        if not any(name.startswith(beginning) for name in known):
+            parser.error(f"--methods {beginning!r}: expected the beginning of one of {'; '.join(known)}")
     presets = PRESETS | {LAYER_PRESET: LAYERS}
     cases: list[Case | LayerCase] = [*QUICK, *QUICK_LAYERS]
     if not args.quick:

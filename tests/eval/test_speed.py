@@ -258,6 +258,18 @@ def test_the_watchdog_interrupts_again_what_swallows_it():
         step()
 
 
+def test_names_of_no_method_and_devices_that_cannot_be_timed_are_refused(capsys, uncompiled):
+    wrong = {
+        ("--methods", "LoRA-Pre Adam,"): "--methods 'LoRA-Pre Adam,': expected the beginning of one of AdamW, fused; ",
+        ("--device", "mps"): "--device mps: expected cpu or cuda",
+        ("--quick", "--preset", "smollm2"): "not allowed with argument",
+    }
+    for argv, message in wrong.items():
+        with pytest.raises(SystemExit):
+            speed.main(["--device", "cpu", *argv])
+        assert message in capsys.readouterr().err
+
+
 # ---- everything together --------------------------------------------------------------------------------------------
 
 
