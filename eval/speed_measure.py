@@ -303,8 +303,10 @@ def run(
         del sitting[1:]
         free_memory()
 
+    runner: Runner | None = None
     for method in tqdm(methods, desc=problem.case.name, leave=False):
         if sitting[-1].method.muon != method.muon:
+            runner = None  # It would keep the last method's state in memory.
             close_sitting()  # Muon's slow steps would leave the others few rounds.
         runner, reason, memory = _try(method, problem, patience)
         if memory and len(sitting) > 1:
