@@ -20,9 +20,9 @@ from lorapre_peft.memory.models import find_config, meta_model
 GRADIENT_RANK = 4  # The part of a synthetic gradient that is not noise has this rank.
 NOISE = 0.1  # The root mean square of the noise is this share of the low-rank part's.
 GRADIENT_SCALE = 1e-3
-# A weight takes so many bytes: itself, its gradient, AdamW's two moments and a temporary of its foreach form, all in
-# bfloat16.
-WEIGHT_BYTES_ON_GPU = 10
+# A weight takes so many bytes: itself, its gradient, the two moments of the reference, which takes part in every race,
+# and two more and a temporary of foreach AdamW, all in bfloat16.
+WEIGHT_BYTES_ON_GPU = 14
 
 
 @dataclass(frozen=True)
