@@ -65,7 +65,8 @@ class TimedMethod:
 
 
 def _adamw(**options: Any) -> Callable[[nn.Module, float, int], Optimizer]:
-    return lambda model, lr, rank: torch.optim.AdamW(trained(model), lr=lr, betas=(0.9, 0.95), **options)
+    fixed = dict(betas=(0.9, 0.95), weight_decay=0.0)  # Nothing here decays weights. AdamW would by default.
+    return lambda model, lr, rank: torch.optim.AdamW(trained(model), lr=lr, **fixed, **options)
 
 
 def _as_in_suites(name: str) -> Callable[[nn.Module, float, int], Optimizer]:
@@ -85,7 +86,7 @@ def _lora_pro(mode: str) -> Callable[[nn.Module, float, int], Optimizer]:
         from lora_pro import LoRAProAdamW
 
         solver = "vec" if model.peft_config["default"].r <= LARGEST_VEC_RANK else "eig"
-        return LoRAProAdamW(model, lr=lr, lorapro_mode=mode, efficient_solver=solver)
+        return LoRAProAdamW(model, lr=lr, weight_decay=0.0, lorapro_mode=mode, efficient_solver=solver)
 
     return build
 
