@@ -114,10 +114,21 @@ def _project_galore(optimizer: Optimizer) -> None:
 REFERENCE = TimedMethod("AdamW, fused", "torch", _adamw(fused=True), gradient_reads=1)
 PEERS = (
     TimedMethod("AdamW, foreach", "torch", _adamw(foreach=True), gradient_reads=1),
-    TimedMethod("LoRA-FA", "peft", _as_in_suites("lora-fa"), ("adapters",), note="trains B alone"),
+    TimedMethod(
+        "LoRA-FA",
+        "peft",
+        _as_in_suites("lora-fa"),
+        ("adapters",),
+        note=f"trains B alone; {METHODS['lora-fa'].note}",
+    ),
     TimedMethod("Riemannian AdamW", "peft", _as_in_suites("riemannian"), ("adapters",), overwrites_gradients=True),
     TimedMethod(
-        "LoRA-Pro, efficient", "lora-pro-adamw", _lora_pro("efficient"), ("adapters",), overwrites_gradients=True
+        "LoRA-Pro, efficient",
+        "lora-pro-adamw",
+        _lora_pro("efficient"),
+        ("adapters",),
+        overwrites_gradients=True,
+        note=f"with the package's default solver, vec, up to r = {LARGEST_VEC_RANK}, and with eig above",
     ),
     TimedMethod("LoRA-Pro, full", "lora-pro-adamw", _lora_pro("full"), ("adapters",), overwrites_gradients=True),
     TimedMethod(
