@@ -159,9 +159,9 @@ def lorapre_methods(device: torch.device) -> list[TimedMethod]:
             _lorapre(cls, {"backend": backend} | ({"ns_dtype": "bfloat16"} if muon else {})),
             muon=muon,
             gradient_reads=2,
-            # The first steps start all factors and compile some twenty graphs. Muon on large weights is slow at every
-            # step.
-            patience=4 if backend == "compiled" else 1 if muon else 10,
+            # The first steps of "compiled" make some twenty graphs. Those of AdamW compile the kernels of "cpp" and of
+            # "triton". Muon, which comes later, is slow at every step on large weights.
+            patience=4 if backend == "compiled" else 1 if muon or backend == "eager" else 10,
         )
         for muon, cls in ((False, LoRAPreAdamW), (True, LoRAPreMuon))
         for backend in available(device)
