@@ -95,15 +95,17 @@ class RunLoRALinear(nn.Module):
     """Computes PEFT's LoRA layer with the cheapest order for each input, and shares the layer's parameters.
 
     Raises:
-        ValueError: the layer has a bias or dropout, or another adapter than a single plain one.
+        ValueError: the layer or its adapter has a bias, or it has dropout or another adapter than a single plain one.
     """
 
     def __init__(self, layer: Linear) -> None:
         super().__init__()
         (name, *others) = layer.lora_A
         plain = not others and isinstance(layer.lora_dropout[name], nn.Identity) and not layer.lora_variant
-        if not plain or layer.get_base_layer().bias is not None:
-            raise ValueError(f"found {layer}; expected a layer without bias, under one plain adapter without dropout")
+        if not plain or layer.get_base_layer().bias is not None or layer.lora_B[name].bias is not None:
+            raise ValueError(
+                f"found {layer}; expected a layer without bias, under one plain adapter without bias or dropout"
+            )
         self.weight, self.A, self.B = (
             layer.get_base_layer().weight,
             layer.lora_A[name].weight,

@@ -30,7 +30,7 @@ class LayerCase:
     tokens: int
 
 
-# These are layers of attention and MLP of Llama-2-7B. Merging W + s B A saves operations from 2,048 and from 2,990
+# These are layers of attention and MLP of Llama-2-7B. Merging W + s B A saves operations from 2,049 and from 2,986
 # tokens on.
 LAYERS = [
     LayerCase(f"Llama-2-7B {name}, r={r}, {tokens} tokens", p, 4096, r, tokens)

@@ -69,7 +69,7 @@ def test_shapes_of_batches_are_kept():
     torch.testing.assert_close(RunLoRALinear(layer)(x), layer(x))
 
 
-@pytest.mark.parametrize("options", [{"bias": True}, {"lora_dropout": 0.1}, {"use_dora": True}])
+@pytest.mark.parametrize("options", [{"bias": True}, {"lora_bias": True}, {"lora_dropout": 0.1}, {"use_dora": True}])
 def test_layers_of_another_kind_are_refused(options):
     with pytest.raises(ValueError, match="expected a layer without bias, under one plain adapter"):
         RunLoRALinear(make_layer(**options))
