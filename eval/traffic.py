@@ -49,22 +49,27 @@ def all_gather(payload: int, processes: int) -> float:
 def payloads(optimizer: LoRAPreOptimizer, processes: int) -> tuple[int, int]:
     """Return the bytes of what an FSDP2 step adds up over the processes, and of what it gathers.
 
-    Each parameter adds ‖g‖² and whether there is a gradient, both float64. Each moment of rank k of a p×q matrix adds
-    k q float32 numbers of projections, and its Gram matrices in float64, which are 2k² numbers for ``als`` and k² for
-    ``newton``. Muon gathers its momentum, which is p×q float32 with p rounded up to a multiple of the processes.
+    Each matrix or vector adds ‖g‖² and whether there is a gradient, both float64. Each moment of rank k of a p×q
+    matrix adds k q float32 numbers of projections, and its Gram matrices in float64, which are 2k² numbers for ``als``
+    and k² for ``newton``. Muon gathers its momentum, which is p×q float32 with p rounded up to a multiple of the
+    processes. Experts that lie one after the other are each whole on one process, so that nothing is sent for them.
     """
     summed = gathered = 0
     for group in optimizer.param_groups:
         for param in group["params"]:
-            summed += 2 * 8
             ranks = optimizer.ranks(param, group)
+            stack = stack_of(group) if ranks else None
+            if stack is not None and stack.dim == 0:
+                continue
+            matrices = 1 if stack is None else stack.experts
+            summed += matrices * 2 * 8
             if not ranks:
                 continue
-            p, q = matrix_shape(param.shape, stack_of(group))
+            p, q = matrix_shape(param.shape, stack)
             grams = 2 if RULES[group["update_rule"]].projects_new else 1
-            summed += sum(4 * k * q + 8 * grams * k * k for k in ranks)
+            summed += matrices * sum(4 * k * q + 8 * grams * k * k for k in ranks)
             if len(optimizer.moments) == 1:
-                gathered += 4 * processes * -(-p // processes) * q
+                gathered += matrices * 4 * processes * -(-p // processes) * q
     return summed, gathered
 
 
@@ -90,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=8, help="that share the model (default 8)")
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of the suites' models, folders or shapes")
     args = parser.parse_args(argv)
+    if args.processes < 2:
+        parser.error(f"--processes {args.processes}: expected at least 2, as one alone sends nothing")
     rows = {name: sent(base_config(name), args.processes) for name in args.models}
     heads = list(next(iter(rows.values())))
     print(f"| {args.processes} processes | {' | '.join(heads)} |\n|" + "---|" * (len(heads) + 1))

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run
+from stacking import group
 from stepping import weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from eval.traffic import all_gather, all_reduce, payloads
+from eval.traffic import all_gather, all_reduce, main, payloads
 from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 
 SHAPES = [(20, 12), (20, 12), (7, 16), (9,)]  # 7 rows and 9 numbers are not shared evenly by 2 processes
@@ -63,3 +64,17 @@ def test_one_matrix_by_hand():
     muon = LoRAPreMuon([weights(20, 12)], momentum_rank=3, update_rule="newton")
     assert payloads(adamw, 8) == (16 + 192 + 160, 0)
     assert payloads(muon, 8) == (16 + 144 + 72, 4 * 24 * 12)
+
+
+def test_stacks_of_experts_by_hand():
+    """Four experts of 20×12: one after the other each is whole on a process, interleaved each is a matrix as above."""
+    after = LoRAPreAdamW([group("3-D", weights(4, 20, 12), 4)], momentum_rank=3)
+    interleaved = LoRAPreAdamW([group("lora_B", weights(20, 12 * 4), 4)], momentum_rank=3)
+    assert payloads(after, 8) == (0, 0)
+    assert payloads(interleaved, 8) == (4 * (16 + 192 + 160), 0)
+
+
+def test_a_single_process_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--processes", "1"])
+    assert "--processes 1: expected at least 2" in capsys.readouterr().err
