@@ -56,9 +56,11 @@ def main() -> None:
     parser.add_argument("--momentum-rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=3, help="at least 2: the first step starts the factors")
+    parser.add_argument("--steps", type=int, default=3, help="at least 2, as the first starts the factors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps}: expected at least 2, as the first step starts the factors")
     measured, expected = measured_and_estimated(
         args.model,
         momentum_rank=args.momentum_rank,
