@@ -18,6 +18,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from eval.rerun.pretraining import PretrainingRunner
 from eval.rerun.suite_files import load_suite
 from lorapre_peft import LoRAPreAdamW
 from lorapre_peft.integrations.targets import weight_targets
+from lorapre_peft.lowrank.layout import compressed_rank
 from recipes.training import environment, write_atomically
 
 RULES: dict[str, dict[str, Any]] = {
@@ -56,10 +58,16 @@ class Shadow:
     Args:
         build: function that makes the optimizer of a list of parameters.
         shapes: shapes of the matrices.
+        device: device of the gradients.
     """
 
-    def __init__(self, build: Callable[[list[nn.Parameter]], Optimizer], shapes: Sequence[torch.Size]):
-        self.params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    def __init__(
+        self,
+        build: Callable[[list[nn.Parameter]], Optimizer],
+        shapes: Sequence[torch.Size],
+        device: torch.device | str = "cpu",
+    ):
+        self.params = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
         self.optimizer = build(self.params)
 
     @torch.no_grad()
@@ -107,13 +115,26 @@ class Fidelity(TrainerCallback):
         self.series: dict[tuple[str, int, str], dict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make a shadow of exact Adam, and one for each rule and rank."""
+        """Make a shadow of exact Adam, and one for each rule and rank.
+
+        Raises ValueError for a rank at which a matrix is not compressed.
+        """
         targets = weight_targets(kwargs["model"], "all-linear", None, None)
         self._matrices = {name: param for name, param in kwargs["model"].named_parameters() if param in targets}
         shapes = [param.shape for param in self._matrices.values()]
-        self._exact = Shadow(lambda params: torch.optim.AdamW(params, lr=1.0, betas=BETAS, weight_decay=0.0), shapes)
+        for shape, k in product(shapes, self._ranks):
+            if not compressed_rank(shape, k):
+                raise ValueError(
+                    f"found the momentum rank {k}; expected one that compresses matrices of {shape[0]}×{shape[1]}"
+                )
+        device = next(iter(self._matrices.values())).device
+        self._exact = Shadow(
+            lambda params: torch.optim.AdamW(params, lr=1.0, betas=BETAS, weight_decay=0.0), shapes, device
+        )
         self._shadows = {
-            (rule, k): Shadow(_lorapre(k, options), shapes) for rule, options in RULES.items() for k in self._ranks
+            (rule, k): Shadow(_lorapre(k, options), shapes, device)
+            for rule, options in RULES.items()
+            for k in self._ranks
         }
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -261,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 32], metavar="K", help="momentum ranks")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity")
     args = parser.parse_args(argv)
+    for name in ("steps", "every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     found = {"environment": environment()} | measure(args.ranks, args.steps, args.every)
     write_atomically(args.out / "fidelity.json", json.dumps(found, allow_nan=False))

@@ -58,6 +58,12 @@ def test_updates_are_compared_by_direction_and_length():
     assert math.isnan(compared(torch.zeros(1, 2), torch.ones(1, 2))[0])
 
 
+def test_a_rank_that_does_not_compress_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8))
+    with pytest.raises(ValueError, match="found the momentum rank 5; expected one that compresses matrices of 8×12"):
+        fidelity.Fidelity([2, 5], 10).on_train_begin(None, None, None, model=model)
+
+
 def test_the_command_writes_numbers_tables_and_a_plot(tmp_path, monkeypatch):
     made = {"rule": "als", "rank": 2, "layer": "q_proj", "step": [1, 10, 20], "cosine": [0.9, 0.8, None]}
     made |= {"length": [1.0, 1.1, 1.2]} | {factor: [1.0, 2.0e3, 3.0] for factor in fidelity.GRAMS}
