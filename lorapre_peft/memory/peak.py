@@ -163,11 +163,14 @@ def estimate(
 
     Raises:
         ValueError: a model that is not found, an invalid option, or nothing to compress.
+        TypeError: an option that there is not for the optimizer, or ``update_in_backward``.
         RuntimeError: a model whose forward pass does not run on the meta device.
     """
     for name, value, least in (("batch", batch, 0), ("seq_len", seq_len, 1)):
         if not is_whole(value, least):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+    if "update_in_backward" in options:
+        raise TypeError("found update_in_backward among the options; expected in_backward, which stands for it here")
     model = meta_model(model_or_config, dtype)
     options.setdefault("lr", 1e-4)  # Adapters have no default. Any number gives the same memory.
     # The hooks of update_in_backward would read the norms of gradients, which meta tensors do not have.
@@ -332,7 +335,8 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
 
     On CUDA this is the memory of tensors on ``device`` (None: the current device), and PyTorch's peak statistics are
     reset. Otherwise it is the process's resident memory. On Linux its peak is taken since the start of the block.
-    Where the system cannot reset its peak, it is that of the process's whole life, and ``what`` says so.
+    Where the system cannot reset its peak, it is that of the process's whole life, and ``what`` says so. Windows tells
+    neither, and ModuleNotFoundError is raised before the block runs.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
     measured = Measurement()
@@ -350,6 +354,8 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
         Path("/proc/self/clear_refs").write_text("5")
         restarted = True
     except OSError:
+        import resource  # Windows has no such module, which is an error here, before the block has run.
+
         restarted = False
     try:
         yield measured
@@ -359,8 +365,6 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measurement]:
             measured.peak_bytes = int(status.partition("VmHWM:")[2].split()[0]) * 1024  # The file gives kB.
             measured.what = "resident memory of the process"
         else:
-            import resource  # Windows has no such module.
-
             scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2) gives bytes on macOS and kB elsewhere.
             measured.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
             measured.what = "resident memory of the process, the peak of its whole life so far"

@@ -311,6 +311,8 @@ def test_errors(make_llama):
         estimate(model, "sgd")
     with pytest.raises(ValueError, match="momentum_rank=0 compresses nothing"):
         estimate(model, momentum_rank=0)
+    with pytest.raises(TypeError, match="found update_in_backward among the options; expected in_backward"):
+        estimate(model, update_in_backward=True)
     layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with pytest.raises(RuntimeError, match=r"Sequential does not run on the meta device.*Use batch=0"):
         estimate(layers)
