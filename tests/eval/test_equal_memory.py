@@ -29,7 +29,7 @@ def test_the_largest_rank_is_within_the_budget_and_the_next_is_not(make_llama, m
 
 @pytest.mark.slow
 def test_a_models_row_holds_its_budget(monkeypatch, capsys):
-    """Of one layer of width 64: 4 (p + q)(k + 1) bytes of state for `als` within GaLore's (r = 16, bfloat16)."""
+    """Of one layer of width 64, by hand: GaLore's peak at r = 16, and what AdamW takes beyond it, both in bfloat16."""
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
     monkeypatch.setattr(equal_memory, "base_config", lambda name: LlamaConfig(**shape))
     monkeypatch.setitem(equal_memory.RANKS, "llama-60m", 16)
@@ -41,5 +41,5 @@ def test_a_models_row_holds_its_budget(monkeypatch, capsys):
     entries = sum(p * q for p, q in matrices)
     norms = 3 * 64
     total = 2 * (entries + 2 * 99 * 64 + norms) + 2 * (entries + norms) + galore + 4 * norms
-    assert cells[1] == f"r = 16, {total / 1e3:.2f} kB" or cells[1] == f"r = 16, {total / 1e6:.2f} MB"
+    assert cells[1] == f"r = 16, {total / 1e3:.2f} kB"
     assert cells[2] == f"{(4 * entries - galore) / 1e3:.2f} kB more"
