@@ -5,6 +5,7 @@ import json
 import signal
 import statistics
 import time
+import weakref
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -202,6 +203,23 @@ def test_lack_of_memory_closes_the_sitting_and_tries_again(brief):
     results = run(build(MATRICES, CPU), REFERENCE, methods, 0, 60)
     assert [result.reason for result in results] == ["", "", ""]
     assert all(result.ratio > 0 for result in results)
+
+
+def test_the_last_method_is_freed_before_muons_race(brief):
+    built = []
+
+    def build_last(model, lr, rank):
+        optimizer = Sleeper(trained(model), 0.001)
+        built.append(weakref.ref(optimizer))
+        return optimizer
+
+    def build_muon(model, lr, rank):
+        assert built[0]() is None
+        return Sleeper(trained(model), 0.001)
+
+    methods = [TimedMethod("last", "torch", build_last), TimedMethod("muon", "torch", build_muon, muon=True)]
+    problem = build(MATRICES, CPU)
+    assert [result.reason for result in run(problem, REFERENCE, methods, 0, 60)] == ["", "", ""]
 
 
 def test_the_watchdog_stops_before_memory_runs_out(monkeypatch):
