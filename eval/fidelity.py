@@ -159,7 +159,8 @@ class Fidelity(TrainerCallback):
             series = self.series[rule, k, layer]
             series["step"].append(step)
             for quantity in rows[0]:
-                median = statistics.median(row[quantity] for row in rows)
+                values = [row[quantity] for row in rows]
+                median = math.nan if any(map(math.isnan, values)) else statistics.median(values)
                 series[quantity].append(float(f"{median:.4g}") if math.isfinite(median) else None)
 
 
@@ -280,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1200, help="of the run, at whose end the rate is a tenth")
     parser.add_argument("--every", type=int, default=10, help="record at steps 1, 2, 5 and every so many (default 10)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 32], metavar="K", help="momentum ranks")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fidelity")
+    parser.add_argument("--out", type=Path, default=Path("runs/fidelity"), help="folder (default runs/fidelity)")
     args = parser.parse_args(argv)
     for name in ("steps", "every"):
         if getattr(args, name) < 1:

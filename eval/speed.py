@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases: list[Case | LayerCase] = [*QUICK, *QUICK_LAYERS]
     if not args.quick:
         cases = [case for preset in args.preset for case in presets[preset]]
+    files = {case: args.output / f"{case.name.replace(' ', '_').replace('/', '_')}.json" for case in cases}
     args.output.mkdir(parents=True, exist_ok=True)
     around = surroundings(device)
     # The cases of one folder must be measured alike, as they are shown in one table.
@@ -151,21 +152,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     where |= {"torch": around["versions"]["torch"]}
     where |= {name: getattr(args, name) for name in ("seconds", "patience", "methods")}
     summary = {"environment": around, "options": vars(args) | {"output": str(args.output)}, "cases": [], "layers": []}
+    finished = {case for case, file in files.items() if args.resume and file.exists()}
+    for case in finished:
+        found = json.loads(files[case].read_text())["where"]
+        if found != where:
+            parser.error(
+                f"{files[case]} is from {found}, this is {where}: give another --output, or leave out --resume"
+            )
     for case in tqdm(cases, desc="cases"):
-        done = args.output / f"{case.name.replace(' ', '_').replace('/', '_')}.json"
-        if not (args.resume and done.exists()):
+        if case not in finished:
             if isinstance(case, LayerCase):
                 measured = measure_layer(case, device, args.seconds) | {"commit": commit()}
             else:
                 measured = measure_case(case, device, args.seconds, args.patience, args.methods)
             measured |= {"where": where}
-            write_atomically(done, json.dumps(measured, indent=2))
+            write_atomically(files[case], json.dumps(measured, indent=2))
             free_memory()
-        found = json.loads(done.read_text())
-        if found["where"] != where:
-            parser.error(
-                f"{done} is from {found['where']}, this is {where}: give another --output, or leave out --resume"
-            )
+        found = json.loads(files[case].read_text())
         summary["layers" if isinstance(case, LayerCase) else "cases"].append(found)
     (args.output / "results.json").write_text(json.dumps(summary, indent=2))
     print(report(summary, args.output))

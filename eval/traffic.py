@@ -97,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.processes < 2:
         parser.error(f"--processes {args.processes}: expected at least 2, as one alone sends nothing")
-    rows = {name: sent(base_config(name), args.processes) for name in args.models}
+    try:
+        rows = {name: sent(base_config(name), args.processes) for name in args.models}
+    except ValueError as error:  # A model that is not found.
+        parser.error(str(error))
     heads = list(next(iter(rows.values())))
     print(f"| {args.processes} processes | {' | '.join(heads)} |\n|" + "---|" * (len(heads) + 1))
     for name, row in rows.items():

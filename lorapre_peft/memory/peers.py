@@ -132,6 +132,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--lora-r", type=int, nargs="+", metavar="R", help="instead: the state of adapters of these ranks"
     )
     args = parser.parse_args(argv)
+    of_weights = ("momentum_rank", "embeddings", "dtype", "no_in_backward", "batch", "seq_len", "no_checkpointing")
+    unused = [f"--{name.replace('_', '-')}" for name in of_weights if getattr(args, name) != parser.get_default(name)]
+    if args.lora_r and unused:
+        parser.error(
+            f"--lora-r prints the state of adapters, which does not depend on {', '.join(unused)}: leave that out"
+        )
 
     names = ("momentum_rank", "second_momentum_rank", "update_rule", "embeddings")
     options = {name: getattr(args, name) for name in names}

@@ -95,7 +95,19 @@ def test_command_line_with_a_folder_and_every_option(llama_path, capsys):
 
 
 def test_command_line_says_what_is_wrong(capsys):
-    for argv, message in (["nobody/nothing"], "no local folder"), (["Llama-2-7b-hf", "--seq-len", "0"], "seq_len=0"):
+    wrong = {
+        ("nobody/nothing",): "no local folder",
+        ("Llama-2-7b-hf", "--seq-len", "0"): "seq_len=0",
+        (
+            "Llama-2-7b-hf",
+            "--lora-r",
+            "8",
+            "--batch",
+            "4",
+            "--no-checkpointing",
+        ): "on --batch, --no-checkpointing: leave",
+    }
+    for argv, message in wrong.items():
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         assert stopped.value.code == 2
