@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import signal
 import statistics
 import threading
@@ -234,6 +235,8 @@ class Racer(Protocol):
 def race(runners: Sequence[Racer], seconds: float) -> None:
     """Time steps of all runners, interleaved, for about ``seconds``, and fill in their results.
 
+    Each round has an order of its own, drawn at random but the same in every race, so that no method always finds the
+    caches as the same other one has left them.
     The first runner is the reference of the ratios. Each runner has an equal share of the time. Slow ones take part in
     fewer rounds, evenly spread, but never in fewer than `MIN_ROUNDS`. A runner whose step fails is out of the race,
     with the reason. If the reference fails, its error is raised.
@@ -256,8 +259,7 @@ def race(runners: Sequence[Racer], seconds: float) -> None:
     reference.turns = rounds = max(runner.turns for runner in racing)
     times: dict[int, list[float]] = {id(runner): [] for runner in runners}
     for number in tqdm(range(rounds), desc="rounds", leave=False, delay=1):
-        start = number % len(racing)
-        for runner in racing[start:] + racing[:start]:
+        for runner in random.Random(number).sample(racing, len(racing)):
             if (number + 1) * runner.turns // rounds > number * runner.turns // rounds:
                 times[id(runner)].append(attempt(runner))
     for runner in racing:
