@@ -10,7 +10,7 @@ from eval.methods import METHODS
 from recipes.training import environment
 
 from .dry_run import plan_table
-from .models import check_same_base, make_base
+from .models import make_base
 from .peft_format import write_peft_results
 from .plan import cells
 from .report import write_report
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         others = [] if args.out else [RESULTS / name for name in suite.records_of]
         store = Store(args.out or RESULTS / suite.name, others)
         records = store.load()
-        check_same_base(records)
         suite, precision = suite.settled(records)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -57,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not suite.pretrains:
         for model in dict.fromkeys(cell.model for cell in part if cell.pending(records)):
             try:
-                base = make_base(model)
-                check_same_base(records, base)
-                surroundings["versions"] |= base
+                surroundings["versions"] |= make_base(model)
             except (ValueError, FileNotFoundError) as error:
                 parser.exit(2, f"{parser.prog}: error: {error}\n")
     lost = 0

@@ -18,7 +18,7 @@ from suites import finish, make_run, record, write_suite
 from eval.methods import METHODS, Method
 from eval.methods.method import build_adamw
 from eval.rerun.dry_run import memory_estimate, plan_table
-from eval.rerun.models import base_config, check_same_base
+from eval.rerun.models import base_config
 from eval.rerun.plan import cells
 from eval.rerun.report import summary
 from eval.rerun.store import Store, _place
@@ -123,18 +123,6 @@ def test_suites_that_build_on_each_other_are_named(tmp_path):
     path.write_text(json.dumps({"base": str(path)}))
     with pytest.raises(ValueError, match=r"in a circle: .*circle\.yaml, .*circle\.yaml"):
         load_suite(str(path))
-
-
-def test_runs_of_two_makings_of_a_base_are_refused():
-    def record(digest):
-        return {"run": {"model": "llama-4m"}, "environment": {"versions": {"llama-4m": digest}}}
-
-    check_same_base({"a": record("1"), "b": record("1")}, {"llama-4m": "1"})
-    check_same_base({"a": {"run": {"model": "llama-1m"}, "environment": {"versions": {}}}}, {"llama-4m": "1"})
-    with pytest.raises(ValueError, match="started from llama-4m 1 and from llama-4m 2, expected one"):
-        check_same_base({"a": record("1"), "b": record("2")})
-    with pytest.raises(ValueError, match=r"found llama-4m 2 in .*llama_4m_adamw, expected 1, from which"):
-        check_same_base({"a": record("1")}, {"llama-4m": "2"})
 
 
 def test_run_names_depend_on_the_whole_declaration():
