@@ -66,9 +66,12 @@ class RecipeParser(TrlParser):
     def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
         """Return an instance of each argument class, with the chosen dtypes in place of ``auto``.
 
-        args: command line. options: as in `TrlParser`.
+        args: command line. options: as in `TrlParser`. Exits if the command line has arguments that there are not.
         """
-        self.given = vars(self.parse_known_args(args)[0])
+        known, unknown = self.parse_known_args(args)
+        if unknown:
+            self.error(f"unknown: {' '.join(unknown)}; --help lists the options, and at most one --config is read")
+        self.given = vars(known)
         given = SimpleNamespace(**self.given)
         self.precision = choose(
             "cpu" if given.use_cpu else accelerator(),
@@ -101,15 +104,21 @@ class RecipeParser(TrlParser):
 def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipeParser, tuple[Any, ...], dict[str, Any]]:
     """Return the parser, an instance of each argument class, and the keys whose values are not the defaults.
 
-    argv: command line. classes: argument classes.
+    argv: command line. classes: argument classes. Exits if there is no such config, or if it is no YAML.
     """
     parser = RecipeParser(classes)
     parser.set_defaults(use_cpu=not torch.cuda.is_available())  # With bf16, TrainingArguments needs CUDA or use_cpu.
     defaults = vars(parser.parse_known_args([])[0])
+    # TrlParser knows the file of --config only as a word of its own.
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if words and words[-1] == "--config":
+        parser.error(f"--config: expected a file; those of this project are in {CONFIGS}")
     try:
-        parsed = parser.parse_args_and_config(list(argv))
-    except FileNotFoundError as error:
+        parsed = parser.parse_args_and_config(words)
+    except (FileNotFoundError, IsADirectoryError) as error:
         parser.error(f"there is no config {error.filename}; those of this project are in {CONFIGS}")
+    except yaml.YAMLError as error:
+        parser.error(f"the config is no YAML: {error}")
     config = {
         name: value.value if isinstance(value, Enum) else value
         for name, value in parser.given.items()

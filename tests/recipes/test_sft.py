@@ -252,6 +252,32 @@ def test_a_value_that_the_command_line_would_not_take_is_not_taken_from_a_config
     assert re.search(f"{key}: {found}", capsys.readouterr().err)
 
 
+def test_a_config_may_be_given_with_an_equals_sign():
+    assert sft.parse([f"--config={config('smollm2')}", "--use_cpu"])[0].model.lora_r == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config"], "--config: expected a file; those of this project are in"),
+        (["--config", str(CONFIG_FOLDER)], f"there is no config {CONFIG_FOLDER};"),
+        (["--config", str(config("smollm2")), "--config", "other"], "unknown: --config other; .* one --config"),
+        (["--config", str(config("smollm2")), "--lerning_rate", "1"], "unknown: --lerning_rate 1; --help lists"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_says_why(capsys, words, said):
+    with pytest.raises(SystemExit):
+        sft.parse(["--use_cpu", *words])
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_config_that_is_no_yaml_is_named(capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_text("seed: [1\n")
+    with pytest.raises(SystemExit):
+        recipe(tmp_path / "bad.yaml")
+    assert re.search(r"the config is no YAML: .*\s.*bad\.yaml", capsys.readouterr().err)
+
+
 def test_a_command_without_a_model_says_what_to_give(capsys):
     with pytest.raises(SystemExit):
         sft.parse(["--use_cpu"])
