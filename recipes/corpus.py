@@ -304,7 +304,8 @@ def run_tokenizer(corpus: CorpusArguments, folder: Path) -> PreTrainedTokenizerB
         ):
             tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_name)
     else:
-        texts = (row[corpus.text_column] for row in corpus.documents(SHARED_SEED).take(corpus.tokenizer_documents))
+        documents = corpus.documents(SHARED_SEED).take(corpus.tokenizer_documents)
+        texts = (_text(row[corpus.text_column]) for row in documents)
         tokenizer = train_tokenizer(texts, corpus.vocab_size)
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer {corpus.tokenizer_name} has no end token: documents could not be told apart")

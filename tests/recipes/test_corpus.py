@@ -172,6 +172,8 @@ def test_documents_without_text_are_empty_ones_and_other_values_an_error(tmp_pat
         return take(arguments.train_stream(bpe, 0), 1)
 
     assert rows(TEXTS[0], None, "") == rows(TEXTS[0])
+    path = str(tmp_path / "rows.jsonl")
+    run_tokenizer(CorpusArguments(dataset_name=path, vocab_size=VOCABULARY, eval_share=0), tmp_path / "kept")
     with pytest.raises(ValueError, match=r"found 3 for a document; expected text: name the column .*text_column"):
         rows(3, 4)
     with pytest.raises(ValueError, match=r"eval_share=1\.5: expected a share of the documents, from 0 to 1"):
