@@ -35,7 +35,8 @@ class CorpusArguments:
     """Holds the arguments that say which text a model is trained on and how it is cut into rows.
 
     Raises:
-        ValueError: ``eval_share`` is not between 0 and 1, or ``eval_split`` names the documents that are trained on.
+        ValueError: ``eval_share`` is not between 0 and 1, a number of tokens or documents is too small, or
+            ``eval_split`` names the documents that are trained on.
     """
 
     dataset_name: str = field(
@@ -78,7 +79,7 @@ class CorpusArguments:
     )
     shuffle_documents: int = field(
         default=1000,
-        metadata={"help": "Documents that are read at a time; the rows made of them are shuffled."},
+        metadata={"help": "Documents that are read at a time; the rows made of them are shuffled. At least 1."},
     )
     tokenizer_name: str | None = field(
         default=None,
@@ -94,6 +95,10 @@ class CorpusArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.eval_share <= 1:
             raise ValueError(f"eval_share={self.eval_share}: expected a share of the documents, from 0 to 1")
+        least = {"max_length": 1, "shuffle_documents": 1, "tokenizer_documents": 1, "eval_tokens": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {smallest}")
         self.eval_split = None if self.eval_split == "none" else self.eval_split
         if self.eval_split and (self.eval_split == self.train_split or Path(self.dataset_name).is_file()):
             raise ValueError(

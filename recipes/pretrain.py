@@ -70,10 +70,10 @@ class PretrainArguments(TrainingArguments):
             return
         rows = self.train_batch_size * self.world_size
         steps, rest = divmod(self.total_batch_size, rows)
-        if rest:
+        if rest or steps < 1:
             raise ValueError(
-                f"total_batch_size={self.total_batch_size} is no multiple of the {rows} rows that {self.world_size} "
-                "process(es) take at a time: change per_device_train_batch_size"
+                f"total_batch_size={self.total_batch_size} is no positive multiple of the {rows} rows that "
+                f"{self.world_size} process(es) take at a time: change per_device_train_batch_size"
             )
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
@@ -184,9 +184,14 @@ class Recipe:
 
 
 def parse(argv: Sequence[str]) -> Recipe:
-    """Parse a command line into a `Recipe`."""
+    """Parse a command line into a `Recipe`. Raises ValueError if its rows are longer than its model is for."""
     parser, parsed, config = parse_recipe(argv, [PretrainArguments, LlamaArguments, MethodArguments, CorpusArguments])
-    training, *_, corpus = parsed
+    training, llama, _, corpus = parsed
+    if corpus.max_length > llama.max_position_embeddings:
+        raise ValueError(
+            f"max_length={corpus.max_length} and max_position_embeddings={llama.max_position_embeddings}: the model's "
+            f"config would not allow its own rows; give max_position_embeddings={corpus.max_length}, or shorter rows"
+        )
     if corpus.packing and training.include_num_input_tokens_seen == "non_padding":
         training.include_num_input_tokens_seen = "all"  # Trainer would not count end tokens that are also the padding.
     return Recipe(*parsed, parser.precision, config)

