@@ -111,7 +111,8 @@ def load_data(
         text_field: name of the column of plain text (TRL's ``dataset_text_field``).
 
     Raises:
-        ValueError: a size below 1, other columns, too few rows, or rows that are not the manifest's.
+        ValueError: a size below 1, other columns, a row without text, too few rows, or rows that are not the
+            manifest's.
         FileNotFoundError: a source that cannot be had.
     """
     for split, size in sizes.items():
@@ -180,12 +181,26 @@ def _read(source: str, text_field: str) -> Dataset:
     for form in (PROMPT, MESSAGES, CONVERSATIONS, (text_field,)):
         if set(form) <= set(names):
             dataset = dataset.select_columns([*form, *(name for name in BESIDE if name in names)])
-            return dataset.map(lambda _, row: {"row": row}, with_indices=True, desc="numbering rows")
+            # Blank rows of plain text are left out later. A prompt without completion is a fault of the data.
+            kinds = (str, type(None)) if form == (text_field,) else (str, list)
+            told = {"kinds": dict.fromkeys(form, kinds), "source": source}
+            return dataset.map(_numbered, with_indices=True, fn_kwargs=told, desc="numbering rows")
     raise ValueError(
         f"{source} has the columns {', '.join(names)}; expected MetaMathQA's query, response and type, or a form that "
         f"TRL prepares: prompt and completion, messages, conversations, or {text_field} (dataset_text_field names "
         "another column of text)"
     )
+
+
+def _numbered(example: dict[str, Any], row: int, kinds: dict[str, tuple[type, ...]], source: str) -> dict[str, int]:
+    """Return a row's number. Raise ValueError if one of its columns holds something else than its kinds."""
+    for name, expected in kinds.items():
+        if not isinstance(example[name], expected):
+            raise ValueError(
+                f"{source}: row {row} has {example[name]!r} as its {name}; expected text or messages: mend the row or "
+                "take it out"
+            )
+    return {"row": row}
 
 
 def _rows(dataset: Dataset, rows: dict[str, list[int]], source: str) -> DatasetDict:

@@ -182,6 +182,19 @@ def test_columns_that_trl_does_not_take_are_named(jsonl):
         load_data(path, {"train": 1})
 
 
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (lambda n: {"prompt": "a", "completion": "b" if n < 3 else None}, "row 3 has None as its completion"),
+        (lambda n: {"messages": None}, "row 0 has None as its messages; expected text or messages"),
+        (lambda n: {"text": n}, "row 0 has 0 as its text; expected text"),
+    ],
+)
+def test_a_row_without_text_is_named(form, said, jsonl):
+    with pytest.raises(ValueError, match=said):
+        load_data(str(jsonl(form)), {"train": None})
+
+
 @pytest.mark.parametrize("form", [FORMS["messages"], FORMS["conversations"]], ids=["messages", "conversations"])
 def test_conversations_need_a_chat_template(form, jsonl, llama_path, tmp_path):
     path = jsonl(form)
