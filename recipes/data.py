@@ -111,14 +111,14 @@ def load_data(
         text_field: name of the column of plain text (TRL's ``dataset_text_field``).
 
     Raises:
-        ValueError: a size below 1, other columns, a row without text, too few rows, or rows that are not the
-            manifest's.
-        FileNotFoundError: a source that cannot be had.
+        ValueError: a size below 1, other columns, a row without text, too few rows, a manifest that `write_manifest`
+            has not written, or rows that are not the manifest's.
+        FileNotFoundError: a source or a manifest that cannot be had.
     """
     for split, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{split}_size={size}: expected at least one row of the split {split!r}")
-    expected = json.loads(Path(manifest).read_text()) if manifest else None
+    expected = _read_manifest(Path(manifest)) if manifest else None
     if expected:
         found = {split: len(rows["rows"]) for split, rows in expected["splits"].items()}
         if found != {split: found.get(split) if size is None else size for split, size in sizes.items()}:
@@ -257,13 +257,27 @@ def _split(dataset: Dataset, sizes: dict[str, int | None], has: str) -> DatasetD
 def write_manifest(data: DatasetDict, source: str, path: Path) -> None:
     """Write the row numbers and the SHA-256 of every split, for ``load_data(manifest=…)`` on another machine.
 
-    If the file exists, because a run goes on, the rows are compared with it instead. Raises ValueError if they differ.
+    If the file exists, because a run goes on, the rows are compared with it instead. Raises ValueError if they differ,
+    or if the file is another one.
     """
     if path.exists():
-        _check(data, json.loads(path.read_text()), source, str(path))
+        _check(data, _read_manifest(path), source, str(path))
         return
     splits = {split: {"sha256": _checksum(rows), "rows": rows["row"][:]} for split, rows in data.items()}
     write_atomically(path, json.dumps({"dataset_name": source, "splits": splits}) + "\n")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return what `write_manifest` has written. Raise ValueError for a file that it has not."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no manifest {str(path)!r} (working folder: {Path.cwd()})")
+    try:
+        manifest = json.loads(path.read_text())
+        if all(rows.keys() >= {"sha256", "rows"} for rows in manifest["splits"].values()):
+            return manifest
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{path} does not hold the rows of a fine-tuning run; expected the manifest.json of recipes.sft")
 
 
 def _checksum(rows: Dataset) -> str:

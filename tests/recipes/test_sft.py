@@ -127,6 +127,16 @@ def test_a_manifest_gives_the_same_rows_without_a_tokenizer(load, metamath, tmp_
         load_data(str(changed), sizes, manifest=tmp_path / "manifest.json")
 
 
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"dataset_name": "sotu", "train": {"sha256": "of pre-training"}}'])
+def test_another_file_than_a_manifest_is_named(load, tmp_path, text):
+    path = tmp_path / "manifest.json"
+    with pytest.raises(FileNotFoundError, match=r"no manifest '.*manifest\.json'"):
+        load({"train": 7}, manifest=path)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json does not hold the rows of a fine-tuning run; expected the"):
+        load({"train": 7}, manifest=path)
+
+
 def test_a_run_that_goes_on_must_find_the_rows_that_it_began_with(load, tmp_path):
     path = tmp_path / "manifest.json"
     write_manifest(load({"train": 7}), "metamath", path)
