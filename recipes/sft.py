@@ -137,11 +137,13 @@ class Recipe:
 def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
     """Parse a command line into a `Recipe`, followed by an instance of each of the ``more`` argument classes.
 
-    Exits if no model is given.
+    Exits if no model is given, or if its dtype is given twice.
     """
     parser, parsed, config = parse_recipe(argv, [SFTConfig, ModelArguments, LoRAPreArguments, DataArguments, *more])
     if not parsed[1].model_name_or_path:
         parser.error("no model: give --config recipes/configs/NAME.yaml, or --model_name_or_path")
+    if twice := {"dtype", "torch_dtype"} & (parsed[0].model_init_kwargs or {}).keys():
+        parser.error(f"model_init_kwargs has {twice.pop()}: give it as --dtype, the recipe's own option")
     return Recipe(*parsed[:4], parser.precision, config), *parsed[4:]
 
 
