@@ -40,6 +40,12 @@ from recipes.training import start_run, train
 
 # An adapter's config holds these options. With full weights they are the optimizer's.
 RANK_KEYS = ("momentum_rank", *RULE_OPTIONS)
+# These options concern an adapter alone. Of full weights lora_target_modules names those that are compressed.
+ADAPTER_KEYS = tuple(
+    f.name
+    for f in dataclasses.fields(ModelConfig)
+    if f.name.startswith(("lora_", "use_dora", "use_rslora")) and f.name != "lora_target_modules"
+)
 
 
 @dataclass
@@ -97,11 +103,6 @@ class LoRAPreArguments:
         default=False, metadata={"help": "Go on from the last checkpoint in output_dir, with the same config."}
     )
 
-    def unused(self) -> list[str]:
-        """Return the keys that are given and mean nothing without LoRA-Pre."""
-        keys = (*RANK_KEYS, "adjust_lr_fn", "update_in_backward")
-        return [key for key in keys if self.optimizer == "trainer" and getattr(self, key) not in (None, False)]
-
 
 @dataclass
 class ModelArguments(ModelConfig):
@@ -132,6 +133,18 @@ class Recipe:
     def load_data(self) -> DatasetDict:
         """Return the run's data as `recipes.data.load_data` does."""
         return self.data.load(self.sft.seed, self.sft.dataset_text_field)
+
+    def unused(self) -> list[str]:
+        """Return sentences that name the keys which are given and mean nothing in this run."""
+        ignored: dict[str, tuple[str, ...]] = {}
+        if self.lorapre.optimizer == "trainer":
+            ignored["optimizer: trainer"] = (*RANK_KEYS, "adjust_lr_fn", "update_in_backward")
+            if self.model.use_peft:  # LoRA-Pre refuses these for an adapter.
+                ignored["optimizer: trainer"] += ("others", "embeddings")
+        if not self.model.use_peft:
+            ignored["use_peft: false"] = ADAPTER_KEYS
+        given = {reason: [key for key in keys if key in self.config] for reason, keys in ignored.items()}
+        return [f"{reason} does not use {', '.join(keys)}" for reason, keys in given.items() if keys]
 
 
 def parse(argv: Sequence[str], *more: type) -> tuple[Any, ...]:
@@ -229,9 +242,9 @@ def main() -> None:
         data = recipe.load_data()
     if is_main:
         write_manifest(data, recipe.data.dataset_name, recipe.folder / "manifest.json")
-    if unused := recipe.lorapre.unused():
-        print(f"optimizer: trainer does not use {', '.join(unused)}")
     trainer = build_trainer(recipe, data)
+    for sentence in recipe.unused():
+        trainer.accelerator.print(sentence)
     rows = recipe.sft.train_batch_size * recipe.sft.gradient_accumulation_steps * recipe.sft.world_size
     trainer.accelerator.print(f"{rows} rows per optimizer step on {recipe.sft.world_size} process(es)")
     metrics = train(trainer, resume=recipe.lorapre.resume)

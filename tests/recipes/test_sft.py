@@ -439,7 +439,16 @@ def test_torchs_optimizer_trains_the_same_weights_and_names_the_keys_it_does_not
     assert len(trained) == 2 * 7
     assert all("proj" in name for name in trained)
     run(config("llama2_7b_lora_adamw"), "--optimizer", "trainer", "--update_rule", "newton", "--max_steps", "1")
-    assert "optimizer: trainer does not use update_rule" in capsys.readouterr().out
+    assert "optimizer: trainer does not use update_rule\n" in capsys.readouterr().out
+
+
+def test_keys_that_mean_nothing_in_a_run_are_named():
+    assert recipe(config("smollm2"), "--use_cpu").unused() == []
+    assert recipe(config("llama2_7b_full_adamw"), "--use_cpu", "--embeddings", "frozen").unused() == []
+    adapter = recipe(config("smollm2"), "--use_cpu", "--optimizer", "trainer", "--embeddings", "adamw")
+    assert adapter.unused() == ["optimizer: trainer does not use embeddings"]
+    full = recipe(config("llama2_7b_full_adamw"), "--use_cpu", "--optimizer", "trainer", "--lora_r", "4")
+    assert full.unused() == ["optimizer: trainer does not use momentum_rank", "use_peft: false does not use lora_r"]
 
 
 def test_a_start_leaves_other_files_alone_and_writes_no_token(monkeypatch, tmp_path):
