@@ -42,6 +42,7 @@ GRID = {
     "momentum_rank": "it differs from run to run; give --momentum_ranks",
     "seed": "it differs from run to run; give --seeds",
     "optimizer": "LoRA-Pre's AdamW and torch.optim.AdamW are compared",
+    "optim": "LoRA-Pre's AdamW and torch.optim.AdamW are compared",
     "config": "it is recipes/configs/smollm2_full.yaml; give single keys",
 }
 
@@ -49,14 +50,17 @@ GRID = {
 def arguments(*more: str) -> tuple[Recipe, FullWeightArguments]:
     """Parse the command line on top of the comparison's config, and ``more`` on top of both.
 
-    Returns the recipe and the grid. Raises SystemExit for a key of `GRID`.
+    Returns the recipe and the grid. Raises SystemExit for a key of `GRID`, and for no held-out problems.
     """
     for key, instead in GRID.items():
         if any(given.partition("=")[0].replace("-", "_") == f"__{key}" for given in sys.argv[1:]):
             raise SystemExit(f"--{key} cannot be given here: {instead}")
     folder = ["--output_dir", "runs/full_weights", "--resume", "true"]
     defaults = ["--config", str(CONFIGS / "smollm2_full.yaml"), *folder]
-    return parse([*defaults, *sys.argv[1:], *more], FullWeightArguments)
+    recipe, options = parse([*defaults, *sys.argv[1:], *more], FullWeightArguments)
+    if not recipe.data.eval_size:
+        raise SystemExit("found eval_size=0; the held-out loss chooses the rates: expected an eval_size above 0")
+    return recipe, options
 
 
 def train(recipe: Recipe) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def arguments(*more: str) -> tuple[Recipe, QuickstartArguments]:
     """Parse the command line on top of the quickstart's config, and ``more`` on top of both.
 
     Returns the recipe and the comparison's arguments. Raises SystemExit for data without answers, for no held-out
-    problems, and for full weights.
+    problems, for full weights, and for another optimizer than those that are compared.
     """
     defaults = ["--config", str(CONFIGS / "smollm2.yaml"), "--output_dir", "runs/quickstart"]
     recipe, options = parse([*defaults, *sys.argv[1:], *more], QuickstartArguments)
@@ -64,6 +64,13 @@ def arguments(*more: str) -> tuple[Recipe, QuickstartArguments]:
             f"found dataset_name={data.dataset_name!r}, eval_size={data.eval_size} and use_peft={adapter}; the "
             f"quickstart trains an adapter, and tests it on problems with answers: expected {GENERATED!r}, an "
             "eval_size above 0 and use_peft. Other data and full weights are for recipes.sft, with the same keys"
+        )
+    optimizer, optim = recipe.lorapre.optimizer, recipe.sft.optim.value
+    if (optimizer == "trainer" and not more) or optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise SystemExit(
+            f"found optimizer={optimizer!r} and optim={optim!r}; the quickstart compares LoRA-Pre, optimizer adamw or "
+            "muon, with torch.optim.AdamW, optim adamw_torch or adamw_torch_fused. Others are for recipes.sft, with "
+            "the same keys"
         )
     return recipe, options
 
@@ -182,7 +189,8 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
         color = "grey"
         if "log" in result:
             points = [(row["step"], row["loss"]) for row in result["log"] if "loss" in row]
-            (line,) = axis.plot(*zip(*points), label=f"{name}, training")
+            steps, losses = zip(*points) if points else ((), ())  # There are none with logging_strategy no.
+            (line,) = axis.plot(steps, losses, label=f"{name}, training")
             color = line.get_color()
         label = f"{name}, held out: {result['loss']:.3f}"
         axis.axhline(result["loss"], color=color, linestyle="--", linewidth=1, label=label)

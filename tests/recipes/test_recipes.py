@@ -78,6 +78,24 @@ def test_quickstart_names_what_it_cannot_test_before_it_loads_anything(run, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", [["--optimizer", "trainer"], ["--optim", "adafactor"]])
+def test_quickstart_trains_no_optimizer_under_anothers_name(run, tmp_path, option):
+    with pytest.raises(SystemExit, match="the quickstart compares LoRA-Pre, optimizer adamw or muon, with"):
+        run(quickstart, *QUICK, *option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plot_of_a_run_without_logs(tmp_path):
+    quickstart.plot({"before": {"loss": 2.0}, "after": {"loss": 1.0, "log": []}}, "title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_full_weights_needs_held_out_problems_before_it_trains(run, tmp_path):
+    with pytest.raises(SystemExit, match="found eval_size=0; the held-out loss chooses the rates"):
+        run(full_weights, "--eval_size", "0")
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, capsys):
     options = ["--train_size", "4", "--lrs", "1e-3", "1e-2", "--baseline_lrs", "1e-3"]
     folder = run(full_weights, *options)
@@ -100,9 +118,9 @@ def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, c
     assert "run 1 of" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given", ["--learning_rate", "--seed=1", "--momentum-rank", "--config"])
+@pytest.mark.parametrize("given", ["--learning_rate", "--seed=1", "--momentum-rank", "--config", "--optim"])
 def test_full_weights_refuses_keys_of_its_grid(run, given):
-    with pytest.raises(SystemExit, match="cannot be given here: it"):
+    with pytest.raises(SystemExit, match=r"cannot be given here: (it|LoRA-Pre)"):
         run(full_weights, given, "1")
 
 
