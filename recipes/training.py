@@ -50,6 +50,8 @@ _TOKEN_OPTION = re.compile(
 )
 # A run's folder holds these before anything is trained.
 WRITTEN_FIRST = {"config.yaml", "environment.json", "manifest.json", "tokenizer"}
+# Checkpoints and weights match these. A run would overwrite them, or go on from them.
+TRAINED = ("checkpoint-*", "*.safetensors", "*.bin", "*.gguf")
 
 
 class OptimizerTimer(TrainerCallback):
@@ -263,10 +265,19 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
 
     The latter has an entry for each start. A folder in use is only entered with ``resume`` and the same config.
     Otherwise SystemExit is raised. If a run did not get as far as training, because of a wrong name for example, its
-    folder holds only `WRITTEN_FIRST`, and is not in use.
+    folder holds only `WRITTEN_FIRST`, and is not in use. SystemExit is also raised for a folder with weights and no
+    ``config.yaml``, which is another program's or a model's, and for a file.
     """
     record = folder / "config.yaml"
     config = kept(config)
+    found = sorted(path.name for pattern in TRAINED for path in folder.glob(pattern))
+    if not record.exists() and found:
+        raise SystemExit(
+            f"{folder} holds {', '.join(found[:3])} and no config.yaml, so it is no run of a recipe, and its weights "
+            "could be overwritten: give another --output_dir"
+        )
+    if folder.is_file():
+        raise SystemExit(f"{folder} is a file: give another --output_dir")
     if record.exists() and _in_use(folder):
         if not resume:
             raise SystemExit(

@@ -451,6 +451,19 @@ def test_keys_that_mean_nothing_in_a_run_are_named():
     assert full.unused() == ["optimizer: trainer does not use momentum_rank", "use_peft: false does not use lora_r"]
 
 
+def test_a_model_of_another_program_is_not_overwritten(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "model.safetensors").touch()
+    for resume in (False, True):
+        with pytest.raises(SystemExit, match=r"holds model\.safetensors and no config\.yaml, so it is no run"):
+            start_run(tmp_path, {"seed": 0}, PRECISION, resume=resume)
+    assert not (tmp_path / "config.yaml").exists()
+    with pytest.raises(SystemExit, match=r"notes\.txt is a file: give another --output_dir"):
+        start_run(tmp_path / "notes.txt", {"seed": 0}, PRECISION, resume=False)
+    (tmp_path / "model.safetensors").unlink()
+    start_run(tmp_path, {"seed": 0}, PRECISION, resume=False)
+
+
 def test_a_start_leaves_other_files_alone_and_writes_no_token(monkeypatch, tmp_path):
     words = ["--hub_token", "SECRET", "--push_to_hub_token=SECRET", "--hub-token", "SECRET", "--eos_token", "kept"]
     words += ["--model_init_kwargs", '{"token": "SECRET"}', "--dataset_name", "user:hf_SECRETSECRETSECRETSECRET@hub"]
