@@ -19,9 +19,9 @@ ACCUMULATE = 2  # These many micro-batches make one optimizer step.
 
 
 def main(steps: int = 60) -> list[float]:
-    """Train, and return the loss of each micro-batch.
+    """Train, and return the loss of each micro-batch of this process.
 
-    steps: number of micro-batches.
+    steps: number of micro-batches, which the processes share.
     """
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE)
     config = LoRAPreConfig(r=8, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])
@@ -31,18 +31,19 @@ def main(steps: int = 60) -> list[float]:
     data = torch.utils.data.DataLoader(list(batches(steps, batch_size=8)), batch_size=None)
     model, optimizer, schedule, data = accelerator.prepare(model, optimizer, schedule, data)
 
-    losses = []
+    losses, taken = [], 0
     for batch in data:
         with accelerator.accumulate(model):
             loss = model(**batch).loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                taken += 1
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-    accelerator.print(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {steps // ACCUMULATE} steps")
+    accelerator.print(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {taken} steps")
     return losses
 
 

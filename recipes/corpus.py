@@ -60,7 +60,8 @@ class CorpusArguments:
         },
     )
     eval_tokens: int = field(
-        default=10_000_000, metadata={"help": "The held-out loss is taken on about so many tokens. 0: on none."}
+        default=10_000_000,
+        metadata={"help": "The held-out loss is taken on about so many tokens. 0: on none, with eval_strategy no."},
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     sample_by: str = field(

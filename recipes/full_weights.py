@@ -43,6 +43,7 @@ GRID = {
     "seed": "it differs from run to run; give --seeds",
     "optimizer": "LoRA-Pre's AdamW and torch.optim.AdamW are compared",
     "optim": "LoRA-Pre's AdamW and torch.optim.AdamW are compared",
+    "use_peft": "it is false; python -m recipes.quickstart compares adapters",
     "config": "it is recipes/configs/smollm2_full.yaml; give single keys",
 }
 

@@ -18,7 +18,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def load_model(
     source: str, dtype: torch.dtype | None = torch.float32, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a causal language model and its tokenizer, which pads on the right.
+    """Return a causal language model and its tokenizer, whose padding is its end token if it has none of its own.
 
     Args:
         source: ``"smollm2"``, a local folder, or a hub id.

@@ -118,7 +118,9 @@ def test_full_weights_repeats_nothing_and_names_the_best_rate(run, llama_path, c
     assert "run 1 of" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given", ["--learning_rate", "--seed=1", "--momentum-rank", "--config", "--optim"])
+@pytest.mark.parametrize(
+    "given", ["--learning_rate", "--seed=1", "--momentum-rank", "--config", "--optim", "--use_peft"]
+)
 def test_full_weights_refuses_keys_of_its_grid(run, given):
     with pytest.raises(SystemExit, match=r"cannot be given here: (it|LoRA-Pre)"):
         run(full_weights, given, "1")
