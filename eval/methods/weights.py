@@ -138,10 +138,10 @@ def _own(cls: Callable[..., Optimizer]) -> Build:
 
 
 def _scale_others(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
-    """Return the optimizer that SCALE's authors use for the rest of a model, all of it at one learning rate.
+    """Return the optimizer that SCALE's authors use for the rest of a model.
 
-    The head has momentum, embeddings are normalised over the tokens, and AdamW trains the norms. The authors' scripts
-    for 60M to 350M parameters give the norms 20 times this rate.
+    The head has momentum, embeddings are normalised over the tokens, and AdamW trains the norms at 2e-2 with torch's
+    default betas, as by default in the authors' code, whatever the rate of the matrices is.
     """
     heads = {param for head in output_heads(model) for param in head.parameters()}
     embedded = embedding_parameters(model) - heads
@@ -151,7 +151,7 @@ def _scale_others(model: nn.Module, args: TrainingArguments, options: Options) -
         (matrices if param.ndim == 2 else rest).append(param)
     groups = [{"params": head, "momentum": 0.9}, {"params": embedding, "dim": 0}]
     scale = Scale([group for group in groups if group["params"]], args.learning_rate, weight_decay=args.weight_decay)
-    return ChainedOptimizer(scale, torch.optim.AdamW(rest, **adam_options(args)))
+    return ChainedOptimizer(scale, torch.optim.AdamW(rest, lr=2e-2, weight_decay=args.weight_decay))
 
 
 _PROJECTION = dict(rank=8, update_proj_gap=200, proj_type="std")
