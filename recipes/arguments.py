@@ -44,7 +44,10 @@ def dtype_field(of: str) -> Any:
 
     of: beginning of the help, which says what has the dtype, such as "Of the weights.".
     """
-    chosen = "'auto': the one that this machine multiplies fast; bf16, where it is not given, follows the same choice."
+    chosen = (
+        "'auto': the one that this machine multiplies fast, or float32 with fp16; bf16, where it is not given, follows "
+        "the same choice."
+    )
     choices = [AUTO, "bfloat16", "float16", "float32"]
     return field(default=AUTO, metadata={"help": f"{of} {chosen}", "choices": choices})
 
@@ -75,7 +78,7 @@ class RecipeParser(TrlParser):
         given = SimpleNamespace(**self.given)
         self.precision = choose(
             "cpu" if given.use_cpu else accelerator(),
-            given.dtype,
+            "float32" if given.fp16 and given.dtype == AUTO else given.dtype,
             False if given.fp16 else given.bf16,
             earlier=started_with(Path(given.output_dir)) if given.resume and given.output_dir else None,
         )
@@ -106,7 +109,7 @@ def parse_recipe(argv: Sequence[str], classes: Sequence[type]) -> tuple[RecipePa
 
     argv: command line. classes: argument classes. Exits if there is no such config, or if it is no YAML.
     """
-    parser = RecipeParser(classes)
+    parser = RecipeParser(classes, allow_abbrev=False)
     parser.set_defaults(use_cpu=not torch.cuda.is_available())  # With bf16, TrainingArguments needs CUDA or use_cpu.
     defaults = vars(parser.parse_known_args([])[0])
     # TrlParser knows the file of --config only as a word of its own.

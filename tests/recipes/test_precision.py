@@ -122,10 +122,12 @@ def test_a_config_that_names_dtypes_wins(machine):
     assert (one.model.dtype, one.sft.bf16) == ("float32", True)
 
 
-def test_fp16_excludes_bf16(machine):
+def test_fp16_excludes_bf16_and_takes_float32_weights(machine):
     machine("bfloat16")
     (one,) = sft.parse([*SMOLLM2, "--fp16", "true"])
-    assert (one.sft.fp16, one.sft.bf16) == (True, False)
+    assert (one.sft.fp16, one.sft.bf16, one.model.dtype) == (True, False, "float32")
+    (one,) = sft.parse([*SMOLLM2, "--fp16", "true", "--dtype", "float16"])
+    assert (one.sft.fp16, one.sft.bf16, one.model.dtype) == (True, False, "float16")
 
 
 def test_a_run_says_and_records_its_dtypes_and_goes_on_with_them(machine, tmp_path, capsys):

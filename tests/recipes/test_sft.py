@@ -273,6 +273,7 @@ def test_a_config_may_be_given_with_an_equals_sign():
         (["--config", str(CONFIG_FOLDER)], f"there is no config {CONFIG_FOLDER};"),
         (["--config", str(config("smollm2")), "--config", "other"], "unknown: --config other; .* one --config"),
         (["--config", str(config("smollm2")), "--lerning_rate", "1"], "unknown: --lerning_rate 1; --help lists"),
+        (["--config", str(config("smollm2")), "--learning_r", "1"], "unknown: --learning_r 1; --help lists"),
         (
             ["--config", str(config("smollm2")), "--model_init_kwargs", '{"dtype": "float32"}'],
             "model_init_kwargs has dtype: give it as --dtype",
