@@ -53,6 +53,9 @@ class DataArguments:
             "conversations, or text; of a text file each line is a row."
         },
     )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Of a dataset on the hub, such as 'all' of HuggingFaceTB/smoltalk."}
+    )
     train_size: int | None = field(
         default=None, metadata={"help": "Rows to train on: the first ones. Not given: all that eval_size leaves."}
     )
@@ -75,6 +78,7 @@ class DataArguments:
         return load_data(
             self.dataset_name,
             sizes,
+            config=self.dataset_config,
             seed=seed,
             length_tokenizer=self.length_tokenizer,
             manifest=self.manifest,
@@ -86,6 +90,7 @@ def load_data(
     source: str,
     sizes: dict[str, int | None],
     *,
+    config: str | None = None,
     seed: int = 0,
     length_tokenizer: str = LLAMA2,
     manifest: str | Path | None = None,
@@ -104,6 +109,7 @@ def load_data(
             line of a text file is a row.
         sizes: number of rows by split, such as ``{"train": 100_000, "eval": 10_000}``. Each split follows the one
             before it. One of them may be None, which stands for all rows that the others leave.
+        config: configuration of a dataset on the hub.
         seed: seed of generated problems. All other rows keep their order.
         length_tokenizer: folder or hub id of the tokenizer in which MetaMathQA's limit of 512 tokens is counted.
         manifest: file that `write_manifest` has written. Its rows are taken without counting tokens, and their text is
@@ -129,7 +135,7 @@ def load_data(
     if source == GENERATED:
         data = _generated(sizes, seed)
     else:
-        dataset, kind = _read(source, text_field), "rows"
+        dataset, kind = _read(source, config, text_field), "rows"
         if expected:
             data = _rows(dataset, {split: rows["rows"] for split, rows in expected["splits"].items()}, source)
         else:
@@ -162,19 +168,16 @@ def _generated(sizes: dict[str, int | None], seed: int) -> DatasetDict:
     return data
 
 
-def _read(source: str, text_field: str) -> Dataset:
+def _read(source: str, config: str | None, text_field: str) -> Dataset:
     """Return all rows of a source in one of TRL's forms, with their numbers. MetaMathQA's rows keep their ``type``."""
     offline = f"give a file or folder with MetaMathQA's columns (MetaMathQA-395K.json) or TRL's, or {GENERATED!r}"
-    dataset = read_split(source, "train", offline=offline)
+    dataset = read_split(source, "train", config=config, offline=offline)
     names = dataset.column_names
     if set(names) >= METAMATH:
         return dataset.map(
-            lambda example, row: {
-                "prompt": ALPACA_PROMPT.format(instruction=example["query"]),
-                "completion": f" {example['response']}",
-                "row": row,
-            },
+            _with_prompt,
             with_indices=True,
+            fn_kwargs={"source": source},
             remove_columns=[name for name in names if name != "type"],
             desc="writing prompts",
         )
@@ -190,6 +193,13 @@ def _read(source: str, text_field: str) -> Dataset:
         f"TRL prepares: prompt and completion, messages, conversations, or {text_field} (dataset_text_field names "
         "another column of text)"
     )
+
+
+def _with_prompt(example: dict[str, Any], row: int, source: str) -> dict[str, Any]:
+    """Return a row of MetaMathQA as prompt and completion, with its number."""
+    numbered = _numbered(example, row, {"query": (str,), "response": (str,)}, source)
+    prompt = ALPACA_PROMPT.format(instruction=example["query"])
+    return {"prompt": prompt, "completion": f" {example['response']}", **numbered}
 
 
 def _numbered(example: dict[str, Any], row: int, kinds: dict[str, tuple[type, ...]], source: str) -> dict[str, int]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from recipes import arguments, sft
-from recipes.data import load_data, write_manifest
+from recipes.data import DataArguments, load_data, write_manifest
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt "
@@ -188,11 +188,25 @@ def test_columns_that_trl_does_not_take_are_named(jsonl):
         (lambda n: {"prompt": "a", "completion": "b" if n < 3 else None}, "row 3 has None as its completion"),
         (lambda n: {"messages": None}, "row 0 has None as its messages; expected text or messages"),
         (lambda n: {"text": n}, "row 0 has 0 as its text; expected text"),
+        (lambda n: {"query": "a", "response": None, "type": "GSM_SV"}, "row 0 has None as its response; expected text"),
     ],
 )
 def test_a_row_without_text_is_named(form, said, jsonl):
     with pytest.raises(ValueError, match=said):
         load_data(str(jsonl(form)), {"train": None})
+
+
+def test_the_configuration_of_a_dataset_on_the_hub_is_asked_for(monkeypatch):
+    asked = []
+
+    def hub(*args, **options):
+        asked.append((args, options))
+        return Dataset.from_list([{"text": "one"}])
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    data = DataArguments(dataset_name="HuggingFaceTB/smoltalk", dataset_config="all").load(0)
+    assert data["train"]["text"][:] == ["one"]
+    assert asked == [(("HuggingFaceTB/smoltalk", "all"), {"split": "train"})]
 
 
 @pytest.mark.parametrize("form", [FORMS["messages"], FORMS["conversations"]], ids=["messages", "conversations"])
