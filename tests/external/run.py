@@ -93,10 +93,9 @@ def install(name: str, tool: Tool) -> Path:
     folder = ROOT / f".venv-{name}"
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
-        shutil.rmtree(
-            ROOT / "build", ignore_errors=True
-        )  # files that are gone from the clone would be installed from there
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        # Files that are gone from the clone would be installed from build/lib, and a patch would be applied twice.
+        shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         for packages in (*tool.install, [str(ROOT)]):
             subprocess.run(
                 [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True
@@ -118,9 +117,7 @@ def run(name: str, tool: Tool) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     for script, arguments in (("tiny.py", ["tiny"]), *((script, []) for script in tool.prepare)):
-        subprocess.run(
-            [python, HERE / script, *arguments], cwd=folder, env=environment, check=True, capture_output=True
-        )
+        subprocess.run([python, HERE / script, *arguments], cwd=folder, env=environment, check=True)
     lines = []
     for i, command in enumerate(tool.runs):
         log = folder / f"run{i}.log"
