@@ -270,14 +270,14 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
     """
     record = folder / "config.yaml"
     config = kept(config)
+    if folder.is_file():
+        raise SystemExit(f"{folder} is a file: give another --output_dir")
     found = sorted(path.name for pattern in TRAINED for path in folder.glob(pattern))
-    if not record.exists() and found:
+    if found and not record.exists():
         raise SystemExit(
             f"{folder} holds {', '.join(found[:3])} and no config.yaml, so it is no run of a recipe, and its weights "
             "could be overwritten: give another --output_dir"
         )
-    if folder.is_file():
-        raise SystemExit(f"{folder} is a file: give another --output_dir")
     if record.exists() and _in_use(folder):
         if not resume:
             raise SystemExit(
