@@ -45,8 +45,8 @@ def dtype_field(of: str) -> Any:
     of: beginning of the help, which says what has the dtype, such as "Of the weights.".
     """
     chosen = (
-        "'auto': the one that this machine multiplies fast, or float32 with fp16; bf16, where it is not given, follows "
-        "the same choice."
+        "'auto': the one that this machine multiplies fast, or float32 with fp16; bf16, where it is not given, "
+        "follows the same choice."
     )
     choices = [AUTO, "bfloat16", "float16", "float32"]
     return field(default=AUTO, metadata={"help": f"{of} {chosen}", "choices": choices})

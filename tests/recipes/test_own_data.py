@@ -188,7 +188,7 @@ def test_columns_that_trl_does_not_take_are_named(jsonl):
         (lambda n: {"prompt": "a", "completion": "b" if n < 3 else None}, "row 3 has None as its completion"),
         (lambda n: {"messages": None}, "row 0 has None as its messages; expected text or messages"),
         (lambda n: {"text": n}, "row 0 has 0 as its text; expected text"),
-        (lambda n: {"query": "a", "response": None, "type": "GSM_SV"}, "row 0 has None as its response; expected text"),
+        (lambda n: {"query": "a", "response": None, "type": "GSM_SV"}, "row 0 has None as its response; expected"),
     ],
 )
 def test_a_row_without_text_is_named(form, said, jsonl):
