@@ -7,7 +7,8 @@ The package has the form ``orthonormal``. The others are here to be compared wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -89,8 +90,9 @@ def error(stream: list[Tensor], k: int, turn: Callable[[Tensor, Tensor], Tensor]
     return sum(errors[-LAST:]) / LAST, max(conditions[-LAST:])
 
 
-def main() -> None:
-    """Print the table as Markdown."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table as Markdown. argv: arguments of the command line. None stands for the process's own."""
+    argparse.ArgumentParser(prog="python -m eval.sweeps", description=__doc__.splitlines()[0]).parse_args(argv)
     forms = [norms, orthonormal, singular]
     print(
         "| gradients | p×q, k | " + " | ".join(form.__name__ for form in forms) + " |\n|---|---|" + "---|" * len(forms)
