@@ -11,7 +11,7 @@ import argparse
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lorapre_peft import create_lorapre_optimizer
 from lorapre_peft.integrations.summary import format_bytes
@@ -20,20 +20,19 @@ from lorapre_peft.memory.peak import Measurement, MemoryEstimate, estimate, meas
 
 
 def measured_and_estimated(
-    name: str, *, momentum_rank: int, batch: int, seq_len: int, steps: int, device: torch.device
+    config: PretrainedConfig, *, momentum_rank: int, batch: int, seq_len: int, steps: int, device: torch.device
 ) -> tuple[Measurement, MemoryEstimate]:
     """Train ``steps`` steps in bfloat16, and return the measurement of the peak memory, and its estimate.
 
     Each weight is updated in the backward pass, and activations are checkpointed.
 
     Args:
-        name: model, as `lorapre_peft.memory.models.find_config` takes it.
+        config: shape of the model.
         momentum_rank: rank k of LoRA-Pre's momentum.
         batch, seq_len: shape of the batch of tokens.
         steps: number of steps.
         device: device that trains.
     """
-    config, _ = find_config(name)
     shared = dict(momentum_rank=momentum_rank, in_backward=True, batch=batch, seq_len=seq_len, checkpointing=True)
     expected = estimate(config, **shared)
     with measure(device) as measured:
@@ -61,8 +60,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 2:
         parser.error(f"--steps {args.steps}: expected at least 2, as the first step starts the factors")
+    try:
+        config, _ = find_config(args.model)
+    except ValueError as error:
+        parser.error(str(error))
     measured, expected = measured_and_estimated(
-        args.model,
+        config,
         momentum_rank=args.momentum_rank,
         batch=args.batch,
         seq_len=args.seq_len,
