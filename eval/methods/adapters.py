@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraGAConfig
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ def _loft(model: nn.Module, args: TrainingArguments, options: Options) -> Optimi
 
 
 def _oplora(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
-    return OPLoRA(model, lr=args.learning_rate, **options)
+    return OPLoRA(model, lr=args.learning_rate, max_grad_norm=args.max_grad_norm, **options)
 
 
 def _flatlora(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -94,7 +93,25 @@ def _riemannion(model: nn.Module, args: TrainingArguments, options: Options) -> 
     return Riemannion(lora_pairs(model), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
 
 
-LORA_ONE_GAMMA = 128  # This is γ, the authors' stable_gamma.
+# These are γ in the authors' commands, their stable_gamma.
+LORA_GA_GAMMA, LORA_ONE_GAMMA = 64, 128
+
+
+@torch.no_grad()
+def _gradient_aligned_start(model: nn.Module) -> None:
+    """Set A and B to LoRA-GA's start, and subtract s B A from W, where s is the adapter's scaling.
+
+    U and V are the gradient's singular vectors. As in the authors' code (github.com/Outsider565/LoRA-GA),
+    A = p^¼/√γ V_{1..r}ᵀ and B = p^¼/√γ U_{r+1..2r} for a weight [p, q].
+    """
+    for layer, A, B in lora_layers(model):
+        rank = len(A.weight)
+        U, _, V = _gradient_svd(layer, 2 * rank)
+        (scaling,) = layer.scaling.values()
+        size = len(B.weight) ** 0.25 / LORA_GA_GAMMA**0.5
+        B.weight.copy_(size * U[:, rank : 2 * rank])
+        A.weight.copy_(size * V[:, :rank].T)
+        layer.get_base_layer().weight -= scaling * B.weight @ A.weight
 
 
 @torch.no_grad()
@@ -168,10 +185,11 @@ ADAPTERS: dict[str, Method] = {
         "LoRA-GA",
         "adapter",
         build_adamw,
-        lora={"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
+        lora={"use_rslora": True},
+        start=_gradient_aligned_start,
         rate_shift=-2,
         paper="Wang et al., arXiv 2407.05000",
-        note="PEFT's start, in which B has the gradient's singular values; the authors' has none, and a larger B",
+        note="the authors' start, with rsLoRA as in their runs; in PEFT's, B has the gradient's singular values",
     ),
     "lora+": Method(
         "LoRA+", "adapter", _loraplus, {"lr_ratio": 16.0}, rate_shift=-2, paper="Hayou et al., arXiv 2402.12354"
@@ -235,8 +253,8 @@ ADAPTERS: dict[str, Method] = {
         _riemannian,
         {"reg": 1e-2},
         paper="Zhang and Pilanci, arXiv 2402.02347",
-        note="PEFT's factory holds the pairs outside of the optimizer's groups: under FSDP2, which replaces them, it "
-        "does nothing",
+        note="reg is PEFT's; the authors' code has 1e-6, and for Mistral from 1e-6 to 100, by task. PEFT's factory "
+        "holds the pairs outside of the optimizer's groups: under FSDP2, which replaces them, it does nothing",
     ),
     "lora-rite": Method(
         "LoRA-RITE",
@@ -266,8 +284,9 @@ ADAPTERS: dict[str, Method] = {
         start=_locally_optimal_start,
         rate_shift=3,
         paper="Bogachev et al., arXiv 2507.12142",
-        note="Muon on the manifold of rank r, from implementations that quote the paper; the authors' code is of an "
-        "earlier variant",
+        note="Muon on the manifold of rank r, from implementations that quote the paper. They differ in which "
+        "momentum is kept: this has Muon's, the sum before it is made orthogonal. The authors' code is of an earlier "
+        "variant",
     ),
     "oplora": Method(
         "OPLoRA",
@@ -276,8 +295,8 @@ ADAPTERS: dict[str, Method] = {
         {"momentum": 0.9, "damping": 1e-2},
         rate_shift=6,
         paper="Almansoori et al., September 2025; LoRSum in arXiv 2602.16456",
-        note="follows gradient descent with momentum, not Adam. Clipping by the norm of A's and B's gradients does "
-        "not reach it",
+        note="follows gradient descent with momentum, not Adam; the norm of the full gradients is clipped, as the "
+        "authors do, not that of A's and B's",
     ),
     # These train or shape the adapter in other ways.
     "lora-one": Method(
@@ -301,6 +320,7 @@ ADAPTERS: dict[str, Method] = {
         adapt=add_gates,
         paper="Ding et al., arXiv 2311.11696",
         note="the proximal step alone; the authors' runs add the L1 norm of the gates to the loss, with a weight for "
-        "each task",
+        "each task. In n steps at a rate that warms up and decays the step lowers a gate by 3e-4 n at most, so that "
+        "short runs prune few",
     ),
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.loraga import estimate_gradients, preprocess_loraga
+from peft.tuners.lora.loraga import estimate_gradients
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
@@ -126,8 +126,6 @@ class Method:
                 starts that need gradients call it.
         """
         config = self.adapter_config(rank, options, model)
-        if config is not None and config.init_lora_weights == "lora_ga":
-            preprocess_loraga(model, config, accumulate_gradients)
         if self.start is None:
             return self.attach(model, config)
         estimate_gradients(model, config, accumulate_gradients)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from .pairs import damped_gram, lora_layers, lora_pairs
@@ -64,7 +65,8 @@ class OPLoRA(Optimizer):
     and from the backward pass to the step also G. The authors hold the layers' inputs and output gradients in its
     place.
 
-    Clipping by `torch.nn.utils.clip_grad_norm_` does nothing here, because it sees the gradients of A and B only.
+    The norm of all G together is clipped, as in the authors' code. `torch.nn.utils.clip_grad_norm_` does nothing here,
+    because it sees the gradients of A and B only.
 
     Args:
         model: model with one LoRA adapter, of linear layers.
@@ -72,13 +74,22 @@ class OPLoRA(Optimizer):
         momentum: decay β of the momentum.
         damping: δ of the damping lr · δ in `nearest`, as in the authors' code. The damping is at least
             `LEAST_DAMPING`.
+        max_grad_norm: largest norm of all G together. 0 stands for no clipping, as in Trainer.
     """
 
-    def __init__(self, model: nn.Module, lr: float = 0.1, momentum: float = 0.9, damping: float = 1e-2):
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        max_grad_norm: float = 0.0,
+    ):
         layers = [layer for layer, _, _ in lora_layers(model)]
         self.gradients = [FullGradient(layer) for layer in layers]
         self.scalings = [scaling for layer in layers for scaling in layer.scaling.values()]
-        super().__init__(lora_pairs(model), dict(lr=lr, momentum=momentum, damping=damping))
+        defaults = dict(lr=lr, momentum=momentum, damping=damping, max_grad_norm=max_grad_norm)
+        super().__init__(lora_pairs(model), defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -89,8 +100,13 @@ class OPLoRA(Optimizer):
                 loss = closure()
         (group,) = self.param_groups
         damping, beta = max(group["lr"] * group["damping"], LEAST_DAMPING), group["momentum"]
-        for watched, scaling, A, B in zip(self.gradients, self.scalings, group["params"][::2], group["params"][1::2]):
-            gradient = watched.take()
+        gradients = [watched.take() for watched in self.gradients]
+        if group["max_grad_norm"]:
+            known = [gradient for gradient in gradients if gradient is not None]
+            share = (group["max_grad_norm"] / (get_total_norm(known) + 1e-6)).clamp(max=1.0)
+            for gradient in known:
+                gradient *= share
+        for gradient, scaling, A, B in zip(gradients, self.scalings, group["params"][::2], group["params"][1::2]):
             if gradient is None:
                 continue
             state = self.state[A]

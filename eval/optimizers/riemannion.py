@@ -16,15 +16,15 @@ class Riemannion(PairOptimizer):
 
     X keeps the rank r. Let G be the gradient of X, Q_B and Q_A orthonormal bases of X's columns and rows, and
     P(Z) = Z − (I − Q_B Q_Bᵀ) Z (I − Q_A Q_Aᵀ) the projection onto the tangent space at X. A step is
-        M ← β P(M) + P(G),   M ← P(U Vᵀ) with the 2r singular vectors U and V of M,
-        X ← the best rank-r approximation of (1 − lr λ) X − lr M.
+        M ← β P(M) + P(G),   D = P(U Vᵀ) with the 2r singular vectors U and V of M,
+        X ← the best rank-r approximation of (1 − lr λ) X − lr D.
     G Q_A and Gᵀ Q_B come from the gradients of B and A, so that no p×q matrix is formed. The path of X does not depend
     on how it is factored. B and A are kept with equal singular values. X must have rank r, so training cannot start
     from B = 0. The state is 2 r (p + q) numbers.
 
-    The paper's text was not at hand. The algorithm is taken from two independent implementations that quote it line by
-    line. The authors' published code holds an earlier variant with Adam's scaling, which has the same projection and
-    retraction.
+    The paper's text was not at hand. The algorithm is taken from implementations that quote it line by line. Some of
+    them keep D as the momentum. Others keep M, as Muon does and as it is here, which trained better. The authors'
+    published code holds an earlier variant with Adam's scaling, which has the same projection and retraction.
 
     Args:
         params: A and B of each layer in turns, as `lora_pairs` returns them.
@@ -48,11 +48,11 @@ class Riemannion(PairOptimizer):
         if state:
             moved_left, moved_right = _tangent(state["left"], state["right"], Q_B, Q_A)
             left, right = group["beta"] * moved_left + left, group["beta"] * moved_right + right
-        U, _, V = _thin_svd(torch.cat([left, Q_B], dim=1), torch.cat([Q_A, right], dim=1))
-        left, right = _tangent(U, V, Q_B, Q_A)
         state["left"], state["right"] = torch.cat([left, Q_B], dim=1), torch.cat([Q_A, right], dim=1)
+        U, _, V = _thin_svd(state["left"], state["right"])
+        left, right = _tangent(U, V, Q_B, Q_A)
         kept = (1 - lr * group["weight_decay"]) * A.T @ R_B.T - lr * right
-        U, sigma, V = _thin_svd(state["left"], torch.cat([-lr * Q_A, kept], dim=1))
+        U, sigma, V = _thin_svd(torch.cat([left, Q_B], dim=1), torch.cat([-lr * Q_A, kept], dim=1))
         root = sigma[:rank].sqrt()
         B.copy_(U[:, :rank] * root)
         A.copy_((V[:, :rank] * root).T)

@@ -127,7 +127,9 @@ class Runner:
         for param in model.parameters():  # `model.to(dtype)` would round RoPE's frequencies too.
             param.data = param.data.to(dtype)
         first_rows = splits.train.select(range(min(len(splits.train), max(START_ROWS, training.batch_size))))
-        accumulate_gradients = functools.partial(_accumulate_gradients, model, tokenizer, first_rows)
+        accumulate_gradients = functools.partial(
+            _accumulate_gradients, model, tokenizer, first_rows, training.max_length
+        )
         start = time.perf_counter()
         with measure() as preparing:
             model = method.prepare(model, training.rank, run.options, accumulate_gradients)
@@ -243,10 +245,13 @@ def measurements(
     }
 
 
-def _accumulate_gradients(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
-    """Run a backward pass of the completion's loss for each row."""
+def _accumulate_gradients(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, max_length: int
+) -> None:
+    """Run a backward pass of the completion's loss for each row, cut to ``max_length`` tokens as in training."""
     for row in rows:
-        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids.to(model.device)
+        text = row["prompt"] + row["completion"]
+        ids = tokenizer(text, return_tensors="pt", max_length=max_length, truncation=True).input_ids.to(model.device)
         labels = ids.clone()
         labels[:, : len(tokenizer(row["prompt"]).input_ids)] = -100
         model(input_ids=ids, labels=labels, use_cache=False).loss.backward()

@@ -126,9 +126,9 @@ def dense_riemannion(A, B, target, steps=6):
         U, _, Vt = np.linalg.svd(X)
         outside_B, outside_A = (np.eye(len(Z)) - Z[:, :R] @ Z[:, :R].T for Z in (U, Vt.T))
         tangent = lambda Z: Z - outside_B @ Z @ outside_A  # noqa: B023, E731
-        U, _, Vt = np.linalg.svd(tangent(0.9 * M + X - target))
-        M = tangent(U[:, : 2 * R] @ Vt[: 2 * R])
-        U, sigma, Vt = np.linalg.svd(X - LR * M)
+        M = tangent(0.9 * M + X - target)
+        U, _, Vt = np.linalg.svd(M)
+        U, sigma, Vt = np.linalg.svd(X - LR * tangent(U[:, : 2 * R] @ Vt[: 2 * R]))
         X = U[:, :R] @ np.diag(sigma[:R]) @ Vt[:R]
         yield X
 
@@ -252,6 +252,23 @@ def test_oplora_at_full_rank_is_gradient_descent_with_momentum():
         assert (getattr(found, name).weight - weight).norm() < allowed * moved
 
 
+def test_oplora_clips_the_full_gradients_together():
+    """A step on gradients ten times the bound is that of an unclipped one on a tenth of them."""
+    model = adapted(init_lora_weights=False)
+    twin, free = copy.deepcopy(model), OPLoRA(model)
+    backward(model)
+    full = [watched.take() for watched in free.gradients]
+    norm = np.linalg.norm([np.linalg.norm(gradient) for gradient in full])
+    for watched, gradient in zip(free.gradients, full):
+        watched._sum = gradient / 10
+    clipped = OPLoRA(twin, max_grad_norm=(norm + 1e-6) / 10)  # 1e-6 is added to the norm.
+    backward(twin)
+    free.step()
+    clipped.step()
+    for one, other in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(one, other, rtol=0, atol=ROOM)
+
+
 def test_nearest_solves_each_factors_least_squares():
     """The gradient of ‖B A − T‖² + δ ‖change‖² vanishes at each half of the round."""
     A, B, target = (torch.tensor(x) for x in pair())
@@ -281,6 +298,31 @@ def test_lora_one_starts_at_the_best_approximation_of_a_gradient_step(make_llama
         allowed = (rest + rivals.gamma(20 * sum(linear.weight.shape))) / 128 * sigma[3] / (sigma[3] - sigma[4])
         np.testing.assert_allclose((B.weight @ A.weight).detach(), expected, rtol=0, atol=allowed)
         torch.testing.assert_close(A.weight.norm(), B.weight.norm(), rtol=rivals.gamma(200), atol=0)
+
+
+def test_lora_ga_starts_on_the_gradients_directions_and_leaves_the_function(make_llama):
+    """arXiv 2407.05000: A and B at p^¼/√γ, γ = 64, from the first and the next r singular vectors; W − s B A."""
+    model, method = make_llama(num_hidden_layers=1), METHODS["lora-ga"]
+    ids = torch.randint(4, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    original = copy.deepcopy(model)
+    original(input_ids=ids, labels=ids).loss.backward()
+    adapted_model = method.prepare(model, 3, {}, lambda: model(input_ids=ids, labels=ids).loss.backward())
+    linears = (m for m in original.model.layers.modules() if isinstance(m, nn.Linear))
+    for (layer, A, B), linear in zip(lora_layers(adapted_model), linears):
+        change = (6 / 3**0.5 * B.weight @ A.weight).detach()
+        room = rivals.gamma(20) * (linear.weight.abs().max() + change.abs().max()).item()
+        torch.testing.assert_close(layer.get_base_layer().weight + change, linear.weight, rtol=0, atol=room)
+        G = linear.weight.grad.double()
+        size, sigma = len(G) ** 0.5 / 64, torch.linalg.svdvals(G)
+        # 16 rounds of subspace iteration on 12 directions leave (σ_13/σ_6)^33 of the rest; float32 rounds the sums.
+        rest = ((sigma[12] / sigma[5]) ** 33 + rivals.gamma(20 * sum(G.shape))).item()
+        captured = (G @ A.weight.T.double()).square().sum(), (G.T @ B.weight.double()).square().sum()
+        for found, values in zip(captured, (sigma[:3], sigma[3:6])):
+            gap = (sigma[0] / sigma[5]).item() ** 2
+            torch.testing.assert_close(found, size * values.square().sum(), rtol=2 * gap * rest, atol=0)
+        for factor in (A.weight, B.weight.T):
+            gram = (factor @ factor.T).double()
+            torch.testing.assert_close(gram, size * torch.eye(3).double(), rtol=0, atol=size * rivals.gamma(200))
 
 
 def test_riemannion_starts_where_the_tangent_space_holds_the_most_of_the_gradient(make_llama):
