@@ -39,8 +39,11 @@ def _shampoo(model: nn.Module, args: TrainingArguments, options: Options) -> Opt
 
 
 def _adamw8bit(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # as Trainer does
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
     return AdamW8bit(trained(model), **adam_options(args))
 
 
@@ -59,7 +62,10 @@ def _adam_mini(model: nn.Module, args: TrainingArguments, options: Options) -> O
 
 
 def _adafactor(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
-    return torch.optim.Adafactor(trained(model), lr=args.learning_rate, weight_decay=args.weight_decay)
+    # PyTorch's first ε, 1.2e-7 in float32, bounds the mean of g² from below, which clipped gradients are often under.
+    # The paper's 1e-30 would be 0 in float32, as PyTorch squares it.
+    eps = (1e-16, 1e-3)
+    return torch.optim.Adafactor(trained(model), lr=args.learning_rate, eps=eps, weight_decay=args.weight_decay)
 
 
 def _adalomo(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
@@ -238,7 +244,8 @@ WEIGHTS: dict[str, Method] = {
         paper="Shazeer and Stern, arXiv 1804.04235",
         state="4*(p + q)",
         others=_adafactor,
-        note="the rate is relative to the root mean square of the matrix, and PyTorch caps it at 1/√step",
+        note="the rate is relative to the root mean square of the matrix, and PyTorch caps it at 1/√step; the first ε "
+        "is 1e-16, since PyTorch's, 1.2e-7, bounds the mean of g² from below",
     ),
     "adalomo": Method(
         "AdaLomo",
@@ -296,7 +303,7 @@ WEIGHTS: dict[str, Method] = {
         paper="Chen et al., arXiv 2410.01623",
         state=_PROJECTED_STATE,
         note="outside the subspace the authors' package has G − α P Pᵀ G, where the paper has G − P Pᵀ G; their α is "
-        "0.25 for pre-training, and 1 for fine-tuning, where these suites have 0.25 too",
+        "0.25 for pre-training and 1 for fine-tuning, as in these suites",
     ),
     "apollo": Method(
         "APOLLO",
@@ -331,13 +338,14 @@ WEIGHTS: dict[str, Method] = {
         module="eval.optimizers.mlorc",
         paper="Shen et al., arXiv 2506.01897",
         state="8*rank*(p + q + 1)",
-        note="with Adam's bias correction",
+        note="with Adam's bias correction, and with the power iteration of the authors' code, which the package, by "
+        "another author, leaves out",
     ),
     "alice": Method(
         "Alice",
         "weights",
         _own(Alice),
-        {"rank": 8, "leading": 3},
+        {"rank": 8, "leading": 3, "gap": 200},
         rate_shift=4,
         paper="Gong et al., arXiv 2502.07752",
         state="4*(rank*(min(p, q) + rank + 2*max(p, q)) + max(p, q) + 1)",
@@ -349,12 +357,12 @@ WEIGHTS: dict[str, Method] = {
         "MoFaSGD",
         "weights",
         _own(MoFaSGD),
-        {"rank": 8, "beta": 0.95},
+        {"rank": 8, "beta": 0.9},
         rate_shift=4,
         paper="Mahdavinia and Mahdavi, arXiv 2507.08091",
         state="4*rank*(p + q + 1)",
-        note="the paper's algorithm; the authors' code starts from the weight's SVD and divides by clipped singular "
-        "values",
+        note="the paper's algorithm, with the β of the authors' config for fine-tuning; their code starts from the "
+        "weight's SVD and divides by clipped singular values",
     ),
     # These keep vectors or nothing.
     "racs": Method(

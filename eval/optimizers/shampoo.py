@@ -14,16 +14,16 @@ from .matrix import MatrixOptimizer
 class Shampoo(MatrixOptimizer):
     """Implements Shampoo (Gupta, Koren and Singer, arXiv 1802.09568, Algorithm 1) with steps of Adam's length.
 
-    The covariances are the averages L ← β2 L + (1−β2) G Gᵀ and R ← β2 R + (1−β2) Gᵀ G in place of the paper's sums.
-    The direction d = L^(−1/4) G R^(−1/4) gets the Frobenius norm of G/(√v̂ + ε), where v̂ is Adam's second moment
-    (grafting). The momentum is m ← β1 m + (1−β1) d, and the update is u = m/(1−β1ᵗ). Averages, grafting and momentum
-    are those of Anil et al., arXiv 2002.09018. The state is 2 (p q + p² + q²) numbers of a p×q matrix.
+    The covariances are the paper's sums, L ← L + G Gᵀ and R ← R + Gᵀ G. The direction d = L^(−1/4) G R^(−1/4) gets the
+    Frobenius norm of G/(√v̂ + ε), where v̂ is Adam's second moment (grafting). Before the first roots d is that quotient
+    itself. The momentum is m ← β1 m + (1−β1) d, and the update is u = m/(1−β1ᵗ). Grafting, momentum and the later
+    start are those of Anil et al., arXiv 2002.09018. The state is 2 (p q + p² + q²) numbers of a p×q matrix.
 
     Args:
         params: matrices, or groups of them.
         lr: learning rate.
         betas, eps: decay rates (β1, β2) and ε.
-        gap: number of steps from one computation of the roots to the next. The first step computes them.
+        gap: number of steps before the roots are first computed, and from one computation to the next.
         damping: what is added to L and R before the roots, relative to their largest eigenvalue.
         weight_decay: decoupled λ.
     """
@@ -49,17 +49,18 @@ class Shampoo(MatrixOptimizer):
             state["step"] = 0
             state["L"], state["R"] = (gradient.new_zeros(side, side) for side in gradient.shape)
             state["m"], state["v"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        state["L"].lerp_(gradient @ gradient.mT, 1 - beta2)
-        state["R"].lerp_(gradient.mT @ gradient, 1 - beta2)
+        state["step"] += 1
+        state["L"] += gradient @ gradient.mT
+        state["R"] += gradient.mT @ gradient
         state["v"].lerp_(gradient.square(), 1 - beta2)
         if state["step"] % group["gap"] == 0:
             for name in ("L", "R"):
                 state[f"{name}_root"] = _inverse_fourth_root(state[name], group["damping"])
-        state["step"] += 1
-        direction = state["L_root"] @ gradient @ state["R_root"]
-        adam = gradient / ((state["v"] / (1 - beta2 ** state["step"])).sqrt() + group["eps"])
-        tiny = torch.finfo(gradient.dtype).tiny
-        state["m"].lerp_(direction * (adam.norm() / direction.norm().clamp_min(tiny)), 1 - beta1)
+        direction = adam = gradient / ((state["v"] / (1 - beta2 ** state["step"])).sqrt() + group["eps"])
+        if "L_root" in state:
+            direction = state["L_root"] @ gradient @ state["R_root"]
+            direction *= adam.norm() / direction.norm().clamp_min(torch.finfo(gradient.dtype).tiny)
+        state["m"].lerp_(direction, 1 - beta1)
         return state["m"] / (1 - beta1 ** state["step"])
 
 

@@ -124,22 +124,24 @@ class Muon(Rule):
 
 
 class Shampoo(Rule):
-    """Implements Shampoo (arXiv 1802.09568, Algorithm 1) with averages in place of sums.
+    """Implements Shampoo (arXiv 1802.09568, Algorithm 1).
 
-    The grafting onto Adam's length and the momentum are those of arXiv 2002.09018.
+    The grafting onto Adam's length, the momentum and the start after ``gap`` steps are those of arXiv 2002.09018.
     """
 
     def u(self, g, theta):
-        """Return the corrected momentum of L^(−1/4) g R^(−1/4) at Adam's length."""
+        """Return the corrected momentum of L^(−1/4) g R^(−1/4) at Adam's length, or of Adam's quotient at first."""
         beta1, beta2 = self.betas
-        self.L = beta2 * getattr(self, "L", 0.0) + (1 - beta2) * g @ g.T
-        self.R = beta2 * getattr(self, "R", 0.0) + (1 - beta2) * g.T @ g
-        if (self.t - 1) % self.gap == 0:
+        self.L = getattr(self, "L", 0.0) + g @ g.T
+        self.R = getattr(self, "R", 0.0) + g.T @ g
+        if self.t % self.gap == 0:
             self.roots = [self.root(matrix) for matrix in (self.L, self.R)]
         self.v = beta2 * getattr(self, "v", 0.0) + (1 - beta2) * g**2
-        adam = g / (np.sqrt(self.v / (1 - beta2**self.t)) + self.eps)
-        d = self.roots[0] @ g @ self.roots[1]
-        self.m = beta1 * getattr(self, "m", 0.0) + (1 - beta1) * d * np.linalg.norm(adam) / np.linalg.norm(d)
+        d = adam = g / (np.sqrt(self.v / (1 - beta2**self.t)) + self.eps)
+        if self.t >= self.gap:
+            d = self.roots[0] @ g @ self.roots[1]
+            d *= np.linalg.norm(adam) / np.linalg.norm(d)
+        self.m = beta1 * getattr(self, "m", 0.0) + (1 - beta1) * d
         return self.m / (1 - beta1**self.t)
 
     def root(self, matrix):
@@ -236,9 +238,9 @@ class Alice(Rule):
 
 
 class MLorc(Rule):
-    """Implements MLorc's AdamW (arXiv 2506.01897, Algorithms 1 and 3) with Adam's bias correction.
+    """Implements MLorc's AdamW (arXiv 2506.01897) with Adam's bias correction.
 
-    sketches: Gaussian matrices [q, rank], of which each step takes two, for m and for v.
+    sketches: Gaussian matrices [min(p, q), rank], of which each step takes two, for m and for v.
     """
 
     def u(self, g, theta):
@@ -253,8 +255,13 @@ class MLorc(Rule):
         return corrected(self, *moments(self, g))
 
     def compressed(self, x, number):
-        """Return the projection of x [p, q] on the range of x Ω, with Ω the sketch of that number."""
-        Q = np.linalg.qr(x @ self.sketches[number])[0]
+        """Return the projection of x [p, q], p ≥ q, on the range of x xᵀ x Ω, with Ω the sketch of that number.
+
+        A wide matrix is transposed first.
+        """
+        if len(x) < x.shape[1]:
+            return self.compressed(x.T, number).T
+        Q = np.linalg.qr(x @ (x.T @ (x @ self.sketches[number])))[0]
         return Q @ (Q.T @ x)
 
 
