@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..lowrank.sharding import world_size
 from ..optim.base import LoRAPreOptimizer
-from .loaded import calls_of, complete_loaded
+from .loaded import calls_of, complete_loaded, resumed_from
 from .summary import adamw_state_bytes
 from .trainer import check_arguments
 
@@ -80,6 +80,9 @@ class LoRAPreCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         found = _checked_optimizer(model, optimizer)
+        checkpoint = resumed_from()
+        if checkpoint is not None:  # `lorapre_optimizer` has not done so if the optimizer was there before.
+            complete_loaded(model, checkpoint)
         check_arguments(args, found.defaults["update_in_backward"])
         # An earlier run may have broken off in a backward pass, as the attempts of auto_find_batch_size do.
         found.zero_grad()
@@ -210,8 +213,10 @@ def _checked_optimizer(model: nn.Module, optimizer: Any) -> LoRAPreOptimizer:
         raise RuntimeError(
             f"the optimizer does not hold {len(missing)} of the model's {len(trainable)} trainable parameters"
             + (f" ({', '.join(missing[:3])}, …)" if missing else "")
-            + ": it was built before the model was wrapped, or parameters were added since, and training would leave "
-            "them as they are. Let the trainer build it: optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args)"
+            + ": it was built before the model was wrapped, or parameters were added or loaded anew since, and "
+            "training would leave them as they are. Let the trainer build it, "
+            "optimizer_cls_and_kwargs=lorapre_optimizer('adamw', args), and to train a second time or to resume make "
+            "a new trainer"
         )
     return found
 

@@ -161,7 +161,7 @@ def _param_groups(model: nn.Module, targets: Targets, weight_decay: float) -> li
     for name, param in model.named_parameters():
         if param.requires_grad:
             options = {"weight_decay": weight_decay if name in decayed else 0.0, **plain, **targets.get(param, {})}
-            group = groups.setdefault(tuple(options.values()), {"params": [], **options})
+            group = groups.setdefault((name in decayed, *options.values()), {"params": [], **options})
             group["params"].append((name, param))
     return list(groups.values())
 

@@ -35,7 +35,7 @@ def resumed_from() -> str | None:
     from transformers import Trainer  # It is imported here because it brings in datasets.
 
     found = (variables.get("resume_from_checkpoint") for variables in calls_of(Trainer))
-    return next((checkpoint for checkpoint in found if isinstance(checkpoint, str)), None)
+    return next((os.fspath(checkpoint) for checkpoint in found if isinstance(checkpoint, (str, os.PathLike))), None)
 
 
 def complete_loaded(model: nn.Module, checkpoint: str | os.PathLike) -> None:
@@ -78,12 +78,16 @@ def _load_renamed(model: nn.Module, checkpoint: Path) -> None:
 
 def _restore_adapter_dtypes(model: nn.Module, checkpoint: Path) -> None:
     """Give the active adapter the half precision in which it was saved. PEFT makes float32 of it as it loads it."""
-    path, adapter = checkpoint / SAFETENSORS_WEIGHTS_NAME, getattr(model, "active_adapter", None)
-    if not path.is_file() or not isinstance(adapter, str):
+    adapter = getattr(model, "active_adapter", None)
+    if not isinstance(adapter, str):
+        return
+    path = checkpoint / ("" if adapter == "default" else adapter) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
         return
     with safe_open(path, "pt") as file:
         saved = {key: HALF.get(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
     for name, param in model.named_parameters():
-        dtype = saved.get(re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", "", name))
+        key = re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", "", name)
+        dtype = saved.get(key) or saved.get(key.removesuffix(".weight"))
         if dtype is not None and param.dtype == torch.float32 and not isinstance(param, DTensor):
             param.data = param.data.to(dtype)

@@ -10,10 +10,10 @@ from peft import LoraConfig
 from peft.tuners.lora import ParamWrapper
 from stacking import unstacked
 from trainers import arguments, lorapre_trainer
-from transformers import TrainerCallback, ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2Model
+from transformers import Trainer, TrainerCallback, ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2Model
 from versions import skip_before
 
-from lorapre_peft import LoRAPreConfig, create_lorapre_optimizer
+from lorapre_peft import LoRAPreCallback, LoRAPreConfig, create_lorapre_optimizer
 from lorapre_peft.integrations.targets import expert_parameters
 from lorapre_peft.memory.peers import main
 
@@ -76,6 +76,22 @@ def test_a_resumed_run_has_the_experts_of_its_checkpoint(name, tmp_path, tokens)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for (name, param), expected in zip(resumed.model.named_parameters(), last.parameters()):
         assert torch.equal(param, expected), name
+
+
+def test_the_callback_loads_experts_where_the_optimizer_was_there_before(tmp_path, tokens):
+    """A trainer that has trained goes back to a checkpoint, and one that was given its optimizer resumes."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    straight = lorapre_trainer(MIXTURES["qwen3-moe"](), args, tokens)
+    straight.train()
+    expected = [param.detach().clone() for param in straight.model.parameters()]
+    model = MIXTURES["qwen3-moe"]()
+    optimizer = create_lorapre_optimizer(model, "adamw", lr=args.learning_rate, verbose=False)
+    options = {"train_dataset": tokens, "callbacks": [LoRAPreCallback()]}
+    given = Trainer(model, args, optimizers=(optimizer, None), **options)
+    for trainer in (straight, given):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        for (name, param), end in zip(trainer.model.named_parameters(), expected):
+            assert torch.equal(param, end), name
 
 
 @every_mixture

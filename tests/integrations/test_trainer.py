@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,19 +262,37 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, peft_model, tokens, 
     assert checkpoint.momentum_rank_pattern == model_options.get("momentum_rank_pattern", {})
 
 
-def test_an_adapter_resumes_in_the_precision_in_which_it_was_saved(tmp_path, make_llama, tokens):
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [("default", {}, str), ("default", {}, Path), ("policy", {}, str), ("default", {"use_dora": True}, str)],
+    ids=["default", "path", "another-name", "dora"],
+)
+def test_an_adapter_resumes_in_the_precision_in_which_it_was_saved(tmp_path, make_llama, tokens, name, options, kind):
     """PEFT makes float32 of bfloat16 as it loads an adapter, as SFTTrainer makes bfloat16 of QLoRA's."""
     args = arguments(tmp_path, save_strategy="steps", save_steps=2)
 
     def build():
-        model = get_peft_model(make_llama(), LoRAPreConfig(r=8, target_modules="all-linear")).bfloat16()
-        return lorapre_trainer(model, args, tokens)
+        config = LoRAPreConfig(r=8, target_modules="all-linear", **options)
+        return lorapre_trainer(get_peft_model(make_llama(), config, adapter_name=name).bfloat16(), args, tokens)
 
     straight, resumed = build(), build()
     straight.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=kind(tmp_path / "checkpoint-2"))
     check_equal_runs(straight, resumed)
     assert {param.dtype for param in trainable(resumed.model).values()} == {torch.bfloat16}
+
+
+def test_a_resumed_run_may_have_another_weight_decay(tmp_path, peft_model, tokens):
+    """The groups do not depend on its value, and the checkpoint's holds, as in torch."""
+
+    def build(weight_decay):
+        args = arguments(tmp_path, save_strategy="steps", save_steps=2, weight_decay=weight_decay)
+        return lorapre_trainer(peft_model(modules_to_save=["lm_head", "norm"]), args, tokens)
+
+    straight, resumed = build(0.0), build(0.1)
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    check_equal_runs(straight, resumed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
