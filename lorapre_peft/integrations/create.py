@@ -68,7 +68,7 @@ def create_lorapre_optimizer(
         target_modules: for full weights only: names, a regular expression or ``"all-linear"`` (the default), as in
             PEFT.
         others: for full weights only: ``"adamw"`` (the default) or ``"frozen"``, for parameters that are neither
-            targets nor embeddings.
+            targets nor embeddings. The head of a classifier is trained in any case.
         embeddings: for full weights only: ``"frozen"`` (the default) or ``"adamw"``, for embeddings and head.
         verbose: whether the first process prints the table of what is compressed.
         kwargs: further options of the optimizer class.

@@ -38,12 +38,12 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     These are the heads that transformers' models name themselves, and the linear layers that share an embedding's
     weight. Outside of transformers' models, linear layers with the shape of a head are among them (`_heads_by_shape`).
     """
-    named = (inner.get_output_embeddings() for inner in _models(model))
+    named = [head for inner in _models(model) if (head := inner.get_output_embeddings()) is not None]
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     linear = [module for module in model.modules() if isinstance(module, LINEAR)]
     covered = {module for inner in _models(model) for module in inner.modules()}
     return [
-        *(head for head in named if head is not None),
+        *(part for head in named for part in (head if isinstance(head, nn.ModuleList) else [head])),
         *(module for module in linear if any(module.weight is table for table in tables)),
         *(module for module in _heads_by_shape(linear, [len(table) for table in tables]) if module not in covered),
     ]
@@ -155,9 +155,12 @@ def adapter_targets(model: nn.Module, momentum_rank: int | None, given: dict[str
                 k = config.module_momentum_rank(own_name, r)
                 unused.setdefault(adapter, {*config.momentum_rank_pattern}).discard(config.pattern_key(own_name))
             if k >= r > 1:
+                fitting = "1" if r == 2 else f"1 to {r - 1}"
+                where = "leave the argument momentum_rank out, and give this module one of its own in the config's"
                 raise ValueError(
                     f"momentum_rank={k} is not below r={r} of {module_name}: nothing would be compressed there; use "
-                    f"1..{r - 1}, or a smaller one for this module in momentum_rank_pattern"
+                    f"{fitting}, or {'a smaller one for this module in' if momentum_rank is None else where} "
+                    "momentum_rank_pattern"
                 )
             if config is None and not bare:
                 bare = module_name
@@ -316,15 +319,17 @@ def freeze_others(
 ) -> dict[str, set[Tensor]]:
     """Freeze what full-weight training leaves out, which by default are embeddings and head.
 
-    Returns the frozen parameters, by a label for the table.
+    The head of a classifier, which mostly is new, is trained in any case. Returns the frozen parameters, by a label
+    for the table.
     """
     embedded = embedding_parameters(model) - targets.keys()
     everything: set[Tensor] = set(model.parameters())
+    classifying = {param for head in _classifiers(model) for param in head.parameters()}
     rest = everything - targets.keys() - embedded
     frozen: dict[str, set[Tensor]] = {}
     for option, label, given, default, params in (
         ("embeddings", "embeddings and head, frozen", embeddings, "frozen", embedded),
-        ("others", "others, frozen", others, "adamw", rest),
+        ("others", "others, frozen", others, "adamw", rest - classifying if others == "frozen" else rest),
     ):
         if given == "adamw" and params and not any(param.requires_grad for param in params):
             raise ValueError(

@@ -172,8 +172,11 @@ def test_frozen_adapters_of_a_thawed_model_are_named(make_llama):
 def test_momentum_rank_too_large_for_one_module_is_an_error(make_llama):
     """It would put that module on the AdamW path without a word."""
     model = adapted(make_llama(), rank_pattern={"q_proj": 2}, momentum_rank=4)
-    with pytest.raises(ValueError, match=r"momentum_rank=4 is not below r=2 of .*q_proj"):
+    with pytest.raises(ValueError, match=r"not below r=2 of .*q_proj.*; use 1, or a smaller one for this module"):
         create_lorapre_optimizer(model, lr=1e-2)
+    model = adapted(make_llama(), rank_pattern={"q_proj": 3}, momentum_rank_pattern={"q_proj": 2})
+    with pytest.raises(ValueError, match="use 1 to 2, or leave the argument momentum_rank out, and give this module"):
+        create_lorapre_optimizer(model, lr=1e-2, momentum_rank=4)  # The argument goes before the pattern.
 
 
 def test_option_of_the_other_optimizer_is_a_type_error(make_llama):

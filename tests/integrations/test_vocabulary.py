@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, MusicgenDecoderConfig, MusicgenForCausalLM
 
 from lorapre_peft import create_lorapre_optimizer
 from lorapre_peft.integrations.targets import output_heads
@@ -97,6 +98,15 @@ MODELS = {
 def test_heads_of_plain_models(model, expected):
     names = {module: name for name, module in model.named_modules()}
     assert {names[head] for head in output_heads(model)} == expected
+
+
+def test_each_of_several_heads_is_one():
+    config = MusicgenDecoderConfig(
+        hidden_size=64, ffn_dim=96, num_hidden_layers=1, num_attention_heads=2, vocab_size=99, num_codebooks=3
+    )
+    with torch.device("meta"):
+        model = MusicgenForCausalLM(config)
+    assert output_heads(model) == list(model.lm_heads)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -117,6 +117,9 @@ def test_a_classification_head_is_not_compressed():
     )
     model = LlamaForSequenceClassification(config)
     assert named(model, create_lorapre_optimizer(model))["score.weight"] == 0
+    create_lorapre_optimizer(model, others="frozen")
+    assert model.score.weight.requires_grad  # It is new. Nothing else would train it.
+    assert not model.model.norm.weight.requires_grad
 
 
 def test_tied_weights_count_once(make_llama):
