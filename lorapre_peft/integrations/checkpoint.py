@@ -15,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -47,10 +48,12 @@ class Checkpoint:
         elif index.is_file():
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         else:
-            raise ValueError(
-                f"{self.path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: write the model again "
-                "with save_pretrained"
-            )
+            advice = "write the model again with save_pretrained"
+            if (self.folder / ADAPTER_CONFIG_NAME).is_file():
+                advice = "it holds an adapter; give the folder of a whole model"
+            elif inside := [path.name for path in self.folder.glob("checkpoint-*")]:
+                advice = f"give a checkpoint in it, such as {inside[0]}"
+            raise ValueError(f"{self.path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: {advice}")
         absent = sorted(name for name in names if not (self.folder / name).is_file())
         if absent:
             raise ValueError(

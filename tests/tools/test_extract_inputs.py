@@ -85,7 +85,11 @@ def test_unsuitable_checkpoints(tmp_path, checkpoint_pair):
     fails("device='warp' cannot be used here", device="warp")
     fails("nowhere/at-all is neither a folder nor a model in the local hub cache", base="nowhere/at-all")
     fails("neither a folder nor a model in the local hub cache", base=tmp_path / "no" / "such" / "folder")
-    fails("has neither model.safetensors nor model.safetensors.index.json", base=tmp_path)
+    fails("has neither model.safetensors nor model.safetensors.index.json: write the model again", base=tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    fails("give a checkpoint in it, such as checkpoint-3", base=tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    fails("it holds an adapter; give the folder of a whole model", base=tmp_path)
     quantised = dict(
         edit=lambda c: c.update(quantization_config={"quant_method": "fp8"}), edited="config.json", base=None
     )
