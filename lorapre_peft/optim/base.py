@@ -43,6 +43,7 @@ from .options import (
     check_uncompressed,
     one_of,
     warn_of_misspelt,
+    without_round_off,
 )
 from .state import OF_PLACES, RANK_OPTIONS, STACK_OPTIONS
 
@@ -189,7 +190,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
     def _check_edited(self, group: dict[str, Any]) -> None:
         """Raise ValueError for options that a scheduler or the user has moved out of their range.
 
-        The host reads no tensor on a device. A learning rate below 0 is let be, as schedules end there by round-off.
+        The host reads no tensor on a device. A learning rate below 0 is let be.
         """
         found = [id(value) if isinstance(value, Tensor) else value for value in map(group.get, self.defaults)]
         if self._checked.get(id(group)) == found:
@@ -197,8 +198,7 @@ class LoRAPreOptimizer(InBackwardOptimizer):
         if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in group.values()):
             self._check_decays(group)
         else:
-            lr = group["lr"]
-            self.check_group({**group, "lr": abs(lr) if isinstance(lr, (int, float, Tensor)) else lr})
+            self.check_group(without_round_off(group))
         self._checked[id(group)] = [list(value) if isinstance(value, list) else value for value in found]
 
     def _adamw_options(self, group: dict[str, Any]) -> AdamWOptions:

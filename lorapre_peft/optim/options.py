@@ -62,6 +62,12 @@ def check_betas(name: str, betas: Any) -> None:
         in_range(f"{name}[{i}]", beta, 0, 1)
 
 
+def without_round_off(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a group with |lr| in place of lr, since schedules end just below 0 by round-off."""
+    lr = group["lr"]
+    return {**group, "lr": abs(lr) if isinstance(lr, (int, float, Tensor)) else lr}
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raise ValueError for an option that both optimizers have and that is out of its range."""
     lr = group["lr"]

@@ -16,7 +16,7 @@ from ..lowrank.layout import EXPERT_POSITIONS, Member, compressed_rank, matrix_s
 from ..lowrank.rules import RULES
 from ..lowrank.sharding import local, place
 from .adamw_path import adamw_dtype
-from .options import check_parameter, check_stack
+from .options import check_parameter, check_stack, without_round_off
 
 # These options decide the shapes of a parameter's state.
 RANK_OPTIONS = ("momentum_rank", "second_momentum_rank", "update_rule")
@@ -168,7 +168,7 @@ def check_saved_group(optimizer: StatefulOptimizer, group: dict[str, Any], saved
     Loading takes over all other options, as in torch. Factors of another rank or rule cannot be continued. A state
     that was saved before the first step has no factors, but the run would still not be the one that its options say.
     """
-    optimizer.check_group(saved | {"update_in_backward": group["update_in_backward"]})
+    optimizer.check_group(without_round_off(saved) | {"update_in_backward": group["update_in_backward"]})
     saved = saved | {"params": group["params"]}
     for param in group["params"]:
         same_rule = saved["update_rule"] == group["update_rule"] or "exp_avg" in optimizer.state_shapes(param, group)

@@ -140,6 +140,21 @@ def test_zero_grad(cls):
 
 
 @both_optimizers
+def test_a_rate_just_below_zero_steps_and_is_saved(cls):
+    """Schedules end there by round-off: the step moves nothing, and the checkpoint can be loaded."""
+    param, grads = weights(20, 12), stream((20, 12), 2)
+    optimizer = cls([param], lr=LR, momentum_rank=2)
+    take_steps(optimizer, [param], grads[:1])
+    before = param.detach().clone()
+    optimizer.param_groups[0]["lr"] = -1e-19
+    take_steps(optimizer, [param], grads[1:])
+    assert torch.equal(param, before)
+    fresh = cls([weights(20, 12)], lr=LR, momentum_rank=2)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.param_groups[0]["lr"] == -1e-19
+
+
+@both_optimizers
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_lambda_lr(cls, tensor_lr):
     """A warmup from zero and a decay, against the same rates written by hand."""
