@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from trainers import arguments, inner, lorapre_trainer, training_logs
 from versions import skip_before
 
-from lorapre_peft import LoRAPreConfig
+from lorapre_peft import LoRAPreCallback, LoRAPreConfig
 
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
 ENGINES = {
@@ -30,7 +30,7 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
-def trainer_for(folder, kind, adapters, options, **changed):
+def trainer_for(folder, kind, adapters, options, callback=None, **changed):
     """As a script under `accelerate launch` or `torchrun` builds it: they set these variables."""
     rank, world = dist.get_rank(), dist.get_world_size()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
@@ -43,7 +43,8 @@ def trainer_for(folder, kind, adapters, options, **changed):
     model = build_llama()
     if adapters:
         model = get_peft_model(model, LoRAPreConfig(r=8, target_modules="all-linear", lora_dropout=0.1))
-    return lorapre_trainer(model, args, [{"input_ids": row, "labels": row} for row in ids], kind=kind)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return lorapre_trainer(model, args, rows, kind=kind, callback=callback)
 
 
 def everything(trainer):
@@ -82,6 +83,31 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, engine, kind, adapte
         torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
         assert all(sharded == (engine != "ddp") for sharded in straight["sharded"])
         torch.testing.assert_close(straight["params"], ranks[0][0]["params"], rtol=0, atol=0)
+
+
+def with_a_nan_loss_on_rank_1(folder):
+    """Return the step at which a rank stops, and its parameters, if the second loss of rank 1 is NaN."""
+    trainer = trainer_for(folder, "adamw", True, {}, callback=LoRAPreCallback(stop_on_nan_loss=True))
+    calls = iter(range(1, 100))
+
+    def spoil(module, inputs, output):
+        if next(calls) == 2 and dist.get_rank() == 1:
+            output.loss = output.loss * float("nan")
+        return output
+
+    trainer.model.register_forward_hook(spoil)
+    with pytest.warns(UserWarning, match="the loss of step 2 is NaN or infinite: training stops"):
+        trainer.train()
+    return trainer.state.global_step, everything(trainer)["params"]
+
+
+def test_all_ranks_stop_at_the_nan_loss_of_one(tmp_path):
+    """Otherwise the others would wait for it at their next all-reduce."""
+    ranks = run(2, tmp_path / "run", with_a_nan_loss_on_rank_1, tmp_path / "out")
+    assert [step for step, _ in ranks] == [2, 2]
+    for values in zip(*(params for _, params in ranks)):
+        assert torch.equal(*values)
+        assert values[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

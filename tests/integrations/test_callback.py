@@ -19,7 +19,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from lorapre_peft import LoRAPreAdamW, LoRAPreCallback, lorapre_optimizer
+from lorapre_peft import LoRAPreAdamW, LoRAPreCallback, create_lorapre_optimizer, lorapre_optimizer
 
 MUON_LOGGED = ALWAYS_LOGGED | {"lorapre/captured_energy"}
 
@@ -53,13 +53,22 @@ def test_callback_refuses_an_optimizer_built_before_the_model_was_wrapped(tmp_pa
         trainer.train()
 
 
+def test_callback_checks_the_arguments_beside_a_finished_optimizer(tmp_path, peft_model, tokens):
+    model = peft_model()
+    ready = create_lorapre_optimizer(model, lr=1e-2, update_in_backward=True, verbose=False)
+    args = arguments(tmp_path, max_grad_norm=1.0)
+    trainer = Trainer(model, args, train_dataset=tokens, optimizers=(ready, None), callbacks=[LoRAPreCallback()])
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 with update_in_backward=True"):
+        trainer.train()
+
+
 def test_callback_refuses_parameters_that_were_added_since(tmp_path, peft_model, tokens):
     model = peft_model()
     trainer = lorapre_trainer(model, arguments(tmp_path), tokens)
     trainer.create_optimizer()
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(
-        RuntimeError, match=r"does not hold 1 of .* 29 .*embed_tokens.* or parameters were added since"
+        RuntimeError, match=r"does not hold 1 of .* 29 .*embed_tokens.* or parameters were added or loaded anew since"
     ):
         trainer.train()
 

@@ -38,6 +38,14 @@ OTHERS = {
 }
 
 
+def test_the_second_moments_rank_is_at_most_the_firsts():
+    param = weights(20, 12)
+    optimizer = LoRAPreAdamW([param], lr=LR, second_momentum_rank=5)
+    assert optimizer.ranks(param, optimizer.param_groups[0]) == (3, 3)
+    take_steps(optimizer, [param], stream((20, 12), 1))
+    assert optimizer.state[param]["v_A"].shape == (3, 12)
+
+
 def test_embeddings_are_known_by_their_shape():
     for shape in EMBEDDINGS.values():
         assert is_embedding(None, torch.Size(shape))

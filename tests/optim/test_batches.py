@@ -9,7 +9,7 @@ from roundoff import assert_same_steps, undisturbed
 from stepping import LR, both_optimizers, both_rules, products, stream, take_steps, weights
 from torch import nn
 
-from lorapre_peft import LoRAPreAdamW
+from lorapre_peft import LoRAPreAdamW, LoRAPreMuon
 from lorapre_peft.lowrank import constants as module
 from lorapre_peft.lowrank.batch import Batch
 from lorapre_peft.lowrank.constants import constants
@@ -135,6 +135,45 @@ def test_groups_share_batches(monkeypatch, rule, backend):
     found = trained([{"params": [weights(20, 12, seed=i)], **options} for i, options in enumerate(own)])
     assert sizes == ([3] * 10 if backend == "eager" else [])
     assert_same_steps(found, alone)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_options_that_matrices_of_a_batch_share_are_those_of_their_group(backend):
+    """Muon's groups of equal shape and rank, of which each differs from the first one in one thing."""
+    own = [
+        {},
+        {"momentum": 0.8},
+        {"nesterov": True},
+        {"ns_steps": 3},
+        {"ns_dtype": "bfloat16"},
+        {"adjust_lr_fn": "match_rms_adamw"},
+        {"residual_weight": 0.1},
+        {"weight_decay": 0.1},
+        {"update_rule": "newton", "residual_weight": None},
+        {"bf16_rounding": "nearest"},
+    ]
+    check_each_group(LoRAPreMuon, own, backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_rules_and_roundings_of_adamws_groups_are_their_own(backend):
+    check_each_group(LoRAPreAdamW, [{}, {"update_rule": "newton"}, {"bf16_rounding": "nearest"}], backend)
+
+
+def check_each_group(cls, own, backend):
+    """Groups of one bfloat16 matrix each take the steps of optimizers in which all matrices have their options."""
+    grads = [stream((20, 12), 6, seed=i) for i in range(len(own))]
+
+    def trained(options):
+        params = [weights(20, 12, seed=i, dtype=torch.bfloat16) for i in range(len(own))]
+        groups = [{"params": [param], **given} for param, given in zip(params, options)]
+        take_steps(cls(groups, lr=LR, momentum_rank=2, backend=backend), params, *grads)
+        return params
+
+    together, plain = trained(own), trained([{}] * len(own))
+    for i, options in enumerate(own):
+        assert torch.equal(together[i], trained([options] * len(own))[i]), options
+        assert (not options) == torch.equal(together[i], plain[i]), options
 
 
 @both_optimizers

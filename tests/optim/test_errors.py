@@ -142,6 +142,16 @@ def test_an_option_edited_out_of_its_range_stops_the_next_step(cls, options, mes
 
 
 @both_optimizers
+def test_a_list_of_betas_edited_in_place_stops_the_next_step(cls):
+    name = "betas" if cls is LoRAPreAdamW else "adamw_betas"
+    optimizer = trained(cls, **{name: [0.9, 0.95]})
+    optimizer.step()
+    optimizer.param_groups[0][name][0] = 2.0
+    with pytest.raises(ValueError, match=rf"{name}\[0\]=2.0: expected"):
+        optimizer.step()
+
+
+@both_optimizers
 def test_keys_of_a_group_that_look_like_options_are_named(cls):
     with pytest.warns(
         UserWarning, match="found the key 'momentm_rank' in a group .*; alike is 'momentum_rank'"

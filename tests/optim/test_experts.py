@@ -35,6 +35,16 @@ def expert_gradients(idle=IDLE):
     return [[g * (e not in idle.get(t, ())) for t, g in enumerate(grads)] for e, grads in enumerate(streams)]
 
 
+@pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon])
+def test_experts_of_two_parameters_all_have_starts_of_their_own(cls):
+    """A second parameter's first expert must not have the position of the first parameter's second one."""
+    params = [nn.Parameter(torch.ones(EXPERTS, *SHAPE)) for _ in range(2)]
+    groups = [{"params": [param], "experts": EXPERTS} for param in params]
+    starts = newton_starts(cls(groups, lr=LR, update_rule="newton", momentum_rank=RANK))
+    rows = np.concatenate([factor.reshape(-1, SHAPE[1]) for start in starts for factor in start])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 2 * EXPERTS * RANK * len(starts[0])
+
+
 def one_parameter(layout, matrices):
     return nn.Parameter(stacked(layout, [m.clone() for m in matrices]))
 

@@ -7,7 +7,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lorapre_peft import create_lorapre_optimizer
-from lorapre_peft.integrations.create import WEIGHT_LR
 from lorapre_peft.lowrank.layout import compressed_rank
 
 
@@ -31,7 +30,7 @@ def test_defaults_of_a_plain_model(make_llama, capsys):
     assert not model.model.embed_tokens.weight.requires_grad
     assert not model.lm_head.weight.requires_grad
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["bf16_rounding"]) == (WEIGHT_LR, (0.9, 0.95), "stochastic")
+    assert (group["lr"], group["betas"], group["bf16_rounding"]) == (2e-5, (0.9, 0.95), "stochastic")
     table = capsys.readouterr().out
     assert "embeddings and head, frozen" in table
     assert "compressed, k=8,1, als" in table

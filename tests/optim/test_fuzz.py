@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from backend_runs import eager_and_cpp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stepping import both_optimizers
@@ -115,14 +116,21 @@ def assert_finite(optimizer) -> None:
 
 
 @both_optimizers
-@given(layout=LAYOUTS, drawn=gradients(PATTERNS), stochastic=st.booleans(), tile=st.sampled_from([4_000, 64_000_000]))
-def test_als_stays_finite_and_bounded(cls, layout, drawn, stochastic, tile):
+@given(
+    layout=LAYOUTS,
+    drawn=gradients(PATTERNS),
+    stochastic=st.booleans(),
+    tile=st.sampled_from([4_000, 64_000_000]),
+    backend=st.sampled_from(["auto", "eager"]),
+)
+def test_als_stays_finite_and_bounded(cls, layout, drawn, stochastic, tile, backend):
     """Not finite gradients are skipped; every other update obeys Adam's bound C, or Newton–Schulz's 1.3 for Muon.
 
     With lr 1 and parameters at 0, where the update is the parameter itself.
     """
     rounding = "stochastic" if stochastic else "nearest"
-    optimizer = build(cls, layout, "als", lr=1.0, bf16_rounding=rounding, temporary_bytes=tile)
+    options = {"bf16_rounding": rounding, "temporary_bytes": tile, "backend": backend}
+    optimizer = build(cls, layout, "als", lr=1.0, **options)
     for number, one in enumerate(drawn):
         for param in parameters(optimizer):
             param.data.zero_()
@@ -139,11 +147,15 @@ def test_als_stays_finite_and_bounded(cls, layout, drawn, stochastic, tile):
 
 
 @both_optimizers
-@given(layout=LAYOUTS, drawn=gradients([p for p in PATTERNS if p not in ("nan", "inf")]))
-def test_newton_stays_finite(cls, layout, drawn):
+@given(
+    layout=LAYOUTS,
+    drawn=gradients([p for p in PATTERNS if p not in ("nan", "inf")]),
+    backend=st.sampled_from(["auto", "eager"]),
+)
+def test_newton_stays_finite(cls, layout, drawn, backend):
     """The published rule has no bound, so that only finiteness is asked of it, in dtypes with float32's range."""
     layout = [(k, [(s, torch.float32 if d == torch.float16 else d) for s, d in params]) for k, params in layout]
-    optimizer = build(cls, layout, "newton", lr=1e-3)
+    optimizer = build(cls, layout, "newton", lr=1e-3, backend=backend)
     for number, one in enumerate(drawn):
         step(optimizer, one, number, finite=True)
         assert_finite(optimizer)
@@ -178,9 +190,10 @@ def test_state_dict_round_trip(cls, rule, layout, drawn, cut):
 
 
 @both_optimizers
-def test_a_jump_of_33_orders_of_magnitude(cls):
+@eager_and_cpp
+def test_a_jump_of_33_orders_of_magnitude(cls, backend):
     """B'ᵀx grows as the square of the new gradient over √ of the old one: without `unit` it would overflow float32."""
-    optimizer = build(cls, [(1, [((20, 12), torch.float32)])], "als")
+    optimizer = build(cls, [(1, [((20, 12), torch.float32)])], "als", backend=backend)
     for number, scale in enumerate((1e-18, 1e15)):
         step(optimizer, ("normal", scale, 0), number)
     assert_finite(optimizer)

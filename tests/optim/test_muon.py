@@ -82,6 +82,20 @@ def test_follows_torch_muon(monkeypatch, shape, nesterov, adjust_lr_fn):
     assert (ours - weights(*shape)).abs().max() > LR
 
 
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_step_orthogonalizes_in_the_given_dtype(backend):
+    """At the first step the momentum is the gradient."""
+    (g,), steps = stream((20, 12), 1), {}
+    for dtype in ("float32", "bfloat16"):
+        param = nn.Parameter(torch.zeros(20, 12))
+        take_steps(LoRAPreMuon([param], lr=1.0, momentum_rank=2, ns_dtype=dtype, backend=backend), [param], [g])
+        steps[dtype] = -param.detach()
+        # The momentum is rounded in another order than the gradient, and in bfloat16 then by its places.
+        room = orthogonal_room(g.double().numpy(), getattr(torch, dtype))
+        torch.testing.assert_close(steps[dtype], orthogonalize(g, 5, getattr(torch, dtype)), rtol=0, atol=2 * room)
+    assert (steps["float32"] - steps["bfloat16"]).abs().max() > 1e-3
+
+
 def test_muon_without_scale_is_algorithm_2():
     """None means no scale here, where torch's None means "original"."""
     tall, steps = (40, 6), 3

@@ -63,7 +63,8 @@ def test_reported_error_is_the_merge_error(tmp_path, checkpoint_pair):
         assert m.relative_error == pytest.approx(true[m.name], rel=0, abs=room)
         assert m.merged_error == pytest.approx(true[m.name], rel=0, abs=room)
         S = torch.linalg.svdvals(after[f"{m.name}.weight"].double() - before[f"{m.name}.weight"].double())
-        assert m.kept_energy == pytest.approx(float(S[:5].square().sum() / S.square().sum()), abs=1e-5)
+        # An SVD in float32 is that of a change as far away as the error is; the energy is its square's complement.
+        assert m.kept_energy == pytest.approx(float(S[:5].square().sum() / S.square().sum()), abs=2 * room)
         assert 0.05 < m.relative_error < 0.9
     assert report.kept_energy == pytest.approx(1 - report.relative_error**2)
 
@@ -217,8 +218,9 @@ def test_bfloat16_checkpoints(tmp_path, checkpoint_pair, dtype):
     for m in report.modules:
         B, A = (factors[f"base_model.model.{m.name}.lora_{x}.weight"].float() for x in "BA")
         delta = after[f"{m.name}.weight"].float() - before[f"{m.name}.weight"].float()
-        assert m.relative_error == pytest.approx(float((delta - B @ A).norm() / delta.norm()), rel=1e-4)
-        assert m.merged_error == pytest.approx(true[m.name], rel=1e-4, abs=1e-7)
+        room = error_room(delta, after[f"{m.name}.weight"])
+        assert m.relative_error == pytest.approx(float((delta - B @ A).norm() / delta.norm()), rel=0, abs=room)
+        assert m.merged_error == pytest.approx(true[m.name], rel=0, abs=room)
     rounded = extract_lora(base, tuned, tmp_path / "exact", energy=1.0, dtype=dtype)
     if dtype:
         assert rounded.relative_error < 1e-5

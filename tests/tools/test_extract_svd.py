@@ -40,6 +40,13 @@ def test_top_factors_equal_exact_svd(shape):
     torch.testing.assert_close(torch.linalg.matrix_norm(B), torch.linalg.matrix_norm(A), rtol=room, atol=0)
 
 
+def test_top_factors_of_a_slow_spectrum_need_their_power_steps():
+    """At a ratio of 0.97 the error is 0.0007 above the best one's. With two power steps it would be 0.002."""
+    x = decaying(300, 400, ratio=0.97)
+    B, A = top_factors(x, 4)
+    assert (x - B @ A).norm() <= torch.linalg.svdvals(x)[4:].norm() * (1 + 1e-3)
+
+
 def test_top_factors_leave_global_rng_alone():
     """`torch.svd_lowrank` draws from the global generator."""
     x, results = decaying(30, 20), []
