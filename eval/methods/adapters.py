@@ -107,11 +107,10 @@ def _gradient_aligned_start(model: nn.Module) -> None:
     for layer, A, B in lora_layers(model):
         rank = len(A.weight)
         U, _, V = _gradient_svd(layer, 2 * rank)
-        (scaling,) = layer.scaling.values()
         size = len(B.weight) ** 0.25 / LORA_GA_GAMMA**0.5
-        B.weight.copy_(size * U[:, rank : 2 * rank])
         A.weight.copy_(size * V[:, :rank].T)
-        layer.get_base_layer().weight -= scaling * B.weight @ A.weight
+        B.weight.copy_(size * U[:, rank : 2 * rank])
+        _subtract_start(layer, A, B)
 
 
 @torch.no_grad()
@@ -141,9 +140,15 @@ def _locally_optimal_start(model: nn.Module) -> None:
         U, _, V = _gradient_svd(layer, 2 * rank)
         (scaling,) = layer.scaling.values()
         root = (0.01 / rank**0.5 / scaling) ** 0.5
-        B.weight.copy_(root * U[:, :rank])
         A.weight.copy_(root * V[:, rank : 2 * rank].T)
-        layer.get_base_layer().weight -= scaling * B.weight @ A.weight
+        B.weight.copy_(root * U[:, :rank])
+        _subtract_start(layer, A, B)
+
+
+def _subtract_start(layer: LoraLayer, A: nn.Linear, B: nn.Linear) -> None:
+    """Subtract s B A from a layer's weight W, so that the layer computes what it did before it had an adapter."""
+    (scaling,) = layer.scaling.values()
+    layer.get_base_layer().weight -= scaling * B.weight @ A.weight
 
 
 def _gradient_svd(layer: LoraLayer, rank: int) -> tuple[Tensor, Tensor, Tensor]:

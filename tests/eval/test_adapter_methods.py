@@ -280,16 +280,19 @@ def test_nearest_solves_each_factors_least_squares():
         np.testing.assert_allclose(gradient, 0, rtol=0, atol=ROOM)
 
 
-def test_lora_one_starts_at_the_best_approximation_of_a_gradient_step(make_llama):
-    """arXiv 2502.01235: B A = −G_r/(γ σ₁), γ = 128, with balanced factors; the base weights stay."""
-    model, method = make_llama(num_hidden_layers=1), METHODS["lora-one"]
+def started(name, rank, model):
+    """Each (layer, A, B) at a method's start, with the linear layer that it was made of, which has its gradient."""
     original = copy.deepcopy(model)
     ids = torch.randint(4, 60, (2, 16), generator=torch.Generator().manual_seed(0))
-    adapted_model = method.prepare(model, 4, {}, lambda: model(input_ids=ids, labels=ids).loss.backward())
     original(input_ids=ids, labels=ids).loss.backward()
-    for (layer, A, B), linear in zip(
-        lora_layers(adapted_model), (m for m in original.model.layers.modules() if isinstance(m, nn.Linear))
-    ):
+    adapted_model = METHODS[name].prepare(model, rank, {}, lambda: model(input_ids=ids, labels=ids).loss.backward())
+    linears = [m for m in original.model.layers.modules() if isinstance(m, nn.Linear)]
+    return zip(lora_layers(adapted_model), linears, strict=True)
+
+
+def test_lora_one_starts_at_the_best_approximation_of_a_gradient_step(make_llama):
+    """arXiv 2502.01235: B A = −G_r/(γ σ₁), γ = 128, with balanced factors; the base weights stay."""
+    for (layer, A, B), linear in started("lora-one", 4, make_llama(num_hidden_layers=1)):
         assert torch.equal(layer.get_base_layer().weight, linear.weight)
         U, sigma, Vt = np.linalg.svd(linear.weight.grad.double().numpy(), full_matrices=False)
         expected = -U[:, :4] @ np.diag(sigma[:4]) @ Vt[:4] / (128 * sigma[0])
@@ -302,13 +305,7 @@ def test_lora_one_starts_at_the_best_approximation_of_a_gradient_step(make_llama
 
 def test_lora_ga_starts_on_the_gradients_directions_and_leaves_the_function(make_llama):
     """arXiv 2407.05000: A and B at p^¼/√γ, γ = 64, from the first and the next r singular vectors; W − s B A."""
-    model, method = make_llama(num_hidden_layers=1), METHODS["lora-ga"]
-    ids = torch.randint(4, 60, (2, 16), generator=torch.Generator().manual_seed(0))
-    original = copy.deepcopy(model)
-    original(input_ids=ids, labels=ids).loss.backward()
-    adapted_model = method.prepare(model, 3, {}, lambda: model(input_ids=ids, labels=ids).loss.backward())
-    linears = (m for m in original.model.layers.modules() if isinstance(m, nn.Linear))
-    for (layer, A, B), linear in zip(lora_layers(adapted_model), linears):
+    for (layer, A, B), linear in started("lora-ga", 3, make_llama(num_hidden_layers=1)):
         change = (6 / 3**0.5 * B.weight @ A.weight).detach()
         room = rivals.gamma(20) * (linear.weight.abs().max() + change.abs().max()).item()
         torch.testing.assert_close(layer.get_base_layer().weight + change, linear.weight, rtol=0, atol=room)
@@ -330,13 +327,7 @@ def test_riemannion_starts_where_the_tangent_space_holds_the_most_of_the_gradien
 
     The function stays as it is.
     """
-    model, method = make_llama(num_hidden_layers=1), METHODS["riemannion"]
-    ids = torch.randint(4, 60, (2, 16), generator=torch.Generator().manual_seed(0))
-    original = copy.deepcopy(model)
-    original(input_ids=ids, labels=ids).loss.backward()
-    adapted_model = method.prepare(model, 3, {}, lambda: model(input_ids=ids, labels=ids).loss.backward())
-    linears = (m for m in original.model.layers.modules() if isinstance(m, nn.Linear))
-    for (layer, A, B), linear in zip(lora_layers(adapted_model), linears):
+    for (layer, A, B), linear in started("riemannion", 3, make_llama(num_hidden_layers=1)):
         change = 2 * (B.weight @ A.weight).detach()
         allowed = rivals.gamma(4) * (linear.weight.abs().max() + change.abs().max()).item()
         torch.testing.assert_close(layer.get_base_layer().weight + change, linear.weight, rtol=0, atol=allowed)
