@@ -272,8 +272,7 @@ def start_run(folder: Path, config: dict[str, Any], precision: Precision, *, res
     config = kept(config)
     if folder.is_file():
         raise SystemExit(f"{folder} is a file: give another --output_dir")
-    found = sorted(path.name for pattern in TRAINED for path in folder.glob(pattern))
-    if found and not record.exists():
+    if not record.exists() and (found := sorted(path.name for pattern in TRAINED for path in folder.glob(pattern))):
         raise SystemExit(
             f"{folder} holds {', '.join(found[:3])} and no config.yaml, so it is no run of a recipe, and its weights "
             "could be overwritten: give another --output_dir"

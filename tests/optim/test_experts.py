@@ -35,7 +35,7 @@ def expert_gradients(idle=IDLE):
     return [[g * (e not in idle.get(t, ())) for t, g in enumerate(grads)] for e, grads in enumerate(streams)]
 
 
-@pytest.mark.parametrize("cls", [LoRAPreAdamW, LoRAPreMuon])
+@both_optimizers
 def test_experts_of_two_parameters_all_have_starts_of_their_own(cls):
     """A second parameter's first expert must not have the position of the first parameter's second one."""
     params = [nn.Parameter(torch.ones(EXPERTS, *SHAPE)) for _ in range(2)]
