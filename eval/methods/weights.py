@@ -41,10 +41,13 @@ def _shampoo(model: nn.Module, args: TrainingArguments, options: Options) -> Opt
 def _adamw8bit(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:
     from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):  # as Trainer does
-            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
-    return AdamW8bit(trained(model), **adam_options(args))
+    optimizer = AdamW8bit(trained(model), **adam_options(args))
+    # A process's one manager knows parameters by id and place, so that an earlier model's overrides would count again.
+    optimizer.mng = GlobalOptimManager.__new__(GlobalOptimManager)
+    optimizer.mng.initialize()
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    optimizer.mng.override_config(embeddings, "optim_bits", 32)  # as Trainer does
+    return optimizer
 
 
 def _adam_mini(model: nn.Module, args: TrainingArguments, options: Options) -> Optimizer:

@@ -232,6 +232,19 @@ def test_eight_bit_adamw_is_adamw_on_moments_of_256_values(tmp_path):
         assert ((held.double() - torch.tensor(exact)).abs() <= gap + allowed).all()
 
 
+def test_eight_bit_adamw_holds_the_moments_of_embeddings_alone_in_32_bits(tmp_path):
+    """Not those of a matrix in the place of an earlier model's embedding: one process may train many models."""
+    pytest.importorskip("bitsandbytes")
+    for model in (nn.Sequential(nn.Embedding(128, 64), nn.Linear(64, 128)), nn.Sequential(nn.Linear(64, 128))):
+        optimizer = METHODS["adamw-8bit"].build(model, arguments(tmp_path), {})
+        for module in model:
+            module.weight.grad = torch.ones_like(module.weight)
+        optimizer.step()
+        for module in model:
+            expected = torch.float32 if isinstance(module, nn.Embedding) else torch.uint8
+            assert {optimizer.state[module.weight][f"state{number}"].dtype for number in (1, 2)} == {expected}
+
+
 def test_sophia_clips_the_momentum_over_hutchinsons_estimate(tmp_path):
     """arXiv 2305.14342, Algorithms 1 and 3, on a loss ½ Σ c θ², whose Hessian is diagonal: the estimate is c z².
 
