@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..integrations.targets import LINEAR, expert_parameters, warn_of_unmatched
+from ..integrations.targets import LINEAR, expert_parameters, output_heads, warn_of_unmatched
 
 
 def selected_linears(
@@ -94,7 +94,7 @@ def reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
     if f"{owner}.{attribute}" in expert_parameters(model):
         return "not in target_modules"
     if isinstance(module, LINEAR) and attribute == "weight":
-        if module is model.get_output_embeddings():
+        if any(module is head for head in output_heads(model)):
             return "output head"
         return "shared by several modules" if f"{owner}.weight" in _tied(model) else "not in target_modules"
     return "bias" if attribute == "bias" else type(module).__name__

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, MusicgenDecoderConfig, MusicgenForCausalLM
 
 from lorapre_peft import create_lorapre_optimizer
+from lorapre_peft.extract.selection import reason
 from lorapre_peft.integrations.targets import output_heads
 
 
@@ -107,6 +108,7 @@ def test_each_of_several_heads_is_one():
     with torch.device("meta"):
         model = MusicgenForCausalLM(config)
     assert output_heads(model) == list(model.lm_heads)
+    assert reason(model, "lm_heads.2", "weight") == "output head"
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

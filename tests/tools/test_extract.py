@@ -14,7 +14,7 @@ import pytest
 import torch
 from extraction import LINEAR, damage, decaying, everything, full, merged, rank_4, true_errors, weights
 from peft import PeftModel
-from roundoff import error_room, extraction_room
+from roundoff import error_room, extraction_room, gamma
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -142,12 +142,14 @@ def test_what_cannot_be_expressed_is_reported(tmp_path, checkpoint_pair, tied):
     total = sum(energy.values())
     assert reasons.keys() == energy.keys() - {f"{m.name}.weight" for m in report.modules}
     for entry in report.left_out:
-        assert entry.share == pytest.approx(energy[entry.name] / total, rel=1e-4)
-    assert report.change == pytest.approx(math.sqrt(total), rel=1e-5)
+        # Each entry of a change is rounded once to float32; a share is a quotient of two sums of their squares.
+        assert entry.share == pytest.approx(energy[entry.name] / total, rel=gamma(4))
+    assert report.change == pytest.approx(math.sqrt(total), rel=gamma(1))
     # The total counts what was left out: it is the error of the whole merged model.
     got = merged(base, tmp_path / "lora")
     missed = sum(float((got[name].double() - after[name].double()).square().sum()) for name in after)
-    assert report.relative_error == pytest.approx(math.sqrt(missed / total), rel=1e-4)
+    room = max(error_room(after[name] - before[name], after[name]) for name in after)
+    assert report.relative_error == pytest.approx(math.sqrt(missed / total), rel=0, abs=room)
     written = json.loads((tmp_path / "lora" / "extraction_report.json").read_text())
     assert written == json.loads(report.to_json())
     assert len(written["left_out"]) == len(report.left_out)
@@ -255,8 +257,11 @@ def test_gpt2_transposed_weights_and_hub_names(tmp_path, checkpoint_pair):
         "mlp.c_fc": (96, 24),
         "mlp.c_proj": (24, 96),
     }
+    before, after = weights(base), weights(tuned)
     for m in report.modules:
-        assert m.relative_error == pytest.approx(true[m.name], rel=1e-4)
+        new = after[f"{m.name}.weight"]
+        room = error_room(new - before[f"{m.name}.weight"], new)
+        assert m.relative_error == pytest.approx(true[m.name], rel=0, abs=room)
 
 
 def test_tied_weights_under_other_names(tmp_path, checkpoint_pair):
