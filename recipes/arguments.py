@@ -78,8 +78,9 @@ class RecipeParser(TrlParser):
         given = SimpleNamespace(**self.given)
         self.precision = choose(
             "cpu" if given.use_cpu else accelerator(),
-            "float32" if given.fp16 and given.dtype == AUTO else given.dtype,
-            False if given.fp16 else given.bf16,
+            given.dtype,
+            given.bf16,
+            given.fp16,
             earlier=started_with(Path(given.output_dir)) if given.resume and given.output_dir else None,
         )
         return super().parse_args_into_dataclasses([*args, *self.precision.options], **options)

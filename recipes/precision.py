@@ -49,7 +49,11 @@ class Precision:
 
 
 def choose(
-    device: str, dtype: str = AUTO, bf16: bool | str | None = AUTO, earlier: Precision | None = None
+    device: str,
+    dtype: str = AUTO,
+    bf16: bool | str | None = AUTO,
+    fp16: bool = False,
+    earlier: Precision | None = None,
 ) -> Precision:
     """Return the dtypes of a run. What is not given is what the device multiplies fast.
 
@@ -57,8 +61,12 @@ def choose(
         device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
         dtype: dtype of the weights, or ``"auto"`` if it is not given.
         bf16: whether products are in bfloat16. ``"auto"`` and None stand for not given.
+        fp16: whether products are in float16, with scaled losses. They exclude bfloat16, and weights are float32 then
+            unless their dtype is given.
         earlier: choice with which a resumed run began. It takes the place of the device's.
     """
+    if fp16:
+        dtype, bf16 = "float32" if dtype == AUTO else dtype, False
     follows = bf16 in (AUTO, None)
     if dtype != AUTO and not follows:
         return Precision(dtype, bf16, "as given")
