@@ -5,7 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# Python compiles a module when it is first imported; to compile all of torch and transformers at once takes a minute.
+# Python compiles a module when it is first imported; to compile all of torch and transformers at once takes a minute. Images of
+# containers often forbid it to keep what it has compiled: each of the tests' processes would then take twice as long to start.
+export PYTHONDONTWRITEBYTECODE :=
 PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: install test test-all test-isa test-wheel test-oldest tools lint docs quickstart clean
