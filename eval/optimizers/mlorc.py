@@ -48,5 +48,6 @@ class MLorcAdamW(_module.MLorc_AdamW):
 
     def step_parameter(self, p: Tensor, group: dict[str, Any], i: int | None = None) -> None:
         """Update one parameter in place. The package's own function decides the shape of vectors only."""
-        _module._get_effective_shape = _near_square if p.ndim < 2 else lambda numel: (p.shape[0], numel // p.shape[0])
+        rows = None if p.ndim < 2 else p.shape[0]  # The function stays in the package, and p must not stay with it.
+        _module._get_effective_shape = _near_square if rows is None else lambda numel: (rows, numel // rows)
         super().step_parameter(p, group, i)
