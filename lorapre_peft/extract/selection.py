@@ -94,7 +94,7 @@ def reason(model: PreTrainedModel, owner: str, attribute: str) -> str:
     if f"{owner}.{attribute}" in expert_parameters(model):
         return "not in target_modules"
     if isinstance(module, LINEAR) and attribute == "weight":
-        if any(module is head for head in output_heads(model)):
+        if module in output_heads(model):
             return "output head"
         return "shared by several modules" if f"{owner}.weight" in _tied(model) else "not in target_modules"
     return "bias" if attribute == "bias" else type(module).__name__
