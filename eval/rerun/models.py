@@ -6,6 +6,7 @@ tests the machinery.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -111,7 +112,7 @@ def _folder(name: str) -> Path:
 def base_config(name: str) -> PretrainedConfig:
     """Return the config of a suite's model. Its weights are read only if nothing else has the config."""
     if name == RANDOM:
-        return _RANDOM_CONFIG
+        return copy.deepcopy(_RANDOM_CONFIG)  # Whoever trains it sets its vocabulary.
     if name in SHAPES:
         path = CONFIGS / "pretrain" / f"{SHAPES[name]}.yaml"
         said = with_bases(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -124,7 +125,7 @@ def _random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a Llama of 30,000 weights, always the same ones, and a tokenizer of one token for each byte."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(_RANDOM_CONFIG)
+        model = LlamaForCausalLM(copy.deepcopy(_RANDOM_CONFIG))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, "<pad>", "</s>"])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

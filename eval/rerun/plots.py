@@ -70,9 +70,8 @@ def memory(suite: Suite, rows: Sequence[dict[str, Any]], path: Path) -> bool:
     It is the peak if all runs are from one kind of GPU, and otherwise weights, gradients and optimizer state together.
     """
     shown = _measured(suite, rows)
-    measured = len(machines(shown)) == 1 and all(row["peak_of"].startswith("tensors on") for row in shown)
-    size = "peak_bytes" if measured else "held_bytes"
-    label = "peak memory (GB)" if measured else "weights + gradients + optimizer state (GB)"
+    size = "peak_bytes" if peaks_compare(shown) else "held_bytes"
+    label = "peak memory (GB)" if size == "peak_bytes" else "weights + gradients + optimizer state (GB)"
     return _tradeoff(suite, shown, path, lambda row: row[size] / 1e9, label)
 
 
@@ -186,6 +185,15 @@ def _measured(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[dict[str, An
 def machines(rows: Sequence[dict[str, Any]]) -> set[str]:
     """Return the kinds of machines that the rows' runs are from: processor, cores, threads and device."""
     return {machine for row in rows for machine in row.get("machines", ())}
+
+
+def peaks_compare(rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the rows' peaks of memory are comparable: those of tensors on one kind of GPU are.
+
+    A process's resident memory also has what earlier runs of the process left.
+    """
+    measured = [row for row in rows if "peak_of" in row]
+    return len(machines(measured)) == 1 and all(row["peak_of"].startswith("tensors on") for row in measured)
 
 
 def _megabytes(row: dict[str, Any]) -> float:

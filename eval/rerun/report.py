@@ -16,7 +16,7 @@ from recipes.training import write_atomically
 from .comparisons import add_differences, against_best, averages, by_seed
 from .intervals import interval, ranks
 from .plan import Cell, Records
-from .plots import PLOTS, machines
+from .plots import PLOTS, machines, peaks_compare
 from .suite import Suite, higher_is_better
 
 
@@ -203,6 +203,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     one_machine = len(machines(rows)) == 1
+    compared = peaks_compare(rows)
     for row in sorted(rows, key=lambda row: _order(row, suite.primary)):
         cells = [row["label"], row["trains"], _rate(row)]
         for metric in suite.metrics:
@@ -217,9 +218,9 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
         )
         if "state_bytes" in row:
             cells += [format_bytes(row["state_bytes"]), format_bytes(row["held_bytes"])]
-            measured = [format_bytes(row["peak_bytes"])]
-            measured += [f"{1000 * row['optimizer_seconds_per_step']:.3g}", f"{row['train_seconds']:.0f}"]
-            cells += measured if one_machine else ["–"] * 3
+            times = [f"{1000 * row['optimizer_seconds_per_step']:.3g}", f"{row['train_seconds']:.0f}"]
+            cells.append(format_bytes(row["peak_bytes"]) if compared else "–")
+            cells += times if one_machine else ["–"] * 2
         else:
             cells += ["–"] * 5
         lines.append(f"| {' | '.join(cells)} |")
@@ -229,7 +230,7 @@ def _table(suite: Suite, rows: Sequence[dict[str, Any]]) -> list[str]:
         notes.append("runs are from several machines or numbers of threads: their peaks and times are not comparable")
     elif peaks:
         notes += [
-            f"peak: {', '.join(peaks)}",
+            f"peak: {peaks[0]}" if compared else "peak: not compared, as earlier runs leave memory in the process",
             "times: with whatever else ran on the machine; `python -m eval.speed` measures optimizers' steps alone",
         ]
     if published:

@@ -169,6 +169,24 @@ def test_times_and_peaks_of_several_machines_are_not_compared(tmp_path):
     assert "state.png" in text
 
 
+@pytest.mark.parametrize(
+    ("peak_of", "cell", "note"),
+    [
+        ("tensors on NVIDIA H200", "5.00 GB", "peak: tensors on NVIDIA H200."),
+        ("resident memory of the process", "–", "peak: not compared"),
+    ],
+)
+def test_only_peaks_of_tensors_are_shown(tmp_path, peak_of, cell, note):
+    suite = write_suite(tmp_path, methods=["lora"], protocols={"paper": {"lr": 1e-3, "seeds": [0]}})
+    (only,) = cells(suite)
+    (run,) = only.pending({})
+    found = {run.name: record(run, 1.0, peak_bytes=5_000_000_000, peak_of=peak_of)}
+    text = write_report(suite, [only], found, {}, tmp_path)
+    (row,) = (line for line in text.splitlines() if line.startswith("| LoRA "))
+    assert row.endswith(f"| {cell} | 100 | 1 |")
+    assert note in text
+
+
 def test_factors_that_no_method_has_are_refused(tmp_path):
     with pytest.raises(ValueError, match="factor 'momentum_rang': none of the methods has that option"):
         write_suite(tmp_path, factors=[["momentum_rang"]])
