@@ -125,7 +125,7 @@ def _random_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a Llama of 30,000 weights, always the same ones, and a tokenizer of one token for each byte."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(copy.deepcopy(_RANDOM_CONFIG))
+        model = LlamaForCausalLM(base_config(RANDOM))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, "<pad>", "</s>"])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
